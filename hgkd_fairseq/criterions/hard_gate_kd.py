@@ -1,0 +1,166 @@
+"""Criterion ``hard_gate_kd``: a batch in, loss and log lines out. The mathematics is in gates.py and loss/."""
+
+# No `from __future__ import annotations` here: fairseq reads the types of the options at run time.
+import math
+from dataclasses import dataclass, field
+
+import torch
+from fairseq import utils
+from fairseq.criterions import FairseqCriterion, register_criterion
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.logging import metrics
+from omegaconf import II
+
+from hgkd_fairseq import features
+from hgkd_fairseq.calibration import CalibrationHistogram
+from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.gates import get_gate
+from hgkd_fairseq.loss import IMPLEMENTATIONS, gated_distillation
+
+
+@dataclass
+class HardGateKDConfig(FairseqDataclass):
+    gate: str = field(
+        default="token",
+        metadata={
+            "help": "when to learn from the teacher instead of the data: token (HKD-T), where the student gives the "
+            "gold token more probability than the teacher does; sentence (HKD-S), the same for whole sentences; "
+            "none: never (plain cross-entropy, no teacher needed)"
+        },
+    )
+    gate_on: ChoiceEnum(["gold", "argmax"]) = field(  # type: ignore[valid-type]
+        default="gold",
+        metadata={"help": "the token whose probability the gate compares: the gold one or the student's argmax"},
+    )
+    teacher_temperature: float = field(
+        default=1.5, metadata={"help": "divides the teacher's logits; the student's stay as they are"}
+    )
+    untempered_gate: bool = field(
+        default=False,
+        metadata={"help": "compare with the teacher at temperature 1 in the gate, and temper only what is learnt from"},
+    )
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "epsilon for label smoothing of the data term, in fairseq's convention"}
+    )
+    distill_start_update: int = field(
+        default=0, metadata={"help": "plain cross-entropy, without the teacher's forward pass, before this update"}
+    )
+    loss_impl: ChoiceEnum(list(IMPLEMENTATIONS)) = field(  # type: ignore[valid-type]
+        default="auto",
+        metadata={"help": "how the loss is computed; auto takes the fastest that serves the model and the device"},
+    )
+    report_accuracy: bool = field(default=False, metadata={"help": "report accuracy metric"})
+    ignore_prefix_size: int = field(default=0, metadata={"help": "ignore the first N tokens of each target"})
+    sentence_avg: bool = II("optimization.sentence_avg")
+
+
+@register_criterion("hard_gate_kd", dataclass=HardGateKDConfig)
+class HardGateKDCriterion(FairseqCriterion):
+    """Hard-gate knowledge distillation (arXiv:2210.12427) with a teacher from the task ``translation_with_teacher``.
+
+    Logged, in bits where fairseq's own losses are: ``loss`` (the gated objective), ``nll_loss`` and ``ppl`` (the
+    student's plain cross-entropy, comparable across methods), ``kd_loss`` (KL per token that the gate gave to the
+    teacher), ``teacher_share`` (share of such tokens), ``gap`` (student over teacher, log-probability of the token that
+    the gate reads), and in validation ``ece`` (top-1, teacher-forced, with EOS, a fraction).
+    """
+
+    def __init__(self, cfg: HardGateKDConfig, task):
+        super().__init__(task)
+        self.cfg = cfg
+        try:
+            self.gate = get_gate(cfg.gate)
+        except ValueError as error:
+            raise UserError(f"--gate: {error}") from None
+        if not cfg.teacher_temperature > 0:
+            raise UserError(f"--teacher-temperature {cfg.teacher_temperature}: it must be above 0; the paper's is 1.5")
+        if not 0 <= cfg.label_smoothing < 1:
+            raise UserError(f"--label-smoothing {cfg.label_smoothing}: it must be at least 0 and below 1")
+        if cfg.ignore_prefix_size < 0:
+            raise UserError(f"--ignore-prefix-size {cfg.ignore_prefix_size}: it cannot be negative")
+        if cfg.distill_start_update < 0:
+            raise UserError(f"--distill-start-update {cfg.distill_start_update}: it cannot be negative")
+        if self.gate.needs_teacher:
+            if not hasattr(task, "load_teacher"):
+                raise UserError(
+                    f"--criterion hard_gate_kd --gate {cfg.gate} needs a teacher, which the task {type(task).__name__} "
+                    "does not have; add --task translation_with_teacher --teacher-path CHECKPOINT"
+                )
+            task.load_teacher()  # here, so that an unusable teacher stops the run before it starts
+
+    def distils(self) -> bool:
+        """Whether this step has a teacher: always outside training, in training from --distill-start-update on."""
+        updates = getattr(self.task, "num_updates", None)
+        return self.gate.needs_teacher and (updates is None or updates >= self.cfg.distill_start_update)
+
+    def forward(self, model, sample, reduce=True):
+        """Returns the summed loss, the sample size that divides its gradient, and log outputs that can be summed."""
+        student = features.head(model, sample["net_input"])
+        teachers = []
+        if self.distils():
+            teachers = self.task.load_teacher().heads(sample, student.hidden.device, student.hidden.dtype)
+        skip = self.cfg.ignore_prefix_size
+        validating = not torch.is_grad_enabled()
+        out = gated_distillation(
+            student.hidden[:, skip:],
+            student.weight,
+            [teacher.hidden[:, skip:] for teacher in teachers] or None,
+            [teacher.weight for teacher in teachers],
+            sample["target"][:, skip:],
+            padding_idx=self.padding_idx,
+            gate=self.gate if teachers else "none",
+            gate_on=self.cfg.gate_on,
+            teacher_temperature=self.cfg.teacher_temperature,
+            gate_temperature=not self.cfg.untempered_gate,
+            label_smoothing=self.cfg.label_smoothing,
+            student_bias=student.bias,
+            teacher_bias=[teacher.bias for teacher in teachers],
+            top1=validating or self.cfg.report_accuracy,
+            implementation=self.cfg.loss_impl,
+        )
+        sample_size = sample["target"].size(0) if self.cfg.sentence_avg else sample["ntokens"]
+        logging_output = {
+            "loss": out.loss.detach(),
+            "nll_loss": out.nll,
+            "kd_loss": out.kd,
+            "gap": out.gap,
+            "teacher_tokens": out.teacher_tokens,
+            "tokens": out.tokens,
+            "ntokens": sample["ntokens"],
+            "nsentences": sample["target"].size(0),
+            "sample_size": sample_size,
+        }
+        if self.cfg.report_accuracy:
+            logging_output["n_correct"] = out.correct.sum()
+        if validating:
+            histogram = CalibrationHistogram()
+            histogram.update(out.confidence[out.tokens_mask], out.correct[out.tokens_mask])
+            logging_output["calibration"] = histogram.sums
+        return out.loss, sample_size, logging_output
+
+    @classmethod
+    def reduce_metrics(cls, logging_outputs) -> None:
+        """Aggregate log outputs over workers and update_freq."""
+
+        def total(key):
+            return sum(log.get(key, 0) for log in logging_outputs)
+
+        bits = 1 / math.log(2)
+        sample_size, tokens, teacher_tokens = total("sample_size"), total("tokens"), total("teacher_tokens")
+        metrics.log_scalar("loss", total("loss") / max(sample_size, 1) * bits, sample_size, round=3)
+        metrics.log_scalar("nll_loss", total("nll_loss") / max(tokens, 1) * bits, tokens, round=3)
+        metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters["nll_loss"].avg))
+        metrics.log_scalar("kd_loss", total("kd_loss") / max(teacher_tokens, 1) * bits, teacher_tokens, round=3)
+        metrics.log_scalar("teacher_share", teacher_tokens / max(tokens, 1), tokens, round=4)
+        metrics.log_scalar("gap", total("gap") / max(tokens, 1) * bits, tokens, round=3)
+        if any("n_correct" in log for log in logging_outputs):
+            metrics.log_scalar("accuracy", 100 * total("n_correct") / max(tokens, 1), tokens, round=3)
+        if any("calibration" in log for log in logging_outputs):
+            # Sums per bin, added up by the meter; ECE is derived from them when it is printed.
+            metrics.log_scalar("_calibration", total("calibration").cpu().numpy())
+            metrics.log_derived(
+                "ece", lambda meters: round(CalibrationHistogram(sums=meters["_calibration"].sum).ece(), 4)
+            )
+
+    @staticmethod
+    def logging_outputs_can_be_summed() -> bool:
+        return True

@@ -1,0 +1,58 @@
+"""A fairseq model's features and output layer, as the loss takes them."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+
+from fairseq.models import BaseFairseqModel, FairseqDecoder
+from fairseq.models.transformer import TransformerDecoderBase
+from torch import nn
+
+from hgkd_fairseq.loss import Head
+
+logger = logging.getLogger(__name__)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The fairseq model inside fairseq's and torch's data-parallel wrappers."""
+    while not isinstance(model, BaseFairseqModel) and hasattr(model, "module"):
+        model = model.module
+    return model
+
+
+def linear_output(model: nn.Module) -> nn.Linear | None:
+    """The linear layer that makes the model's logits from its features, or None where logits are made otherwise
+    (adaptive softmax, a pointer generator, a decoder that is no transformer)."""
+    model = unwrap(model)
+    decoder = getattr(model, "decoder", None)
+    plain = (
+        isinstance(decoder, TransformerDecoderBase)
+        and type(decoder).output_layer is TransformerDecoderBase.output_layer
+        and type(decoder).get_normalized_probs_scriptable is FairseqDecoder.get_normalized_probs_scriptable
+        and getattr(decoder, "adaptive_softmax", None) is None
+        and type(decoder.output_projection) is nn.Linear
+        and "features_only" in inspect.signature(model.forward).parameters
+    )
+    return decoder.output_projection if plain else None
+
+
+def head(model: nn.Module, net_input: dict) -> Head:
+    """Run the model on a batch's ``net_input``: features (B, T, D) with the output layer that belongs to them.
+
+    A model without a plain linear output gives its log-probabilities (B, T, V), which takes more memory; it is said
+    once. The model is always reached through its own ``forward``, so that data-parallel wrappers see the call.
+    """
+    output = linear_output(model)
+    if output is not None:
+        features, _ = model(**net_input, features_only=True)
+        return Head(features, output.weight, output.bias)
+    warn_once(f"{type(unwrap(model)).__name__} has no plain linear output layer: using its full log-probabilities")
+    net_output = model(**net_input)
+    return Head(unwrap(model).get_normalized_probs(net_output, log_probs=True), None)
+
+
+def warn_once(message: str, said: set[str] = set()) -> None:  # noqa: B006  the default is the memory
+    if message not in said:
+        said.add(message)
+        logger.warning(message)

@@ -1,0 +1,164 @@
+"""How it is distilled: from hidden states and output heads to a summed loss and its gradients.
+
+One public function, :func:`gated_distillation`; importable and usable without fairseq.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hgkd_fairseq.gates import Gate, get_gate
+from hgkd_fairseq.loss import chunked, eager
+from hgkd_fairseq.loss.options import Head, Options, TokenResults
+
+__all__ = ["IMPLEMENTATIONS", "DistillationOutput", "Head", "Options", "gated_distillation"]
+
+IMPLEMENTATIONS = ("auto", "eager", "chunked")
+
+
+@dataclass(frozen=True)
+class DistillationOutput:
+    """Sums over the non-pad tokens of a batch (never means: the caller divides), in nats.
+
+    Only `loss` carries gradients. Scalars are 0-d tensors on the inputs' device, so that reading none of them costs no
+    synchronisation; per-token tensors are (B, T), 0 or False at pads.
+    """
+
+    loss: Tensor  # scalar, the gated objective
+    nll: Tensor  # scalar, plain -log p(gold): cross-entropy without smoothing or gate
+    kd: Tensor  # scalar, KL(teacher || student) over the tokens that the gate gave to the teacher
+    gap: Tensor  # scalar, log p - log q of the token that the gate reads
+    teacher_tokens: Tensor  # scalar int64
+    tokens: Tensor  # scalar int64
+    tokens_mask: Tensor  # (B, T) bool, False at pads
+    teacher_mask: Tensor  # (B, T) bool, the tokens that the gate gave to the teacher
+    confidence: Tensor | None  # (B, T) probability of the student's argmax; with top1=True
+    correct: Tensor | None  # (B, T) bool, that argmax is the gold token; with top1=True
+
+
+def gated_distillation(
+    student_hidden: Tensor,  # (B, T, Ds), or (B, T, V) where student_weight is None
+    student_weight: Tensor | None,  # (V, Ds)
+    teacher_hidden: Tensor | Sequence[Tensor] | None,  # (B, T, Dt), or one for each member of an ensemble
+    teacher_weight: Tensor | Sequence[Tensor | None] | None,  # (V, Dt), likewise
+    target: Tensor,  # (B, T) int64
+    *,
+    padding_idx: int = 1,
+    gate: str | Gate = "token",
+    gate_on: str = "gold",
+    teacher_temperature: float = 1.5,
+    gate_temperature: bool = True,
+    label_smoothing: float = 0.0,
+    student_bias: Tensor | None = None,  # (V,)
+    teacher_bias: Tensor | Sequence[Tensor | None] | None = None,  # (V,), likewise
+    top1: bool = False,
+    implementation: str = "auto",
+) -> DistillationOutput:
+    """Distillation gated token by token (hard-gate KD: Lee et al., EMNLP 2022, arXiv:2210.12427).
+
+        loss = sum_t  data_t * CE(y_t, P_student)  +  teacher_t * KL(P_teacher^tau || P_student)
+
+    where the gate chooses (data_t, teacher_t) from how probable a token is under the student and under the teacher.
+    Differentiable once, in student_hidden, student_weight and student_bias; the teacher gets no gradient.
+
+    Args:
+        student_hidden: features of the student's decoder. With ``student_weight=None`` they are taken as the logits.
+        student_weight: the output projection.
+        teacher_hidden: the teacher's features. A sequence is an ensemble: its members are averaged in probability
+            space. None for a gate that needs no teacher (``gate="none"`` is plain cross-entropy).
+        teacher_weight: the teacher's output projection(s); None as for the student.
+        target: gold tokens; those equal to ``padding_idx`` count for nothing.
+        gate: a name registered in :mod:`hgkd_fairseq.gates`, or a `Gate`.
+        gate_on: the token whose probability the gate compares: the "gold" one or the student's "argmax".
+        teacher_temperature: tau; divides the teacher's logits only, so no tau^2 factor belongs to the loss.
+        gate_temperature: whether the gate's teacher probability is tempered too.
+        label_smoothing: fairseq's eps on the data term: every token gets eps / (V - 1).
+        top1: also return the student's top-1 confidence and whether it is right.
+        implementation: "eager" (the oracle: full logits, autograd), "chunked" (chunks of tokens, gradients made in
+            the forward pass, fp32 softmax and accumulation), or "auto": chunked where the student has a linear head.
+
+    Raises:
+        ValueError: an unknown gate or implementation, an option out of its range, shapes that do not fit together.
+    """
+    options = Options(
+        get_gate(gate), gate_on, float(teacher_temperature), bool(gate_temperature), float(label_smoothing), top1
+    )
+    student = Head(student_hidden, student_weight, student_bias)
+    teachers = _teacher_heads(teacher_hidden, teacher_weight, teacher_bias, options)
+    _check_shapes(student, teachers, target)
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f'unknown implementation "{implementation}"; it must be one of {", ".join(IMPLEMENTATIONS)}')
+    linear = all(head.weight is not None for head in (student, *teachers))
+    if implementation == "chunked" and not linear:
+        raise ValueError('implementation="chunked" needs linear heads; logits (weight=None) take "eager" or "auto"')
+
+    # Pads are dropped before anything is computed: what stands at a pad can reach neither loss nor gradient.
+    kept = target != padding_idx  # (B, T)
+    rows = kept.flatten().nonzero().squeeze(1)  # (N,)
+    student = _select(student, rows)
+    teachers = [_select(teacher, rows) for teacher in teachers]
+    gold = target.flatten()[rows]
+    sentence = rows // max(target.size(1), 1)
+    if implementation == "eager" or not linear:
+        results = eager.token_results(student, teachers, gold, sentence, target.size(0), options)
+    else:
+        lengths = kept.sum(1).tolist() if options.gate.scope == "sentence" else None
+        results = chunked.token_results(student, teachers, gold, sentence, target.size(0), lengths, options)
+    return _output(results, kept)
+
+
+def _teacher_heads(hidden, weight, bias, options: Options) -> list[Head]:
+    if not options.gate.needs_teacher:
+        return []
+    if hidden is None:
+        raise ValueError(f'gate "{options.gate.name}" needs a teacher, but teacher_hidden is None')
+    if isinstance(hidden, Tensor):
+        hidden, weight, bias = [hidden], [weight], [bias]
+    weight = [None] * len(hidden) if weight is None else weight
+    bias = [None] * len(hidden) if bias is None else bias
+    if not len(hidden) == len(weight) == len(bias) > 0:
+        raise ValueError(
+            f"an ensemble needs one teacher_hidden, teacher_weight and teacher_bias a member, "
+            f"not {len(hidden)}, {len(weight)} and {len(bias)}"
+        )
+    return [Head(*member) for member in zip(hidden, weight, bias, strict=True)]
+
+
+def _check_shapes(student: Head, teachers: Sequence[Head], target: Tensor) -> None:
+    for name, head in [("student", student), *[("teacher", teacher) for teacher in teachers]]:
+        if head.hidden.dim() != 3 or head.hidden.shape[:2] != target.shape:
+            raise ValueError(
+                f"{name}_hidden is {tuple(head.hidden.shape)} and target {tuple(target.shape)}; "
+                "they must be (batch, length, dimension) and (batch, length)"
+            )
+        if head.weight is not None and head.weight.size(1) != head.hidden.size(2):
+            raise ValueError(
+                f"{name}_weight {tuple(head.weight.shape)} does not fit {name}_hidden {tuple(head.hidden.shape)}"
+            )
+        if head.vocabulary != student.vocabulary:
+            raise ValueError(f"the vocabularies differ: student {student.vocabulary}, teacher {head.vocabulary} tokens")
+
+
+def _select(head: Head, rows: Tensor) -> Head:
+    return head._replace(hidden=head.hidden.reshape(-1, head.hidden.size(-1)).index_select(0, rows))
+
+
+def _output(results: TokenResults, kept: Tensor) -> DistillationOutput:
+    def spread(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.new_zeros(kept.shape).masked_scatter_(kept, values)
+
+    return DistillationOutput(
+        loss=results.loss.sum(),
+        nll=results.nll.sum(),
+        kd=results.kd.sum(),
+        gap=results.gap.sum(),
+        teacher_tokens=results.teacher_mask.sum(),
+        tokens=kept.sum(),
+        tokens_mask=kept,
+        teacher_mask=spread(results.teacher_mask),
+        confidence=spread(results.confidence),
+        correct=spread(results.correct),
+    )

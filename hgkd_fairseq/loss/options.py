@@ -1,0 +1,68 @@
+"""The settings of the loss, checked once, and the per-token results that every implementation returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from hgkd_fairseq.gates import Gate
+
+GATE_ON = ("gold", "argmax")
+
+
+class Head(NamedTuple):
+    """Features and the linear layer that turns them into logits over the vocabulary.
+
+    ``weight=None`` means that ``hidden`` holds the logits themselves (or log-probabilities).
+    """
+
+    hidden: Tensor  # (..., D), or (..., V) where weight is None
+    weight: Tensor | None  # (V, D)
+    bias: Tensor | None = None  # (V,)
+
+    @property
+    def vocabulary(self) -> int:
+        return self.hidden.size(-1) if self.weight is None else self.weight.size(0)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the loss is computed; see :func:`hgkd_fairseq.loss.gated_distillation` for the meaning of each."""
+
+    gate: Gate
+    gate_on: str = "gold"
+    teacher_temperature: float = 1.5
+    gate_temperature: bool = True
+    label_smoothing: float = 0.0
+    top1: bool = False
+
+    def __post_init__(self):
+        if self.gate_on not in GATE_ON:
+            raise ValueError(f'gate_on is "{self.gate_on}"; it must be one of {", ".join(GATE_ON)}')
+        if not self.teacher_temperature > 0:
+            raise ValueError(f"teacher_temperature is {self.teacher_temperature}; it must be above 0")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1")
+
+    @property
+    def needs_argmax(self) -> bool:
+        return self.top1 or (self.gate_on == "argmax" and self.gate.needs_teacher)
+
+    def gold_weight(self, vocabulary: int) -> tuple[float, float]:
+        """(weight of the gold token, weight of every token) of fairseq's label smoothing: eps_i = eps / (V - 1)."""
+        every = self.label_smoothing / (vocabulary - 1)
+        return 1 - self.label_smoothing - every, every
+
+
+class TokenResults(NamedTuple):
+    """Per-token results for N tokens, detached except `loss`; `None` where not asked for."""
+
+    loss: Tensor  # (N,) or, where an implementation sums as it goes, a scalar sum
+    nll: Tensor  # (N,) nats, plain -log p(gold)
+    kd: Tensor  # (N,) nats, KL(teacher || student), 0 where the teacher's weight is 0
+    teacher_mask: Tensor  # (N,) bool, teacher weight > 0
+    gap: Tensor  # (N,) nats, log p - log q of the token the gate reads; 0 without a teacher
+    confidence: Tensor | None  # (N,) probability of the student's argmax
+    correct: Tensor | None  # (N,) bool, the student's argmax is the gold token

@@ -1,0 +1,20 @@
+"""What is distilled: where the teacher's view of a batch comes from."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from hgkd_fairseq.loss import Head
+
+
+class TeacherSource(Protocol):
+    """One source of teacher signal. Held by the task, outside every nn.Module: never saved, never trained."""
+
+    def heads(self, sample: dict, device: torch.device, dtype: torch.dtype) -> list[Head]:
+        """The teacher's features (B, T, D) and output layer for a fairseq batch; several for an ensemble.
+
+        `device` and `dtype` are those of the student's features. No gradient, no randomness.
+        """
+        ...

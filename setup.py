@@ -1,0 +1,34 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = next(
+    line.split('"')[1]
+    for line in (HERE / "hgkd_fairseq" / "__init__.py").read_text().splitlines()
+    if line.startswith("__version__")
+)
+
+setup(
+    name="hgkd-fairseq",
+    version=VERSION,
+    description="Hard-gate knowledge distillation of neural translation models, as a fairseq plugin",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=["hgkd_fairseq", "hgkd_fairseq.*"]),
+    # Ranges; the set that is tested is pinned in scripts/constraints.txt.
+    install_requires=[
+        "torch>=2.6",
+        "ve-fairseq>=0.12.3,<0.13",
+        "numpy>=1.26",
+        "sacrebleu>=2.4",
+        "sentencepiece>=0.2",
+    ],
+    extras_require={
+        "triton": ["triton>=3.2"],
+        "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "mypy>=1.10"],
+        "recipes": ["sacremoses>=0.1"],
+    },
+    entry_points={"console_scripts": ["hgkd = hgkd_fairseq.cli:main"]},
+)
