@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 OLDEST_TORCH = (2, 6)  # the first whose torch.load refuses code in a checkpoint by default
 TESTED_FAIRSEQ = "0.12.3"
+APPLIED: dict[str, bool] = {}  # for `hgkd doctor`: which functions of fairseq were as the patches expect them
 
 
 def apply() -> None:
@@ -40,6 +41,7 @@ def apply() -> None:
     allow_fairseq_checkpoints()
     refuse_other_checkpoints()
     broadcast_checkpoints_to_workers()
+    copy_checkpoints_in_one_step()
     native_bf16()
 
 
@@ -49,6 +51,7 @@ def written_for(function, expected: str, consequence: str) -> bool:
         source = inspect.getsource(function)
     except (OSError, TypeError):
         source = ""
+    APPLIED[f"{function.__module__}.{function.__name__}"] = expected in source
     if expected in source:
         return True
     import fairseq
@@ -148,6 +151,25 @@ def broadcast_checkpoints_to_workers() -> None:
         return box[0]
 
     distributed_utils._broadcast_object_slow = broadcast_object_slow
+
+
+def copy_checkpoints_in_one_step() -> None:
+    """fairseq writes the first of a save's checkpoints in one step, but checkpoint_last.pt as a plain copy of it: a run
+    killed in that moment leaves half a file and cannot be resumed."""
+    from fairseq.file_io import PathManager
+
+    original = PathManager.copy
+    if not written_for(original, "return shutil.copyfile(src_path, dst_path)", "checkpoints are copied as before"):
+        return
+
+    def copy(src_path, dst_path, overwrite=False):
+        if not PathManager.supports_rename(dst_path):
+            return original(src_path, dst_path, overwrite=overwrite)
+        original(src_path, dst_path + ".tmp", overwrite=True)
+        os.replace(dst_path + ".tmp", dst_path)
+        return dst_path
+
+    PathManager.copy = staticmethod(copy)
 
 
 def native_bf16() -> None:

@@ -28,9 +28,9 @@ def logits(head: Head) -> Tensor:
     return z if z.dtype == torch.float64 else z.float()
 
 
-def teacher_logprobs(teachers: Sequence[Head], temperature: float) -> Tensor:
-    """(N, V) log of the teachers' mean probability at that temperature."""
-    members = [F.log_softmax(logits(teacher) / temperature, dim=-1) for teacher in teachers]
+def mean_logprobs(heads: Sequence[Head], temperature: float) -> Tensor:
+    """(N, V) log of the mean over an ensemble of the probabilities at that temperature."""
+    members = [F.log_softmax(logits(head) / temperature, dim=-1) for head in heads]
     return members[0] if len(members) == 1 else torch.logsumexp(torch.stack(members), dim=0) - math.log(len(members))
 
 
@@ -62,8 +62,8 @@ def token_results(
         teacher_read, kl = student_read, torch.zeros_like(gold)
     else:
         with torch.no_grad():
-            logq = teacher_logprobs(teachers, options.teacher_temperature)  # (N, V)
-            gate_logq = logq if options.gate_temperature else teacher_logprobs(teachers, 1.0)
+            logq = mean_logprobs(teachers, options.teacher_temperature)  # (N, V)
+            gate_logq = logq if options.gate_temperature else mean_logprobs(teachers, 1.0)
             teacher_read = gate_logq.gather(1, read[:, None]).squeeze(1).to(gold.dtype)
             q = logq.exp()
         # Where q underflows to 0 its token contributes 0, whatever the difference of logarithms is.

@@ -1,0 +1,133 @@
+"""``hgkd doctor``: is this installation fit to train? One line a check, with the remedy where one fails."""
+
+from __future__ import annotations
+
+import inspect
+import platform
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
+from importlib.util import find_spec
+
+
+class Problem(Exception):
+    """What is wrong and how to mend it."""
+
+
+def python() -> str:
+    if not (3, 11) <= sys.version_info[:2] <= (3, 12):
+        raise Problem(f"{platform.python_version()}; fairseq's wheels are for 3.11 and 3.12: use one of them")
+    return platform.python_version()
+
+
+def torch() -> str:
+    if find_spec("torch") is None:
+        raise Problem("not installed; pip install torch")
+    import torch
+
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
+        raise Problem(f"{torch.__version__} would run code hidden in a checkpoint; pip install 'torch>=2.6'")
+    return torch.__version__
+
+
+def fairseq() -> str:
+    if find_spec("fairseq") is None:
+        raise Problem("not installed; pip install ve-fairseq==0.12.3")
+    names = packages_distributions().get("fairseq", [])
+    try:
+        import fairseq.checkpoint_utils  # noqa: F401  what a half-working installation fails at
+    except Exception as error:
+        raise Problem(f"{', '.join(names)} does not import ({error}); pip install ve-fairseq==0.12.3") from error
+    from hgkd_fairseq import compat
+
+    unpatched = [name for name, applied in compat.APPLIED.items() if not applied]
+    if unpatched:
+        raise Problem(f"version unknown to {', '.join(unpatched)}; pip install ve-fairseq=={compat.TESTED_FAIRSEQ}")
+    return ", ".join(f"{name} {distribution(name).version}" for name in names) or "a checkout"
+
+
+def registration() -> str:
+    from fairseq.criterions import CRITERION_REGISTRY
+    from fairseq.tasks import TASK_REGISTRY
+
+    for name, registry in (("translation_with_teacher", TASK_REGISTRY), ("hard_gate_kd", CRITERION_REGISTRY)):
+        if name not in registry:
+            raise Problem(f"{name} is not registered; is another package named hgkd_fairseq on the path?")
+    return "task translation_with_teacher, criterion hard_gate_kd"
+
+
+def sacrebleu() -> str:
+    try:
+        return distribution("sacrebleu").version
+    except PackageNotFoundError:
+        raise Problem("not installed; pip install sacrebleu") from None
+
+
+def sentencepiece() -> str:
+    try:
+        return distribution("sentencepiece").version
+    except PackageNotFoundError:
+        raise Problem("not installed; pip install sentencepiece") from None
+
+
+def cuda() -> str:
+    import torch
+
+    if torch.version.cuda is None:
+        return "none: this torch is built for the CPU"
+    if not torch.cuda.is_available():
+        raise Problem(f"torch is built for CUDA {torch.version.cuda} but sees no GPU; check nvidia-smi, or use --cpu")
+    return f"{torch.version.cuda}, {torch.cuda.get_device_name()}"
+
+
+def triton() -> str:
+    try:
+        return distribution("triton").version
+    except PackageNotFoundError:
+        return "none: only the CUDA kernels would use it"
+
+
+def loss_implementations() -> str:
+    """Each implementation on a tiny input, against the eager oracle."""
+    import torch
+
+    from hgkd_fairseq.loss import IMPLEMENTATIONS, gated_distillation
+
+    generator = torch.Generator().manual_seed(0)
+    hidden, teacher = (torch.randn(2, 3, 8, generator=generator) for _ in range(2))
+    weight = torch.randn(11, 8, generator=generator)
+    target = torch.tensor([[2, 3, 4], [5, 1, 1]])
+    expected = gated_distillation(hidden, weight, teacher, weight, target, implementation="eager").loss
+    for name in IMPLEMENTATIONS:
+        loss = gated_distillation(hidden, weight, teacher, weight, target, implementation=name).loss
+        if not torch.allclose(loss, expected, rtol=1e-5):
+            raise Problem(f"{name} gives {float(loss)}, eager {float(expected)}; use --loss-impl eager and report it")
+    return ", ".join(name for name in IMPLEMENTATIONS if name != "auto")
+
+
+CHECKS: list[tuple[str, Callable[[], str]]] = [
+    ("Python", python),
+    ("torch", torch),
+    ("fairseq", fairseq),
+    ("plugin", registration),
+    ("sacrebleu", sacrebleu),
+    ("sentencepiece", sentencepiece),
+    ("CUDA", cuda),
+    ("Triton", triton),
+    ("loss", loss_implementations),
+]
+
+
+def report() -> int:
+    """Print every check; 0 where all pass, else 1."""
+    failed = False
+    for name, check in CHECKS:
+        try:
+            print(f"ok    {name:14}{check()}")
+        except Problem as problem:
+            failed = True
+            print(f"FAIL  {name:14}{problem}")
+        except Exception as error:  # a broken installation can fail anywhere; the other checks still say what works
+            failed = True
+            print(f"FAIL  {name:14}{type(error).__name__}: {inspect.cleandoc(str(error))}")
+    return int(failed)

@@ -1,0 +1,412 @@
+"""The row mathematics of one chunk as Triton kernels: logits in, per-token results out, the gradient in place.
+
+One program a row, two passes over it in tiles of DEPTH x LANES tokens, everything in fp32. For the student's logits z
+and the teacher's t of one row, tau the teacher's temperature,
+
+    pass 1   m = max z                      l = sum exp(z - m)
+             M = max t                      L = sum exp((t - M) / tau)
+             KL = sum q ((t - M) / tau - (z - m)) - log L + log l,          q = exp((t - M) / tau) / L
+    gate     (data, teacher), in the kernel for the gates "token" and "none", in torch between two kernels for others
+    pass 2   dz = (data + teacher) p - teacher q - data eps_i - data (1 - eps - eps_i) onehot,     p = exp(z - m) / l
+
+Where it lives. Pass 1 is online: each of the LANES columns of a tile keeps its own maxima and sums in registers,
+rescaled once a tile, and columns meet (the only exchange between threads) once a row. A tile's DEPTH x LANES logits
+come in 16-byte loads, LANES / (32 num_warps) neighbours a thread, and are used up before the next tile. Pass 2 reads
+the row again, from L2 while the rows in flight fit there, and writes dz over z.
+
+Bytes a row of V logits, b bytes each: pass 1 reads 2 V b, pass 2 reads 2 V b and writes V b; it leaves the teacher's
+V b alone in a row that the gate gives to the data. Without a teacher: V b, V b and V b.
+
+Numerics. exp(z - m) / l and never exp(z - lse): lse is rounded at the size of m. KL is one expectation of a
+difference, of logits already shifted by their maxima. A weight below NEGLIGIBLE adds nothing, so that a student's
+logit of -inf costs nothing where the teacher's probability is 0 too (0 * inf). Maxima start at LOWEST, not at
+-inf: -inf - -inf is nan. Student and teacher go through the same operations: equal logits at tau = 1
+have equal log-probabilities, to the bit.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-1e38)  # below every logit; finite also when multiplied by log2(e)
+NEGLIGIBLE = tl.constexpr(1e-20)
+MINUS_INF = tl.constexpr(float("-inf"))
+NAN = tl.constexpr(float("nan"))
+
+# Rows of `results` (5, C) fp32, of `flags` (2, C) int8 and of `statistics` (8, C) fp32. One base pointer each: the
+# address of a row of an odd number of tokens would be aligned or not, and either would be compiled.
+LOSS, NLL, KD, GAP, CONFIDENCE = (tl.constexpr(i) for i in range(5))
+TEACHER, CORRECT = (tl.constexpr(i) for i in range(2))
+STUDENT_READ, TEACHER_READ, DATA_TERM, KL, STUDENT_MAX, STUDENT_SUM, TEACHER_MAX, TEACHER_SUM = (
+    tl.constexpr(i) for i in range(8)
+)
+
+# Integers and addresses that change from chunk to chunk: not worth a compilation for those divisible by 16.
+_UNSPECIALIZED = {
+    "do_not_specialize": ["rows"],
+    "do_not_specialize_on_alignment": ["target", "data_weight", "teacher_weight"],
+}
+
+
+@triton.jit
+def _columns(start, THREADS: tl.constexpr, VECTOR: tl.constexpr, DEPTH: tl.constexpr):
+    """(DEPTH, THREADS, VECTOR) column of each element of a tile: a thread has DEPTH loads of VECTOR neighbours."""
+    depth = tl.arange(0, DEPTH)[:, None, None]
+    thread = tl.arange(0, THREADS)[None, :, None]
+    return start + (depth * THREADS + thread) * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+
+
+@triton.jit
+def _sum(x):
+    """(THREADS,) sum of what each thread has of a tile."""
+    return tl.sum(tl.sum(x, 2), 0)
+
+
+@triton.jit
+def _row_statistics(
+    student_row,  # pointer to (V,) logits
+    teacher_row,  # likewise
+    target,  # int32 scalar
+    inverse_temperature,
+    gold_weight,
+    every_weight,
+    V: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    DEPTH: tl.constexpr,
+    HAS_TEACHER: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    ARGMAX: tl.constexpr,
+    GATE_ON_ARGMAX: tl.constexpr,
+    GATE_TEMPERATURE: tl.constexpr,
+):
+    """Pass 1. Exponents are in bits, (z - m) log2(e): the hardware's exponential is of base 2."""
+    TILE: tl.constexpr = DEPTH * THREADS * VECTOR
+    teacher_bits = inverse_temperature * LOG2E
+    m_s = tl.full((THREADS,), LOWEST, tl.float32)
+    l_s = tl.zeros((THREADS,), tl.float32)
+    m_t = tl.full((THREADS,), LOWEST, tl.float32)
+    l_t = tl.zeros((THREADS,), tl.float32)
+    untempered = tl.zeros((THREADS,), tl.float32)  # the teacher's l at temperature 1
+    difference = tl.zeros((THREADS,), tl.float32)  # sum of exp(t) (t - z), both shifted by the thread's maxima
+    shifted_sum = tl.zeros((THREADS,), tl.float32)  # sum of the shifted z
+    place = tl.zeros((THREADS,), tl.int32)  # of the first maximum
+    seen = 0.0  # tokens of each thread before this tile: only the last tile is ragged
+    for start in range(0, V, TILE):
+        column = _columns(start, THREADS, VECTOR, DEPTH)
+        z = tl.load(student_row + column, mask=column < V, other=MINUS_INF).to(tl.float32)
+        top = tl.maximum(m_s, tl.max(tl.max(z, 2), 0))
+        moved = (m_s - top) * LOG2E
+        shifted = (z - top[None, :, None]) * LOG2E
+        l_s = tl.fma(l_s, tl.exp2(moved), _sum(tl.exp2(shifted)))
+        if SMOOTHING:
+            shifted_sum += seen * moved + _sum(tl.where(column < V, shifted, 0.0))
+            seen += DEPTH * VECTOR
+        if ARGMAX:
+            first = tl.min(tl.min(tl.where(z == top[None, :, None], column, V), 2), 0)
+            place = tl.where(top > m_s, first, place)
+        m_s = top
+        if HAS_TEACHER:
+            t = tl.load(teacher_row + column, mask=column < V, other=MINUS_INF).to(tl.float32)
+            top_t = tl.maximum(m_t, tl.max(tl.max(t, 2), 0))
+            moved_t = (m_t - top_t) * teacher_bits
+            shifted_t = (t - top_t[None, :, None]) * teacher_bits
+            factor = tl.exp2(moved_t)
+            weight = tl.exp2(shifted_t)
+            carried = factor * (difference + l_t * (moved_t - moved))
+            added = tl.where(weight > NEGLIGIBLE, weight * (shifted_t - shifted), 0.0)
+            difference = tl.where(factor > NEGLIGIBLE, carried, 0.0) + _sum(added)
+            l_t = tl.fma(l_t, factor, _sum(weight))
+            if not GATE_TEMPERATURE:
+                untempered = tl.fma(
+                    untempered,
+                    tl.exp2((m_t - top_t) * LOG2E),
+                    _sum(tl.exp2((t - top_t[None, :, None]) * LOG2E)),
+                )
+            m_t = top_t
+
+    # In pass 2 other threads write dz over this logit: it is read here, before the threads meet.
+    known = (target >= 0) & (target < V)
+    gold_logit = tl.load(student_row + target, mask=known, other=NAN).to(tl.float32)
+    read_logit = gold_logit
+    if HAS_TEACHER:
+        read_logit = tl.load(teacher_row + target, mask=known, other=NAN).to(tl.float32)
+    student_max = tl.max(m_s, 0)
+    moved = (m_s - student_max) * LOG2E
+    student_sum = tl.sum(l_s * tl.exp2(moved), 0)
+    student_log = tl.log(student_sum)
+    gold = (gold_logit - student_max) - student_log
+    data_term = -gold_weight * gold
+    if SMOOTHING:
+        last = _columns((V - 1) // TILE * TILE, THREADS, VECTOR, DEPTH)
+        tokens = (V - 1) // TILE * (DEPTH * VECTOR) + _sum(tl.where(last < V, 1.0, 0.0))  # of each thread
+        total = LN2 * tl.sum(shifted_sum + tokens * moved, 0)
+        data_term -= every_weight * (total - V * student_log)
+    student_read = gold
+    argmax = target
+    if ARGMAX:
+        argmax = tl.min(tl.where(m_s == student_max, place, V - 1), 0)
+        if GATE_ON_ARGMAX:
+            student_read = 0.0 - student_log
+            if HAS_TEACHER:
+                read_logit = tl.load(teacher_row + argmax).to(tl.float32)
+
+    teacher_max = 0.0
+    teacher_sum = 1.0
+    teacher_read = student_read
+    kl = 0.0
+    if HAS_TEACHER:
+        teacher_max = tl.max(m_t, 0)
+        moved_t = (m_t - teacher_max) * teacher_bits
+        factor = tl.exp2(moved_t)
+        teacher_sum = tl.sum(l_t * factor, 0)
+        teacher_log = tl.log(teacher_sum)
+        carried = factor * (difference + l_t * (moved_t - moved))
+        expectation = LN2 * tl.sum(tl.where(factor > NEGLIGIBLE, carried, 0.0), 0) / teacher_sum
+        kl = expectation - teacher_log + student_log
+        if GATE_TEMPERATURE:
+            teacher_read = (read_logit - teacher_max) * inverse_temperature - teacher_log
+        else:
+            normalizer = tl.sum(untempered * tl.exp2((m_t - teacher_max) * LOG2E), 0)
+            teacher_read = (read_logit - teacher_max) - tl.log(normalizer)
+    return student_read, teacher_read, gold, data_term, kl, argmax, student_max, student_sum, teacher_max, teacher_sum
+
+
+@triton.jit
+def _write_gradient(
+    student_row,  # pointer to (V,) logits, overwritten
+    teacher_row,
+    target,  # int32 scalar
+    student_max,
+    student_factor,  # (data + teacher) / l * gradient_scale
+    teacher_max,
+    teacher_factor,  # teacher / L * gradient_scale
+    inverse_temperature,
+    gold,  # data * gold_weight * gradient_scale
+    every,  # data * every_weight * gradient_scale
+    V: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    DEPTH: tl.constexpr,
+    HAS_TEACHER: tl.constexpr,
+):
+    """Pass 2."""
+    teacher_bits = inverse_temperature * LOG2E
+    for start in range(0, V, DEPTH * THREADS * VECTOR):
+        column = _columns(start, THREADS, VECTOR, DEPTH)
+        z = tl.load(student_row + column, mask=column < V, other=MINUS_INF).to(tl.float32)
+        dz = tl.exp2((z - student_max) * LOG2E) * student_factor - every
+        if HAS_TEACHER:
+            t = tl.load(teacher_row + column, mask=column < V, other=MINUS_INF).to(tl.float32)
+            dz -= tl.exp2((t - teacher_max) * teacher_bits) * teacher_factor
+        dz = tl.where(column == target, dz - gold, dz)
+        tl.store(student_row + column, dz.to(student_row.dtype.element_ty), mask=column < V)
+
+
+@triton.jit
+def _finish_row(
+    student_row,
+    teacher_row,
+    results,
+    flags,
+    row,
+    rows,
+    target,
+    data,
+    teacher,
+    data_term,
+    kl,
+    student_max,
+    student_sum,
+    teacher_max,
+    teacher_sum,
+    inverse_temperature,
+    gold_weight,
+    every_weight,
+    gradient_scale,
+    V: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    DEPTH: tl.constexpr,
+    HAS_TEACHER: tl.constexpr,
+    MAKE_GRADIENT: tl.constexpr,
+):
+    """What follows the gate: the weighted loss and the gradient."""
+    loss = data * data_term
+    if HAS_TEACHER:
+        loss += teacher * kl
+    tl.store(results + LOSS * rows + row, loss)
+    tl.store(results + KD * rows + row, tl.where(teacher > 0, kl, 0.0))
+    tl.store(flags + TEACHER * rows + row, (teacher > 0).to(tl.int8))
+    if MAKE_GRADIENT:
+        data *= gradient_scale
+        teacher *= gradient_scale
+        student_factor = (data + teacher) / student_sum
+        teacher_factor = teacher / teacher_sum
+        gold = data * gold_weight
+        every = data * every_weight
+        if HAS_TEACHER:
+            if teacher != 0:  # nan too
+                _write_gradient(
+                    student_row, teacher_row, target, student_max, student_factor, teacher_max, teacher_factor,
+                    inverse_temperature, gold, every, V, THREADS, VECTOR, DEPTH, True,
+                )  # fmt: skip
+            else:
+                _write_gradient(
+                    student_row, teacher_row, target, student_max, student_factor, teacher_max, teacher_factor,
+                    inverse_temperature, gold, every, V, THREADS, VECTOR, DEPTH, False,
+                )  # fmt: skip
+        else:
+            _write_gradient(
+                student_row, teacher_row, target, student_max, student_factor, teacher_max, teacher_factor,
+                inverse_temperature, gold, every, V, THREADS, VECTOR, DEPTH, False,
+            )  # fmt: skip
+
+
+@triton.jit(**_UNSPECIALIZED)
+def token_rows(
+    student_logits,  # (C, V), overwritten by dz where MAKE_GRADIENT
+    teacher_logits,  # (C, V)
+    target,  # (C,) int64
+    results,  # (5, C) fp32
+    flags,  # (2, C) int8
+    rows,  # C
+    inverse_temperature,
+    gold_weight,
+    every_weight,
+    gradient_scale,
+    V: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    DEPTH: tl.constexpr,
+    HAS_TEACHER: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    ARGMAX: tl.constexpr,
+    GATE_ON_ARGMAX: tl.constexpr,
+    GATE_TEMPERATURE: tl.constexpr,
+    MAKE_GRADIENT: tl.constexpr,
+):
+    """Both passes and the gate "token", g = 1[p > q]; without a teacher the gate "none", g = 0."""
+    row = tl.program_id(0).to(tl.int64)
+    student_row = student_logits + row * V
+    teacher_row = teacher_logits + row * V
+    gold_token = tl.load(target + row).to(tl.int32)
+    student_read, teacher_read, gold, data_term, kl, argmax, student_max, student_sum, teacher_max, teacher_sum = (
+        _row_statistics(
+            student_row, teacher_row, gold_token, inverse_temperature, gold_weight, every_weight,
+            V, THREADS, VECTOR, DEPTH, HAS_TEACHER, SMOOTHING, ARGMAX, GATE_ON_ARGMAX, GATE_TEMPERATURE,
+        )
+    )  # fmt: skip
+    teacher = tl.where(student_read > teacher_read, 1.0, 0.0)  # strict: where both agree exactly the data teaches
+    tl.store(results + NLL * rows + row, -gold)
+    tl.store(results + GAP * rows + row, student_read - teacher_read)
+    if ARGMAX:
+        tl.store(results + CONFIDENCE * rows + row, 1.0 / student_sum)
+        tl.store(flags + CORRECT * rows + row, (argmax == gold_token).to(tl.int8))
+    _finish_row(
+        student_row, teacher_row, results, flags, row, rows, gold_token, 1.0 - teacher, teacher, data_term, kl,
+        student_max, student_sum, teacher_max, teacher_sum, inverse_temperature, gold_weight, every_weight,
+        gradient_scale, V, THREADS, VECTOR, DEPTH, HAS_TEACHER, MAKE_GRADIENT,
+    )  # fmt: skip
+
+
+@triton.jit(**_UNSPECIALIZED)
+def statistics_rows(
+    student_logits,  # (C, V)
+    teacher_logits,  # (C, V)
+    target,  # (C,) int64
+    results,  # (5, C) fp32: NLL, GAP and CONFIDENCE are written
+    flags,  # (2, C) int8: CORRECT is written
+    statistics,  # (8, C) fp32
+    rows,  # C
+    inverse_temperature,
+    gold_weight,
+    every_weight,
+    V: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    DEPTH: tl.constexpr,
+    HAS_TEACHER: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    ARGMAX: tl.constexpr,
+    GATE_ON_ARGMAX: tl.constexpr,
+    GATE_TEMPERATURE: tl.constexpr,
+):
+    """Pass 1 alone, for a gate that is a torch function."""
+    row = tl.program_id(0).to(tl.int64)
+    student_row = student_logits + row * V
+    teacher_row = teacher_logits + row * V
+    gold_token = tl.load(target + row).to(tl.int32)
+    student_read, teacher_read, gold, data_term, kl, argmax, student_max, student_sum, teacher_max, teacher_sum = (
+        _row_statistics(
+            student_row, teacher_row, gold_token, inverse_temperature, gold_weight, every_weight,
+            V, THREADS, VECTOR, DEPTH, HAS_TEACHER, SMOOTHING, ARGMAX, GATE_ON_ARGMAX, GATE_TEMPERATURE,
+        )
+    )  # fmt: skip
+    tl.store(results + NLL * rows + row, -gold)
+    tl.store(results + GAP * rows + row, student_read - teacher_read)
+    if ARGMAX:
+        tl.store(results + CONFIDENCE * rows + row, 1.0 / student_sum)
+        tl.store(flags + CORRECT * rows + row, (argmax == gold_token).to(tl.int8))
+    tl.store(statistics + STUDENT_READ * rows + row, student_read)
+    tl.store(statistics + TEACHER_READ * rows + row, teacher_read)
+    tl.store(statistics + DATA_TERM * rows + row, data_term)
+    tl.store(statistics + KL * rows + row, kl)
+    tl.store(statistics + STUDENT_MAX * rows + row, student_max)
+    tl.store(statistics + STUDENT_SUM * rows + row, student_sum)
+    tl.store(statistics + TEACHER_MAX * rows + row, teacher_max)
+    tl.store(statistics + TEACHER_SUM * rows + row, teacher_sum)
+
+
+@triton.jit(**_UNSPECIALIZED)
+def gradient_rows(
+    student_logits,  # (C, V), overwritten by dz where MAKE_GRADIENT
+    teacher_logits,  # (C, V)
+    target,  # (C,) int64
+    results,  # (5, C) fp32: LOSS and KD are written
+    flags,  # (2, C) int8: TEACHER is written
+    statistics,  # (8, C) fp32
+    data_weight,  # (C,) fp32
+    teacher_weight,  # (C,) fp32
+    rows,  # C
+    inverse_temperature,
+    gold_weight,
+    every_weight,
+    gradient_scale,
+    V: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    DEPTH: tl.constexpr,
+    HAS_TEACHER: tl.constexpr,
+    MAKE_GRADIENT: tl.constexpr,
+):
+    """The weighted loss and pass 2, after the gate."""
+    row = tl.program_id(0).to(tl.int64)
+    _finish_row(
+        student_logits + row * V,
+        teacher_logits + row * V,
+        results,
+        flags,
+        row,
+        rows,
+        tl.load(target + row).to(tl.int32),
+        tl.load(data_weight + row),
+        tl.load(teacher_weight + row),
+        tl.load(statistics + DATA_TERM * rows + row),
+        tl.load(statistics + KL * rows + row),
+        tl.load(statistics + STUDENT_MAX * rows + row),
+        tl.load(statistics + STUDENT_SUM * rows + row),
+        tl.load(statistics + TEACHER_MAX * rows + row),
+        tl.load(statistics + TEACHER_SUM * rows + row),
+        inverse_temperature,
+        gold_weight,
+        every_weight,
+        gradient_scale,
+        V,
+        THREADS,
+        VECTOR,
+        DEPTH,
+        HAS_TEACHER,
+        MAKE_GRADIENT,
+    )

@@ -1,0 +1,182 @@
+"""The row mathematics of one chunk on the Triton kernels: `row_step` does what `rows.row_step` does, on CUDA devices.
+
+Imported only where it is asked for: Triton is an optional dependency. `usable` says whether it runs on a device.
+
+    gate "token" or "none"   one launch: statistics, gate and gradient
+    any other gate           two, and the gate's torch function between them on the device; the host never waits
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hgkd_fairseq import gates
+from hgkd_fairseq.gates import GATES, Gate, TokenStatistics
+from hgkd_fairseq.loss import rows
+from hgkd_fairseq.loss.options import GATE_ON, Options, TokenResults
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WARP = 32
+
+
+class Variant(NamedTuple):
+    """One kernel as it is compiled."""
+
+    kernel: str  # a name in triton_kernels
+    constants: dict[str, int | bool]  # its constexpr arguments
+    num_warps: int
+
+
+def launch_shape(vocabulary: int, itemsize: int) -> tuple[int, int, int]:
+    """(num_warps, VECTOR, DEPTH): a thread takes DEPTH loads of VECTOR neighbouring logits from each tile.
+
+    A load of VECTOR logits has at most 16 bytes, and fewer where rows are not aligned to 16 (an odd vocabulary). 8
+    loaded values a thread leave room for two programs of 16 warps on a multiprocessor; so do 16 where a register holds
+    two of them.
+    """
+    vector = math.gcd(vocabulary, 16 // itemsize)
+    values = 16 if vector * itemsize == 16 and itemsize == 2 else 8
+    num_warps = 16 if vocabulary >= 16384 else 8 if vocabulary >= 4096 else 4
+    return num_warps, vector, values // vector
+
+
+def _fused(gate: Gate) -> bool:
+    """Whether the gate is one that the kernel knows: by its function, for any gate may bear any name."""
+    return gate.weights in (gates.token, gates.none)
+
+
+def variants(vocabulary: int, itemsize: int, options: Options, make_gradient: bool) -> list[Variant]:
+    """The kernels that a step launches, in their order."""
+    num_warps, vector, depth = launch_shape(vocabulary, itemsize)
+    shape = {"V": vocabulary, "THREADS": num_warps * WARP, "VECTOR": vector, "DEPTH": depth}
+    teacher = {"HAS_TEACHER": options.gate.needs_teacher}
+    statistics = {
+        "SMOOTHING": options.label_smoothing > 0,
+        "ARGMAX": options.needs_argmax,
+        "GATE_ON_ARGMAX": options.needs_argmax and options.gate_on == "argmax",
+        # At temperature 1 both are the same.
+        "GATE_TEMPERATURE": options.gate_temperature or options.teacher_temperature == 1 or not any(teacher.values()),
+    }
+    gradient = {"MAKE_GRADIENT": make_gradient}
+    if _fused(options.gate):
+        return [Variant("token_rows", shape | teacher | statistics | gradient, num_warps)]
+    return [
+        Variant("statistics_rows", shape | teacher | statistics, num_warps),
+        Variant("gradient_rows", shape | teacher | gradient, num_warps),
+    ]
+
+
+def all_variants(vocabulary: int, itemsize: int) -> list[Variant]:
+    """Every kernel that any options can launch at a vocabulary."""
+    found = []
+    split = (Gate("user", lambda s: gates.none(s), "token", needs, "", "") for needs in (True, False))
+    for gate, gate_on, gate_temperature, smoothing, top1, make_gradient in itertools.product(
+        (GATES["token"], GATES["none"], *split), GATE_ON, (True, False), (0.0, 0.1), (True, False), (True, False)
+    ):
+        options = Options(gate, gate_on, 1.5, gate_temperature, smoothing, top1)
+        found += [v for v in variants(vocabulary, itemsize, options, make_gradient) if v not in found]
+    return found
+
+
+def _launch(variant: Variant, *arguments: Tensor | float) -> None:
+    from hgkd_fairseq.loss import triton_kernels
+
+    kernel = getattr(triton_kernels, variant.kernel)
+    kernel[(arguments[0].size(0),)](*arguments, **variant.constants, num_warps=variant.num_warps)
+
+
+def row_step(
+    student_logits: Tensor,  # (C, V), overwritten by the gradient where they are contiguous
+    teacher_logits: list[Tensor],  # (C, V) each, not tempered
+    target: Tensor,  # (C,) int64
+    sentence: Tensor,  # (C,) int64, from 0
+    sentence_count: int,
+    options: Options,
+    gradient_scale: float | None,
+) -> tuple[TokenResults, Tensor | None]:
+    """As :func:`hgkd_fairseq.loss.rows.row_step`, with the gradient written over `student_logits`.
+
+    A target outside the vocabulary gives nan.
+    """
+    tokens, vocabulary = student_logits.shape
+    untempered_ensemble = len(teacher_logits) > 1 and not options.gate_temperature and options.teacher_temperature != 1
+    # The kernels read one teacher at one temperature: an ensemble has other means at tau and at 1. They know no fp64.
+    if untempered_ensemble or student_logits.dtype not in DTYPES or not tokens:
+        return rows.row_step(
+            student_logits, teacher_logits, target, sentence, sentence_count, options, gradient_scale
+        )
+    student = student_logits.contiguous()
+    temperature = options.teacher_temperature
+    if not options.gate.needs_teacher:
+        teacher = student  # never read
+    elif len(teacher_logits) == 1:
+        teacher = teacher_logits[0].contiguous()
+    else:
+        # log of the mean probability: logits at temperature 1
+        teacher = rows._mean_probability(teacher_logits, temperature, torch.float32).log_()
+        temperature = 1.0
+
+    results = torch.empty((5, tokens), dtype=torch.float32, device=student.device)
+    flags = torch.empty((2, tokens), dtype=torch.int8, device=student.device)
+    steps = variants(vocabulary, student.element_size(), options, gradient_scale is not None)
+    scale = 0.0 if gradient_scale is None else float(gradient_scale)
+    outputs = (student, teacher, target.contiguous(), results, flags)
+    scalars = (tokens, 1 / temperature, *options.gold_weight(vocabulary))
+    with torch.cuda.device_of(student):
+        if len(steps) == 1:
+            _launch(steps[0], *outputs, *scalars, scale)
+        else:
+            statistics = torch.empty((8, tokens), dtype=torch.float32, device=student.device)
+            _launch(steps[0], *outputs, statistics, *scalars)
+            weights = options.gate.weights(TokenStatistics(statistics[0], statistics[1], sentence, sentence_count))
+            data, teacher_weight = (weight.to(torch.float32).contiguous() for weight in weights)
+            _launch(steps[1], *outputs, statistics, data, teacher_weight, *scalars, scale)
+
+    loss, nll, kd, gap, confidence = results.unbind()
+    teacher_mask, correct = flags.view(torch.bool).unbind()
+    top = (confidence, correct) if options.needs_argmax else (None, None)
+    return TokenResults(loss, nll, kd, teacher_mask, gap, *top), None if gradient_scale is None else student
+
+
+def usable(device: torch.device | str) -> str | None:
+    """None where `row_step` runs on `device` and agrees with plain torch; otherwise a sentence that says why not."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _usable(device)
+
+
+@functools.cache
+def _usable(device: torch.device) -> str | None:
+    try:
+        import triton
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}); `pip install triton` brings it."
+    if device.type != "cuda" and not triton.knobs.runtime.interpret:
+        return f'Triton compiles for CUDA devices, and this is "{device}".'
+    try:
+        worst = _self_check(device)
+    except Exception as error:
+        return f"Triton's kernels failed on {device}: {type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+    if not worst < 1e-4:
+        return f"Triton's kernels differ from plain torch by {worst:.2g} on {device}."
+    return None
+
+
+def _self_check(device: torch.device) -> float:
+    """The largest difference from `rows.row_step` on two rows, gate "token"."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn((2, 4, 40), generator=generator).to(device)
+    target = torch.arange(4, device=device)
+    options = Options(GATES["token"], teacher_temperature=1.5, label_smoothing=0.1)
+    results = []
+    for step in (rows.row_step, row_step):
+        result, dz = step(student.clone(), [teacher], target, torch.zeros_like(target), 1, options, 1.0)
+        results.append(torch.cat([result.loss, result.nll, result.kd, result.gap, dz.flatten()]))
+    return (results[0] - results[1]).abs().max().item()

@@ -1,0 +1,31 @@
+# Sourced by the other scripts: makes .venv with the pinned set that is tested, once, and sets PYTHON and BIN.
+# Needs Python 3.11 or 3.12 (another one: HGKD_PYTHON=/path/to/python3.11). A set-up that was killed is started again.
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+BIN=$root/.venv/bin
+PYTHON=$BIN/python
+
+find_python() {
+    local candidate
+    for candidate in ${HGKD_PYTHON:-python3.11 python3.12 python3}; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    echo "no Python 3.11 or 3.12 found: install one, or name it in HGKD_PYTHON" >&2
+    return 1
+}
+
+make_environment() {
+    local stamp=$root/.venv/installed wanted python
+    wanted=$(cat "$root/scripts/constraints.txt" "$root/setup.py" | sha256sum)
+    [[ -f $stamp && $(<"$stamp") == "$wanted" ]] && return
+    python=$(find_python)
+    echo "setting up .venv with $("$python" --version) (about 2 minutes)" >&2
+    [[ -x $PYTHON ]] || "$python" -m venv "$root/.venv"
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check --constraint "$root/scripts/constraints.txt" \
+        --editable "$root[test,triton,recipes]" >&2
+    printf '%s\n' "$wanted" >"$stamp" # written last: without it the next call installs again
+}
+
+make_environment

@@ -1,0 +1,119 @@
+#!/usr/bin/env bash
+# From nothing to distilled students, on real data: quickstart.sh [--smoke] [--dir DIR] [--from FOLDER]
+#
+# Sets up .venv, gets Multi30K De-En (else the LibreOffice help), trains a teacher, a Base student (cross-entropy), an
+# HKD-T and an HKD-S student (the hard gate, by token and by sentence), translates the test set with fairseq-generate and
+# prints BLEU, chrF and calibration error of all four side by side. Uses a GPU if there is one.
+#
+#   --smoke        everything at toy size, in 5 minutes on 2 cores: shows that it runs, not that it is good
+#   --dir DIR      where runs and logs go (default runs/quickstart, or runs/smoke)
+#   --from FOLDER  a local copy of the data, see get_data.sh; also in HGKD_DATA
+#
+# Killed anywhere and started again, it goes on where it was: finished steps are skipped, training resumes.
+set -euo pipefail
+
+smoke=0 dir="" from=()
+while (($#)); do
+    case $1 in
+        --smoke) smoke=1 ;;
+        --dir | --from)
+            [[ -n ${2:-} ]] || { echo "quickstart.sh: $1 needs a folder" >&2; exit 2; }
+            [[ $1 == --dir ]] && dir=$2 || from=(--from "$2")
+            shift
+            ;;
+        -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        *) echo "quickstart.sh: unknown argument $1; known are --smoke, --dir DIR, --from FOLDER" >&2; exit 2 ;;
+    esac
+    shift
+done
+
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+if ((smoke)); then dir=${dir:-$root/runs/smoke}; else dir=${dir:-$root/runs/quickstart}; fi
+mkdir -p "$dir"
+dir=$(cd "$dir" && pwd)
+say() { printf '%s  %s\n' "$(date +%H:%M:%S)" "$*"; }
+
+# ---------------------------------------------------------------------------------------------------------- settings
+# The teacher is about twice the student. A learning rate that falls to 0 lets each model reach its best validation
+# loss within the updates it is given; dropout and sizes are for 29,000 pairs and 2 CPU cores.
+vocab=4000 batch=2048 teacher_updates=3000 student_updates=3300 warmup=400
+teacher_size=(--encoder-layers 3 --decoder-layers 2 --encoder-embed-dim 192 --decoder-embed-dim 192
+    --encoder-ffn-embed-dim 384 --decoder-ffn-embed-dim 384 --encoder-attention-heads 4 --decoder-attention-heads 4)
+student_size=(--encoder-layers 2 --decoder-layers 2 --encoder-embed-dim 128 --decoder-embed-dim 128
+    --encoder-ffn-embed-dim 256 --decoder-ffn-embed-dim 256 --encoder-attention-heads 4 --decoder-attention-heads 4)
+if ((smoke)); then
+    vocab=2000 teacher_updates=120 student_updates=100 warmup=40
+fi
+if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then device=(--fp16); else device=(--cpu); fi
+
+# -------------------------------------------------------------------------------------------------------------- data
+data=""
+for name in multi30k-de-en libreoffice-help-de-en; do
+    # A folder given by hand is for the first data set that fits it; the other is tried without.
+    status=0
+    bash "$root/scripts/get_data.sh" "$name" "$dir/text-$name" "${from[@]}" || status=$?
+    if ((status == 0)); then data=$name; break; fi
+    ((status == 3)) || exit "$status"
+done
+if [[ -z $data ]]; then
+    echo "quickstart.sh: no data: name a folder with Multi30K's train.de.gz and so on in --from FOLDER" >&2
+    exit 1
+fi
+text=$dir/text-$data
+bin=$dir/data-bin
+PYTHON=$PYTHON bash "$root/scripts/prepare_data.sh" "$text" "$bin" --vocab "$vocab"
+
+# ---------------------------------------------------------------------------------------------------------- training
+# train NAME UPDATES OPTIONS...: to DIR/NAME, with its log; resumes by itself.
+train() {
+    local name=$1 updates=$2 run=$dir/$1
+    shift 2
+    [[ -f $run/done ]] && { say "$name: trained before"; return; }
+    mkdir -p "$run"
+    say "$name: training, $updates updates (log: $run/train.log)"
+    "$BIN/fairseq-train" "$bin" --user-dir "$root/hgkd_fairseq" --save-dir "$run" "${device[@]}" \
+        --arch transformer_iwslt_de_en --share-all-embeddings --dropout 0.2 --max-tokens "$batch" --seed 1 \
+        --optimizer adam --adam-betas '(0.9, 0.98)' --lr 0.004 --clip-norm 1.0 --weight-decay 0.0001 \
+        --lr-scheduler polynomial_decay --warmup-updates "$warmup" \
+        --total-num-update "$updates" --max-update "$updates" \
+        --best-checkpoint-metric nll_loss --no-epoch-checkpoints \
+        --no-progress-bar --log-format simple --log-interval 50 "$@" 2>&1 |
+        tee -a "$run/train.log" | progress "$name"
+    touch "$run/done"
+}
+
+# One line an epoch, and whatever went wrong.
+progress() {
+    awk -v name="$1" -F ' \\| ' '
+        / valid \| epoch/ { line = ""; for (i = 4; i <= NF; i++)
+            if ($i ~ /^(epoch|nll_loss|ece|teacher_share|num_updates|best_nll_loss)/) line = line "  " $i
+            print "          " name ":" line; fflush() }
+        /error:|Error/ { print; fflush() }'
+}
+
+distil=(--task translation_with_teacher --teacher-path "$dir/teacher/checkpoint_best.pt"
+    --criterion hard_gate_kd --teacher-temperature 1.5)
+train teacher "$teacher_updates" "${teacher_size[@]}" --criterion label_smoothed_cross_entropy --label-smoothing 0
+train base "$student_updates" "${student_size[@]}" --criterion hard_gate_kd --gate none
+train hkd-t "$student_updates" "${student_size[@]}" "${distil[@]}" --gate token
+train hkd-s "$student_updates" "${student_size[@]}" "${distil[@]}" --gate sentence
+
+# ----------------------------------------------------------------------------------------------- translating, scoring
+for name in teacher base hkd-t hkd-s; do
+    run=$dir/$name
+    if [[ ! -f $run/translated ]]; then
+        say "$name: translating the test set, beam 5 (log: $run/generate-test.txt)"
+        "$BIN/fairseq-generate" "$bin" --user-dir "$root/hgkd_fairseq" --path "$run/checkpoint_best.pt" "${device[@]}" \
+            --gen-subset test --beam 5 --max-len-a 1.5 --max-len-b 10 --max-tokens 4000 \
+            --remove-bpe sentencepiece --results-path "$run" >"$run/generate.log" 2>&1 ||
+            { tail -n 1 "$run/generate.log" >&2; exit 1; }
+        touch "$run/translated"
+    fi
+    if [[ ! -f $run/forced.json ]]; then
+        say "$name: calibration on the test set"
+        "$BIN/hgkd" calibration forced "$bin" --path "$run/checkpoint_best.pt" --json "$run/forced.json" \
+            >"$run/calibration.log" 2>&1 || { tail -n 1 "$run/calibration.log" >&2; exit 1; }
+    fi
+done
+"$PYTHON" "$root/scripts/score_runs.py" --reference "$text/test.en" --output "$dir/table.md" \
+    "$dir/teacher" "$dir/base" "$dir/hkd-t" "$dir/hkd-s"
