@@ -49,11 +49,11 @@ if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; th
 # -------------------------------------------------------------------------------------------------------------- data
 data=""
 for name in multi30k-de-en libreoffice-help-de-en; do
-    # A folder given by hand is for the first data set that fits it; the other is tried without.
     status=0
     bash "$root/scripts/get_data.sh" "$name" "$dir/text-$name" "${from[@]}" || status=$?
     if ((status == 0)); then data=$name; break; fi
-    ((status == 3)) || exit "$status"
+    # 3: this one cannot be had here; 2: --from holds another one. Anything else is wrong and has been said.
+    ((status == 3 || (status == 2 && ${#from[@]} > 0))) || exit "$status"
 done
 if [[ -z $data ]]; then
     echo "quickstart.sh: no data: name a folder with Multi30K's train.de.gz and so on in --from FOLDER" >&2

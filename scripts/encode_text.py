@@ -1,0 +1,116 @@
+"""Train a joint sentencepiece BPE and encode a parallel corpus with it: encode_text.py TEXTDIR OUTDIR [options].
+
+OUTDIR gets ``{train,valid,test}.LANG`` (pieces, separated by spaces), ``sentencepiece.model`` and ``dict.txt``, the
+dictionary of both languages for fairseq. The same text and options give the same bytes, whatever the folders' names.
+"""
+
+import argparse
+import io
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import sentencepiece
+
+SPLITS = ("train", "valid", "test")
+FAIRSEQ_SPECIALS = 4  # <s> <pad> </s> <unk>, which fairseq puts before the lines of a dictionary file
+
+
+def read_lines(path: Path) -> list[str]:
+    """Lines of a text file. Only a line feed ends a line: other separators inside a line would shift the pairs."""
+    return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+
+
+def paper_style(language: str) -> Callable[[str], str]:
+    """Tokenised, then lowercased (abbreviations are recognised by their capitals): fairseq's recipe for IWSLT."""
+    from sacremoses import MosesTokenizer
+
+    tokenizer = MosesTokenizer(language)
+    return lambda line: tokenizer.tokenize(line, aggressive_dash_splits=False, escape=False, return_str=True).lower()
+
+
+def train_model(sentences: Iterable[str], vocab: int) -> bytes:
+    """A serialised BPE model of `vocab` pieces, <unk>, <s> and </s> among them.
+
+    No byte fallback: ``--remove-bpe sentencepiece`` joins pieces by text, and would leave the bytes as <0xE2>.
+    """
+    model = io.BytesIO()
+    # An iterator and a writer, not file names: those would be stored in the model, and its bytes depend on the folder.
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab,
+        character_coverage=1.0,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def dictionary_lines(model: sentencepiece.SentencePieceProcessor, counts: Counter[str]) -> list[str]:
+    """Lines "piece count" of fairseq's dictionary: all pieces of the model, in its order.
+
+    Made from the model, and not from the encoded training text: that text lacks the pieces which BPE only ever merges
+    on, and validation and test text that ends in one of those would become <unk>. So only a character that training
+    never saw is <unk>. Padded as fairseq pads its own, to a multiple of 8 entries, for the GPU's matrix units.
+    """
+    ids = range(model.get_piece_size())
+    pieces = [model.id_to_piece(i) for i in ids if not (model.is_control(i) or model.is_unknown(i))]
+    padding = -(len(pieces) + FAIRSEQ_SPECIALS) % 8
+    return [f"{piece} {counts[piece]}" for piece in pieces] + [f"madeupword{i:04d} 0" for i in range(padding)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("textdir", type=Path)
+    parser.add_argument("outdir", type=Path)
+    parser.add_argument("--vocab", type=int, default=4000)
+    parser.add_argument("--source", default="de")
+    parser.add_argument("--target", default="en")
+    parser.add_argument("--style", choices=("cased", "paper"), default="cased")
+    args = parser.parse_args()
+
+    languages = (args.source, args.target)
+    text = {}
+    for language in languages:
+        style = paper_style(language) if args.style == "paper" else str
+        for split in SPLITS:
+            text[split, language] = [style(line) for line in read_lines(args.textdir / f"{split}.{language}")]
+    for split in SPLITS:
+        sizes = [len(text[split, language]) for language in languages]
+        if sizes[0] != sizes[1]:
+            sys.exit(
+                f"encode_text.py: TEXTDIR {args.textdir}: {split}.{args.source} has {sizes[0]} lines and "
+                f"{split}.{args.target} {sizes[1]}: give a pair on each line"
+            )
+
+    print(f"encode_text.py: training sentencepiece, {args.vocab} pieces", file=sys.stderr)
+    try:
+        serialised = train_model((line for language in languages for line in text["train", language]), args.vocab)
+    except RuntimeError as error:  # sentencepiece says "Vocabulary size too high (4000). Please set it to ... <= 512."
+        sys.exit(f"encode_text.py: --vocab {args.vocab} does not suit train.*: {' '.join(str(error).split())}")
+    model = sentencepiece.SentencePieceProcessor(model_proto=serialised)
+
+    args.outdir.mkdir(parents=True, exist_ok=True)
+    (args.outdir / "sentencepiece.model").write_bytes(serialised)
+    counts: Counter[str] = Counter()
+    for (split, language), lines in text.items():
+        encoded = model.encode(lines, out_type=str)
+        pieces = Counter(piece for line in encoded for piece in line)
+        unknown = sum(n for piece, n in pieces.items() if model.piece_to_id(piece) == model.unk_id())
+        if split == "train":
+            counts += pieces
+        with (args.outdir / f"{split}.{language}").open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(" ".join(line) + "\n" for line in encoded)
+        print(
+            f"encode_text.py: {split}.{language}: {len(lines)} lines, {pieces.total()} pieces, {unknown} unknown",
+            file=sys.stderr,
+        )
+    with (args.outdir / "dict.txt").open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(line + "\n" for line in dictionary_lines(model, counts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+#!/usr/bin/env bash
+# Text to fairseq's binary data: prepare_data.sh TEXTDIR DATABIN [--vocab N] [--source LANG] [--target LANG]
+#                                                                [--style cased|paper]
+#
+# TEXTDIR holds {train,valid,test}.{de,en} (get_data.sh makes it). A joint sentencepiece BPE is trained on train, all six
+# files are encoded with it, and fairseq-preprocess binarises them with one dictionary for both languages into DATABIN,
+# which also gets sentencepiece.model and PREPARED (one line: the settings, and a hash of the text). Generate with
+# `fairseq-generate DATABIN ... --remove-bpe sentencepiece`.
+#
+#   --vocab N        pieces of the BPE, default 4000
+#   --source, --target   languages, default de and en
+#   --style cased    the text as it is (default)
+#   --style paper    tokenised with sacremoses and lowercased before the BPE, as in fairseq's recipe for IWSLT; the
+#                    references of fairseq-generate are then tokenised and lowercased too
+#
+# Exit status: 0 done (or done before with the same settings), 2 usage error, 1 anything else.
+# All work is done in DATABIN.partial, which is renamed to DATABIN as the very last step: a DATABIN that exists is whole.
+# Environment: PYTHON, the Python with sentencepiece and fairseq; default .venv/bin/python of this repository, if it is
+# there, else python3.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+say() { printf 'prepare_data.sh: %s\n' "$*" >&2; }
+
+# fail STATUS SENTENCE
+fail() {
+    local status=$1
+    shift
+    say "$*"
+    exit "$status"
+}
+
+usage() {
+    cat <<END
+usage: prepare_data.sh TEXTDIR DATABIN [--vocab N] [--source LANG] [--target LANG] [--style cased|paper]
+  TEXTDIR          holds {train,valid,test}.LANG; get_data.sh makes such a folder
+  DATABIN          the folder to make, for fairseq-train and fairseq-generate
+  --vocab N        pieces of the joint sentencepiece BPE (default 4000)
+  --source LANG    source language (default de)
+  --target LANG    target language (default en)
+  --style STYLE    cased: the text as it is (default); paper: tokenised and lowercased
+END
+}
+
+textdir="" databin="" vocab=4000 source=de target=en style=cased
+while (($#)); do
+    case $1 in
+        -h | --help)
+            usage
+            exit 0
+            ;;
+        --vocab | --source | --target | --style)
+            [[ -n ${2:-} ]] || fail 2 "$1 needs a value"
+            case $1 in
+                --vocab) vocab=$2 ;;
+                --source) source=$2 ;;
+                --target) target=$2 ;;
+                --style) style=$2 ;;
+            esac
+            shift
+            ;;
+        -*) fail 2 "unknown option $1; known are: --vocab, --source, --target, --style" ;;
+        *)
+            if [[ -z $textdir ]]; then
+                textdir=$1
+            elif [[ -z $databin ]]; then
+                databin=$1
+            else
+                fail 2 "unexpected argument $1: give one TEXTDIR and one DATABIN"
+            fi
+            ;;
+    esac
+    shift
+done
+[[ -n $textdir && -n $databin ]] || fail 2 "TEXTDIR and DATABIN are needed"
+[[ $vocab =~ ^[1-9][0-9]*$ ]] || fail 2 "--vocab $vocab: needs a number of pieces, such as 4000"
+[[ $style == cased || $style == paper ]] || fail 2 "--style $style: must be cased or paper"
+[[ $source != "$target" ]] || fail 2 "--source and --target are both $source: give two languages"
+while [[ $databin == ?*/ ]]; do databin=${databin%/}; done
+partial=$databin.partial
+
+texts=()
+for split in train valid test; do
+    for language in "$source" "$target"; do
+        [[ -f $textdir/$split.$language ]] ||
+            fail 1 "TEXTDIR $textdir has no $split.$language: make it with get_data.sh, or name the languages with" \
+                "--source and --target"
+        texts+=("$textdir/$split.$language")
+    done
+done
+# The text is one of the settings: the same options on another corpus make other data.
+hash=$(cat "${texts[@]}" | sha256sum)
+settings="vocab=$vocab source=$source target=$target style=$style text=${hash:0:12}"
+
+if [[ -f $databin/PREPARED ]]; then
+    prepared=$(<"$databin/PREPARED")
+    [[ $prepared == "$settings" ]] ||
+        fail 1 "$databin was prepared with other settings ($prepared, not $settings): remove it or choose another DATABIN"
+    say "$databin is there already: $settings"
+    exit 0
+fi
+[[ ! -e $databin && ! -L $databin ]] || fail 1 "$databin exists but has no file PREPARED: remove it or choose another DATABIN"
+
+if [[ -z ${PYTHON:-} ]]; then
+    PYTHON=$here/../.venv/bin/python
+    [[ -x $PYTHON ]] || PYTHON=python3
+fi
+PYTHON=$(command -v "$PYTHON") || fail 1 "PYTHON names no program: give a Python with sentencepiece and fairseq"
+preprocess=$(dirname "$PYTHON")/fairseq-preprocess
+[[ -x $preprocess ]] || preprocess=$(command -v fairseq-preprocess) ||
+    fail 1 "no fairseq-preprocess beside PYTHON=$PYTHON, nor on PATH: name a Python with fairseq in PYTHON"
+
+say "$settings"
+rm -rf "$partial" # quick to make again: nothing of a run that was killed is used
+mkdir -p "$partial"
+"$PYTHON" "$here/encode_text.py" "$textdir" "$partial/pieces" \
+    --vocab "$vocab" --source "$source" --target "$target" --style "$style" || exit 1 # it has said why
+
+say "fairseq-preprocess"
+"$preprocess" --source-lang "$source" --target-lang "$target" --joined-dictionary --srcdict "$partial/pieces/dict.txt" \
+    --trainpref "$partial/pieces/train" --validpref "$partial/pieces/valid" --testpref "$partial/pieces/test" \
+    --destdir "$partial" --workers 1 >"$partial/pieces/log" 2>&1 ||
+    fail 1 "fairseq-preprocess failed ($(tail -n 1 "$partial/pieces/log")): $partial/pieces/log has all it said"
+
+mv "$partial/pieces/sentencepiece.model" "$partial/sentencepiece.model"
+rm -rf "$partial/pieces" "$partial/preprocess.log" # a log of folders that are no more
+printf '%s\n' "$settings" >"$partial/PREPARED"
+mv -T "$partial" "$databin"
+say "done: $databin"
