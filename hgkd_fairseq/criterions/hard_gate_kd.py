@@ -17,6 +17,9 @@ from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.gates import get_gate
 from hgkd_fairseq.loss import IMPLEMENTATIONS, gated_distillation
 
+# A compilation costs about as much as it saves in some hundred updates of a small model on the CPU.
+COMPILE_FROM_UPDATES = 1000
+
 
 @dataclass
 class HardGateKDConfig(FairseqDataclass):
@@ -47,11 +50,15 @@ class HardGateKDConfig(FairseqDataclass):
     )
     loss_impl: ChoiceEnum(list(IMPLEMENTATIONS)) = field(  # type: ignore[valid-type]
         default="auto",
-        metadata={"help": "how the loss is computed; auto takes the fastest that serves the model and the device"},
+        metadata={
+            "help": "how the loss is computed; auto: triton on a GPU; on the CPU compiled where --max-update says that "
+            "the run is long enough to earn the compilation back, else chunked; eager without a linear output layer"
+        },
     )
     report_accuracy: bool = field(default=False, metadata={"help": "report accuracy metric"})
     ignore_prefix_size: int = field(default=0, metadata={"help": "ignore the first N tokens of each target"})
     sentence_avg: bool = II("optimization.sentence_avg")
+    max_update: int = II("optimization.max_update")
 
 
 @register_criterion("hard_gate_kd", dataclass=HardGateKDConfig)
@@ -92,20 +99,31 @@ class HardGateKDCriterion(FairseqCriterion):
         updates = getattr(self.task, "num_updates", None)
         return self.gate.needs_teacher and (updates is None or updates >= self.cfg.distill_start_update)
 
+    def implementation(self, student) -> str:
+        """--loss-impl, with auto made definite on the CPU. The choice may depend on the run's options only: a run that
+        is killed and resumed must go on with the same rounding."""
+        long_run = self.cfg.max_update >= COMPILE_FROM_UPDATES
+        if self.cfg.loss_impl == "auto" and student.weight is not None and student.hidden.device.type == "cpu":
+            return "compiled" if long_run and torch.is_grad_enabled() else "chunked"
+        return self.cfg.loss_impl
+
     def forward(self, model, sample, reduce=True):
         """Returns the summed loss, the sample size that divides its gradient, and log outputs that can be summed."""
+        skip = self.cfg.ignore_prefix_size
+        target = sample["target"][:, skip:]
+        # Counted before anything of this batch is queued on the device: the host waits for nothing but the last step.
+        lengths = (target != self.padding_idx).sum(1).tolist()
         student = features.head(model, sample["net_input"])
         teachers = []
         if self.distils():
             teachers = self.task.load_teacher().heads(sample, student.hidden.device, student.hidden.dtype)
-        skip = self.cfg.ignore_prefix_size
         validating = not torch.is_grad_enabled()
         out = gated_distillation(
             student.hidden[:, skip:],
             student.weight,
             [teacher.hidden[:, skip:] for teacher in teachers] or None,
             [teacher.weight for teacher in teachers],
-            sample["target"][:, skip:],
+            target,
             padding_idx=self.padding_idx,
             gate=self.gate if teachers else "none",
             gate_on=self.cfg.gate_on,
@@ -115,7 +133,8 @@ class HardGateKDCriterion(FairseqCriterion):
             student_bias=student.bias,
             teacher_bias=[teacher.bias for teacher in teachers],
             top1=validating or self.cfg.report_accuracy,
-            implementation=self.cfg.loss_impl,
+            lengths=lengths,
+            implementation=self.implementation(student),
         )
         sample_size = sample["target"].size(0) if self.cfg.sentence_avg else sample["ntokens"]
         logging_output = {

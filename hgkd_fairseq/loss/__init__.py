@@ -5,18 +5,23 @@ One public function, :func:`gated_distillation`; importable and usable without f
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from hgkd_fairseq.gates import Gate, get_gate
-from hgkd_fairseq.loss import chunked, eager
+from hgkd_fairseq.loss import chunked, eager, rows
 from hgkd_fairseq.loss.options import Head, Options, TokenResults
 
 __all__ = ["IMPLEMENTATIONS", "DistillationOutput", "Head", "Options", "gated_distillation"]
 
-IMPLEMENTATIONS = ("auto", "eager", "chunked")
+logger = logging.getLogger(__name__)
+
+IMPLEMENTATIONS = ("auto", "eager", "chunked", "compiled", "triton")
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ def gated_distillation(
     student_bias: Tensor | None = None,  # (V,)
     teacher_bias: Tensor | Sequence[Tensor | None] | None = None,  # (V,), likewise
     top1: bool = False,
+    lengths: Sequence[int] | None = None,
     implementation: str = "auto",
 ) -> DistillationOutput:
     """Distillation gated token by token (hard-gate KD: Lee et al., EMNLP 2022, arXiv:2210.12427).
@@ -77,8 +83,12 @@ def gated_distillation(
         gate_temperature: whether the gate's teacher probability is tempered too.
         label_smoothing: fairseq's eps on the data term: every token gets eps / (V - 1).
         top1: also return the student's top-1 confidence and whether it is right.
+        lengths: number of non-pad targets of each sentence, as host integers. Given, the host never waits for the
+            device; otherwise it waits once, to count them.
         implementation: "eager" (the oracle: full logits, autograd), "chunked" (chunks of tokens, gradients made in
-            the forward pass, fp32 softmax and accumulation), or "auto": chunked where the student has a linear head.
+            the forward pass, fp32 softmax and accumulation), "compiled" (chunked, with the rows fused by
+            torch.compile), "triton" (chunked, with the rows in Triton kernels), or "auto": triton on a GPU where its
+            kernels pass a self-check, else chunked; eager without linear heads.
 
     Raises:
         ValueError: an unknown gate or implementation, an option out of its range, shapes that do not fit together.
@@ -92,22 +102,51 @@ def gated_distillation(
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f'unknown implementation "{implementation}"; it must be one of {", ".join(IMPLEMENTATIONS)}')
     linear = all(head.weight is not None for head in (student, *teachers))
-    if implementation == "chunked" and not linear:
-        raise ValueError('implementation="chunked" needs linear heads; logits (weight=None) take "eager" or "auto"')
+    if implementation not in ("auto", "eager") and not linear:
+        raise ValueError(f'implementation="{implementation}" needs linear heads; logits (weight=None) take "eager"')
+    row_step = _row_step(implementation, student) if linear else None
 
     # Pads are dropped before anything is computed: what stands at a pad can reach neither loss nor gradient.
     kept = target != padding_idx  # (B, T)
-    rows = kept.flatten().nonzero().squeeze(1)  # (N,)
-    student = _select(student, rows)
-    teachers = [_select(teacher, rows) for teacher in teachers]
-    gold = target.flatten()[rows]
-    sentence = rows // max(target.size(1), 1)
-    if implementation == "eager" or not linear:
+    if lengths is None:
+        lengths = kept.sum(1).tolist()
+    kept_rows = torch.nonzero_static(kept.flatten(), size=sum(lengths)).squeeze(1)  # (N,)
+    student = _select(student, kept_rows)
+    teachers = [_select(teacher, kept_rows) for teacher in teachers]
+    gold = target.flatten()[kept_rows]
+    sentence = _sentence_index(lengths, target.device)
+    if row_step is None:
         results = eager.token_results(student, teachers, gold, sentence, target.size(0), options)
     else:
-        lengths = kept.sum(1).tolist() if options.gate.scope == "sentence" else None
-        results = chunked.token_results(student, teachers, gold, sentence, target.size(0), lengths, options)
+        results = chunked.token_results(student, teachers, gold, sentence, lengths, options, row_step=row_step)
     return _output(results, kept)
+
+
+def _row_step(implementation: str, student: Head) -> chunked.RowStep | None:
+    """What does the rows of a chunk; None for the eager implementation."""
+    if implementation == "eager":
+        return None
+    device = student.hidden.device
+    if implementation == "chunked" or (implementation == "auto" and device.type != "cuda"):
+        return rows.row_step
+    if implementation == "compiled":
+        from hgkd_fairseq.loss import compiled
+
+        return compiled.row_step
+    from hgkd_fairseq.loss import triton_rows
+
+    problem = triton_rows.usable(device)
+    if problem is None:
+        return triton_rows.row_step
+    if implementation == "triton":
+        raise ValueError(f'implementation="triton" cannot be used: {problem}')
+    _say_once(f"the loss runs without Triton kernels: {problem}")
+    return rows.row_step
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
 
 
 def _teacher_heads(hidden, weight, bias, options: Options) -> list[Head]:
@@ -144,6 +183,14 @@ def _check_shapes(student: Head, teachers: Sequence[Head], target: Tensor) -> No
 
 def _select(head: Head, rows: Tensor) -> Head:
     return head._replace(hidden=head.hidden.reshape(-1, head.hidden.size(-1)).index_select(0, rows))
+
+
+def _sentence_index(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """(N,) number of the sentence that each token belongs to, counting only sentences that have tokens: of k
+    neighbouring tokens the numbers differ by less than k."""
+    counts = torch.tensor([length for length in lengths if length], dtype=torch.int64)
+    index = torch.arange(len(counts)).repeat_interleave(counts)
+    return index.to(device, non_blocking=True)
 
 
 def _output(results: TokenResults, kept: Tensor) -> DistillationOutput:

@@ -21,12 +21,18 @@ from hgkd_fairseq.loss.options import Head, Options, TokenResults
 
 RowStep = Callable[..., tuple[TokenResults, Tensor | None]]  # with the signature of rows.row_step
 
-# Tokens a chunk. Measured on 2 CPU cores at hidden 512, vocabulary 10k and 32k: 64 loses 40 %, 256 to 1024 are level.
-CHUNK_TOKENS = 256
+# Tokens a chunk, by device type. CPU: measured on 2 cores at hidden 512, vocabulary 10k and 32k: 64 loses 40 %, 256 to
+# 1024 are level.
+CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
 
 # |dz| is at most the gate's weight and often near 1e-8, where fp16 flushes to zero before the optimizer's loss scale
 # is known: fp16 gradients at the logits carry this factor until the backward pass divides it out.
 FP16_SCALE = 1024.0
+
+
+def chunk_tokens(device: torch.device, vocabulary: int) -> int:
+    """Tokens a chunk for a device and a vocabulary."""
+    return CHUNK_TOKENS.get(device.type, CHUNK_TOKENS["cpu"])
 
 
 def chunk_bounds(tokens: int, lengths: Sequence[int] | None, chunk_tokens: int) -> list[tuple[int, int]]:
@@ -82,9 +88,7 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, hidden, weight, bias, teachers, target, sentence, sentence_count, lengths, options, needs, row_step
-    ):
+    def forward(ctx, hidden, weight, bias, teachers, target, sentence, lengths, options, needs, row_step):
         """`hidden` (N, D), `weight` (V, D), `bias` (V,) or None; `needs`: which of the three wants a gradient."""
         needs_hidden, needs_weight, needs_bias = needs
         student = Head(hidden, weight, bias)
@@ -97,13 +101,13 @@ class _Chunked(torch.autograd.Function):
         d_weight = torch.zeros(weight.shape, dtype=accumulate, device=weight.device) if needs_weight else None
         d_bias = torch.zeros(weight.size(0), dtype=accumulate, device=weight.device) if needs_bias else None
         parts: list[TokenResults] = []
-        for start, end in chunk_bounds(hidden.size(0), lengths, CHUNK_TOKENS):
+        for start, end in chunk_bounds(hidden.size(0), lengths, chunk_tokens(hidden.device, weight.size(0))):
             results, dz = row_step(
                 project(student, start, end),
                 [project(teacher, start, end) for teacher in teachers],
                 target[start:end],
                 sentence[start:end] - sentence[start],
-                sentence_count,
+                end - start,  # there are at most as many sentences as tokens
                 options,
                 scale if any(needs) else None,
             )
@@ -140,7 +144,7 @@ class _Chunked(torch.autograd.Function):
             d_weight = d_weight.mul_(factor).to(weight_dtype)
         if d_bias is not None:
             d_bias = d_bias.mul_(factor).to(bias_dtype)
-        return d_hidden, d_weight, d_bias, *[None] * 8
+        return d_hidden, d_weight, d_bias, *[None] * 7
 
 
 def concatenate(parts: list[TokenResults], empty: Tensor, options: Options) -> TokenResults:
@@ -157,13 +161,13 @@ def token_results(
     teachers: Sequence[Head],
     target: Tensor,
     sentence: Tensor,
-    sentence_count: int,
-    lengths: Sequence[int] | None,
+    lengths: Sequence[int],  # of the sentences, host integers, in order, summing to N
     options: Options,
     row_step: RowStep = rows.row_step,
 ) -> TokenResults:
-    """As :func:`hgkd_fairseq.loss.eager.token_results`, but `loss` is the scalar sum; `lengths` of the sentences (host
-    integers, in order, summing to N) are given for a gate of sentence scope. `row_step` does a chunk's rows."""
+    """As :func:`hgkd_fairseq.loss.eager.token_results`, but `loss` is the scalar sum. `row_step` does the rows."""
+    if options.gate.scope == "token":
+        lengths = None
     inputs = (student.hidden, student.weight, student.bias)
     # Asked for outside the Function: inside, needs_input_grad stays True under torch.no_grad().
     needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
@@ -175,6 +179,4 @@ def token_results(
     with torch.no_grad():
         teachers = [Head(*[None if x is None else x.detach() for x in teacher]) for teacher in teachers]
     with torch.autocast(device, enabled=False):
-        return TokenResults(
-            *_Chunked.apply(*inputs, teachers, target, sentence, sentence_count, lengths, options, needs, row_step)
-        )
+        return TokenResults(*_Chunked.apply(*inputs, teachers, target, sentence, lengths, options, needs, row_step))

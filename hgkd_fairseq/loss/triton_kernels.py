@@ -1,7 +1,7 @@
 """The row mathematics of one chunk as Triton kernels: logits in, per-token results out, the gradient in place.
 
-One program a row, two passes over it in tiles of DEPTH x LANES tokens, everything in fp32. For the student's logits z
-and the teacher's t of one row, tau the teacher's temperature,
+One program a row, two passes over it, everything in fp32. For the student's logits z and the teacher's t of one row of
+V, and the teacher's temperature tau,
 
     pass 1   m = max z                      l = sum exp(z - m)
              M = max t                      L = sum exp((t - M) / tau)
@@ -9,19 +9,19 @@ and the teacher's t of one row, tau the teacher's temperature,
     gate     (data, teacher), in the kernel for the gates "token" and "none", in torch between two kernels for others
     pass 2   dz = (data + teacher) p - teacher q - data eps_i - data (1 - eps - eps_i) onehot,     p = exp(z - m) / l
 
-Where it lives. Pass 1 is online: each of the LANES columns of a tile keeps its own maxima and sums in registers,
-rescaled once a tile, and columns meet (the only exchange between threads) once a row. A tile's DEPTH x LANES logits
-come in 16-byte loads, LANES / (32 num_warps) neighbours a thread, and are used up before the next tile. Pass 2 reads
-the row again, from L2 while the rows in flight fit there, and writes dz over z.
+Where it lives. A row goes by in tiles of DEPTH x THREADS x VECTOR logits, VECTOR neighbours in one load. Each thread
+keeps its own maxima and sums of pass 1 in registers, rescaled once a tile; threads exchange (through shared memory, 4
+bytes a warp) only once a row. Pass 2 reads the row again, from L2 while the rows in flight fit there, and writes dz
+over z. Nothing of size V but the logits is in memory.
 
-Bytes a row of V logits, b bytes each: pass 1 reads 2 V b, pass 2 reads 2 V b and writes V b; it leaves the teacher's
-V b alone in a row that the gate gives to the data. Without a teacher: V b, V b and V b.
+Bytes a row, of logits of b bytes: pass 1 reads 2 V b, pass 2 reads 2 V b and writes V b; a row that the gate leaves to
+the data is spared the teacher's V b in pass 2. Without a teacher: V b, V b and V b.
 
-Numerics. exp(z - m) / l and never exp(z - lse): lse is rounded at the size of m. KL is one expectation of a
-difference, of logits already shifted by their maxima. A weight below NEGLIGIBLE adds nothing, so that a student's
-logit of -inf costs nothing where the teacher's probability is 0 too (0 * inf). Maxima start at LOWEST, not at
--inf: -inf - -inf is nan. Student and teacher go through the same operations: equal logits at tau = 1
-have equal log-probabilities, to the bit.
+Numerics. exp(z - m) / l and never exp(z - lse): lse is rounded at the size of m. KL is one expectation of a difference
+of logits already shifted by their maxima. A weight below NEGLIGIBLE adds nothing to it, so that a student's logit of
+-inf costs nothing where the teacher's probability is 0 too (0 * inf). Maxima start at LOWEST, not at -inf, because
+-inf - -inf is nan. Student and teacher go through the same operations: at tau = 1 equal logits have equal
+log-probabilities, to the bit.
 """
 
 import triton

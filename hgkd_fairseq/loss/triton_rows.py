@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import os
 from typing import NamedTuple
 
 import torch
@@ -36,14 +37,13 @@ class Variant(NamedTuple):
 def launch_shape(vocabulary: int, itemsize: int) -> tuple[int, int, int]:
     """(num_warps, VECTOR, DEPTH): a thread takes DEPTH loads of VECTOR neighbouring logits from each tile.
 
-    A load of VECTOR logits has at most 16 bytes, and fewer where rows are not aligned to 16 (an odd vocabulary). 8
-    loaded values a thread leave room for two programs of 16 warps on a multiprocessor; so do 16 where a register holds
-    two of them.
+    A load of VECTOR logits has at most 16 bytes, and fewer where rows are not aligned to 16 (an odd vocabulary). DEPTH
+    keeps a thread at 64 registers, so that a multiprocessor has room for two programs of 16 warps
+    (scripts/benchmarks/kernel_resources.py prints them).
     """
     vector = math.gcd(vocabulary, 16 // itemsize)
-    values = 16 if vector * itemsize == 16 and itemsize == 2 else 8
     num_warps = 16 if vocabulary >= 16384 else 8 if vocabulary >= 4096 else 4
-    return num_warps, vector, values // vector
+    return num_warps, vector, 2 if vector >= 4 else 4
 
 
 def _fused(gate: Gate) -> bool:
@@ -55,13 +55,14 @@ def variants(vocabulary: int, itemsize: int, options: Options, make_gradient: bo
     """The kernels that a step launches, in their order."""
     num_warps, vector, depth = launch_shape(vocabulary, itemsize)
     shape = {"V": vocabulary, "THREADS": num_warps * WARP, "VECTOR": vector, "DEPTH": depth}
-    teacher = {"HAS_TEACHER": options.gate.needs_teacher}
+    has_teacher = options.gate.needs_teacher
+    teacher = {"HAS_TEACHER": has_teacher}
     statistics = {
         "SMOOTHING": options.label_smoothing > 0,
         "ARGMAX": options.needs_argmax,
         "GATE_ON_ARGMAX": options.needs_argmax and options.gate_on == "argmax",
         # At temperature 1 both are the same.
-        "GATE_TEMPERATURE": options.gate_temperature or options.teacher_temperature == 1 or not any(teacher.values()),
+        "GATE_TEMPERATURE": options.gate_temperature or options.teacher_temperature == 1 or not has_teacher,
     }
     gradient = {"MAKE_GRADIENT": make_gradient}
     if _fused(options.gate):
@@ -108,9 +109,7 @@ def row_step(
     untempered_ensemble = len(teacher_logits) > 1 and not options.gate_temperature and options.teacher_temperature != 1
     # The kernels read one teacher at one temperature: an ensemble has other means at tau and at 1. They know no fp64.
     if untempered_ensemble or student_logits.dtype not in DTYPES or not tokens:
-        return rows.row_step(
-            student_logits, teacher_logits, target, sentence, sentence_count, options, gradient_scale
-        )
+        return rows.row_step(student_logits, teacher_logits, target, sentence, sentence_count, options, gradient_scale)
     student = student_logits.contiguous()
     temperature = options.teacher_temperature
     if not options.gate.needs_teacher:
@@ -147,7 +146,7 @@ def row_step(
 def usable(device: torch.device | str) -> str | None:
     """None where `row_step` runs on `device` and agrees with plain torch; otherwise a sentence that says why not."""
     device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     return _usable(device)
 
@@ -155,10 +154,10 @@ def usable(device: torch.device | str) -> str | None:
 @functools.cache
 def _usable(device: torch.device) -> str | None:
     try:
-        import triton
+        import triton  # noqa: F401
     except ImportError as error:
         return f"Triton cannot be imported ({error}); `pip install triton` brings it."
-    if device.type != "cuda" and not triton.knobs.runtime.interpret:
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f'Triton compiles for CUDA devices, and this is "{device}".'
     try:
         worst = _self_check(device)
