@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -62,6 +63,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    logging.getLogger().setLevel(logging.WARNING)  # fairseq, once imported, logs every step of loading
+    logging.getLogger("filelock").setLevel(logging.WARNING)
     try:
         return args.run(args)
     except UserError as error:

@@ -37,6 +37,8 @@ def apply() -> None:
     version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
     if version < OLDEST_TORCH:
         raise UserError(f"torch {torch.__version__} would run code hidden in a checkpoint; install torch>=2.6")
+    # Imported with every fairseq command, it advises to install tensorboardX whatever the command is.
+    logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
     show_user_errors_as_one_sentence()
     allow_fairseq_checkpoints()
     refuse_other_checkpoints()
@@ -111,6 +113,8 @@ def refuse_other_checkpoints() -> None:
             return original(path, *args, **kwargs)
         except pickle.UnpicklingError as error:
             raise UserError(refusal(path, str(error))) from None
+        except (KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{path} is no fairseq checkpoint ({error!r}); name one of fairseq-train's") from error
         except (EOFError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
                 raise

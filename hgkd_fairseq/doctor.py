@@ -88,21 +88,24 @@ def triton() -> str:
 
 
 def loss_implementations() -> str:
-    """Each implementation on a tiny input, against the eager oracle."""
+    """Each implementation that this device can run, on a tiny input, against the eager oracle."""
     import torch
 
-    from hgkd_fairseq.loss import IMPLEMENTATIONS, gated_distillation
+    from hgkd_fairseq.loss import IMPLEMENTATIONS, gated_distillation, triton_rows
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    usable = [name for name in IMPLEMENTATIONS if name != "triton" or triton_rows.usable(device) is None]
 
     generator = torch.Generator().manual_seed(0)
-    hidden, teacher = (torch.randn(2, 3, 8, generator=generator) for _ in range(2))
-    weight = torch.randn(11, 8, generator=generator)
-    target = torch.tensor([[2, 3, 4], [5, 1, 1]])
+    hidden, teacher = (torch.randn(4, 5, 8, generator=generator).to(device) for _ in range(2))
+    weight = torch.randn(11, 8, generator=generator).to(device)
+    target = torch.tensor([[2, 3, 4, 5, 6], [7, 8, 9, 2, 1], [5, 1, 1, 1, 1], [1, 1, 1, 1, 1]], device=device)
     expected = gated_distillation(hidden, weight, teacher, weight, target, implementation="eager").loss
-    for name in IMPLEMENTATIONS:
+    for name in usable:
         loss = gated_distillation(hidden, weight, teacher, weight, target, implementation=name).loss
         if not torch.allclose(loss, expected, rtol=1e-5):
             raise Problem(f"{name} gives {float(loss)}, eager {float(expected)}; use --loss-impl eager and report it")
-    return ", ".join(name for name in IMPLEMENTATIONS if name != "auto")
+    return f"{', '.join(name for name in usable if name != 'auto')} on {device}"
 
 
 CHECKS: list[tuple[str, Callable[[], str]]] = [

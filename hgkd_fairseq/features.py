@@ -9,6 +9,7 @@ from fairseq.models import BaseFairseqModel, FairseqDecoder
 from fairseq.models.transformer import TransformerDecoderBase
 from torch import nn
 
+from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.loss import Head
 
 logger = logging.getLogger(__name__)
@@ -45,11 +46,26 @@ def head(model: nn.Module, net_input: dict) -> Head:
     """
     output = linear_output(model)
     if output is not None:
+        refuse_unused_parameters(model, output)
         features, _ = model(**net_input, features_only=True)
         return Head(features, output.weight, output.bias)
     warn_once(f"{type(unwrap(model)).__name__} has no plain linear output layer: using its full log-probabilities")
     net_output = model(**net_input)
     return Head(unwrap(model).get_normalized_probs(net_output, log_probs=True), None)
+
+
+def refuse_unused_parameters(model: nn.Module, output: nn.Linear) -> None:
+    """torch's DDP with find_unused_parameters takes an output layer that its own forward did not use for unused, and
+    fails when the loss brings its gradient ("marked as ready twice"). A layer tied to the embedding was used."""
+    while not isinstance(model, BaseFairseqModel) and hasattr(model, "module"):
+        if getattr(model, "find_unused_parameters", False):
+            embedding = getattr(unwrap(model).decoder, "embed_tokens", None)
+            if embedding is None or embedding.weight is not output.weight:
+                raise UserError(
+                    "--find-unused-parameters does not work with an output layer of its own: drop it, or tie the layer "
+                    "with --share-decoder-input-output-embed, or use --ddp-backend legacy_ddp"
+                )
+        model = model.module
 
 
 def warn_once(message: str, said: set[str] = set()) -> None:  # noqa: B006  the default is the memory

@@ -169,7 +169,7 @@ def _usable(device: torch.device) -> str | None:
 
 
 def _self_check(device: torch.device) -> float:
-    """The largest difference from `rows.row_step` on two rows, gate "token"."""
+    """The largest difference from `rows.row_step` on four rows, gate "token"."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn((2, 4, 40), generator=generator).to(device)
     target = torch.arange(4, device=device)
