@@ -30,6 +30,10 @@ CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
 FP16_SCALE = 1024.0
 
 
+# Whether this torch has products of half-precision operands with an fp32 result, on CUDA (from 2.8 on).
+MM_OUT_DTYPE = "out_dtype" in (torch.mm.__doc__ or "")
+
+
 def chunk_tokens(device: torch.device, vocabulary: int) -> int:
     """Tokens a chunk for a device and a vocabulary."""
     return CHUNK_TOKENS.get(device.type, CHUNK_TOKENS["cpu"])
@@ -81,7 +85,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of half-precision operands with an fp32 result."""
-    if a.device.type == "cuda":
+    if a.device.type == "cuda" and MM_OUT_DTYPE:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 

@@ -64,6 +64,15 @@ def _sum(x):
 
 
 @triton.jit
+def _meet(sums, factor):
+    """Sum over the threads of `sums` (THREADS,), each rescaled.
+
+    With fma the product is rounded. With * the compiler may fuse it into the sum, for the student and not the teacher.
+    """
+    return tl.sum(tl.fma(sums, factor, 0.0), 0)
+
+
+@triton.jit
 def _row_statistics(
     student_row,  # pointer to (V,) logits
     teacher_row,  # likewise
@@ -134,7 +143,7 @@ def _row_statistics(
         read_logit = tl.load(teacher_row + target, mask=known, other=NAN).to(tl.float32)
     student_max = tl.max(m_s, 0)
     moved = (m_s - student_max) * LOG2E
-    student_sum = tl.sum(l_s * tl.exp2(moved), 0)
+    student_sum = _meet(l_s, tl.exp2(moved))
     student_log = tl.log(student_sum)
     gold = (gold_logit - student_max) - student_log
     data_term = -gold_weight * gold
@@ -160,7 +169,7 @@ def _row_statistics(
         teacher_max = tl.max(m_t, 0)
         moved_t = (m_t - teacher_max) * teacher_bits
         factor = tl.exp2(moved_t)
-        teacher_sum = tl.sum(l_t * factor, 0)
+        teacher_sum = _meet(l_t, factor)
         teacher_log = tl.log(teacher_sum)
         carried = factor * (difference + l_t * (moved_t - moved))
         expectation = LN2 * tl.sum(tl.where(factor > NEGLIGIBLE, carried, 0.0), 0) / teacher_sum
@@ -168,7 +177,7 @@ def _row_statistics(
         if GATE_TEMPERATURE:
             teacher_read = (read_logit - teacher_max) * inverse_temperature - teacher_log
         else:
-            normalizer = tl.sum(untempered * tl.exp2((m_t - teacher_max) * LOG2E), 0)
+            normalizer = _meet(untempered, tl.exp2((m_t - teacher_max) * LOG2E))
             teacher_read = (read_logit - teacher_max) - tl.log(normalizer)
     return student_read, teacher_read, gold, data_term, kl, argmax, student_max, student_sum, teacher_max, teacher_sum
 
