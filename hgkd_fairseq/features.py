@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 
+import torch
 from fairseq.models import BaseFairseqModel, FairseqDecoder
 from fairseq.models.transformer import TransformerDecoderBase
 from torch import nn
@@ -49,6 +50,10 @@ def head(model: nn.Module, net_input: dict) -> Head:
         refuse_unused_parameters(model, output)
         features, _ = model(**net_input, features_only=True)
         return Head(features, output.weight, output.bias)
+    if torch.is_grad_enabled() and getattr(getattr(unwrap(model), "decoder", None), "adaptive_softmax", None):
+        raise UserError(  # fairseq's own log-probabilities of it are made in place: there is no gradient through them
+            "a student with --adaptive-softmax-cutoff cannot be distilled: train it without; a teacher may have one"
+        )
     warn_once(f"{type(unwrap(model)).__name__} has no plain linear output layer: using its full log-probabilities")
     net_output = model(**net_input)
     return Head(unwrap(model).get_normalized_probs(net_output, log_probs=True), None)

@@ -1,0 +1,165 @@
+"""fairseq's own commands on a small corpus, as the tests run them."""
+
+import json
+import os
+import random
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+USER_DIR = ("--user-dir", str(ROOT / "hgkd_fairseq"))
+BIN = Path(sys.executable).parent
+# fairseq loads on one thread in 4 s; two processes of one thread each are what 2 cores carry.
+AT_ONCE = 2
+TIMEOUT_S = 240
+
+SIZE = (
+    *("--arch", "transformer_iwslt_de_en", "--encoder-layers", 1, "--decoder-layers", 1),
+    *("--encoder-embed-dim", 32, "--decoder-embed-dim", 32, "--encoder-ffn-embed-dim", 64),
+    *("--decoder-ffn-embed-dim", 64, "--encoder-attention-heads", 2, "--decoder-attention-heads", 2),
+)
+TIED = ("--share-all-embeddings",)
+STEPS = ("--optimizer", "adam", "--lr", 0.005, "--max-tokens", 800)
+LOGS = ("--cpu", "--no-progress-bar", "--log-format", "json")
+BLEU = ("--eval-bleu", "--eval-bleu-args", '{"beam": 2}', "--best-checkpoint-metric", "bleu")
+BEST_BLEU = (*BLEU, "--maximize-best-checkpoint-metric")
+KEEP_LAST = ("--no-epoch-checkpoints",)
+
+
+def distil(teacher: Path | str, *options) -> tuple:
+    """Options of a run of ours; `teacher` names the checkpoint."""
+    task = ("--task", "translation_with_teacher", "--criterion", "hard_gate_kd")
+    return (*USER_DIR, *task, "--teacher-path", teacher, *options)
+
+
+@dataclass
+class Result:
+    code: int
+    output: str  # stdout and stderr
+
+    def logs(self, tag: str) -> list[dict[str, float]]:
+        """The numbers of each log line with that tag: "train", "valid", or the name of a validated subset."""
+        lines = re.findall(rf"\| {re.escape(tag)} \| (\{{.*\}})", self.output)
+        rows = [json.loads(line) for line in lines]
+        return [
+            {key.removeprefix(f"{tag}_"): float(value) for key, value in row.items() if value is not None}
+            for row in rows
+        ]
+
+    def end(self) -> str:
+        """The last lines, where fairseq says why it stopped."""
+        return "\n".join(self.output.splitlines()[-12:])
+
+    def errors(self) -> list[str]:
+        return re.findall(r"^hgkd_fairseq: error: (.*)$", self.output, flags=re.MULTILINE)
+
+    def hypotheses(self) -> list[str]:
+        """Hypotheses of fairseq-generate and fairseq-interactive in the corpus' order."""
+        found = re.findall(r"^H-(\d+)\t\S+\t(.*)$", self.output, flags=re.MULTILINE)
+        return [text for _, text in sorted(found, key=lambda row: int(row[0]))]
+
+
+@dataclass
+class Run:
+    """A finished fairseq-train."""
+
+    folder: Path
+    result: Result
+
+    def path(self, name: str = "checkpoint_last.pt") -> Path:
+        return self.folder / name
+
+    def state(self, name: str = "checkpoint_last.pt") -> dict:
+        return load(self.path(name))
+
+
+def load(path: Path) -> dict:
+    """A checkpoint, whatever is in it: those read here were all written by these tests."""
+    return torch.load(path, map_location="cpu", weights_only=False)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(name: str, *arguments) -> list[str]:
+    return [str(BIN / f"fairseq-{name}"), *map(str, arguments)]
+
+
+def fairseq(name: str, *arguments, cwd: Path | None = None, stdin: str | None = None) -> Result:
+    """Run fairseq-`name` to its end, whatever that is."""
+    done = subprocess.run(
+        command(name, *arguments),
+        cwd=cwd,
+        env=environment(),
+        input=stdin,
+        stdin=subprocess.DEVNULL if stdin is None else None,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    return Result(done.returncode, done.stdout)
+
+
+def train(data: Path, folder: Path, *options, size=(*SIZE, *TIED), cwd: Path | None = None) -> Run:
+    """A fairseq-train that must end well; later options win over the usual ones."""
+    arguments = (data, *size, *STEPS, *LOGS, "--save-dir", folder, *options)
+    result = fairseq("train", *arguments, cwd=cwd)
+    assert result.code == 0, result.end()
+    return Run(folder, result)
+
+
+def together(*calls) -> list:
+    """Run functions of no argument, two at a time; their results in order."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return [future.result() for future in [pool.submit(call) for call in calls]]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def write_corpus(folder: Path, pairs: dict[str, int]) -> None:
+    """Sentences of 3 to 9 of 30 words; the translation has one word for each, one of ten at random."""
+    rng = random.Random(1)
+    for split, count in pairs.items():
+        source = [rng.choices(range(30), k=rng.randint(3, 9)) for _ in range(count)]
+        target = [[i if rng.random() < 0.9 else rng.randrange(30) for i in sentence] for sentence in source]
+        for language, letter, sentences in (("de", "w", source), ("en", "t", target)):
+            lines = (" ".join(f"{letter}{i}" for i in sentence) for sentence in sentences)
+            (folder / f"{split}.{language}").write_text("".join(f"{line}\n" for line in lines))
+
+
+def differences(one: dict, other: dict) -> dict[str, float]:
+    """Largest absolute difference of every tensor that is not bit-identical in two (nested) states."""
+    found = {}
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        if isinstance(value, torch.Tensor):
+            if not torch.equal(value, other[key]):
+                found[key] = (value.double() - other[key].double()).abs().max().item()
+        elif isinstance(value, dict):
+            found.update({f"{key}.{name}": gap for name, gap in differences(value, other[key]).items()})
+    return found
+
+
+def one_sentence(result: Result, expected: Sequence[str]) -> None:
+    """The run was refused with one sentence that holds all of `expected`, no traceback, and before training."""
+    assert result.code != 0
+    assert len(result.errors()) == 1, result.end()
+    for text in expected:
+        assert text in result.errors()[0]
+    assert "Traceback" not in result.output
+    assert "begin training epoch" not in result.output

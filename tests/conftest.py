@@ -1,0 +1,74 @@
+"""What the tests share: the checkout on the path, and a few models trained once on a small corpus."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # the checkout under test, installed or not
+
+import command_line as cl  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that fairseq-preprocess made: 600 training pairs, 64 for validation, 64 for the test.
+
+    Multiples of 8: fairseq drops a last batch that its --required-batch-size-multiple does not divide.
+    """
+    folder = tmp_path_factory.mktemp("corpus")
+    cl.write_corpus(folder, {"train": 600, "valid": 64, "test": 64})
+    prefixes = [f"--{name}pref={folder / name}" for name in ("train", "valid", "test")]
+    languages = ("--source-lang", "de", "--target-lang", "en", "--joined-dictionary")
+    result = cl.fairseq("preprocess", *prefixes, *languages, "--destdir", folder / "bin")
+    assert result.code == 0, result.output
+    return folder / "bin"
+
+
+@pytest.fixture(scope="session")
+def plain_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[cl.Run]:
+    """`plain` and `teacher`, which share nothing and so run at the same time."""
+    short, long = (tmp_path_factory.mktemp(name) for name in ("plain", "teacher"))
+    smoothing = ("--criterion", "label_smoothed_cross_entropy", "--label-smoothing", 0.1)
+    steps = ("--max-tokens", 400, "--max-epoch", 30, "--validate-interval", 5)
+    return cl.together(
+        lambda: cl.train(data, short, *smoothing, "--max-epoch", 3),
+        lambda: cl.train(data, long, "--criterion", "cross_entropy", *steps, *cl.BEST_BLEU, *cl.KEEP_LAST),
+    )
+
+
+@pytest.fixture(scope="session")
+def plain(plain_runs: list[cl.Run]) -> cl.Run:
+    """fairseq alone, without --user-dir, three epochs; its best checkpoint is tracked by the loss."""
+    return plain_runs[0]
+
+
+@pytest.fixture(scope="session")
+def teacher(plain_runs: list[cl.Run]) -> cl.Run:
+    """fairseq alone, without --user-dir, long enough to translate; tracked by BLEU."""
+    return plain_runs[1]
+
+
+@pytest.fixture(scope="session")
+def student(data: Path, teacher: cl.Run, tmp_path_factory: pytest.TempPathFactory) -> cl.Run:
+    """Ours, six epochs, tracked by BLEU, started with a relative --user-dir from a folder that is not the checkout.
+
+    Its teacher's file is deleted when it is trained.
+    """
+    folder = tmp_path_factory.mktemp("student")
+    gone = folder / "teacher_then_deleted.pt"
+    shutil.copy(teacher.path("checkpoint_best.pt"), gone)
+    relative = ("--user-dir", os.path.relpath(ROOT / "hgkd_fairseq", folder))
+    run = cl.train(
+        data,
+        folder,
+        *cl.distil(gone, *relative, "--report-accuracy", "--max-epoch", 6),
+        *cl.BEST_BLEU,
+        *cl.KEEP_LAST,
+        cwd=folder,
+    )
+    gone.unlink()
+    return run

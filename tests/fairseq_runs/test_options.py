@@ -1,0 +1,96 @@
+"""Options that cannot be used: one sentence each, before training, and no traceback."""
+
+import shutil
+from pathlib import Path
+
+import command_line as cl
+import pytest
+
+
+@pytest.fixture(scope="module")
+def data_with_another_dictionary(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same binary data with the target dictionary changed: one type more, and one type renamed."""
+    folders = {}
+    for name in ("size", "symbol"):
+        folder = tmp_path_factory.mktemp(name) / "bin"
+        shutil.copytree(data, folder)
+        file = folder / "dict.en.txt"
+        lines = file.read_text().splitlines()
+        if name == "size":
+            lines.append("one_more 1")
+        else:
+            lines[2] = f"renamed {lines[2].split()[1]}"
+        file.write_text("".join(f"{line}\n" for line in lines))
+        folders[name] = folder
+    return folders
+
+
+UNTIED = ("--task", "translation_with_teacher")
+# name: (options, what the sentence says); TEACHER is replaced
+CASES = {
+    "unknown gate": (["--gate", "tokens"], ["--gate", 'unknown gate "tokens"', "known gates: none", "sentence, token"]),
+    "temperature 0": (["--teacher-temperature", 0], ["--teacher-temperature 0.0", "must be above 0"]),
+    "label smoothing 1": (["--label-smoothing", 1], ["--label-smoothing 1.0", "below 1"]),
+    "no teacher": (["--teacher-path", ""], ["give --teacher-path CHECKPOINT"]),
+    "missing teacher": (["--teacher-path", "nowhere.pt"], ["--teacher-path names nowhere.pt, which does not exist"]),
+    "plain task": (["--task", "translation"], ["TranslationTask", "add --task translation_with_teacher"]),
+    "overrides that are no dict": (["--teacher-model-overrides", "data=x"], ["'data=x' is not a dict"]),
+    "ensemble with a missing member": (["--teacher-path", "TEACHER:gone.pt"], ["gone.pt, which does not exist"]),
+    "folder for a teacher": (["--teacher-path", "FOLDER"], ["is a folder, not a checkpoint"]),
+}
+
+
+@pytest.fixture(scope="module")
+def refusals(data: Path, teacher: cl.Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, cl.Result]:
+    folder = tmp_path_factory.mktemp("refusals")
+
+    def start(options) -> cl.Result:
+        texts = {"TEACHER": str(teacher.path()), "FOLDER": str(teacher.folder)}
+        filled = []
+        for option in map(str, options):
+            for name, text in texts.items():
+                option = option.replace(name, text)
+            filled.append(option)
+        arguments = (data, *cl.SIZE, *cl.TIED, *cl.STEPS, *cl.LOGS, "--save-dir", folder)
+        if "translation" in filled:  # this task does not know --teacher-path
+            return cl.fairseq("train", *arguments, *cl.USER_DIR, "--criterion", "hard_gate_kd", *filled)
+        return cl.fairseq("train", *arguments, *cl.distil(teacher.path()), *filled)
+
+    results = cl.together(*[lambda options=options: start(options) for options, _ in CASES.values()])
+    return dict(zip(CASES, results, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_wrong_option_is_one_sentence(case: str, refusals: dict[str, cl.Result]):
+    cl.one_sentence(refusals[case], CASES[case][1])
+
+
+def test_dictionaries_are_compared(
+    data: Path, data_with_another_dictionary: dict[str, Path], teacher: cl.Run, tmp_path: Path
+):
+    """A teacher whose dictionary differs is refused; one whose data folder has moved names the option that helps,
+    and with that option it teaches."""
+    moved = tmp_path / "moved.pt"
+    state = teacher.state()
+    state["cfg"]["task"]["data"] = str(tmp_path / "no_longer_here")
+    cl.torch.save(state, moved)
+    usual = (*cl.SIZE, *cl.STEPS, *cl.LOGS, "--share-decoder-input-output-embed", "--save-dir", tmp_path / "s")
+    overrides = ("--teacher-model-overrides", f"{{'data': '{data}'}}", "--max-update", 1, "--no-save")
+    size, symbol, gone, given = cl.together(
+        *[
+            lambda folder=folder, options=options: cl.fairseq("train", folder, *usual, *options)
+            for folder, options in (
+                (data_with_another_dictionary["size"], cl.distil(teacher.path())),
+                (data_with_another_dictionary["symbol"], cl.distil(teacher.path())),
+                (data, cl.distil(moved)),
+                (data, cl.distil(moved, *overrides)),
+            )
+        ]
+    )
+    types = len((data / "dict.en.txt").read_text().splitlines()) + 4  # bos, pad, eos, unk come with every dictionary
+    cl.one_sentence(size, ["target dictionaries", f"teacher's has {types} types, the student's {types + 1}"])
+    symbol_before = (data / "dict.en.txt").read_text().splitlines()[2].split()[0]
+    cl.one_sentence(symbol, ["target dictionaries", f"type 6 is '{symbol_before}' for the teacher and 'renamed'"])
+    cl.one_sentence(gone, ["source dictionary", "no_longer_here", "--teacher-model-overrides"])
+    assert given.code == 0, given.end()
+    assert given.logs("train")[-1]["teacher_share"] > 0

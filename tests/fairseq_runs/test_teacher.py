@@ -1,0 +1,193 @@
+"""The teacher: frozen, outside every module and every checkpoint, of any architecture."""
+
+import io
+from pathlib import Path
+
+import command_line as cl
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+
+@pytest.fixture(scope="module")
+def parts(data: Path, teacher: cl.Run):
+    """(task, model, criterion, batch) as fairseq-train builds them, in train mode."""
+    from fairseq import options, tasks
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+    arguments = (data, *cl.SIZE, *cl.TIED, *cl.STEPS, *cl.LOGS, *cl.distil(teacher.path("checkpoint_best.pt")))
+    extra = ("--eval-bleu", "--dropout", 0.3, "--report-accuracy")
+    parser = options.get_training_parser()
+    cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, [str(a) for a in (*arguments, *extra)]))
+    task = tasks.setup_task(cfg.task)
+    assert task.teacher is None  # setting up for generation never loads it
+    model = task.build_model(cfg.model)
+    criterion = task.build_criterion(cfg.criterion)
+    task.load_dataset("train")
+    sample = task.dataset("train").collater([task.dataset("train")[i] for i in range(8)])
+    model.train()
+    criterion.train()
+    return task, model, criterion, sample
+
+
+def test_frozen_and_without_dropout(parts):
+    task, model, criterion, sample = parts
+    before = [p.detach().clone() for p in task.teacher.models[0].parameters()]
+    one, other = (task.teacher.heads(sample, torch.device("cpu"), torch.float32)[0].hidden for _ in range(2))
+    assert torch.equal(one, other)
+    assert not one.requires_grad
+    # The student's dropout is alive at the same time, or the comparison says nothing.
+    student = [model(**sample["net_input"])[0] for _ in range(2)]
+    assert not torch.equal(*student)
+
+    loss, _, _ = criterion(model, sample)
+    loss.backward()
+    for module in task.teacher.models[0].modules():
+        assert not module.training
+    for parameter, old in zip(task.teacher.models[0].parameters(), before, strict=True):
+        assert not parameter.requires_grad
+        assert parameter.grad is None
+        assert torch.equal(parameter, old)
+
+
+def test_outside_every_module(parts):
+    task, model, criterion, _ = parts
+    assert list(criterion.parameters()) == []
+    assert criterion.state_dict() == {}
+    assert list(criterion.modules()) == [criterion]
+    theirs = {id(p) for p in task.teacher.models[0].parameters()}
+    assert theirs.isdisjoint(id(p) for p in model.parameters())
+    assert not any("teacher" in str(key).lower() for key in task.state_dict())
+
+
+def test_generator_holds_the_student(parts):
+    task, model, _, _ = parts
+    assert task.teacher is not None
+    assert list(task.sequence_generator.model.models) == [model]
+
+
+def test_prefix_and_sentence_average(parts):
+    """--ignore-prefix-size leaves the first tokens out of every sum; --sentence-avg divides by sentences."""
+    _, model, criterion, sample = parts
+    from fairseq.utils import strip_pad
+
+    model.eval()
+    usual = criterion.cfg
+    try:
+        with torch.no_grad():
+            logp = model.get_normalized_probs(model(**sample["net_input"]), log_probs=True)
+            expected = 0.0
+            for row, target in zip(logp, sample["target"], strict=True):
+                gold = strip_pad(target, 1)
+                expected -= float(row[: len(gold)].gather(1, gold[:, None])[2:].sum())
+            criterion.cfg = OmegaConf.merge(usual, {"ignore_prefix_size": 2, "sentence_avg": True})
+            _, sample_size, log = criterion(model, sample)
+    finally:
+        criterion.cfg = usual
+        model.train()
+    lengths = sample["target"].ne(1).sum(1)
+    assert log["nll_loss"].item() == pytest.approx(expected, rel=1e-5)
+    assert log["tokens"].item() == (lengths - 2).clamp(min=0).sum().item()
+    assert sample_size == 8
+
+
+ADAPTIVE = ("--adaptive-softmax-cutoff", "10,20")
+
+
+def tensors(state) -> list[torch.Tensor]:
+    if isinstance(state, torch.Tensor):
+        return [state]
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+    return [tensor for value in values for tensor in tensors(value)]
+
+
+@pytest.fixture(scope="module")
+def architectures(data: Path, teacher: cl.Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, cl.Run]:
+    """Students and teachers of several architectures; what the first two train teaches the others."""
+    folder = tmp_path_factory.mktemp("architectures")
+    short = ("--max-update", 6, *cl.KEEP_LAST)
+    lstm = ("--arch", "lstm", "--encoder-embed-dim", 24, "--decoder-embed-dim", 24, "--decoder-out-embed-dim", 24)
+    lstm = (*lstm, "--encoder-hidden-size", 24, "--decoder-hidden-size", 24)
+    wide = ("--encoder-ffn-embed-dim", 48, "--encoder-embed-dim", 64, "--decoder-embed-dim", 64)
+    adaptive = (*cl.SIZE, *wide, *ADAPTIVE)
+    tied = (*cl.SIZE, *cl.TIED)
+    ce = ("--criterion", "label_smoothed_cross_entropy", "--memory-efficient-fp16", "--fp16-init-scale", 4)
+
+    def run(name: str, size: tuple, *options) -> cl.Run:
+        return cl.train(data, folder / name, *options, *short, size=size)
+
+    def path(name: str) -> Path:
+        return folder / name / "checkpoint_last.pt"
+
+    names = ("lstm", "adaptive", "plain fp16", "untied", "shared", "ensemble fp16")
+    runs = cl.together(
+        lambda: run("lstm", lstm, *cl.distil(teacher.path())),
+        lambda: run("adaptive", adaptive, "--criterion", "adaptive_loss", "--ddp-backend", "legacy_ddp"),
+        lambda: run("plain fp16", tied, *ce),
+    )
+    runs += cl.together(
+        lambda: run("untied", cl.SIZE, *cl.distil(path("lstm"))),
+        lambda: run("shared", (*cl.SIZE, "--share-decoder-input-output-embed"), *cl.distil(path("adaptive"))),
+        lambda: run("ensemble fp16", tied, *cl.distil(f"{teacher.path()}:{path('untied')}", *ce[2:])),
+    )
+    return dict(zip(names, runs, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "warned"),
+    [
+        ("lstm", "LSTMModel"),
+        ("untied", "LSTMModel"),
+        ("shared", "TransformerModel"),
+        ("ensemble fp16", None),
+    ],
+)
+def test_architectures(name: str, warned: str | None, architectures: dict[str, cl.Run]):
+    """A student or teacher without a plain linear output layer works, with one warning that names it."""
+    run = architectures[name]
+    lines = [line for line in run.result.output.splitlines() if "has no plain linear output layer" in line]
+    assert len(lines) == (warned is not None)
+    if warned:
+        assert warned in lines[0]
+    (log,) = run.result.logs("train")
+    assert log["num_updates"] == 6
+    assert 0 < log["teacher_share"] < 1
+    assert log["loss"] > 0
+
+
+def size(state: dict) -> int:
+    """Bytes of a checkpoint without its meters."""
+    buffer = io.BytesIO()
+    torch.save({key: value for key, value in state.items() if key != "extra_state"}, buffer)
+    return buffer.tell()
+
+
+def test_student_with_adaptive_softmax(data: Path, teacher: cl.Run, tmp_path: Path):
+    """fairseq's log-probabilities of it cannot be differentiated: refused with one sentence at the first step."""
+    arguments = (data, *cl.SIZE, *ADAPTIVE, *cl.STEPS, *cl.LOGS, *cl.distil(teacher.path()), "--save-dir", tmp_path)
+    result = cl.fairseq("train", *arguments, "--max-update", 2, "--no-save")
+    assert result.code != 0
+    (error,) = result.errors()
+    assert "a student with --adaptive-softmax-cutoff cannot be distilled" in error
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_no_teacher_in_the_checkpoint(precision: str, request: pytest.FixtureRequest, teacher: cl.Run):
+    """No tensor of the teacher in the student's checkpoint, and its size within 1 % of a run without a teacher, but
+    for the log's meters: ours logs six numbers more, 10 kB that this small model would notice."""
+    if precision == "fp32":
+        ours, theirs = request.getfixturevalue("student"), request.getfixturevalue("plain")
+    else:
+        runs = request.getfixturevalue("architectures")
+        ours, theirs = runs["ensemble fp16"], runs["plain fp16"]
+    state = ours.state()
+    taught = [t for t in tensors(teacher.state("checkpoint_best.pt")["model"]) if t.numel() > 4]
+    assert len(taught) > 30
+    for tensor in tensors(state):
+        assert not any(
+            tensor.shape == t.shape and torch.equal(tensor.float(), t.to(tensor.dtype).float()) for t in taught
+        )
+    assert state["model"].keys() == theirs.state()["model"].keys()
+    assert size(state) == pytest.approx(size(theirs.state()), rel=0.01)
+    assert not any("teacher" in key for key in state["model"])

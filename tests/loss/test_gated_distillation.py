@@ -1,0 +1,897 @@
+"""The loss: eager and chunked against numbers derived by hand, against fp64, and against the bugs others shipped."""
+
+import itertools
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hgkd_fairseq import gates
+from hgkd_fairseq.gates import GateWeights, register_gate
+from hgkd_fairseq.loss import DistillationOutput, chunked, gated_distillation
+
+ROOT = Path(__file__).parents[2]
+PAD = 1
+IMPLEMENTATIONS = ("eager", "chunked")
+LN2, LN3 = 0.6931471805599453, 1.0986122886681098
+
+both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+class Batch(NamedTuple):
+    """Arguments of the loss; `hidden`, `weight` and `bias` are the student's and want gradients."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    teacher_hidden: list[Tensor]
+    teacher_weight: list[Tensor]
+    teacher_bias: list[Tensor | None]
+    target: Tensor
+
+    def leaves(self) -> list[Tensor]:
+        return [x for x in (self.hidden, self.weight, self.bias) if x is not None]
+
+
+def make(
+    lengths=(4, 0, 7, 1),  # tokens of each sentence, the rest of its row is pads
+    length: int = 7,
+    vocabulary: int = 123,
+    dimension: int = 13,
+    teacher_dimensions=(9,),
+    bias: bool = True,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    width: float = 2.0,  # standard deviation of the logits
+) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, deviation: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * deviation).to(dtype)
+
+    rows = len(lengths)
+    target = torch.randint(2, vocabulary, (rows, length), generator=generator)
+    target[torch.arange(length)[None] >= torch.tensor(lengths)[:, None]] = PAD
+    return Batch(
+        normal(rows, length, dimension).requires_grad_(),
+        normal(vocabulary, dimension, deviation=width * dimension**-0.5).requires_grad_(),
+        normal(vocabulary).requires_grad_() if bias else None,
+        [normal(rows, length, d) for d in teacher_dimensions],
+        [normal(vocabulary, d, deviation=width * d**-0.5) for d in teacher_dimensions],
+        [normal(vocabulary) if bias else None for _ in teacher_dimensions],
+        target,
+    )
+
+
+def run(batch: Batch, implementation: str, **options) -> DistillationOutput:
+    return gated_distillation(
+        batch.hidden,
+        batch.weight,
+        batch.teacher_hidden,
+        batch.teacher_weight,
+        batch.target,
+        padding_idx=PAD,
+        student_bias=batch.bias,
+        teacher_bias=batch.teacher_bias,
+        implementation=implementation,
+        **options,
+    )
+
+
+def gradients(loss: Tensor, batch: Batch) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, batch.leaves()))
+
+
+@pytest.fixture
+def gate_to_teacher(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A gate that gives every token to the teacher."""
+    monkeypatch.setattr(gates, "GATES", dict(gates.GATES))
+
+    @register_gate("always", equation="data 0, teacher 1", source="these tests")
+    def always(statistics) -> GateWeights:
+        ones = torch.ones_like(statistics.student_logprob)
+        return GateWeights(data=1 - ones, teacher=ones)
+
+    return "always"
+
+
+# By hand
+
+
+@both
+def test_hand_example(implementation: str):
+    # Three words; a sentence of two tokens and a pad. With an identity for weights the features are the logits.
+    #   token 0: student p = (1/2, 1/4, 1/4), teacher's tempered q = (1/4, 1/2, 1/4), gold 0
+    #   token 1: student p = (1/4, 1/4, 1/2), teacher's tempered q = (1/4, 1/4, 1/2), gold 2: p = q
+    # The teacher's logits are 2 log q, which the temperature 2 halves.
+    p = torch.tensor([[2.0, 1.0, 1.0], [1.0, 1.0, 2.0], [5.0, 6.0, 7.0]])
+    q = torch.tensor([[1.0, 2.0, 1.0], [1.0, 1.0, 2.0], [7.0, 6.0, 5.0]])
+    hidden = p.log()[None].requires_grad_()
+    weight = torch.eye(3, requires_grad=True)
+    out = gated_distillation(
+        hidden,
+        weight,
+        2 * q.log()[None],
+        torch.eye(3),
+        torch.tensor([[0, 2, 9]]),
+        padding_idx=9,
+        teacher_temperature=2.0,
+        top1=True,
+        implementation=implementation,
+    )
+    # Token 0: 1/2 > 1/4, the teacher. KL(q || p) = 1/4 log 1/2 + 1/2 log 2 + 1/4 log 1 = 1/4 log 2.
+    # Token 1: equal, the data. CE = -log 1/2 = log 2.
+    assert out.teacher_mask.tolist() == [[True, False, False]]
+    assert out.tokens_mask.tolist() == [[True, True, False]]
+    assert (out.teacher_tokens.item(), out.tokens.item()) == (1, 2)
+    assert out.loss.item() == pytest.approx(1.25 * LN2, abs=1e-6)
+    assert out.nll.item() == pytest.approx(2 * LN2, abs=1e-6)
+    assert out.kd.item() == pytest.approx(0.25 * LN2, abs=1e-6)
+    assert out.gap.item() == pytest.approx(LN2, abs=1e-6)  # log 1/2 - log 1/4, and 0
+    torch.testing.assert_close(out.confidence, torch.tensor([[0.5, 0.5, 0.0]]))
+    assert out.correct.tolist() == [[True, True, False]]
+    # d loss / d z = p - q = (1/4, -1/4, 0) and p - onehot = (1/4, 1/4, -1/2); at the pad nothing.
+    out.loss.backward()
+    dz = torch.tensor([[0.25, -0.25, 0.0], [0.25, 0.25, -0.5], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(hidden.grad[0], dz, atol=1e-6, rtol=0)
+    torch.testing.assert_close(weight.grad, dz.t() @ p.log(), atol=1e-6, rtol=0)
+
+
+@both
+@pytest.mark.parametrize(
+    ("options", "mask", "gap"),
+    [
+        # p(gold) = 0.1 below q(gold) = 0.3; p(argmax, word 2) = 0.7 above q(word 2) = 0.5.
+        ({"gate_on": "gold"}, False, -LN3),
+        ({"gate_on": "argmax"}, True, 0.3364722),  # log 0.7 / 0.5
+        # Untempered, q is proportional to the squares 0.04, 0.09, 0.25: q(gold) = 0.2368, q(word 2) = 0.6579.
+        ({"gate_on": "gold", "gate_temperature": False}, False, -0.8622236),  # log 0.1 * 0.38 / 0.09
+        ({"gate_on": "argmax", "gate_temperature": False}, True, 0.0620354),  # log 0.7 * 0.38 / 0.25
+    ],
+)
+def test_what_the_gate_reads(implementation: str, options: dict, mask: bool, gap: float):
+    p, q = torch.tensor([[[0.2, 0.1, 0.7]]]), torch.tensor([[[0.2, 0.3, 0.5]]])
+    out = gated_distillation(
+        p.log(),
+        torch.eye(3),
+        2 * q.log(),
+        torch.eye(3),
+        torch.tensor([[1]]),
+        padding_idx=9,
+        teacher_temperature=2.0,
+        implementation=implementation,
+        **options,
+    )
+    assert out.teacher_mask.item() is mask
+    assert out.gap.item() == pytest.approx(gap, abs=1e-6)
+    # What is learnt from is tempered whatever the gate reads: KL = 0.2 log 1 + 0.3 log 3 + 0.5 log 5/7.
+    assert out.loss.item() == pytest.approx(0.1613475 if mask else 2.3025851, abs=1e-6)
+
+
+@both
+def test_ensemble_is_averaged_in_probability_space(implementation: str):
+    # Two members, (9/10, 1/10) and (1/10, 9/10), average to (1/2, 1/2); their logits would average to the same, so a
+    # third with (9/10, 1/10) makes the mean 19/30.
+    members = [
+        torch.tensor([[[9.0, 1.0]]]).log(),
+        torch.tensor([[[1.0, 9.0]]]).log(),
+        torch.tensor([[[9.0, 1.0]]]).log(),
+    ]
+    out = gated_distillation(
+        torch.tensor([[[3.0, 1.0]]]).log(),  # p = (3/4, 1/4)
+        torch.eye(2),
+        members,
+        [torch.eye(2)] * 3,
+        torch.tensor([[0]]),
+        padding_idx=9,
+        teacher_temperature=1.0,
+        implementation=implementation,
+    )
+    # 3/4 > 19/30: the teacher. KL = 19/30 log (19/30 / 3/4) + 11/30 log (11/30 / 1/4)
+    assert out.teacher_mask.item() is True
+    assert out.gap.item() == pytest.approx(0.1690763, abs=1e-6)
+    assert out.loss.item() == pytest.approx(0.0333488, abs=1e-6)
+
+
+# Against fp64
+
+
+class Case(NamedTuple):
+    batch: dict
+    chunk: int
+
+
+CASES = {
+    "one sentence all pads, V 252": Case({"vocabulary": 252, "dimension": 13, "teacher_dimensions": (9,)}, 256),
+    "ensemble, sentences longer than a chunk, V 507": Case(
+        {"lengths": (9, 5, 8, 0, 1), "length": 9, "vocabulary": 507, "dimension": 24, "teacher_dimensions": (13, 31)}, 7
+    ),
+    "chunks of few tokens, V 123": Case({"lengths": (5, 3, 5), "length": 5, "dimension": 7}, 4),
+}
+
+
+class Truth(NamedTuple):
+    values: list[Tensor]  # loss, nll, kd, gap
+    gradients: list[Tensor]
+    margin: Tensor  # (N,) what the gate compares with 0
+    certain: Tensor  # (N,) bool, whether rounding in the inputs' dtype cannot turn the gate
+
+
+def truth(batch: Batch, mask: Tensor, gate: str, gate_on: str, gate_temperature: bool, smoothing: float) -> Truth:
+    """The equations in fp64, token by token; the gate's bits are given, and judged by `margin`."""
+    tau = 1.5
+    epsilon = torch.finfo(batch.hidden.dtype).eps
+    leaves = [x.detach().double().requires_grad_() for x in batch.leaves()]
+    hidden, weight, bias = (*leaves, None)[:3]
+
+    def logits(h: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        return h.double() @ w.double().t() + (0 if b is None else b.double())
+
+    rows = [(b, t) for b, t in itertools.product(*map(range, batch.target.shape)) if batch.target[b, t] != PAD]
+    loss = nll = kd = gap = torch.zeros((), dtype=torch.float64)
+    margins: dict[int, list] = {}
+    for b, t in rows:
+        gold = int(batch.target[b, t])
+        z = logits(hidden[b, t], weight, bias)
+        logp = z - z.logsumexp(0)
+        members = [
+            logits(h[b, t], w, c)
+            for h, w, c in zip(batch.teacher_hidden, batch.teacher_weight, batch.teacher_bias, strict=True)
+        ]
+        q = sum((m / tau).softmax(0) for m in members) / len(members)
+        q_gate = q if gate_temperature else sum(m.softmax(0) for m in members) / len(members)
+        read = int(z.argmax()) if gate_on == "argmax" else gold
+        difference = float((logp[read] - q_gate[read].log()).detach())
+        top = z.detach().topk(2).values
+        # Half a step for each of two logits, at the largest; twice that for what is summed from them.
+        noise = 2 * epsilon * max(float(x.detach().abs().max()) for x in (z, *members))
+        unclear_argmax = gate_on == "argmax" and float(top[0] - top[1]) < noise
+        margins.setdefault(b, []).append((difference, noise, unclear_argmax))
+
+        v = len(z)
+        data = -(1 - smoothing) * logp[gold]
+        data = data - smoothing / (v - 1) * (logp.sum() - logp[gold])  # fairseq: eps / (V - 1) to each of the others
+        kl = (q * (q.log() - logp)).sum()
+        to_teacher = bool(mask[b, t])
+        loss = loss + (kl if to_teacher else data)
+        nll = nll - logp[gold].detach()
+        kd = kd + kl.detach() * to_teacher
+        gap = gap + (0 if gate == "none" else difference)
+
+    margin, certain = [], []
+    for b, t in rows:
+        if gate == "sentence":
+            total = sum(d for d, _, _ in margins[b])
+            margin.append(total)
+            certain.append(abs(total) > sum(n for _, n, _ in margins[b]) and not any(u for _, _, u in margins[b]))
+        else:
+            difference, noise, unclear = margins[b][t]
+            margin.append(difference)
+            certain.append(abs(difference) > noise and not unclear)
+    unclear_gap = any(u for row in margins.values() for _, _, u in row)
+    return Truth(
+        [loss.detach(), nll, kd, *([] if unclear_gap else [torch.as_tensor(gap, dtype=torch.float64)])],
+        list(torch.autograd.grad(loss, leaves)),
+        torch.tensor(margin),
+        torch.tensor(certain),
+    )
+
+
+def error(value: Tensor, expected: Tensor, floor: float = 1e-12) -> float:
+    return float((value.double() - expected).norm() / expected.norm().clamp(min=floor))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("gate_temperature", [True, False], ids=["tempered", "untempered"])
+@pytest.mark.parametrize("gate_on", ["gold", "argmax"])
+@pytest.mark.parametrize("gate", ["token", "sentence", "none"])
+@pytest.mark.parametrize("case", CASES)
+def test_error_against_fp64(
+    case: str,
+    gate: str,
+    gate_on: str,
+    gate_temperature: bool,
+    smoothing: float,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property,
+):
+    monkeypatch.setitem(chunked.CHUNK_TOKENS, "cpu", CASES[case].chunk)
+    for bias in (True, False):
+        batch = make(**CASES[case].batch, bias=bias, dtype=dtype)
+        kept = batch.target != PAD
+        errors, masks = {}, {}
+        for implementation in IMPLEMENTATIONS:
+            out = run(
+                batch,
+                implementation,
+                gate=gate,
+                gate_on=gate_on,
+                gate_temperature=gate_temperature,
+                label_smoothing=smoothing,
+            )
+            true = truth(batch, out.teacher_mask, gate, gate_on, gate_temperature, smoothing)
+            values = [out.loss, out.nll, out.kd, out.gap][: len(true.values)]
+            made = gradients(out.loss, batch)
+            assert [g.dtype for g in made] == [dtype] * len(made)
+            errors[implementation] = [
+                *(error(v.detach(), t, floor=1.0) for v, t in zip(values, true.values, strict=True)),
+                *(error(g, t) for g, t in zip(made, true.gradients, strict=True)),
+            ]
+            bits = out.teacher_mask[kept]
+            if gate == "none":
+                assert not bits.any()
+            else:
+                assert torch.equal(bits[true.certain], (true.margin > 0)[true.certain])
+                # Else nothing was compared; a step of bf16 can turn every sentence: test_gates_agree_between_dtypes.
+                assert true.certain.any() or dtype == torch.bfloat16
+            assert not out.teacher_mask[~kept].any()
+            assert out.teacher_tokens == bits.sum()
+            masks[implementation] = bits
+        # Chunked accumulates in fp32 but rounds the gradient at the logits once to the inputs' dtype, as eager does.
+        floors = [4 * torch.finfo(torch.float32).eps] * len(true.values) + [2 * torch.finfo(dtype).eps] * len(made)
+        for name, eager, ours, floor in zip(
+            ("loss", "nll", "kd", "gap")[: len(true.values)] + ("d hidden", "d weight", "d bias")[: len(made)],
+            errors["eager"],
+            errors["chunked"],
+            floors,
+            strict=True,
+        ):
+            record_property(f"{name} {bias}", (eager, ours))
+            assert ours <= 2 * eager + floor, f"{name}, bias {bias}: chunked {ours:.2e}, eager {eager:.2e}"
+
+
+@pytest.mark.parametrize("gate", ["token", "sentence", "none"])
+def test_autocast(gate: str, monkeypatch: pytest.MonkeyPatch):
+    # --amp: fp32 parameters, products in bf16. The gradients come back in fp32.
+    monkeypatch.setitem(chunked.CHUNK_TOKENS, "cpu", 5)
+    batch = make()
+    errors = {}
+    for implementation in IMPLEMENTATIONS:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = run(batch, implementation, gate=gate)
+        made = gradients(out.loss, batch)
+        assert [g.dtype for g in made] == [torch.float32] * 3
+        true = truth(batch, out.teacher_mask, gate, "gold", True, 0.0)
+        errors[implementation] = [error(g, t) for g, t in zip(made, true.gradients, strict=True)]
+        assert error(out.loss.detach(), true.values[0]) < 0.01
+    for eager, ours in zip(errors["eager"], errors["chunked"], strict=True):
+        assert ours <= 2 * eager + 2 * torch.finfo(torch.bfloat16).eps
+
+
+def test_gates_agree_between_dtypes():
+    # The same bf16 numbers in fp32 and in bf16: bits differ only where rounding of the logits can turn them.
+    half = make(dtype=torch.bfloat16, lengths=(7, 6, 7, 5))
+    wide = Batch(*[x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in half])
+    wide = wide._replace(
+        **{
+            name: [x.float() for x in getattr(half, name)]
+            for name in ("teacher_hidden", "teacher_weight", "teacher_bias")
+        }
+    )
+    for gate in ("token", "sentence"):
+        a, b = run(half, "chunked", gate=gate), run(wide, "chunked", gate=gate)
+        certain = truth(half, a.teacher_mask, gate, "gold", True, 0.0).certain
+        kept = half.target != PAD
+        assert certain.sum() > 0.5 * kept.sum()
+        assert torch.equal(a.teacher_mask[kept][certain], b.teacher_mask[kept][certain])
+
+
+# Pads
+
+
+@both
+@pytest.mark.parametrize("gate", ["token", "sentence", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_all_pads(implementation: str, gate: str, dtype: torch.dtype):
+    batch = make(lengths=(0, 0), dtype=dtype)
+    out = run(batch, implementation, gate=gate, top1=True)
+    for value in (out.loss, out.nll, out.kd, out.gap, out.teacher_tokens, out.tokens):
+        assert value.item() == 0
+    assert out.confidence.shape == out.correct.shape == (2, 7)
+    for gradient, leaf in zip(gradients(out.loss, batch), batch.leaves(), strict=True):
+        assert torch.equal(gradient, torch.zeros_like(leaf))
+
+
+@both
+@pytest.mark.parametrize("gate", ["token", "sentence"])
+def test_lengths_may_be_given(implementation: str, gate: str):
+    batch = make()
+    counted, given = run(batch, implementation, gate=gate), run(batch, implementation, gate=gate, lengths=[4, 0, 7, 1])
+    assert torch.equal(given.loss, counted.loss)
+    assert torch.equal(given.teacher_mask, counted.teacher_mask)
+
+
+@both
+def test_no_sentences(implementation: str):
+    batch = make(lengths=(0, 0))
+    empty = batch._replace(
+        hidden=batch.hidden[:0], teacher_hidden=[batch.teacher_hidden[0][:0]], target=batch.target[:0]
+    )
+    assert run(empty, implementation, gate="sentence").loss.item() == 0
+
+
+@both
+@pytest.mark.parametrize("gate", ["token", "sentence", "none"])
+def test_one_token(implementation: str, gate: str):
+    batch = make(lengths=(0, 1, 0))
+    out = run(batch, implementation, gate=gate)
+    true = truth(batch, out.teacher_mask, gate, "gold", True, 0.0)
+    assert out.tokens.item() == 1
+    assert out.loss.item() == pytest.approx(true.values[0].item(), rel=1e-5)
+    for gradient, expected in zip(gradients(out.loss, batch), true.gradients, strict=True):
+        torch.testing.assert_close(gradient.double(), expected, atol=1e-6, rtol=1e-5)
+
+
+@both
+@pytest.mark.parametrize("gate", ["token", "sentence", "none"])
+@pytest.mark.parametrize("poison", [float("inf"), float("nan"), 1e4])
+def test_pads_reach_nothing(implementation: str, gate: str, poison: float):
+    batch = make()
+    pads = (batch.target == PAD)[..., None]
+    poisoned = batch._replace(
+        hidden=batch.hidden.detach().masked_fill(pads, poison).requires_grad_(),
+        teacher_hidden=[h.masked_fill(pads, poison) for h in batch.teacher_hidden],
+    )
+    clean_out, out = (run(b, implementation, gate=gate, label_smoothing=0.1, top1=True) for b in (batch, poisoned))
+    for name in ("loss", "nll", "kd", "gap", "teacher_mask", "confidence", "correct"):
+        assert torch.equal(getattr(out, name), getattr(clean_out, name)), name
+    for clean, other in zip(gradients(clean_out.loss, batch), gradients(out.loss, poisoned), strict=True):
+        assert torch.equal(other, clean)
+    # And no gradient reaches a pad.
+    d_hidden = gradients(run(poisoned, implementation, gate=gate).loss, poisoned)[0]
+    assert torch.equal(d_hidden[pads.squeeze(2)], torch.zeros_like(d_hidden[pads.squeeze(2)]))
+
+
+# Student and teacher
+
+
+def same(batch: Batch) -> Batch:
+    """The batch with the student as its own teacher."""
+    return batch._replace(
+        teacher_hidden=[batch.hidden.detach()],
+        teacher_weight=[batch.weight.detach()],
+        teacher_bias=[batch.bias.detach()],
+    )
+
+
+@both
+@pytest.mark.parametrize("gate", ["token", "sentence"])
+def test_student_that_equals_the_teacher_learns_from_the_data(implementation: str, gate: str):
+    out = run(same(make()), implementation, gate=gate, teacher_temperature=1.0)
+    assert not out.teacher_mask.any()
+    assert (out.kd.item(), out.gap.item()) == (0, 0)
+    assert torch.equal(out.loss, out.nll)
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_student_that_equals_the_teacher_learns_nothing_from_it(
+    implementation: str, dtype: torch.dtype, gate_to_teacher: str
+):
+    batch = same(make(dtype=dtype))
+    out = run(batch, implementation, gate=gate_to_teacher, teacher_temperature=1.0)
+    assert out.teacher_tokens.item() == 12
+    assert out.loss.item() == pytest.approx(0, abs=1e-6)
+    scale = gradients(run(batch, implementation, gate="none").loss, batch)
+    for gradient, usual in zip(gradients(out.loss, batch), scale, strict=True):
+        assert gradient.double().norm() <= 1e-6 * usual.double().norm()
+
+
+@both
+def test_teacher_gets_no_gradient(implementation: str, gate_to_teacher: str):
+    batch = make()
+    for tensor in (*batch.teacher_hidden, *batch.teacher_weight, *batch.teacher_bias):
+        tensor.requires_grad_()
+    run(batch, implementation, gate=gate_to_teacher).loss.backward()
+    assert batch.hidden.grad is not None
+    for tensor in (*batch.teacher_hidden, *batch.teacher_weight, *batch.teacher_bias):
+        assert tensor.grad is None
+
+
+@both
+def test_label_smoothing_is_that_of_fairseq(implementation: str):
+    from fairseq.criterions.label_smoothed_cross_entropy import label_smoothed_nll_loss
+
+    batch = make()
+    out = run(batch, implementation, gate="none", label_smoothing=0.1)
+    z = torch.nn.functional.linear(batch.hidden, batch.weight, batch.bias)
+    expected, nll = label_smoothed_nll_loss(z.log_softmax(-1).flatten(0, 1), batch.target.flatten(), 0.1, PAD)
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert out.nll.item() == pytest.approx(nll.item(), rel=1e-6)
+    for gradient, theirs in zip(gradients(out.loss, batch), gradients(expected, batch), strict=True):
+        torch.testing.assert_close(gradient, theirs, atol=1e-6, rtol=1e-5)
+
+
+# Gradients
+
+
+@both
+@pytest.mark.parametrize("gate", ["token", "sentence", "none"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_finite_differences(implementation: str, gate: str, smoothing: float):
+    """No gradient leaks through the gate: central differences, with data so far from the gate's boundary that no
+    step turns it. (torch's own gradcheck asks for the gradient twice, which the chunked loss refuses.)"""
+    batch = make(lengths=(3, 0, 2, 1), length=3, vocabulary=11, dimension=4, dtype=torch.float64, seed=3)
+    out = run(batch, implementation, gate=gate, label_smoothing=smoothing)
+    margins = truth(batch, out.teacher_mask, gate, "gold", True, smoothing).margin
+    step = 1e-6
+    assert margins.abs().min() > 100 * step
+    assert gate == "none" or 0 < out.teacher_tokens < out.tokens
+    with torch.no_grad():
+        for leaf, gradient in zip(batch.leaves(), gradients(out.loss, batch), strict=True):
+            numerical, values = torch.zeros_like(leaf), leaf.view(-1)
+            for i in range(leaf.numel()):
+                ends = []
+                for sign in (1, -1):
+                    values[i] += sign * step
+                    ends.append(run(batch, implementation, gate=gate, label_smoothing=smoothing).loss)
+                    values[i] -= sign * step
+                numerical.view(-1)[i] = (ends[0] - ends[1]) / (2 * step)
+            torch.testing.assert_close(gradient, numerical, atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tied_weight(dtype: torch.dtype):
+    """An output weight that is the embedding too: both gradients add up."""
+    batch = make(dtype=dtype)
+    source = torch.tensor([[3, 5, 3, 8, 9, 10, 3]] * 4)
+    found = {}
+    for implementation in IMPLEMENTATIONS:
+        weight = batch.weight.detach().clone().requires_grad_()
+        hidden = torch.nn.functional.embedding(source, weight).tanh()
+        out = run(batch._replace(hidden=hidden, weight=weight), implementation, gate="token")
+        out.loss.backward()
+        found[implementation] = weight.grad
+        alone = torch.autograd.grad(
+            run(batch._replace(hidden=hidden.detach(), weight=weight), implementation, gate="token").loss, weight
+        )[0]
+        assert not torch.equal(alone[3], weight.grad[3])
+    tolerance = 20 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found["chunked"], found["eager"], atol=tolerance, rtol=tolerance)
+
+
+@both
+def test_two_losses_over_one_weight_add(implementation: str):
+    batch, other = make(seed=1), make(seed=2)
+    other = other._replace(weight=batch.weight, bias=batch.bias)
+    (run(batch, implementation).loss + run(other, implementation).loss).backward()
+    expected = (
+        gradients(run(batch, implementation).loss, batch)[1] + gradients(run(other, implementation).loss, other)[1]
+    )
+    torch.testing.assert_close(batch.weight.grad, expected)
+
+
+@both
+@pytest.mark.parametrize("factor", [128.0, 2.0**-9, -3.0, 0.0])
+def test_factor_scales_the_gradients(implementation: str, factor: float):
+    batch = make()
+    plain = gradients(run(batch, implementation).loss, batch)
+    scaled = gradients(run(batch, implementation).loss * factor, batch)
+    for gradient, one in zip(scaled, plain, strict=True):
+        torch.testing.assert_close(gradient, one * factor, atol=1e-5 * abs(factor), rtol=1e-5)
+
+
+def test_backward_twice_is_refused():
+    batch = make()
+    loss = run(batch, "chunked").loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="gradients of a chunked loss can be used once"):
+        loss.backward()
+
+
+@both
+def test_no_gradient_under_no_grad(implementation: str, monkeypatch: pytest.MonkeyPatch):
+    made = []
+    monkeypatch.setattr(chunked, "add_product", lambda *_: made.append("weight"))
+    monkeypatch.setattr(chunked, "product_into", lambda *_: made.append("hidden"))
+    batch = make()
+    with torch.no_grad():
+        out = run(batch, implementation, top1=True)
+    assert out.loss.requires_grad is False
+    assert made == []
+    if implementation == "chunked":  # the same two names are reached where a gradient is wanted
+        run(batch, implementation)
+        assert sorted(set(made)) == ["hidden", "weight"]
+
+
+@both
+def test_only_the_loss_carries_gradient(implementation: str):
+    out = run(make(), implementation, top1=True)
+    assert out.loss.requires_grad
+    assert not any(getattr(out, name).requires_grad for name in ("nll", "kd", "gap", "confidence"))
+
+
+@both
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
+def test_frozen_inputs_get_none(implementation: str, frozen: str):
+    batch = make()
+    expected = dict(zip(("hidden", "weight", "bias"), gradients(run(batch, implementation).loss, batch), strict=True))
+    getattr(batch, frozen).requires_grad_(False)
+    run(batch, implementation).loss.backward()
+    for name in expected:
+        if name == frozen:
+            assert getattr(batch, name).grad is None
+        else:
+            assert torch.equal(getattr(batch, name).grad, expected[name])
+
+
+# fp16
+
+
+def nearly_learnt() -> Batch:
+    """fp16, 48 tokens that the student has almost learnt: of 4,000 words, each wrong one has a probability near
+    1e-8 (e^-18.4), so the gradient at its logit is far below fp16's smallest number, 6e-8."""
+    tokens, vocabulary = 48, 4000
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(2, vocabulary, (4, 12), generator=generator)
+    hidden = torch.zeros(4, 12, tokens + 2)
+    weight = torch.randn(vocabulary, tokens + 2, generator=generator) * 0.25
+    flat = hidden.view(tokens, -1)
+    flat[torch.arange(tokens), torch.arange(tokens)] = 1.0
+    flat[:, tokens:] = torch.randn(tokens, 2, generator=generator)
+    weight[target.flatten(), torch.arange(tokens)] += 18.4
+    half = torch.float16
+    return Batch(
+        hidden.to(half).requires_grad_(),
+        weight.to(half).requires_grad_(),
+        None,
+        [hidden.to(half)],
+        [weight.to(half)],
+        [None],
+        target,
+    )
+
+
+def flushed(scale: float, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
+    """Share of zeros in d weight at the loss scale 2**14: (chunked in fp16, fp32 gradients cast to fp16)."""
+    batch = nearly_learnt()
+    monkeypatch.setattr(chunked, "FP16_SCALE", scale)
+    wide = batch._replace(
+        hidden=batch.hidden.detach().float().requires_grad_(), weight=batch.weight.detach().float().requires_grad_()
+    )
+    half = gradients(run(batch, "chunked", gate="none").loss * 2**14, batch)[1]
+    full = gradients(run(wide, "eager", gate="none").loss * 2**14, wide)[1]
+    size = full.abs() / 2**14
+    assert 1e-10 < size[size > 0].median() < 1e-6  # what is tested: gradients of about 1e-8
+    return (half == 0).float().mean().item(), (full.half() == 0).float().mean().item()
+
+
+def test_fp16_small_gradients_are_not_flushed(monkeypatch: pytest.MonkeyPatch):
+    ours, reference = flushed(chunked.FP16_SCALE, monkeypatch)
+    assert ours <= reference + 0.001
+    # Without the factor nearly everything is lost: the data above do put it to the test.
+    without, _ = flushed(1.0, monkeypatch)
+    assert without > 0.9
+
+
+@both
+def test_fp16_overflow_is_seen(implementation: str):
+    """Logits beyond 65504 must show as inf or NaN, which fairseq's loss scaler acts on, never as silent zeros."""
+    batch = make(dtype=torch.float16)
+    batch = batch._replace(hidden=(batch.hidden.detach() * 3e4).requires_grad_())
+    out = run(batch, implementation, gate="none")
+    values = [out.loss.detach(), *gradients(out.loss, batch)]
+    assert not all(value.isfinite().all() for value in values)
+
+
+@both
+def test_fp16_gradients_beyond_its_range_are_seen(implementation: str):
+    batch = make(dtype=torch.float16)
+    made = gradients(run(batch, implementation, gate="none").loss * 2.0**17, batch)
+    assert not all(gradient.isfinite().all() for gradient in made)
+    # At a scale that fits, none is lost: the factor inside does not eat into fp16's range.
+    made = gradients(run(batch, implementation, gate="none").loss * 2.0**12, batch)
+    assert all(gradient.isfinite().all() for gradient in made)
+
+
+# Bad inputs
+
+
+def arguments(**changes) -> dict:
+    batch = make(teacher_dimensions=(9,))
+    plain = {
+        "student_hidden": batch.hidden,
+        "student_weight": batch.weight,
+        "teacher_hidden": batch.teacher_hidden[0],
+        "teacher_weight": batch.teacher_weight[0],
+        "target": batch.target,
+    }
+    return {**plain, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gate": "word"}, 'unknown gate "word"; known gates: none, sentence, token'),
+        ({"gate_on": "second"}, 'gate_on is "second"; it must be one of gold, argmax'),
+        ({"teacher_temperature": 0}, "teacher_temperature is 0.0; it must be above 0"),
+        ({"teacher_temperature": float("nan")}, "teacher_temperature is nan"),
+        ({"label_smoothing": 1.0}, "label_smoothing is 1.0; it must be at least 0 and below 1"),
+        ({"label_smoothing": -0.1}, "label_smoothing is -0.1"),
+        ({"teacher_weight": torch.zeros(124, 9)}, "vocabularies differ: student 123, teacher 124"),
+        ({"teacher_hidden": torch.zeros(4, 6, 9)}, r"teacher_hidden is \(4, 6, 9\) and target \(4, 7\)"),
+        ({"student_hidden": torch.zeros(28, 13)}, r"student_hidden is \(28, 13\) and target \(4, 7\)"),
+        ({"student_weight": torch.zeros(123, 12)}, r"student_weight \(123, 12\) does not fit student_hidden"),
+        ({"teacher_hidden": None}, 'gate "token" needs a teacher, but teacher_hidden is None'),
+        (
+            {"teacher_hidden": [torch.zeros(4, 7, 9)] * 2, "teacher_weight": [torch.zeros(123, 9)]},
+            "one teacher_hidden, teacher_weight and teacher_bias a member, not 2, 1 and 2",
+        ),
+        ({"teacher_hidden": [], "teacher_weight": []}, "not 0, 0 and 0"),
+        ({"implementation": "fast"}, 'unknown implementation "fast"; it must be one of auto, eager, chunked'),
+        (
+            {"implementation": "chunked", "student_hidden": torch.zeros(4, 7, 123), "student_weight": None},
+            "needs linear heads",
+        ),
+        (
+            {"implementation": "chunked", "teacher_hidden": torch.zeros(4, 7, 123), "teacher_weight": None},
+            "needs linear heads",
+        ),
+    ],
+)
+def test_bad_input_is_one_sentence(changes: dict, message: str):
+    with pytest.raises(ValueError, match=message) as caught:
+        gated_distillation(**arguments(**changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_logits_in_place_of_a_head():
+    """weight=None: what stands in `hidden` are logits; "auto" takes them, for the student, the teacher or both."""
+    batch = make(bias=False)
+    student_logits = (batch.hidden @ batch.weight.t()).detach()
+    teacher_logits = batch.teacher_hidden[0] @ batch.teacher_weight[0].t()
+    expected = run(batch, "chunked")
+    for hidden, weight in ((batch.hidden, batch.weight), (student_logits, None)):
+        for teacher_hidden, teacher_weight in (
+            (batch.teacher_hidden[0], batch.teacher_weight[0]),
+            (teacher_logits, None),
+        ):
+            out = gated_distillation(hidden, weight, teacher_hidden, teacher_weight, batch.target, padding_idx=PAD)
+            assert torch.equal(out.teacher_mask, expected.teacher_mask)
+            assert out.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+
+
+# Properties
+
+
+def part(batch: Batch, rows) -> Batch:
+    return batch._replace(
+        hidden=batch.hidden.detach()[rows].requires_grad_(),
+        teacher_hidden=[h[rows] for h in batch.teacher_hidden],
+        target=batch.target[rows],
+    )
+
+
+shapes = st.fixed_dictionaries(
+    {
+        "lengths": st.lists(st.integers(0, 6), min_size=2, max_size=6),
+        "length": st.integers(6, 8),
+        "vocabulary": st.integers(3, 40),
+        "dimension": st.integers(1, 9),
+        "bias": st.booleans(),
+        "seed": st.integers(0, 100),
+    }
+)
+
+
+@settings(deadline=None, max_examples=25)
+@given(shape=shapes, gate=st.sampled_from(["token", "sentence", "none"]), data=st.data())
+def test_a_batch_is_the_sum_of_its_halves(shape: dict, gate: str, data):
+    batch = make(**shape, dtype=torch.float64)
+    cut = data.draw(st.integers(0, len(shape["lengths"])))
+    for implementation in IMPLEMENTATIONS:
+        whole = run(batch, implementation, gate=gate, label_smoothing=0.1)
+        halves = [part(batch, slice(None, cut)), part(batch, slice(cut, None))]
+        outs = [run(half, implementation, gate=gate, label_smoothing=0.1) for half in halves]
+        for name in ("loss", "nll", "kd", "gap", "teacher_tokens", "tokens"):
+            total = sum(getattr(out, name).item() for out in outs)
+            assert getattr(whole, name).item() == pytest.approx(total, rel=1e-9, abs=1e-9), name
+        made = [gradients(out.loss, half) for out, half in zip(outs, halves, strict=True)]
+        for index, gradient in enumerate(gradients(whole.loss, batch)):
+            parts = [half[index] for half in made]
+            torch.testing.assert_close(gradient, torch.cat(parts) if index == 0 else sum(parts), atol=1e-9, rtol=1e-9)
+
+
+@settings(deadline=None, max_examples=25)
+@given(shape=shapes, gate=st.sampled_from(["token", "sentence", "none"]), data=st.data())
+def test_order_of_sentences_does_not_matter(shape: dict, gate: str, data):
+    batch = make(**shape, dtype=torch.float64)
+    order = data.draw(st.permutations(range(len(shape["lengths"]))))
+    for implementation in IMPLEMENTATIONS:
+        out, other = (run(b, implementation, gate=gate) for b in (batch, part(batch, order)))
+        assert torch.equal(other.teacher_mask, out.teacher_mask[order])
+        assert torch.equal(other.tokens_mask, out.tokens_mask[order])
+        assert other.loss.item() == pytest.approx(out.loss.item(), rel=1e-9, abs=1e-9)
+
+
+@settings(deadline=None, max_examples=200)
+@given(lengths=st.lists(st.integers(0, 12), max_size=12), chunk=st.integers(1, 10))
+def test_chunks_cover_all_rows_and_cut_no_sentence(lengths: list[int], chunk: int):
+    tokens = sum(lengths)
+    ends = set(itertools.accumulate(lengths, initial=0))
+    for given_lengths in (lengths, None):
+        bounds = chunked.chunk_bounds(tokens, given_lengths, chunk)
+        assert [row for start, end in bounds for row in range(start, end)] == list(range(tokens))
+        assert all(start < end for start, end in bounds)
+    for start, end in chunked.chunk_bounds(tokens, lengths, chunk):
+        assert {start, end} <= ends
+        whole = [n for n, last in zip(lengths, itertools.accumulate(lengths), strict=True) if n and start < last <= end]
+        assert end - start <= chunk or len(whole) == 1  # only a sentence longer than a chunk makes a larger one
+
+
+# Memory
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that any operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in tree_leaves(result) if isinstance(x, Tensor)]
+        self.elements = max(self.elements, *sizes, 0)
+        return result
+
+
+@pytest.mark.parametrize("gate", ["token", "sentence", "none"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_no_tensor_of_tokens_times_vocabulary(gate: str, smoothing: float):
+    tokens, vocabulary, dimension = 4096, 2000, 4
+    batch = make((16,) * 256, 16, vocabulary, dimension, (dimension,))
+
+    def largest(implementation: str) -> int:
+        with LargestTensor() as mode:
+            run(batch, implementation, gate=gate, label_smoothing=smoothing).loss.backward()
+        return mode.elements
+
+    assert largest("chunked") == chunked.CHUNK_TOKENS["cpu"] * vocabulary
+    assert largest("eager") == tokens * vocabulary
+
+
+# Without fairseq
+
+
+def test_works_where_fairseq_is_not_installed():
+    script = """
+        import sys
+        from importlib.machinery import PathFinder
+
+        class WithoutFairseq:
+            @staticmethod
+            def find_spec(name, path=None, target=None):
+                return None if name.split(".")[0] == "fairseq" else PathFinder.find_spec(name, path, target)
+
+        sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not PathFinder] + [WithoutFairseq]
+        import torch
+        from hgkd_fairseq.calibration import CalibrationHistogram
+        from hgkd_fairseq.gates import GATES
+        from hgkd_fairseq.loss import gated_distillation
+
+        p = torch.tensor([[[2.0, 1.0, 1.0]]]).log().requires_grad_()
+        q = torch.tensor([[[1.0, 2.0, 1.0]]]).log()
+        out = gated_distillation(p, torch.eye(3), q, torch.eye(3), torch.tensor([[0]]), teacher_temperature=1.0)
+        out.loss.backward()
+        print(round(out.loss.item(), 6), p.grad.flatten().tolist(), sorted(GATES), "fairseq" in sys.modules)
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    # KL = 1/4 log 2, gradient p - q = (1/4, -1/4, 0).
+    assert result.stdout.split(" ", 1)[0] == "0.173287", result.stderr
+    assert result.stdout.strip().endswith("['none', 'sentence', 'token'] False")
+    gradient = eval(result.stdout.split("[")[1].split("]")[0])
+    assert gradient == pytest.approx((0.25, -0.25, 0.0), abs=1e-6)

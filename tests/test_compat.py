@@ -1,0 +1,181 @@
+"""Checkpoints through fairseq's commands: fairseq's own and ours load, those that hold code do not."""
+
+import os
+import pickle
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import command_line as cl
+import pytest
+import torch
+
+SOURCE = "w1 w2 w3\nw4 w5\n"
+
+
+@pytest.fixture(scope="module", params=["plain, tracked by loss", "plain, tracked by BLEU", "ours, teacher deleted"])
+def uses(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory):
+    """The four uses of a checkpoint, all with --user-dir: (its run, resumed, generated, validated, interactive)."""
+    fixture = {
+        "plain, tracked by loss": "plain",
+        "plain, tracked by BLEU": "teacher",
+        "ours, teacher deleted": "student",
+    }
+    run: cl.Run = request.getfixturevalue(fixture[request.param])
+    best = run.path("checkpoint_best.pt")
+    folder = tmp_path_factory.mktemp("resumed")
+    teacher: cl.Run = request.getfixturevalue("teacher")
+    options = {
+        "plain": ("--criterion", "label_smoothed_cross_entropy", "--label-smoothing", 0.1, "--max-epoch", 4),
+        "teacher": ("--criterion", "cross_entropy", "--max-tokens", 400, "--max-epoch", 31, *cl.BEST_BLEU),
+        "student": cl.distil(teacher.path(), "--max-epoch", 7, *cl.BEST_BLEU),
+    }[fixture[request.param]]
+    restore = ("--restore-file", run.path(), *cl.KEEP_LAST)
+    common = (data, *cl.USER_DIR, "--path", best, "--cpu")
+    validate = ("--task", "translation", "--max-tokens", 4000)
+    if run.folder.name.startswith("student"):
+        validate = (*validate, "--criterion", "hard_gate_kd", "--gate", "none")
+    return run, *cl.together(
+        lambda: cl.train(data, folder, *options, *cl.USER_DIR, *restore),
+        lambda: cl.fairseq("generate", *common, "--beam", 2, "--gen-subset", "valid", "--scoring", "sacrebleu"),
+        lambda: cl.fairseq("validate", *common, "--log-format", "json", *validate),
+        lambda: cl.fairseq("interactive", *common, "--beam", 2, stdin=SOURCE),
+    )
+
+
+def test_checkpoint_resumes(uses):
+    run, resumed, *_ = uses
+    before, after = (r.state()["optimizer_history"][-1]["num_updates"] for r in (run, resumed))
+    per_epoch = before // int(run.result.logs("train")[-1]["epoch"])
+    assert after == before + per_epoch
+    assert f"Loaded checkpoint {run.path()}" in resumed.result.output
+    assert resumed.result.logs("train")[0]["epoch"] == run.result.logs("train")[-1]["epoch"] + 1
+
+
+def test_checkpoint_generates(uses):
+    _, _, generated, _, _ = uses
+    assert generated.code == 0, generated.end()
+    assert len(generated.hypotheses()) == 64
+    assert "BLEU = " in generated.output
+
+
+def test_validation_bleu_is_that_of_the_model_itself(uses):
+    """What --eval-bleu found at the best epoch is what fairseq-generate finds for that checkpoint: the sequence
+    generator of the task holds the student, not the teacher."""
+    run, _, generated, _, _ = uses
+    if "bleu" not in run.result.logs("valid")[-1]:
+        assert run.folder.name.startswith("plain")
+        return
+    best = max(row["bleu"] for row in run.result.logs("valid"))
+    found = float(generated.output.rsplit("BLEU = ", 1)[1].split()[0])
+    assert found == pytest.approx(best, abs=0.0051)
+    if run.folder.name.startswith("student"):
+        assert best < 5
+    else:
+        assert best > 20
+
+
+def test_checkpoint_validates(uses):
+    run, _, _, validated, _ = uses
+    assert validated.code == 0, validated.end()
+    (found,) = validated.logs("valid")
+    # The best checkpoint's own epoch is among those of the training log.
+    name = "loss" if run.folder.name.startswith("teacher") else "nll_loss"
+    assert found[name] in [pytest.approx(row[name], abs=0.0011) for row in run.result.logs("valid")]
+
+
+def test_checkpoint_answers_interactively(uses):
+    *_, interactive = uses
+    assert interactive.code == 0, interactive.end()
+    assert len(interactive.hypotheses()) == 2
+
+
+class Code:
+    """Unpickling an instance runs a command."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.file}",)
+
+
+@pytest.fixture(scope="module")
+def refused(plain: cl.Run, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, cl.Result], Path]:
+    """What each use of a malicious checkpoint, and of half a checkpoint, came to; and the file it must not make."""
+    folder = tmp_path_factory.mktemp("refused")
+    file, malicious, half = folder / "code_has_run", folder / "malicious.pt", folder / "half.pt"
+    torch.save({**plain.state(), "extra": Code(file)}, malicious)
+    half.write_bytes(plain.path().read_bytes()[: plain.path().stat().st_size // 2])
+    train = (data, *cl.SIZE, *cl.TIED, *cl.STEPS, *cl.LOGS, "--save-dir", folder)
+    old = folder / "malicious_in_the_old_format.pt"
+    torch.save({**plain.state(), "extra": Code(file)}, old, _use_new_zipfile_serialization=False)
+    calls = {
+        "--teacher-path": ("train", *train, *cl.distil(malicious)),
+        "--path": ("generate", data, *cl.USER_DIR, "--path", malicious, "--cpu"),
+        "--restore-file": ("train", *train, *cl.USER_DIR, "--restore-file", malicious),
+        "old format": ("train", *train, *cl.distil(old)),
+        "half": ("train", *train, *cl.distil(half)),
+        "half, --path": ("generate", data, *cl.USER_DIR, "--path", half, "--cpu"),
+    }
+    results = cl.together(*[lambda call=call: cl.fairseq(*call) for call in calls.values()])
+    return dict(zip(calls, results, strict=True)), file
+
+
+@pytest.mark.parametrize("use", ["--teacher-path", "--path", "--restore-file", "old format"])
+def test_code_in_a_checkpoint_is_refused(use: str, refused):
+    results, file = refused
+    cl.one_sentence(results[use], ["malicious", "refused", f"wants to import {os.system.__module__}.system"])
+    assert not file.exists()
+
+
+def test_the_malicious_checkpoint_is_one(plain: cl.Run, tmp_path: Path):
+    """The file that the tests above plant does run its command where nothing guards it."""
+    file = tmp_path / "code_has_run"
+    pickle.loads(pickle.dumps(Code(file)))
+    assert file.exists()
+    assert os.system.__module__ in sys.modules
+
+
+@pytest.mark.parametrize("use", ["half", "half, --path"])
+def test_half_a_checkpoint_is_one_sentence(use: str, refused):
+    cl.one_sentence(refused[0][use], ["half.pt cannot be read: it is cut short or damaged"])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [Namespace(lr=0.5), torch.ones(2).numpy(), {"counts": [torch.arange(3).numpy().astype("int32")]}],
+    ids=["options", "array", "counts"],
+)
+def test_allow_list(value, tmp_path: Path):
+    from hgkd_fairseq import compat
+
+    compat.apply()
+    torch.save({"value": value}, tmp_path / "a.pt")
+    assert repr(torch.load(tmp_path / "a.pt", weights_only=True)["value"]) == repr(value)
+
+
+def test_patches_are_applied_once():
+    from fairseq import checkpoint_utils
+
+    from hgkd_fairseq import compat
+
+    patched = checkpoint_utils.load_checkpoint_to_cpu
+    hook = sys.excepthook
+    compat.apply()
+    assert checkpoint_utils.load_checkpoint_to_cpu is patched
+    assert sys.excepthook is hook
+
+
+def test_another_fairseq_is_left_alone(caplog: pytest.LogCaptureFixture):
+    from hgkd_fairseq import compat
+
+    def unknown():
+        return 1
+
+    assert compat.written_for(unknown, "return 1", "nothing") is True
+    assert caplog.messages == []
+    assert compat.written_for(unknown, "return 2", "bf16 means something else") is False
+    (message,) = caplog.messages
+    assert "unknown differs" in message
+    assert "bf16 means something else" in message
