@@ -86,13 +86,12 @@ train() {
     touch "$run/done"
 }
 
-# One line an epoch, and whatever went wrong.
+# One line an epoch, as it comes (awk would hold lines back), and whatever went wrong.
 progress() {
-    awk -v name="$1" -F ' \\| ' '
-        / valid \| epoch/ { line = ""; for (i = 4; i <= NF; i++)
-            if ($i ~ /^(epoch|nll_loss|ece|teacher_share|num_updates|best_nll_loss)/) line = line "  " $i
-            print "          " name ":" line; fflush() }
-        /error:|Error/ { print; fflush() }'
+    { grep --line-buffered -E ' valid \| epoch|error:|Error' || true; } | sed -u -E "
+        s/^.* valid \| epoch 0*([0-9]+) .*\| nll_loss ([0-9.]+) \|/          $1: epoch \1, validation NLL \2 bits |/
+        s/ \|.* teacher_share ([0-9.]+) .* ece ([0-9.]+) .*num_updates ([0-9]+).*/, ECE \2, teacher share \1, \3 updates/
+        s/ \|.* num_updates ([0-9]+).*/, \1 updates/"
 }
 
 distil=(--task translation_with_teacher --teacher-path "$dir/teacher/checkpoint_best.pt"
