@@ -134,7 +134,6 @@ def test_the_malicious_checkpoint_is_one(plain: cl.Run, tmp_path: Path):
     file = tmp_path / "code_has_run"
     pickle.loads(pickle.dumps(Code(file)))
     assert file.exists()
-    assert os.system.__module__ in sys.modules
 
 
 @pytest.mark.parametrize("use", ["half", "half, --path"])

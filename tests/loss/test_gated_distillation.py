@@ -893,5 +893,5 @@ def test_works_where_fairseq_is_not_installed():
     # KL = 1/4 log 2, gradient p - q = (1/4, -1/4, 0).
     assert result.stdout.split(" ", 1)[0] == "0.173287", result.stderr
     assert result.stdout.strip().endswith("['none', 'sentence', 'token'] False")
-    gradient = eval(result.stdout.split("[")[1].split("]")[0])
-    assert gradient == pytest.approx((0.25, -0.25, 0.0), abs=1e-6)
+    gradient = [float(number) for number in result.stdout.split("[")[1].split("]")[0].split(",")]
+    assert gradient == pytest.approx([0.25, -0.25, 0.0], abs=1e-6)
