@@ -107,7 +107,7 @@ def refused(plain: cl.Run, data: Path, tmp_path_factory: pytest.TempPathFactory)
     file, malicious, half = folder / "code_has_run", folder / "malicious.pt", folder / "half.pt"
     torch.save({**plain.state(), "extra": Code(file)}, malicious)
     half.write_bytes(plain.path().read_bytes()[: plain.path().stat().st_size // 2])
-    train = (data, *cl.SIZE, *cl.TIED, *cl.STEPS, *cl.LOGS, "--save-dir", folder)
+    train = (data, *cl.SIZE, *cl.TIED, *cl.STEPS, *cl.LOGS, "--save-dir", folder, "--max-epoch", 1)
     old = folder / "malicious_in_the_old_format.pt"
     torch.save({**plain.state(), "extra": Code(file)}, old, _use_new_zipfile_serialization=False)
     calls = {

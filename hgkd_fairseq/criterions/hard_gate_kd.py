@@ -99,12 +99,17 @@ class HardGateKDCriterion(FairseqCriterion):
         updates = getattr(self.task, "num_updates", None)
         return self.gate.needs_teacher and (updates is None or updates >= self.cfg.distill_start_update)
 
-    def implementation(self, student) -> str:
+    def implementation(self, heads) -> str:
         """--loss-impl, with auto made definite on the CPU. The choice may depend on the run's options only: a run that
         is killed and resumed must go on with the same rounding."""
-        long_run = self.cfg.max_update >= COMPILE_FROM_UPDATES
-        if self.cfg.loss_impl == "auto" and student.weight is not None and student.hidden.device.type == "cpu":
-            return "compiled" if long_run and torch.is_grad_enabled() else "chunked"
+        linear = all(head.weight is not None for head in heads)
+        if self.cfg.loss_impl not in ("auto", "eager") and not linear:
+            raise UserError(
+                f"--loss-impl {self.cfg.loss_impl} needs a student and a teacher with a linear output layer; use auto"
+            )
+        long_run = torch.is_grad_enabled() and self.cfg.max_update >= COMPILE_FROM_UPDATES
+        if self.cfg.loss_impl == "auto" and linear and long_run and heads[0].hidden.device.type == "cpu":
+            return "compiled"
         return self.cfg.loss_impl
 
     def forward(self, model, sample, reduce=True):
@@ -134,7 +139,7 @@ class HardGateKDCriterion(FairseqCriterion):
             teacher_bias=[teacher.bias for teacher in teachers],
             top1=validating or self.cfg.report_accuracy,
             lengths=lengths,
-            implementation=self.implementation(student),
+            implementation=self.implementation([student, *teachers]),
         )
         sample_size = sample["target"].size(0) if self.cfg.sentence_avg else sample["ntokens"]
         logging_output = {

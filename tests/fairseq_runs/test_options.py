@@ -51,7 +51,7 @@ def refusals(data: Path, teacher: cl.Run, tmp_path_factory: pytest.TempPathFacto
             for name, text in texts.items():
                 option = option.replace(name, text)
             filled.append(option)
-        arguments = (data, *cl.SIZE, *cl.TIED, *cl.STEPS, *cl.LOGS, "--save-dir", folder)
+        arguments = (data, *cl.SIZE, *cl.TIED, *cl.STEPS, *cl.LOGS, "--save-dir", folder, "--max-update", 1)
         if "translation" in filled:  # this task does not know --teacher-path
             return cl.fairseq("train", *arguments, *cl.USER_DIR, "--criterion", "hard_gate_kd", *filled)
         return cl.fairseq("train", *arguments, *cl.distil(teacher.path()), *filled)
@@ -74,8 +74,17 @@ def test_dictionaries_are_compared(
     state = teacher.state()
     state["cfg"]["task"]["data"] = str(tmp_path / "no_longer_here")
     cl.torch.save(state, moved)
-    usual = (*cl.SIZE, *cl.STEPS, *cl.LOGS, "--share-decoder-input-output-embed", "--save-dir", tmp_path / "s")
-    overrides = ("--teacher-model-overrides", f"{{'data': '{data}'}}", "--max-update", 1, "--no-save")
+    usual = (
+        *cl.SIZE,
+        *cl.STEPS,
+        *cl.LOGS,
+        "--share-decoder-input-output-embed",
+        "--save-dir",
+        tmp_path / "s",
+        "--max-update",
+        1,
+    )
+    overrides = ("--teacher-model-overrides", f"{{'data': '{data}'}}", "--no-save")
     size, symbol, gone, given = cl.together(
         *[
             lambda folder=folder, options=options: cl.fairseq("train", folder, *usual, *options)
