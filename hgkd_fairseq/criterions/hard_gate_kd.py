@@ -97,7 +97,8 @@ class HardGateKDCriterion(FairseqCriterion):
     def distils(self) -> bool:
         """Whether this step has a teacher: always outside training, in training from --distill-start-update on."""
         updates = getattr(self.task, "num_updates", None)
-        return self.gate.needs_teacher and (updates is None or updates >= self.cfg.distill_start_update)
+        training = torch.is_grad_enabled() and updates is not None
+        return self.gate.needs_teacher and (not training or updates >= self.cfg.distill_start_update)
 
     def implementation(self, heads) -> str:
         """--loss-impl, with auto made definite on the CPU. The choice may depend on the run's options only: a run that
