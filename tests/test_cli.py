@@ -104,10 +104,12 @@ def test_forced_calibration_by_hand(data, teacher, plain, tmp_path, members):
 
 
 def test_forced_calibration_refuses(data, plain, tmp_path):
-    other = tmp_path / "other"
-    other.mkdir()
-    for language in ("de", "en"):
-        (other / f"dict.{language}.txt").write_text("a 1\nb 1\n")
+    other, unknown = tmp_path / "other", tmp_path / "unknown"
+    for folder in (other, unknown):
+        folder.mkdir()
+        for language in ("de", "en"):
+            (folder / f"dict.{language}.txt").write_text("a 1\nb 1\n")
+    (other / "test.de-en.de.idx").touch()  # fairseq reads the languages from such a name
     checkpoint = plain.path("checkpoint_best.pt")
     torch.save({"model": {}}, tmp_path / "no_model.pt")
     cases = [
@@ -115,6 +117,7 @@ def test_forced_calibration_refuses(data, plain, tmp_path):
         ((data, "--path", tmp_path / "no_model.pt"), "no fairseq checkpoint"),
         ((tmp_path / "no_data", "--path", checkpoint), "is no folder"),
         ((data, "--path", checkpoint, "--gen-subset", "dev"), "no subset dev"),
+        ((unknown, "--path", checkpoint), "Could not infer language pair"),
         ((other, "--path", checkpoint), "does not fit the dictionaries"),
     ]
     for arguments, expected in cases:

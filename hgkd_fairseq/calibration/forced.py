@@ -119,7 +119,12 @@ def load(data: str, path: str):
         raise UserError(f"{path} is no fairseq model; name a checkpoint of fairseq-train")
     with open_dict(cfg):
         cfg.task._name, cfg.task.data, cfg.task.eval_bleu = "translation", data, False
-    task = tasks.setup_task(cfg.task, from_checkpoint=True)
+    try:
+        task = tasks.setup_task(cfg.task, from_checkpoint=True)
+    except Exception as error:  # fairseq's own, for an unknown language pair
+        raise UserError(
+            f"{data} is no data for {path}: {error}; name the folder that fairseq-preprocess wrote"
+        ) from error
     try:
         models, _ = checkpoint_utils.load_model_ensemble(utils.split_paths(path), task=task)
     except RuntimeError as error:
