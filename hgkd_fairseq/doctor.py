@@ -6,6 +6,7 @@ import inspect
 import platform
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
 from importlib.util import find_spec
 
@@ -56,18 +57,11 @@ def registration() -> str:
     return "task translation_with_teacher, criterion hard_gate_kd"
 
 
-def sacrebleu() -> str:
+def installed(package: str) -> str:
     try:
-        return distribution("sacrebleu").version
+        return distribution(package).version
     except PackageNotFoundError:
-        raise Problem("not installed; pip install sacrebleu") from None
-
-
-def sentencepiece() -> str:
-    try:
-        return distribution("sentencepiece").version
-    except PackageNotFoundError:
-        raise Problem("not installed; pip install sentencepiece") from None
+        raise Problem(f"not installed; pip install {package}") from None
 
 
 def cuda() -> str:
@@ -113,8 +107,8 @@ CHECKS: list[tuple[str, Callable[[], str]]] = [
     ("torch", torch),
     ("fairseq", fairseq),
     ("plugin", registration),
-    ("sacrebleu", sacrebleu),
-    ("sentencepiece", sentencepiece),
+    ("sacrebleu", partial(installed, "sacrebleu")),
+    ("sentencepiece", partial(installed, "sentencepiece")),
     ("CUDA", cuda),
     ("Triton", triton),
     ("loss", loss_implementations),

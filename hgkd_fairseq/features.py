@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 
@@ -73,7 +74,6 @@ def refuse_unused_parameters(model: nn.Module, output: nn.Linear) -> None:
         model = model.module
 
 
-def warn_once(message: str, said: set[str] = set()) -> None:  # noqa: B006  the default is the memory
-    if message not in said:
-        said.add(message)
-        logger.warning(message)
+@functools.cache
+def warn_once(message: str) -> None:
+    logger.warning(message)

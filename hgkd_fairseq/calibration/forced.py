@@ -113,7 +113,8 @@ def load(data: str, path: str):
     for file in utils.split_paths(path):
         if not os.path.exists(file):
             raise UserError(f"--path names {file}, which does not exist; name a fairseq checkpoint")
-    first = checkpoint_utils.load_checkpoint_to_cpu(utils.split_paths(path)[0])
+    files = utils.split_paths(path)
+    first = checkpoint_utils.load_checkpoint_to_cpu(files[0])
     cfg = first.get("cfg")
     if cfg is None or "task" not in cfg or "model" not in first:
         raise UserError(f"{path} is no fairseq model; name a checkpoint of fairseq-train")
@@ -126,7 +127,7 @@ def load(data: str, path: str):
             f"{data} is no data for {path}: {error}; name the folder that fairseq-preprocess wrote"
         ) from error
     try:
-        models, _ = checkpoint_utils.load_model_ensemble(utils.split_paths(path), task=task)
+        models, _ = checkpoint_utils.load_model_ensemble(files, task=task, state=first if len(files) == 1 else None)
     except RuntimeError as error:
         raise UserError(
             f"{path} does not fit the dictionaries in {data}: {str(error).splitlines()[-1].strip()}; "

@@ -81,10 +81,10 @@ def row_step(
         kl = (q * difference).sum(1) - teacher.log_normalizer + student.log_normalizer
         teacher_read = (teacher if options.gate_temperature else _softmax(z_t)).logprob(read)
     else:
-        q = _mean_probability(teacher_logits, options.teacher_temperature, z.dtype)
+        q = mean_probability(teacher_logits, options.teacher_temperature, z.dtype)
         difference = torch.where(q > 0, q.log() - student.shifted, torch.zeros_like(q))
         kl = (q * difference).sum(1) + student.log_normalizer
-        gate_q = q if options.gate_temperature else _mean_probability(teacher_logits, 1.0, z.dtype)
+        gate_q = q if options.gate_temperature else mean_probability(teacher_logits, 1.0, z.dtype)
         teacher_read = gate_q.gather(1, read[:, None]).squeeze(1).log()
 
     data, teacher_weight = options.gate.weights(TokenStatistics(student_read, teacher_read, sentence, sentence_count))
@@ -112,7 +112,7 @@ def row_step(
     return results, (gradient * gradient_scale).to(student_logits.dtype)
 
 
-def _mean_probability(logits: list[Tensor], temperature: float, dtype: torch.dtype) -> Tensor:
+def mean_probability(logits: list[Tensor], temperature: float, dtype: torch.dtype) -> Tensor:
     """(C, V) mean over an ensemble of the tempered probabilities."""
     total = torch.softmax(_widen(logits[0]).to(dtype) / temperature, dim=1)
     for z in logits[1:]:

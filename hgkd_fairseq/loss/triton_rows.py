@@ -118,7 +118,7 @@ def row_step(
         teacher = teacher_logits[0].contiguous()
     else:
         # log of the mean probability: logits at temperature 1
-        teacher = rows._mean_probability(teacher_logits, temperature, torch.float32).log_()
+        teacher = rows.mean_probability(teacher_logits, temperature, torch.float32).log_()
         temperature = 1.0
 
     results = torch.empty((5, tokens), dtype=torch.float32, device=student.device)

@@ -25,7 +25,6 @@ def data_with_another_dictionary(data: Path, tmp_path_factory: pytest.TempPathFa
     return folders
 
 
-UNTIED = ("--task", "translation_with_teacher")
 # name: (options, what the sentence says); TEACHER is replaced
 CASES = {
     "unknown gate": (["--gate", "tokens"], ["--gate", 'unknown gate "tokens"', "known gates: none", "sentence, token"]),
