@@ -1,108 +1,200 @@
-"""When to distil: per-token statistics in, per-token weights out. Pure functions of tensors; no fairseq here.
+"""When to distil: per-token statistics in, per-token weights out. No fairseq here.
 
 A gate answers METHOD's question "when": it reads how probable a token is under the student and under the teacher and
-returns two weights per token, one for the data term and one for the teacher term of the loss
+returns the weights of the terms of the loss
 
-    loss = sum_t  data_t * CE(y_t, P_student)  +  teacher_t * KL(P_teacher^tau || P_student).
+    loss = sum_t  data_t * CE(y_t, P_student)  +  teacher_t * KL(P_teacher^tau || P_student)
+                  +  uniform_t * CE(1/V, P_student).
 
-No gradient passes through a gate: the statistics come detached.
+The statistics come detached: no gradient passes from a gate into the student. Most gates are pure functions; one that
+remembers something (a queue) or learns something is a class, made once for a run.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
 class TokenStatistics(NamedTuple):
-    """What a gate sees, for the N non-pad tokens of some whole sentences (all detached, fp32 or fp64)."""
+    """What a gate sees: n of the N non-pad tokens of a batch, in order (all detached, fp32 or fp64).
 
-    student_logprob: Tensor  # (N,) nats, of the token the gate reads, under the student (temperature 1)
-    teacher_logprob: Tensor  # (N,) nats, of the same token, under the teacher
-    sentence: Tensor  # (N,) int64, row of `sentence_count` that the token belongs to
+    Which n: whole sentences for a gate of scope "sentence", all N of them for scope "batch", any run of neighbours for
+    scope "token".
+    """
+
+    student_logprob: Tensor  # (n,) nats, of the token the gate reads, under the student (temperature 1)
+    teacher_logprob: Tensor  # (n,) nats, of the same token, under the teacher
+    sentence: Tensor  # (n,) int64, row of `sentence_count` that the token belongs to
     sentence_count: int  # S
+    first: int = 0  # position of the first of them in the batch's N
+    tokens: int = 0  # N
+    vocabulary: int = 0  # V
+    progress: float = 0.0  # share of the training's updates that are made, 0 to 1
 
 
 class GateWeights(NamedTuple):
-    """Weights of the two terms of the loss, each (N,) and of the statistics' dtype."""
+    """Weights of the terms of the loss, each (n,) and of the statistics' dtype."""
 
     data: Tensor
     teacher: Tensor
+    uniform: Tensor | None = None  # of the cross-entropy with the uniform distribution; None: 0
+
+
+class GateError(ValueError):
+    """A gate, or a parameter of one, that does not exist or does not fit; `option` is the parameter, or "gate"."""
+
+    def __init__(self, message: str, option: str = "gate"):
+        super().__init__(message)
+        self.option = option
 
 
 @dataclass(frozen=True)
 class Gate:
-    """A registered answer to "when".
+    """An answer to "when", with its parameters bound.
 
     Attributes:
         name: the value of ``--gate``.
         weights: ``TokenStatistics -> GateWeights``.
-        scope: ``"token"`` where each token is decided alone, ``"sentence"`` where whole sentences must be in view
-            (the loss then cuts its chunks between sentences).
+        scope: ``"token"`` where each token is decided alone, ``"sentence"`` where whole sentences must be in view (the
+            loss cuts its chunks between sentences), ``"batch"`` where all tokens must be (the loss then makes the
+            forward products twice: once for the statistics, once for the gradients).
         needs_teacher: False for a gate whose teacher weight is always 0.
-        equation: one line, as ``hgkd`` prints it.
+        compares: whether it compares the student's probability of a token with the teacher's, so that ``gate_on`` and
+            ``gate_temperature`` mean something.
+        uniform: whether its weights have a `uniform` part.
+        timed: whether it changes with `progress`, so that the length of the training must be known.
+        equation: one line, as ``hgkd gates`` prints it.
         source: the paper it comes from.
     """
 
     name: str
     weights: Callable[[TokenStatistics], GateWeights]
-    scope: str
-    needs_teacher: bool
-    equation: str
-    source: str
+    scope: str = "token"
+    needs_teacher: bool = True
+    compares: bool = True
+    uniform: bool = False
+    timed: bool = False
+    equation: str = ""
+    source: str = ""
+
+    @property
+    def learned(self) -> bool:
+        """Whether the gate has parameters that are trained with the student's."""
+        return isinstance(self.weights, torch.nn.Module)
 
 
 GATES: dict[str, Gate] = {}
 
+SCOPES = ("token", "sentence", "batch")
 HKD = "Lee et al., EMNLP 2022, arXiv:2210.12427"
 
 
-def register_gate(name: str, *, equation: str, source: str, scope: str = "token", needs_teacher: bool = True):
-    """Decorator: register ``TokenStatistics -> GateWeights`` under ``name``, the value that ``--gate`` takes.
+def register_gate(
+    name: str,
+    *,
+    equation: str,
+    source: str,
+    scope: str = "token",
+    needs_teacher: bool = True,
+    compares: bool = True,
+    uniform: bool = False,
+    timed: bool = False,
+):
+    """Decorator: register a gate under ``name``, the value that ``--gate`` takes.
+
+    On a function ``TokenStatistics -> GateWeights``, whose keyword-only arguments are the gate's parameters; or on a
+    class that is made from its parameters once for a run and is called like that function. Such an object may have
+    ``observe(output)``, called after each training step with the DistillationOutput, and ``state``, a dict of tensors
+    that is saved with the checkpoints; where it is an nn.Module its parameters are trained with the student's.
 
     Raises:
-        ValueError: the name is taken, or the scope is neither "token" nor "sentence".
+        ValueError: the name is taken, or the scope is none of "token", "sentence" and "batch".
     """
-    if scope not in ("token", "sentence"):
-        raise ValueError(f'scope of gate "{name}" is "{scope}"; it must be "token" or "sentence"')
+    if scope not in SCOPES:
+        raise ValueError(f'scope of gate "{name}" is "{scope}"; it must be one of "token", "sentence", "batch"')
 
-    def register(function: Callable[[TokenStatistics], GateWeights]):
+    def register(made):
         if name in GATES:
             raise ValueError(f'a gate named "{name}" is registered already; choose another name')
-        GATES[name] = Gate(name, function, scope, needs_teacher, equation, source)
-        return function
+        GATES[name] = Gate(name, made, scope, needs_teacher, compares, uniform, timed, equation, source)
+        return made
 
     return register
 
 
-def get_gate(gate: str | Gate) -> Gate:
-    """The gate of that name (a `Gate` passes through). Raises ValueError that lists the known names."""
+def parameters(name: str) -> dict[str, object]:
+    """Names and defaults of a gate's parameters."""
+    signature = inspect.signature(GATES[name].weights)
+    return {
+        parameter.name: parameter.default
+        for parameter in signature.parameters.values()
+        if parameter.kind == parameter.KEYWORD_ONLY
+    }
+
+
+def get_gate(gate: str | Gate, **values) -> Gate:
+    """The gate of that name with these parameters; a `Gate` passes through.
+
+    Raises:
+        GateError: an unknown name (the known ones are listed), a parameter that this gate does not have or refuses.
+    """
     if isinstance(gate, Gate):
         return gate
     if gate not in GATES:
-        raise ValueError(f'unknown gate "{gate}"; known gates: {", ".join(sorted(GATES))}')
-    return GATES[gate]
+        raise GateError(f'unknown gate "{gate}"; known gates: {", ".join(sorted(GATES))}')
+    kind, known = GATES[gate], parameters(gate)
+    for option in values:
+        if option not in known:
+            takers = [name for name in sorted(GATES) if option in parameters(name)]
+            raise GateError(f'gate "{gate}" does not take it; it belongs to {", ".join(takers) or "no gate"}', option)
+    made: Any = kind.weights
+    if inspect.isclass(made):
+        made = made(**values)
+    elif known:
+        made = functools.partial(made, **values)
+    if values:
+        made(NO_TOKENS)  # where a value is refused it is here, not in the first step
+    return replace(kind, weights=made)
+
+
+NO_TOKENS = TokenStatistics(torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.int64), 0, vocabulary=2)
 
 
 def hard_weights(to_teacher: Tensor, dtype: torch.dtype) -> GateWeights:
-    """Weights of a hard switch: `to_teacher` (N,) bool; True -> learn from the teacher only, False -> the data only."""
+    """Weights of a hard switch: `to_teacher` (n,) bool; True -> learn from the teacher only, False -> the data only."""
     teacher = to_teacher.to(dtype)
     return GateWeights(data=1 - teacher, teacher=teacher)
 
 
 def sentence_sums(values: Tensor, statistics: TokenStatistics) -> Tensor:
-    """Sum of per-token `values` (N,) over each sentence, (S,)."""
+    """Sum of per-token `values` (n,) over each sentence, (S,)."""
     return values.new_zeros(statistics.sentence_count).index_add_(0, statistics.sentence, values)
 
 
-@register_gate("none", equation="data 1, teacher 0", source="cross-entropy", needs_teacher=False)
+def share(option: str, value: float) -> float:
+    """`value`, or GateError where it is no share."""
+    if not 0 <= value <= 1:
+        raise GateError(f"{value} is no share; it must be between 0 and 1", option)
+    return value
+
+
+# ------------------------------------------------------------------------------------------------------ the data alone
+
+
+@register_gate("none", equation="data 1, teacher 0", source="cross-entropy", needs_teacher=False, compares=False)
 def none(statistics: TokenStatistics) -> GateWeights:
     ones = torch.ones_like(statistics.student_logprob)
     return GateWeights(data=ones, teacher=torch.zeros_like(ones))
+
+
+# ------------------------------------------------------------------------------------------------------- the hard gate
 
 
 @register_gate("token", equation="g_t = 1[p_t > q_t]; data 1 - g_t, teacher g_t", source=f"HKD-T, {HKD}")
@@ -121,3 +213,223 @@ def sentence(statistics: TokenStatistics) -> GateWeights:
     # The sum of differences, not the difference of sums: long sentences have sums near -100 and margins near 0.
     margin = sentence_sums(statistics.student_logprob - statistics.teacher_logprob, statistics)
     return hard_weights((margin > 0)[statistics.sentence], statistics.student_logprob.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------ controls
+
+
+@register_gate(
+    "token-reversed", equation="g_t = 1[p_t < q_t]; data 1 - g_t, teacher g_t", source="control: HKD-T upside down"
+)
+def token_reversed(statistics: TokenStatistics) -> GateWeights:
+    return hard_weights(statistics.student_logprob < statistics.teacher_logprob, statistics.student_logprob.dtype)
+
+
+@register_gate(
+    "sentence-reversed",
+    scope="sentence",
+    equation="g = 1[sum_t log p_t < sum_t log q_t]; data 1 - g, teacher g",
+    source="control: HKD-S upside down",
+)
+def sentence_reversed(statistics: TokenStatistics) -> GateWeights:
+    margin = sentence_sums(statistics.student_logprob - statistics.teacher_logprob, statistics)
+    return hard_weights((margin < 0)[statistics.sentence], statistics.student_logprob.dtype)
+
+
+@register_gate(
+    "random",
+    equation="the decisions of gate token, shuffled among the tokens in view; with --gate-share Bernoulli(share)",
+    source="control: opens as often as HKD-T, but anywhere",
+)
+def random(statistics: TokenStatistics, *, gate_share: float | None = None) -> GateWeights:
+    student = statistics.student_logprob
+    drawn = torch.rand(student.shape, device=student.device)
+    if gate_share is None:
+        return hard_weights((token(statistics).teacher > 0)[drawn.argsort()], student.dtype)
+    return hard_weights(drawn < share("gate_share", gate_share), student.dtype)
+
+
+# --------------------------------------------------------------------------------- other published answers to "when"
+
+
+def mixed(statistics: TokenStatistics, weight: float) -> GateWeights:
+    """data 1 - weight, teacher weight."""
+    teacher = torch.full_like(statistics.student_logprob, weight)
+    return GateWeights(data=1 - teacher, teacher=teacher)
+
+
+@register_gate(
+    "always",
+    equation="data 1 - a, teacher a (--kd-weight a)",
+    source="Word-KD, Kim and Rush, EMNLP 2016, arXiv:1606.07947; SD, Furlanello et al., ICML 2018, arXiv:1805.04770",
+    compares=False,
+)
+def always(statistics: TokenStatistics, *, kd_weight: float = 1.0) -> GateWeights:
+    return mixed(statistics, share("kd_weight", kd_weight))
+
+
+@register_gate(
+    "progressive",
+    equation="data 1 - a u/U, teacher a u/U at update u of U (--kd-weight a)",
+    source="PS-KD, Kim et al., ICCV 2021, arXiv:2006.12000, with updates in place of epochs",
+    compares=False,
+    timed=True,
+)
+def progressive(statistics: TokenStatistics, *, kd_weight: float = 0.8) -> GateWeights:
+    return mixed(statistics, share("kd_weight", kd_weight) * statistics.progress)
+
+
+@register_gate(
+    "annealed",
+    equation="teacher 1, data 0 for a share of the updates (--gate-share), then data 1, teacher 0",
+    source="Annealing KD, Jafari et al., EACL 2021, arXiv:2104.07163, with KL in place of a regression on logits",
+    compares=False,
+    timed=True,
+)
+def annealed(statistics: TokenStatistics, *, gate_share: float = 0.7) -> GateWeights:
+    return mixed(statistics, 1.0 if statistics.progress < share("gate_share", gate_share) else 0.0)
+
+
+@register_gate(
+    "soft",
+    equation="g_t = sigmoid(k (log p_t - log q_t)); data 1 - g_t, teacher g_t (--gate-sharpness k)",
+    source="the hard gate without its step; k -> infinity is HKD-T",
+)
+def soft(statistics: TokenStatistics, *, gate_sharpness: float = 1.0) -> GateWeights:
+    teacher = torch.sigmoid(gate_sharpness * (statistics.student_logprob - statistics.teacher_logprob))
+    return GateWeights(data=1 - teacher, teacher=teacher)
+
+
+@register_gate(
+    "soft-learned",
+    equation="g_t = sigmoid(a + k (log p_t - log q_t)) with a and k learned; data 1 - g_t, teacher g_t",
+    source="in the spirit of Wei et al. 2024, whose exact form is unpublished; ours",
+    compares=False,
+)
+class SoftLearned(torch.nn.Module):
+    """Its parameters follow the gradient of the loss: where the teacher's term is the smaller, the gate opens."""
+
+    def __init__(self, *, gate_sharpness: float = 1.0):
+        super().__init__()
+        self.offset = torch.nn.Parameter(torch.zeros(()))
+        self.sharpness = torch.nn.Parameter(torch.tensor(float(gate_sharpness)))
+
+    def forward(self, statistics: TokenStatistics) -> GateWeights:
+        gap = statistics.student_logprob - statistics.teacher_logprob
+        teacher = torch.sigmoid(self.offset.to(gap.dtype) + self.sharpness.to(gap.dtype) * gap)
+        return GateWeights(data=1 - teacher, teacher=teacher)
+
+
+SELECTIVE = "Selective-KD, Wang et al., ACL 2021, arXiv:2105.12967"
+
+
+def selected(statistics: TokenStatistics, threshold: Tensor, kd_weight: float) -> GateWeights:
+    """Data 1 on all tokens, the teacher beside it where the student's NLL reaches `threshold` (0-d)."""
+    student = statistics.student_logprob
+    return GateWeights(data=torch.ones_like(student), teacher=kd_weight * (-student >= threshold).to(student.dtype))
+
+
+@register_gate(
+    "selective-batch",
+    scope="batch",
+    equation="data 1, teacher a 1[NLL_t in the batch's top share] (--kd-weight a, --gate-share)",
+    source=SELECTIVE,
+    compares=False,
+)
+def selective_batch(statistics: TokenStatistics, *, kd_weight: float = 1.0, gate_share: float = 0.5) -> GateWeights:
+    nll = -statistics.student_logprob
+    if not nll.numel():
+        return selected(statistics, nll.sum(), kd_weight)
+    count = round(share("gate_share", gate_share) * nll.numel())
+    threshold = nll.topk(count).values[-1] if count else torch.full_like(nll[0], torch.inf)
+    return selected(statistics, threshold, kd_weight)
+
+
+@register_gate(
+    "selective-global",
+    equation="data 1, teacher a 1[NLL_t >= quantile 1 - share of the last NLLs] (--kd-weight a, --gate-share, "
+    "--gate-queue)",
+    source=SELECTIVE,
+    compares=False,
+)
+class SelectiveGlobal:
+    """The quantile of the last `gate_queue` tokens that training has seen, of all workers.
+
+    It is taken before a batch joins the queue; while the queue is empty every token is selected.
+    """
+
+    def __init__(self, *, kd_weight: float = 1.0, gate_share: float = 0.5, gate_queue: int = 30000):
+        self.kd_weight, self.share = kd_weight, share("gate_share", gate_share)
+        if gate_queue < 1:
+            raise GateError(f"{gate_queue} is no length of a queue; the paper's is 30000 to 50000", "gate_queue")
+        self.size = gate_queue
+        self.state = {"queue": torch.zeros(0), "threshold": torch.tensor(-torch.inf)}  # the newest NLLs, their quantile
+
+    def __call__(self, statistics: TokenStatistics) -> GateWeights:
+        threshold = self.state["threshold"].to(statistics.student_logprob)
+        return selected(statistics, threshold, self.kd_weight)
+
+    def observe(self, output, gather: Callable[[Tensor], Tensor] = lambda values: values) -> None:
+        """Add a batch. `gather` joins one tensor of the same size from each worker."""
+        nll = output.token_nll[output.tokens_mask].float()[-self.size :]
+        padded = nll.new_full((self.size,), torch.nan)  # of one size, for `gather`
+        padded[: nll.numel()] = nll
+        fresh = gather(padded)
+        queue = torch.cat([self.state["queue"].to(fresh), fresh[~fresh.isnan()]])[-self.size :]
+        self.state["queue"] = queue
+        if queue.numel():
+            self.state["threshold"] = torch.quantile(queue.double(), 1 - self.share).float()
+
+
+# ---------------------------------------------------------------------------------- smoothing that depends on the token
+
+
+def smoothed(data: Tensor, weight: float, gold: Tensor, vocabulary: int) -> GateWeights:
+    """`data` plus `weight` times the cross-entropy with a target that has `gold` (n,) on the gold token and the rest
+    spread evenly: (gold - r) onehot + V r uniform, with r = (1 - gold) / (V - 1)."""
+    rest = (1 - gold) / (vocabulary - 1)
+    return GateWeights(data + weight * (gold - rest), torch.zeros_like(data), weight * vocabulary * rest)
+
+
+@register_gate(
+    "virtual-teacher",
+    needs_teacher=False,
+    compares=False,
+    uniform=True,
+    equation="(1 - a) CE + a CE(q, p), q = c on gold, the rest even, tempered (--kd-weight a, --virtual-gold c, "
+    "--virtual-temperature)",
+    source="TF-KD, Yuan et al., CVPR 2020, arXiv:1909.11723",
+)
+def virtual_teacher(
+    statistics: TokenStatistics,
+    *,
+    kd_weight: float = 0.1,
+    virtual_gold: float = 0.9,
+    virtual_temperature: float = 1.5,
+) -> GateWeights:
+    vocabulary, weight = statistics.vocabulary, share("kd_weight", kd_weight)
+    # p^(1 / tau), normalised: gold odds are c (V - 1) / (1 - c) to one other token.
+    odds = (share("virtual_gold", virtual_gold) * (vocabulary - 1) / max(1 - virtual_gold, 1e-12)) ** (
+        1 / virtual_temperature
+    )
+    gold = torch.full_like(statistics.student_logprob, odds / (odds + vocabulary - 1))
+    return smoothed(torch.full_like(gold, 1 - weight), weight, gold, vocabulary)
+
+
+@register_gate(
+    "beta",
+    scope="batch",
+    compares=False,
+    uniform=True,
+    equation="(1 - a) CE + a CE(q_t, p), q_t = b_t on gold, the rest even; b ~ Beta(c, 1), sorted as the teacher's "
+    "probability of gold is (--kd-weight a, --beta-shape c)",
+    source="Beta smoothing, Zhang and Sabuncu, NeurIPS 2020, arXiv:2006.05065",
+)
+def beta(statistics: TokenStatistics, *, kd_weight: float = 0.4, beta_shape: float = 4.0) -> GateWeights:
+    teacher = statistics.teacher_logprob
+    # Beta(c, 1) is u^(1 / c) of a uniform u.
+    drawn = torch.rand(teacher.shape, device=teacher.device, dtype=teacher.dtype).pow(1 / beta_shape).sort().values
+    gold = torch.empty_like(drawn)
+    gold[teacher.argsort()] = drawn
+    weight = share("kd_weight", kd_weight)
+    return smoothed(torch.full_like(gold, 1 - weight), weight, gold, statistics.vocabulary)

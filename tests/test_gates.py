@@ -26,13 +26,46 @@ TABLE = [
     (5, 0.10, 0.90, (1, 0), (1, 0)),
 ]
 SENTENCES = 7  # the last one has no token either
+P = [row[1] for row in TABLE]
+Q = [row[2] for row in TABLE]
+VOCABULARY = 11
+
+# (gate, its parameters, progress) -> (data, teacher) of each token of TABLE, or (data, teacher, uniform)
+WEIGHTS = {
+    ("none",): [(1, 0)] * 10,
+    ("token",): [row[3] for row in TABLE],
+    ("sentence",): [row[4] for row in TABLE],
+    # The other way round, and the data where both are equal: the second token, and sentence 3.
+    ("token-reversed",): [(1, 0) if p >= q else (0, 1) for p, q in zip(P, Q, strict=True)],
+    ("sentence-reversed",): [(0, 1) if row[0] in (1, 5) else (1, 0) for row in TABLE],
+    ("always",): [(0, 1)] * 10,
+    ("always", "kd_weight", 0.25): [(0.75, 0.25)] * 10,
+    ("progressive", "kd_weight", 0.5, "progress", 0.5): [(0.75, 0.25)] * 10,
+    ("annealed", "gate_share", 0.5, "progress", 0.4): [(0, 1)] * 10,
+    ("annealed", "gate_share", 0.5, "progress", 0.5): [(1, 0)] * 10,
+    # sigmoid(log p - log q) = p / (p + q)
+    ("soft",): [(q / (p + q), p / (p + q)) for p, q in zip(P, Q, strict=True)],
+    ("soft-learned",): [(q / (p + q), p / (p + q)) for p, q in zip(P, Q, strict=True)],  # before it learns
+    ("soft", "gate_sharpness", 2.0): [
+        (q * q / (p * p + q * q), p * p / (p * p + q * q)) for p, q in zip(P, Q, strict=True)
+    ],
+    # The least probable ones under the student: half of ten tokens are 0.1, 0.1, 0.2, 0.25 and 0.3.
+    ("selective-batch",): [(1, int(p <= 0.3)) for p in P],  # a tie
+    ("selective-batch", "gate_share", 0.3): [(1, int(p <= 0.2)) for p in P],
+    ("selective-batch", "gate_share", 0.0): [(1, 0)] * 10,
+    ("selective-batch", "gate_share", 0.2, "kd_weight", 0.5): [(1, 0.5 * (p <= 0.1)) for p in P],
+    ("selective-global",): [(1, 1)] * 10,  # an empty queue
+    # a = 1/2 and c = 6/11 at temperature 1 of 11 types: 12 to 1 odds, the others have 1/22 each. Half of that target is
+    # 1/4 onehot + 1/4 uniform.
+    ("virtual-teacher", "kd_weight", 0.5, "virtual_gold", 6 / 11, "virtual_temperature", 1.0): [(0.75, 0, 0.25)] * 10,
+}
+RANDOM = ("random", "beta")
 
 
-def statistics(dtype: torch.dtype) -> TokenStatistics:
-    sentence, p, q, _, _ = zip(*TABLE, strict=True)
-    return TokenStatistics(
-        torch.tensor(p, dtype=dtype).log(), torch.tensor(q, dtype=dtype).log(), torch.tensor(sentence), SENTENCES
-    )
+def statistics(dtype: torch.dtype, progress: float = 0.0) -> TokenStatistics:
+    sentence = torch.tensor([row[0] for row in TABLE])
+    student, teacher = (torch.tensor(values, dtype=dtype).log() for values in (P, Q))
+    return TokenStatistics(student, teacher, sentence, SENTENCES, 0, len(TABLE), VOCABULARY, progress)
 
 
 @pytest.fixture
@@ -42,24 +75,90 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> dict:
     return gates.GATES
 
 
+def rows(weights: GateWeights) -> list[tuple]:
+    return list(zip(*[part.tolist() for part in weights if part is not None], strict=True))
+
+
+def test_every_gate_is_in_the_table():
+    assert {key[0] for key in WEIGHTS} | set(RANDOM) == set(gates.GATES)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", ["token", "sentence", "none"])
-def test_weights(name: str, dtype: torch.dtype):
-    expected = {
-        "token": [row[3] for row in TABLE],
-        "sentence": [row[4] for row in TABLE],
-        "none": [(1, 0)] * len(TABLE),
-    }[name]
-    weights = get_gate(name).weights(statistics(dtype))
-    assert list(zip(weights.data.tolist(), weights.teacher.tolist(), strict=True)) == expected
-    assert weights.data.dtype == weights.teacher.dtype == dtype
+@pytest.mark.parametrize("key", WEIGHTS, ids=lambda key: " ".join(map(str, key)))
+def test_weights(key: tuple, dtype: torch.dtype):
+    values = dict(zip(key[1::2], key[2::2], strict=True))
+    progress = values.pop("progress", 0.0)
+    weights = get_gate(key[0], **values).weights(statistics(dtype, progress))
+    assert rows(weights) == [pytest.approx(row, abs=1e-6) for row in WEIGHTS[key]]
+    assert {part.dtype for part in weights if part is not None} == {dtype}
 
 
-@pytest.mark.parametrize("name", ["token", "sentence", "none"])
+def test_hard_gates_are_exactly_0_or_1():
+    for name in ("token", "sentence", "token-reversed", "sentence-reversed", "random", "selective-batch"):
+        assert {value for row in rows(get_gate(name).weights(statistics(torch.float32))) for value in row} <= {0.0, 1.0}
+
+
+def test_random_shuffles_the_decisions_of_the_token_gate():
+    torch.manual_seed(0)
+    gate, seen = get_gate("random"), torch.zeros(len(TABLE))
+    for _ in range(400):
+        weights = gate.weights(statistics(torch.float32))
+        assert weights.teacher.sum() == 6  # as many as the token gate gives to the teacher
+        assert torch.equal(weights.data, 1 - weights.teacher)
+        seen += weights.teacher
+    assert (seen / 400 - 0.6).abs().max() < 0.1  # anywhere: 4 standard deviations
+
+
+def test_random_with_a_share():
+    torch.manual_seed(0)
+    many = torch.zeros(20000)
+    weights = get_gate("random", gate_share=0.3).weights(TokenStatistics(many, many, many.long(), 1))
+    assert abs(weights.teacher.mean() - 0.3) < 0.015
+
+
+def test_beta_smooths_less_where_the_teacher_is_sure():
+    torch.manual_seed(0)
+    teacher = torch.rand(5000).log()
+    view = TokenStatistics(torch.zeros(5000), teacher, torch.zeros(5000).long(), 1, 0, 5000, VOCABULARY)
+    data, none, uniform = get_gate("beta", kd_weight=0.4, beta_shape=3.0).weights(view)
+    assert not none.any()
+    assert torch.equal(data.argsort(), teacher.argsort())
+    # The target is a distribution: what is not on gold is spread. E[Beta(3, 1)] = 3/4 on gold.
+    torch.testing.assert_close(data + uniform, torch.ones(5000))
+    gold = (data + uniform / VOCABULARY - 0.6) / 0.4
+    assert abs(gold.mean() - 0.75) < 0.02
+
+
+class Output:
+    """What the queue reads of a step's output."""
+
+    def __init__(self, nll: list[float], pads: int = 0):
+        self.token_nll = torch.tensor([nll + [0.0] * pads])
+        self.tokens_mask = torch.tensor([[True] * len(nll) + [False] * pads])
+
+
+def test_the_queue_forgets_and_is_shared():
+    gate = get_gate("selective-global", gate_queue=4, gate_share=0.5).weights
+    gate.observe(Output([1.0, 2.0, 3.0], pads=2))
+    assert gate.state["queue"].tolist() == [1, 2, 3]
+    assert gate.state["threshold"] == 2
+    gate.observe(Output([7.0, 9.0]))
+    assert gate.state["queue"].tolist() == [2, 3, 7, 9]
+    assert gate.state["threshold"] == 5
+    assert rows(gate(statistics(torch.float32))) == [(1, 0)] * 10
+    # Of two workers, each in a tensor of the queue's size.
+    gate.observe(Output([0.5]), gather=lambda values: torch.cat([values, values + 1]))
+    assert gate.state["queue"].tolist() == [7, 9, 0.5, 1.5]
+    # The threshold decides: NLL >= log 2 for the median of 0 and 2 log 2.
+    gate.observe(Output([0.0, 2 * 0.6931471, 0.0, 2 * 0.6931473]))
+    assert [row[1] for row in rows(gate(statistics(torch.float32)))] == [p <= 0.5 for p in P]
+
+
+@pytest.mark.parametrize("name", sorted(gates.GATES))
 def test_no_tokens(name: str):
     empty = torch.zeros(0)
-    weights = get_gate(name).weights(TokenStatistics(empty, empty, empty.long(), 3))
-    assert weights.data.shape == weights.teacher.shape == (0,)
+    weights = get_gate(name).weights(TokenStatistics(empty, empty, empty.long(), 3, vocabulary=VOCABULARY))
+    assert {part.shape for part in weights if part is not None} == {(0,)}
 
 
 def test_sentence_gate_sees_a_small_margin_in_a_long_sentence():
@@ -83,8 +182,26 @@ def test_description(name: str, scope: str, needs_teacher: bool):
 
 
 def test_unknown_gate_lists_the_known_ones():
-    with pytest.raises(ValueError, match='unknown gate "tokens"; known gates: none, sentence, token'):
+    with pytest.raises(ValueError, match=r'unknown gate "tokens"; known gates: always, annealed, .*, token'):
         get_gate("tokens")
+
+
+def test_a_parameter_of_another_gate_is_refused():
+    with pytest.raises(
+        gates.GateError, match='gate "token" does not take it; it belongs to annealed, random, sel'
+    ) as caught:
+        get_gate("token", gate_share=0.5)
+    assert caught.value.option == "gate_share"
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [("always", "kd_weight", 1.5), ("annealed", "gate_share", -1.0), ("selective-global", "gate_queue", 0)],
+)
+def test_a_parameter_out_of_its_range_is_refused(name: str, option: str, value: float):
+    with pytest.raises(gates.GateError) as caught:
+        get_gate(name, **{option: value})
+    assert caught.value.option == option
 
 
 def test_duplicate_is_refused(registry: dict):
@@ -95,8 +212,8 @@ def test_duplicate_is_refused(registry: dict):
 
 
 def test_wrong_scope_is_refused(registry: dict):
-    with pytest.raises(ValueError, match='scope of gate "mine" is "batch"; it must be "token" or "sentence"'):
-        register_gate("mine", scope="batch", equation="", source="")
+    with pytest.raises(ValueError, match='scope of gate "mine" is "word"; it must be one of "token"'):
+        register_gate("mine", scope="word", equation="", source="")
     assert "mine" not in registry
 
 

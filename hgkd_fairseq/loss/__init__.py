@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hgkd_fairseq.gates import Gate, get_gate
+from hgkd_fairseq.gates import Gate, TokenStatistics, get_gate
 from hgkd_fairseq.loss import chunked, eager, rows
 from hgkd_fairseq.loss.options import Head, Options, TokenResults
 
@@ -42,6 +42,8 @@ class DistillationOutput:
     teacher_mask: Tensor  # (B, T) bool, the tokens that the gate gave to the teacher
     confidence: Tensor | None  # (B, T) probability of the student's argmax; with top1=True
     correct: Tensor | None  # (B, T) bool, that argmax is the gold token; with top1=True
+    token_nll: Tensor  # (B, T) nats, plain -log p(gold)
+    token_gap: Tensor  # (B, T) nats, log p - log q of the token that the gate reads
 
 
 def gated_distillation(
@@ -57,6 +59,8 @@ def gated_distillation(
     teacher_temperature: float = 1.5,
     gate_temperature: bool = True,
     label_smoothing: float = 0.0,
+    confidence_penalty: float = 0.0,
+    progress: float = 0.0,
     student_bias: Tensor | None = None,  # (V,)
     teacher_bias: Tensor | Sequence[Tensor | None] | None = None,  # (V,), likewise
     top1: bool = False,
@@ -67,7 +71,8 @@ def gated_distillation(
 
         loss = sum_t  data_t * CE(y_t, P_student)  +  teacher_t * KL(P_teacher^tau || P_student)
 
-    where the gate chooses (data_t, teacher_t) from how probable a token is under the student and under the teacher.
+    where the gate chooses (data_t, teacher_t), and for some a uniform_t * CE(1/V, P_student) beside them, from how
+    probable a token is under the student and under the teacher.
     Differentiable once, in student_hidden, student_weight and student_bias; the teacher gets no gradient.
 
     Args:
@@ -82,6 +87,8 @@ def gated_distillation(
         teacher_temperature: tau; divides the teacher's logits only, so no tau^2 factor belongs to the loss.
         gate_temperature: whether the gate's teacher probability is tempered too.
         label_smoothing: fairseq's eps on the data term: every token gets eps / (V - 1).
+        confidence_penalty: beta; the data term loses beta H(P_student) (Pereyra et al. 2017, arXiv:1701.06548).
+        progress: share of the training that is over, for gates that change with it.
         top1: also return the student's top-1 confidence and whether it is right.
         lengths: number of non-pad targets of each sentence, as host integers. Given, the host never waits for the
             device; otherwise it waits once, to count them.
@@ -94,7 +101,14 @@ def gated_distillation(
         ValueError: an unknown gate or implementation, an option out of its range, shapes that do not fit together.
     """
     options = Options(
-        get_gate(gate), gate_on, float(teacher_temperature), bool(gate_temperature), float(label_smoothing), top1
+        get_gate(gate),
+        gate_on,
+        float(teacher_temperature),
+        bool(gate_temperature),
+        float(label_smoothing),
+        float(confidence_penalty),
+        float(progress),
+        top1,
     )
     student = Head(student_hidden, student_weight, student_bias)
     teachers = _teacher_heads(teacher_hidden, teacher_weight, teacher_bias, options)
@@ -120,7 +134,18 @@ def gated_distillation(
         results = eager.token_results(student, teachers, gold, sentence, target.size(0), options)
     else:
         results = chunked.token_results(student, teachers, gold, sentence, lengths, options, row_step=row_step)
+    if options.gate.learned and torch.is_grad_enabled():
+        results = results._replace(loss=results.loss.sum() + _gate_gradient(results, sentence, options, student))
     return _output(results, kept)
+
+
+def _gate_gradient(results: TokenResults, sentence: Tensor, options: Options, student: Head) -> Tensor:
+    """0, with the gradient of the loss in the gate's own parameters."""
+    tokens = results.nll.numel()
+    view = (sentence, tokens, 0, tokens, student.vocabulary, options.progress)
+    weights = options.gate.weights(TokenStatistics(-results.nll, -results.nll - results.gap, *view))
+    loss = (weights.data * results.data_term + weights.teacher * results.kl).sum()
+    return loss - loss.detach()
 
 
 def _row_step(implementation: str, student: Head) -> chunked.RowStep | None:
@@ -201,7 +226,7 @@ def _output(results: TokenResults, kept: Tensor) -> DistillationOutput:
     return DistillationOutput(
         loss=results.loss.sum(),
         nll=results.nll.sum(),
-        kd=results.kd.sum(),
+        kd=torch.where(results.teacher_mask, results.kl, torch.zeros_like(results.kl)).sum(),
         gap=results.gap.sum(),
         teacher_tokens=results.teacher_mask.sum(),
         tokens=kept.sum(),
@@ -209,4 +234,6 @@ def _output(results: TokenResults, kept: Tensor) -> DistillationOutput:
         teacher_mask=spread(results.teacher_mask),
         confidence=spread(results.confidence),
         correct=spread(results.correct),
+        token_nll=spread(results.nll),
+        token_gap=spread(results.gap),
     )

@@ -10,14 +10,16 @@ scale, update_freq): it multiplies them. Pads never reach a product. Validation 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hgkd_fairseq.gates import GateWeights, TokenStatistics
 from hgkd_fairseq.loss import rows
-from hgkd_fairseq.loss.options import Head, Options, TokenResults
+from hgkd_fairseq.loss.options import Decide, Head, Options, TokenResults
 
 RowStep = Callable[..., tuple[TokenResults, Tensor | None]]  # with the signature of rows.row_step
 
@@ -92,8 +94,11 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, teachers, target, sentence, lengths, options, needs, row_step):
-        """`hidden` (N, D), `weight` (V, D), `bias` (V,) or None; `needs`: which of the three wants a gradient."""
+    def forward(ctx, hidden, weight, bias, teachers, target, bounds, decide, options, needs, row_step):
+        """`hidden` (N, D), `weight` (V, D), `bias` (V,) or None; `needs`: which of the three wants a gradient.
+
+        `bounds`: [start, end) of each chunk; `decide(start, end)` gives the chunk's `options.Decide`.
+        """
         needs_hidden, needs_weight, needs_bias = needs
         student = Head(hidden, weight, bias)
         accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -105,13 +110,12 @@ class _Chunked(torch.autograd.Function):
         d_weight = torch.zeros(weight.shape, dtype=accumulate, device=weight.device) if needs_weight else None
         d_bias = torch.zeros(weight.size(0), dtype=accumulate, device=weight.device) if needs_bias else None
         parts: list[TokenResults] = []
-        for start, end in chunk_bounds(hidden.size(0), lengths, chunk_tokens(hidden.device, weight.size(0))):
+        for start, end in bounds:
             results, dz = row_step(
                 project(student, start, end),
                 [project(teacher, start, end) for teacher in teachers],
                 target[start:end],
-                sentence[start:end] - sentence[start],
-                end - start,  # there are at most as many sentences as tokens
+                decide(start, end),
                 options,
                 scale if any(needs) else None,
             )
@@ -156,7 +160,7 @@ def concatenate(parts: list[TokenResults], empty: Tensor, options: Options) -> T
     if not parts:
         no = torch.zeros_like(empty, dtype=torch.bool)
         top = (empty, no) if options.needs_argmax else (None, None)
-        return TokenResults(empty, empty, empty, no, empty, *top)
+        return TokenResults(empty, empty, empty, empty, no, empty, *top)
     return TokenResults(*[None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)])
 
 
@@ -170,17 +174,50 @@ def token_results(
     row_step: RowStep = rows.row_step,
 ) -> TokenResults:
     """As :func:`hgkd_fairseq.loss.eager.token_results`, but `loss` is the scalar sum. `row_step` does the rows."""
-    if options.gate.scope == "token":
-        lengths = None
     inputs = (student.hidden, student.weight, student.bias)
     # Asked for outside the Function: inside, needs_input_grad stays True under torch.no_grad().
     needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
-    device = student.hidden.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    device = student.hidden.device
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
         inputs = tuple(None if x is None else x.to(dtype) for x in inputs)
         teachers = [Head(*[None if x is None else x.to(dtype) for x in teacher]) for teacher in teachers]
     with torch.no_grad():
         teachers = [Head(*[None if x is None else x.detach() for x in teacher]) for teacher in teachers]
-    with torch.autocast(device, enabled=False):
-        return TokenResults(*_Chunked.apply(*inputs, teachers, target, sentence, lengths, options, needs, row_step))
+    tokens, vocabulary = target.numel(), student.vocabulary
+    whole_sentences = lengths if options.gate.scope == "sentence" else None
+    bounds = chunk_bounds(tokens, whole_sentences, chunk_tokens(device, vocabulary))
+
+    def weights(start: int, end: int, student_read: Tensor, teacher_read: Tensor) -> GateWeights:
+        some = sentence[start:end]
+        # There are at most as many sentences as tokens.
+        view = (some - some[:1], end - start, start, tokens, vocabulary, options.progress)
+        return options.gate.weights(TokenStatistics(student_read, teacher_read, *view))
+
+    def decide(start: int, end: int) -> Decide:
+        return functools.partial(weights, start, end)
+
+    with torch.autocast(device.type, enabled=False):
+        if options.gate.scope == "batch" and tokens:
+            decided = _decide_whole_batch(Head(*inputs), teachers, target, bounds, weights, options, row_step)
+
+            def decide(start: int, end: int) -> Decide:
+                return lambda *_: GateWeights(*[None if part is None else part[start:end] for part in decided])
+
+        return TokenResults(*_Chunked.apply(*inputs, teachers, target, bounds, decide, options, needs, row_step))
+
+
+@torch.no_grad()
+def _decide_whole_batch(student, teachers, target, bounds, weights, options: Options, row_step: RowStep) -> GateWeights:
+    """The weights of a gate that has to see all tokens: a pass of its own, the forward products without a gradient."""
+    reads: list[tuple[Tensor, Tensor]] = []
+
+    def read(student_read: Tensor, teacher_read: Tensor) -> GateWeights:
+        reads.append((student_read, teacher_read))
+        nothing = torch.zeros_like(student_read)
+        return GateWeights(nothing, nothing, nothing if options.gate.uniform else None)
+
+    for start, end in bounds:
+        logits = project(student, start, end), [project(teacher, start, end) for teacher in teachers]
+        row_step(*logits, target[start:end], read, options, None)
+    return weights(0, target.numel(), *[torch.cat(column) for column in zip(*reads, strict=True)])

@@ -2,11 +2,14 @@
 
     z_s = h_s W_s^T + b_s        z_t = (h_t W_t^T + b_t) / tau
     log p = log_softmax(z_s)     q = mean over teachers of softmax(z_t)
-    data term     (1 - eps - eps_i) * -log p(gold) + eps_i * sum_v -log p(v),      eps_i = eps / (V - 1)
+    data term     (1 - eps - eps_i) * -log p(gold) + eps_i * sum_v -log p(v) - beta H(p),     eps_i = eps / (V - 1)
     teacher term  KL(q || p) = sum_v q (log q - log p)
-    loss_t = data_t * data term + teacher_t * teacher term        (weights from the gate, no gradient through it)
+    uniform term  - 1/V sum_v log p(v)
+    loss_t = data_t * data term + teacher_t * teacher term + uniform_t * uniform term
 
-(arXiv:2210.12427; label smoothing is fairseq's.) Softmax arithmetic is fp32, or fp64 for fp64 inputs.
+with weights from the gate and no gradient through it (arXiv:2210.12427; label smoothing is fairseq's; the entropy bonus
+beta H(p) is Pereyra et al.'s, arXiv:1701.06548).
+Softmax arithmetic is fp32, or fp64 for fp64 inputs.
 """
 
 from __future__ import annotations
@@ -49,6 +52,8 @@ def token_results(
     data_term = -gold_weight * gold
     if every_weight:
         data_term = data_term - every_weight * logp.sum(1)
+    if options.confidence_penalty:
+        data_term = data_term - options.confidence_penalty * -(logp.exp() * logp).sum(1)
 
     confidence = correct = None
     read = target
@@ -69,16 +74,19 @@ def token_results(
         # Where q underflows to 0 its token contributes 0, whatever the difference of logarithms is.
         kl = torch.where(q > 0, q * (logq - logp), torch.zeros_like(q)).sum(1).to(gold.dtype)
 
-    weights = options.gate.weights(TokenStatistics(student_read, teacher_read, sentence, sentence_count))
-    loss = weights.data * data_term
+    view = (sentence, sentence_count, 0, target.numel(), logp.size(1), options.progress)
+    weights = options.gate.weights(TokenStatistics(student_read, teacher_read, *view))
+    loss = weights.data.detach() * data_term
     if options.gate.needs_teacher:
-        loss = loss + weights.teacher * kl
-    mask = weights.teacher > 0
+        loss = loss + weights.teacher.detach() * kl
+    if weights.uniform is not None:
+        loss = loss - weights.uniform * logp.mean(1)
     return TokenResults(
         loss=loss,
         nll=-gold.detach(),
-        kd=torch.where(mask, kl.detach(), torch.zeros_like(gold)),
-        teacher_mask=mask,
+        data_term=data_term.detach(),
+        kl=kl.detach(),
+        teacher_mask=weights.teacher > 0,
         gap=student_read - teacher_read,
         confidence=confidence,
         correct=correct,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
-from hgkd_fairseq.gates import Gate
+from hgkd_fairseq.gates import Gate, GateWeights
 
 GATE_ON = ("gold", "argmax")
+
+# (log-probability of the token that the gate reads under the student, under the teacher), each (C,) -> its weights.
+Decide = Callable[[Tensor, Tensor], GateWeights]
 
 
 class Head(NamedTuple):
@@ -36,6 +40,8 @@ class Options:
     teacher_temperature: float = 1.5
     gate_temperature: bool = True
     label_smoothing: float = 0.0
+    confidence_penalty: float = 0.0
+    progress: float = 0.0
     top1: bool = False
 
     def __post_init__(self):
@@ -45,10 +51,22 @@ class Options:
             raise ValueError(f"teacher_temperature is {self.teacher_temperature}; it must be above 0")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1")
+        if not self.confidence_penalty >= 0:
+            raise ValueError(f"confidence_penalty is {self.confidence_penalty}; it cannot be negative")
 
     @property
     def needs_argmax(self) -> bool:
         return self.top1 or (self.gate_on == "argmax" and self.gate.needs_teacher)
+
+    @property
+    def needs_mean(self) -> bool:
+        """Whether the mean log-probability over the vocabulary is part of the loss."""
+        return self.label_smoothing > 0 or self.gate.uniform
+
+    @property
+    def untempered_gate(self) -> bool:
+        """Whether the gate reads the teacher at temperature 1 and the loss another one."""
+        return self.gate.needs_teacher and not self.gate_temperature and self.teacher_temperature != 1
 
     def gold_weight(self, vocabulary: int) -> tuple[float, float]:
         """(weight of the gold token, weight of every token) of fairseq's label smoothing: eps_i = eps / (V - 1)."""
@@ -61,7 +79,8 @@ class TokenResults(NamedTuple):
 
     loss: Tensor  # (N,) or, where an implementation sums as it goes, a scalar sum
     nll: Tensor  # (N,) nats, plain -log p(gold)
-    kd: Tensor  # (N,) nats, KL(teacher || student), 0 where the teacher's weight is 0
+    data_term: Tensor | None  # (N,) nats, what the gate's data weight multiplies; may be missing unless it is learned
+    kl: Tensor  # (N,) nats, KL(teacher || student), of tokens whose teacher weight is 0 it may be missing (0)
     teacher_mask: Tensor  # (N,) bool, teacher weight > 0
     gap: Tensor  # (N,) nats, log p - log q of the token the gate reads; 0 without a teacher
     confidence: Tensor | None  # (N,) probability of the student's argmax

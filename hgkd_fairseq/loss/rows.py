@@ -1,9 +1,12 @@
 """The row mathematics of one chunk in plain torch: logits in, per-token results and the gradient at the logits out.
 
-    lse_s, lse_t, gold_s, gold_t, E_q[z_t - z_s]   ->   gate   ->   (data, teacher)
-    dz_s = data (p - (1 - eps - eps_i) onehot - eps_i) + teacher (p - q)
+    statistics   max, log-normalizer, gold, E_q[z_t - z_s], ... of each row       one pass over the logits
+    gate         (data, teacher, uniform) of each row
+    gradient     dz_s = data (p - (1 - eps - eps_i) onehot - eps_i) + teacher (p - q) + uniform (p - 1/V)
+                        + data beta p (log p + H)                                  a second pass
 
-Everything is fp32 (fp64 for fp64 logits), whatever the logits' dtype is.
+Everything is fp32 (fp64 for fp64 logits), whatever the logits' dtype is. `row_step` keeps p and q between the passes;
+an implementation that fuses each pass makes them again from the statistics.
 """
 
 from __future__ import annotations
@@ -13,108 +16,175 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hgkd_fairseq.gates import TokenStatistics
-from hgkd_fairseq.loss.options import Options, TokenResults
+from hgkd_fairseq.gates import GateWeights
+from hgkd_fairseq.loss.options import Decide, Options, TokenResults
 
 
-class _Softmax(NamedTuple):
-    shifted: Tensor  # (C, V) z - max z
-    probability: Tensor  # (C, V)
-    log_normalizer: Tensor  # (C,) log sum exp(z - max z)
+class RowStatistics(NamedTuple):
+    """Of each of C rows, (C,); None where the options do not ask for it."""
 
-    def logprob(self, index: Tensor) -> Tensor:
-        """(C,) log-probability of one token a row."""
-        return self.shifted.gather(1, index[:, None]).squeeze(1) - self.log_normalizer
+    student_max: Tensor  # m, the largest logit
+    student_sum: Tensor  # l = sum exp(z - m)
+    teacher_max: Tensor | None  # M, of the tempered logits; None without a teacher and for an ensemble
+    teacher_sum: Tensor | None  # L
+    student_read: Tensor  # log p of the token that the gate reads
+    teacher_read: Tensor  # log q of it
+    gold: Tensor  # log p(gold)
+    mean: Tensor | None  # mean of log p over the vocabulary
+    entropy: Tensor | None  # H(p)
+    kl: Tensor  # KL(q || p); 0 without a teacher
+    correct: Tensor | None  # bool, the argmax is the gold token
 
 
-def _softmax(z: Tensor) -> _Softmax:
-    shifted = z - z.amax(1, keepdim=True)
+def widen(z: Tensor) -> Tensor:
+    return z if z.dtype == torch.float64 else z.float()
+
+
+def logprob(shifted: Tensor, log_sum: Tensor, index: Tensor) -> Tensor:
+    """(C,) log-probability of one token a row, from z - max z and log sum exp(z - max z)."""
+    return shifted.gather(1, index[:, None]).squeeze(1) - log_sum
+
+
+def row_statistics(
+    student_logits: Tensor,  # (C, V)
+    teacher_logits: list[Tensor],  # (C, V) each, not tempered
+    target: Tensor,  # (C,) int64
+    inverse_temperature: Tensor | float,
+    options: Options,
+) -> tuple[RowStatistics, Tensor, Tensor | None]:
+    """The statistics, p (C, V) and q (C, V) or None. Of `options` nothing that may change from step to step is read."""
+    z = widen(student_logits)
+    student_max = z.amax(1)
+    shifted = z - student_max[:, None]
     # exp(z - m) / l, not exp(z - lse): lse is rounded at the size of m, which may be large.
     exponential = shifted.exp()
-    normalizer = exponential.sum(1)
-    return _Softmax(shifted, exponential / normalizer[:, None], normalizer.log())
+    student_sum = exponential.sum(1)
+    p = exponential / student_sum[:, None]
+    log_sum = student_sum.log()
+    gold = logprob(shifted, log_sum, target)
+    mean = shifted.mean(1) - log_sum if options.needs_mean else None
+    entropy = log_sum - (p * shifted).sum(1) if options.confidence_penalty else None
+
+    correct = None
+    read = target
+    if options.needs_argmax:
+        argmax = z.argmax(1)
+        correct = argmax == target
+        read = argmax if options.gate_on == "argmax" else target
+    student_read = logprob(shifted, log_sum, read)
+
+    q = teacher_max = teacher_sum = None
+    if not options.gate.needs_teacher:
+        teacher_read, kl = student_read, torch.zeros_like(gold)
+    elif len(teacher_logits) == 1:
+        z_t = widen(teacher_logits[0]).to(z.dtype)
+        tempered = z_t * inverse_temperature
+        teacher_max = tempered.amax(1)
+        shifted_t = tempered - teacher_max[:, None]
+        exponential_t = shifted_t.exp()
+        teacher_sum = exponential_t.sum(1)
+        q = exponential_t / teacher_sum[:, None]
+        # One expectation of the difference: two of nearly equal size would cancel. 0 * inf where q underflows is 0.
+        difference = torch.where(q > 0, shifted_t - shifted, torch.zeros_like(q))
+        kl = (q * difference).sum(1) - teacher_sum.log() + log_sum
+        if options.untempered_gate:
+            gate_shifted = z_t - z_t.amax(1, keepdim=True)
+            teacher_read = logprob(gate_shifted, gate_shifted.exp().sum(1).log(), read)
+        else:
+            teacher_read = logprob(shifted_t, teacher_sum.log(), read)
+    else:
+        q = mean_probability(teacher_logits, inverse_temperature, z.dtype)
+        difference = torch.where(q > 0, q.log() - shifted, torch.zeros_like(q))
+        kl = (q * difference).sum(1) + log_sum
+        gate_q = mean_probability(teacher_logits, 1.0, z.dtype) if options.untempered_gate else q
+        teacher_read = gate_q.gather(1, read[:, None]).squeeze(1).log()
+    statistics = RowStatistics(
+        student_max, student_sum, teacher_max, teacher_sum, student_read, teacher_read, gold, mean, entropy, kl, correct
+    )
+    return statistics, p, q
 
 
-def _widen(z: Tensor) -> Tensor:
-    return z if z.dtype == torch.float64 else z.float()
+def row_results(statistics: RowStatistics, weights: GateWeights, vocabulary: int, options: Options) -> TokenResults:
+    """The loss of each row under the gate's weights."""
+    gold_weight, every_weight = options.gold_weight(vocabulary)
+    data_term = -gold_weight * statistics.gold
+    if options.label_smoothing:
+        data_term = data_term - (every_weight * vocabulary) * statistics.mean
+    if options.confidence_penalty:
+        data_term = data_term - options.confidence_penalty * statistics.entropy
+    loss = weights.data * data_term
+    if options.gate.needs_teacher:
+        loss = loss + weights.teacher * statistics.kl
+    if weights.uniform is not None:
+        loss = loss - weights.uniform * statistics.mean
+    mask = weights.teacher > 0
+    return TokenResults(
+        loss=loss,
+        nll=-statistics.gold,
+        data_term=data_term,
+        kl=statistics.kl,
+        teacher_mask=mask,
+        gap=statistics.student_read - statistics.teacher_read,
+        confidence=1 / statistics.student_sum if options.needs_argmax else None,
+        correct=statistics.correct,
+    )
+
+
+def row_gradient(
+    p: Tensor,  # (C, V)
+    q: Tensor | None,  # (C, V)
+    weights: GateWeights,
+    entropy: Tensor | None,  # (C,)
+    scale: float,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the summed loss at the student's logits, times `scale`: (C, V) but for the gold tokens' own part, and
+    that part (C,), which remains to be added to them."""
+    gold_weight, every_weight = options.gold_weight(p.size(1))
+    data, teacher, uniform = weights
+    whole = data + teacher
+    every = data * every_weight if options.label_smoothing else None  # the share of each token in the target
+    if uniform is not None:
+        whole = whole + uniform
+        every = uniform / p.size(1) if every is None else every + uniform / p.size(1)
+    gradient = p * (whole * scale)[:, None]
+    if q is not None:
+        gradient = gradient - q * (teacher * scale)[:, None]
+    if every is not None:
+        gradient = gradient - (every * scale)[:, None]
+    if entropy is not None:
+        # p log p is 0 where p underflows.
+        surprise = torch.where(p > 0, p.log(), torch.zeros_like(p)) + entropy[:, None]
+        gradient = gradient + p * surprise * (data * (options.confidence_penalty * scale))[:, None]
+    return gradient, data * (-gold_weight * scale)
 
 
 def row_step(
     student_logits: Tensor,  # (C, V)
     teacher_logits: list[Tensor],  # (C, V) each, not tempered
     target: Tensor,  # (C,) int64
-    sentence: Tensor,  # (C,) int64, from 0
-    sentence_count: int,
+    decide: Decide,
     options: Options,
     gradient_scale: float | None,
 ) -> tuple[TokenResults, Tensor | None]:
     """Results for a chunk of C tokens and the gradient of the summed loss at the student's logits.
 
-    The gradient (C, V), in the logits' dtype, is multiplied by `gradient_scale`; None: no gradient is made. An
-    implementation of this function may write it over `student_logits`.
+    `decide` gives the gate's weights for the probabilities that the gate reads. The gradient (C, V), in the logits'
+    dtype, is multiplied by `gradient_scale`; None: no gradient is made. An implementation of this function may write it
+    over `student_logits`.
     """
-    z = _widen(student_logits)
-    student = _softmax(z)
-    gold = student.logprob(target)
-    gold_weight, every_weight = options.gold_weight(z.size(1))
-    data_term = -gold_weight * gold
-    if every_weight:
-        data_term = data_term - every_weight * (student.shifted.sum(1) - z.size(1) * student.log_normalizer)
-
-    confidence = correct = None
-    read = target
-    if options.needs_argmax:
-        argmax = z.argmax(1)
-        confidence, correct = (-student.log_normalizer).exp(), argmax == target
-        read = argmax if options.gate_on == "argmax" else target
-    student_read = student.logprob(read)
-
-    q = None
-    if not options.gate.needs_teacher:
-        teacher_read, kl = student_read, torch.zeros_like(gold)
-    elif len(teacher_logits) == 1:
-        z_t = _widen(teacher_logits[0]).to(z.dtype)
-        teacher = _softmax(z_t / options.teacher_temperature)
-        q = teacher.probability
-        # One expectation of the difference: two of nearly equal size would cancel. 0 * inf where q underflows is 0.
-        difference = torch.where(q > 0, teacher.shifted - student.shifted, torch.zeros_like(q))
-        kl = (q * difference).sum(1) - teacher.log_normalizer + student.log_normalizer
-        teacher_read = (teacher if options.gate_temperature else _softmax(z_t)).logprob(read)
-    else:
-        q = mean_probability(teacher_logits, options.teacher_temperature, z.dtype)
-        difference = torch.where(q > 0, q.log() - student.shifted, torch.zeros_like(q))
-        kl = (q * difference).sum(1) + student.log_normalizer
-        gate_q = q if options.gate_temperature else mean_probability(teacher_logits, 1.0, z.dtype)
-        teacher_read = gate_q.gather(1, read[:, None]).squeeze(1).log()
-
-    data, teacher_weight = options.gate.weights(TokenStatistics(student_read, teacher_read, sentence, sentence_count))
-    loss = data * data_term
-    if options.gate.needs_teacher:
-        loss = loss + teacher_weight * kl
-    mask = teacher_weight > 0
-    results = TokenResults(
-        loss=loss,
-        nll=-gold,
-        kd=torch.where(mask, kl, torch.zeros_like(kl)),
-        teacher_mask=mask,
-        gap=student_read - teacher_read,
-        confidence=confidence,
-        correct=correct,
-    )
+    statistics, p, q = row_statistics(student_logits, teacher_logits, target, 1 / options.teacher_temperature, options)
+    weights = decide(statistics.student_read, statistics.teacher_read)
+    results = row_results(statistics, weights, p.size(1), options)
     if gradient_scale is None:
         return results, None
-    gradient = student.probability * (data + teacher_weight)[:, None]
-    if q is not None:
-        gradient = gradient - q * teacher_weight[:, None]
-    if every_weight:
-        gradient = gradient - (data * every_weight)[:, None]
-    gradient = gradient.scatter_add(1, target[:, None], (-gold_weight * data)[:, None])
-    return results, (gradient * gradient_scale).to(student_logits.dtype)
+    gradient, gold = row_gradient(p, q, weights, statistics.entropy, gradient_scale, options)
+    return results, gradient.scatter_add_(1, target[:, None], gold[:, None]).to(student_logits.dtype)
 
 
-def mean_probability(logits: list[Tensor], temperature: float, dtype: torch.dtype) -> Tensor:
+def mean_probability(logits: list[Tensor], inverse_temperature: Tensor | float, dtype: torch.dtype) -> Tensor:
     """(C, V) mean over an ensemble of the tempered probabilities."""
-    total = torch.softmax(_widen(logits[0]).to(dtype) / temperature, dim=1)
+    total = torch.softmax(widen(logits[0]).to(dtype) * inverse_temperature, dim=1)
     for z in logits[1:]:
-        total = total + torch.softmax(_widen(z).to(dtype) / temperature, dim=1)
+        total = total + torch.softmax(widen(z).to(dtype) * inverse_temperature, dim=1)
     return total / len(logits)

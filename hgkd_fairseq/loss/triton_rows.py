@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from hgkd_fairseq import gates
-from hgkd_fairseq.gates import GATES, Gate, TokenStatistics
+from hgkd_fairseq.gates import GATES, Gate
 from hgkd_fairseq.loss import rows
-from hgkd_fairseq.loss.options import GATE_ON, Options, TokenResults
+from hgkd_fairseq.loss.options import GATE_ON, Decide, Options, TokenResults
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WARP = 32
@@ -62,7 +62,7 @@ def variants(vocabulary: int, itemsize: int, options: Options, make_gradient: bo
         "ARGMAX": options.needs_argmax,
         "GATE_ON_ARGMAX": options.needs_argmax and options.gate_on == "argmax",
         # At temperature 1 both are the same.
-        "GATE_TEMPERATURE": options.gate_temperature or options.teacher_temperature == 1 or not has_teacher,
+        "GATE_TEMPERATURE": not options.untempered_gate,
     }
     gradient = {"MAKE_GRADIENT": make_gradient}
     if _fused(options.gate):
@@ -76,11 +76,11 @@ def variants(vocabulary: int, itemsize: int, options: Options, make_gradient: bo
 def all_variants(vocabulary: int, itemsize: int) -> list[Variant]:
     """Every kernel that any options can launch at a vocabulary."""
     found = []
-    split = (Gate("user", lambda s: gates.none(s), "token", needs, "", "") for needs in (True, False))
+    split = (Gate("user", lambda s: gates.none(s), needs_teacher=needs) for needs in (True, False))
     for gate, gate_on, gate_temperature, smoothing, top1, make_gradient in itertools.product(
         (GATES["token"], GATES["none"], *split), GATE_ON, (True, False), (0.0, 0.1), (True, False), (True, False)
     ):
-        options = Options(gate, gate_on, 1.5, gate_temperature, smoothing, top1)
+        options = Options(gate, gate_on, 1.5, gate_temperature, smoothing, top1=top1)
         found += [v for v in variants(vocabulary, itemsize, options, make_gradient) if v not in found]
     return found
 
@@ -92,12 +92,23 @@ def _launch(variant: Variant, *arguments: Tensor | float) -> None:
     kernel[(arguments[0].size(0),)](*arguments, **variant.constants, num_warps=variant.num_warps)
 
 
+def _known(student_logits: Tensor, teachers: int, options: Options) -> bool:
+    """Whether the kernels can do it. They read one teacher at one temperature (an ensemble has other means at tau and
+    at 1), know no fp64, no entropy and no uniform term."""
+    return not (
+        student_logits.dtype not in DTYPES
+        or not student_logits.size(0)
+        or (teachers > 1 and options.untempered_gate)
+        or options.confidence_penalty
+        or options.gate.uniform
+    )
+
+
 def row_step(
     student_logits: Tensor,  # (C, V), overwritten by the gradient where they are contiguous
     teacher_logits: list[Tensor],  # (C, V) each, not tempered
     target: Tensor,  # (C,) int64
-    sentence: Tensor,  # (C,) int64, from 0
-    sentence_count: int,
+    decide: Decide,
     options: Options,
     gradient_scale: float | None,
 ) -> tuple[TokenResults, Tensor | None]:
@@ -106,10 +117,8 @@ def row_step(
     A target outside the vocabulary gives nan.
     """
     tokens, vocabulary = student_logits.shape
-    untempered_ensemble = len(teacher_logits) > 1 and not options.gate_temperature and options.teacher_temperature != 1
-    # The kernels read one teacher at one temperature: an ensemble has other means at tau and at 1. They know no fp64.
-    if untempered_ensemble or student_logits.dtype not in DTYPES or not tokens:
-        return rows.row_step(student_logits, teacher_logits, target, sentence, sentence_count, options, gradient_scale)
+    if not _known(student_logits, len(teacher_logits), options):
+        return rows.row_step(student_logits, teacher_logits, target, decide, options, gradient_scale)
     student = student_logits.contiguous()
     temperature = options.teacher_temperature
     if not options.gate.needs_teacher:
@@ -118,7 +127,7 @@ def row_step(
         teacher = teacher_logits[0].contiguous()
     else:
         # log of the mean probability: logits at temperature 1
-        teacher = rows.mean_probability(teacher_logits, temperature, torch.float32).log_()
+        teacher = rows.mean_probability(teacher_logits, 1 / temperature, torch.float32).log_()
         temperature = 1.0
 
     results = torch.empty((5, tokens), dtype=torch.float32, device=student.device)
@@ -127,20 +136,23 @@ def row_step(
     scale = 0.0 if gradient_scale is None else float(gradient_scale)
     outputs = (student, teacher, target.contiguous(), results, flags)
     scalars = (tokens, 1 / temperature, *options.gold_weight(vocabulary))
+    data_term = None
     with torch.cuda.device_of(student):
         if len(steps) == 1:
             _launch(steps[0], *outputs, *scalars, scale)
         else:
             statistics = torch.empty((8, tokens), dtype=torch.float32, device=student.device)
             _launch(steps[0], *outputs, statistics, *scalars)
-            weights = options.gate.weights(TokenStatistics(statistics[0], statistics[1], sentence, sentence_count))
-            data, teacher_weight = (weight.to(torch.float32).contiguous() for weight in weights)
+            weights = decide(statistics[0], statistics[1])
+            data, teacher_weight = (weight.to(torch.float32).contiguous() for weight in weights[:2])
             _launch(steps[1], *outputs, statistics, data, teacher_weight, *scalars, scale)
+            data_term = statistics[2]
 
-    loss, nll, kd, gap, confidence = results.unbind()
+    loss, nll, kl, gap, confidence = results.unbind()
     teacher_mask, correct = flags.view(torch.bool).unbind()
     top = (confidence, correct) if options.needs_argmax else (None, None)
-    return TokenResults(loss, nll, kd, teacher_mask, gap, *top), None if gradient_scale is None else student
+    found = TokenResults(loss, nll, data_term, kl, teacher_mask, gap, *top)
+    return found, None if gradient_scale is None else student
 
 
 def usable(device: torch.device | str) -> str | None:
@@ -168,6 +180,10 @@ def _usable(device: torch.device) -> str | None:
     return None
 
 
+def _token_gate(student_read: Tensor, teacher_read: Tensor) -> gates.GateWeights:
+    return gates.hard_weights(student_read > teacher_read, student_read.dtype)
+
+
 def _self_check(device: torch.device) -> float:
     """The largest difference from `rows.row_step` on four rows, gate "token"."""
     generator = torch.Generator().manual_seed(0)
@@ -176,6 +192,7 @@ def _self_check(device: torch.device) -> float:
     options = Options(GATES["token"], teacher_temperature=1.5, label_smoothing=0.1)
     results = []
     for step in (rows.row_step, row_step):
-        result, dz = step(student.clone(), [teacher], target, torch.zeros_like(target), 1, options, 1.0)
-        results.append(torch.cat([result.loss, result.nll, result.kd, result.gap, dz.flatten()]))
+        result, dz = step(student.clone(), [teacher], target, _token_gate, options, 1.0)
+        kd = torch.where(result.teacher_mask, result.kl, 0.0)
+        results.append(torch.cat([result.loss, result.nll, kd, result.gap, dz.flatten()]))
     return (results[0] - results[1]).abs().max().item()

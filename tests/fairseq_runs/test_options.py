@@ -27,7 +27,7 @@ def data_with_another_dictionary(data: Path, tmp_path_factory: pytest.TempPathFa
 
 # name: (options, what the sentence says); TEACHER is replaced
 CASES = {
-    "unknown gate": (["--gate", "tokens"], ["--gate", 'unknown gate "tokens"', "known gates: none", "sentence, token"]),
+    "unknown gate": (["--gate", "tokens"], ["--gate", 'unknown gate "tokens"', "known gates: always", "sentence"]),
     "temperature 0": (["--teacher-temperature", 0], ["--teacher-temperature 0.0", "must be above 0"]),
     "label smoothing 1": (["--label-smoothing", 1], ["--label-smoothing 1.0", "below 1"]),
     "no teacher": (["--teacher-path", ""], ["give --teacher-path CHECKPOINT"]),
