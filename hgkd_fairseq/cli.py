@@ -23,6 +23,15 @@ def doctor(_args) -> int:
     return report()
 
 
+def gates(_args) -> int:
+    from hgkd_fairseq.gates import GATES, parameters
+
+    for name, gate in GATES.items():
+        defaults = ", ".join(f"{key}={value}" for key, value in parameters(name).items() if value is not None)
+        print(name, f"    {gate.equation}", f"    {gate.source}", *([f"    {defaults}"] if defaults else []), sep="\n")
+    return 0
+
+
 def calibration_forced(args) -> int:
     from hgkd_fairseq.calibration.forced import evaluate
 
@@ -46,6 +55,9 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("doctor", help="check this installation; exit status 1 where something is wrong")
     command.set_defaults(run=doctor)
+
+    command = commands.add_parser("gates", help="list the answers to when to distil, the values of --gate")
+    command.set_defaults(run=gates)
 
     calibration = commands.add_parser("calibration", help="measure the calibration of translation models")
     kinds = calibration.add_subparsers(required=True, metavar="KIND")

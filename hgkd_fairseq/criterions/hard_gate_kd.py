@@ -1,20 +1,23 @@
 """Criterion ``hard_gate_kd``: a batch in, loss and log lines out. The mathematics is in gates.py and loss/."""
 
 # No `from __future__ import annotations` here: fairseq reads the types of the options at run time.
+import dataclasses
 import math
 from dataclasses import dataclass, field
+from typing import Optional
 
 import torch
 from fairseq import utils
 from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import metrics
 from omegaconf import II
 
 from hgkd_fairseq import features
 from hgkd_fairseq.calibration import CalibrationHistogram
 from hgkd_fairseq.errors import UserError
-from hgkd_fairseq.gates import get_gate
+from hgkd_fairseq.gates import GateError, get_gate
 from hgkd_fairseq.loss import IMPLEMENTATIONS, gated_distillation
 
 # A compilation costs about as much as it saves in some hundred updates of a small model on the CPU.
@@ -28,7 +31,7 @@ class HardGateKDConfig(FairseqDataclass):
         metadata={
             "help": "when to learn from the teacher instead of the data: token (HKD-T), where the student gives the "
             "gold token more probability than the teacher does; sentence (HKD-S), the same for whole sentences; "
-            "none: never (plain cross-entropy, no teacher needed)"
+            "none: never (plain cross-entropy, no teacher needed); `hgkd gates` lists the others"
         },
     )
     gate_on: ChoiceEnum(["gold", "argmax"]) = field(  # type: ignore[valid-type]
@@ -42,8 +45,41 @@ class HardGateKDConfig(FairseqDataclass):
         default=False,
         metadata={"help": "compare with the teacher at temperature 1 in the gate, and temper only what is learnt from"},
     )
+    teacher_temperature_start: Optional[float] = field(  # noqa: UP045  fairseq's parser reads Optional[...]
+        default=None,
+        metadata={
+            "help": "the teacher's temperature at the first update; its inverse goes evenly to that of "
+            "--teacher-temperature at the last (Annealing KD)"
+        },
+    )
     label_smoothing: float = field(
         default=0.0, metadata={"help": "epsilon for label smoothing of the data term, in fairseq's convention"}
+    )
+    confidence_penalty: float = field(
+        default=0.0, metadata={"help": "beta: the data term loses beta times the entropy of the student (ConfPen)"}
+    )
+    kd_weight: Optional[float] = field(  # noqa: UP045
+        default=None,
+        metadata={"help": "weight of the teacher's term, of the gates always, progressive, selective-*, beta, ..."},
+    )
+    gate_share: Optional[float] = field(  # noqa: UP045
+        default=None,
+        metadata={"help": "share of tokens of the gates random and selective-*; share of updates of the gate annealed"},
+    )
+    gate_queue: Optional[int] = field(  # noqa: UP045
+        default=None, metadata={"help": "tokens whose NLL the gate selective-global remembers"}
+    )
+    gate_sharpness: Optional[float] = field(  # noqa: UP045
+        default=None, metadata={"help": "steepness of the gates soft and soft-learned (where it starts)"}
+    )
+    virtual_gold: Optional[float] = field(  # noqa: UP045
+        default=None, metadata={"help": "probability of the gold token under the gate virtual-teacher's teacher"}
+    )
+    virtual_temperature: Optional[float] = field(  # noqa: UP045
+        default=None, metadata={"help": "temperature of the gate virtual-teacher's teacher"}
+    )
+    beta_shape: Optional[float] = field(  # noqa: UP045
+        default=None, metadata={"help": "a of the gate beta's Beta(a, 1)"}
     )
     distill_start_update: int = field(
         default=0, metadata={"help": "plain cross-entropy, without the teacher's forward pass, before this update"}
@@ -61,6 +97,29 @@ class HardGateKDConfig(FairseqDataclass):
     max_update: int = II("optimization.max_update")
 
 
+GATE_OPTIONS = (
+    "kd_weight",
+    "gate_share",
+    "gate_queue",
+    "gate_sharpness",
+    "virtual_gold",
+    "virtual_temperature",
+    "beta_shape",
+)
+
+
+def option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def gather(values: torch.Tensor) -> torch.Tensor:
+    """One tensor of the same size from each data-parallel worker, joined."""
+    group = distributed_utils.get_data_parallel_group()
+    if distributed_utils.get_world_size(group) == 1:
+        return values
+    return torch.cat(distributed_utils.all_gather(values, group))
+
+
 @register_criterion("hard_gate_kd", dataclass=HardGateKDConfig)
 class HardGateKDCriterion(FairseqCriterion):
     """Hard-gate knowledge distillation (arXiv:2210.12427) with a teacher from the task ``translation_with_teacher``.
@@ -74,18 +133,12 @@ class HardGateKDCriterion(FairseqCriterion):
     def __init__(self, cfg: HardGateKDConfig, task):
         super().__init__(task)
         self.cfg = cfg
-        try:
-            self.gate = get_gate(cfg.gate)
-        except ValueError as error:
-            raise UserError(f"--gate: {error}") from None
-        if not cfg.teacher_temperature > 0:
-            raise UserError(f"--teacher-temperature {cfg.teacher_temperature}: it must be above 0; the paper's is 1.5")
-        if not 0 <= cfg.label_smoothing < 1:
-            raise UserError(f"--label-smoothing {cfg.label_smoothing}: it must be at least 0 and below 1")
-        if cfg.ignore_prefix_size < 0:
-            raise UserError(f"--ignore-prefix-size {cfg.ignore_prefix_size}: it cannot be negative")
-        if cfg.distill_start_update < 0:
-            raise UserError(f"--distill-start-update {cfg.distill_start_update}: it cannot be negative")
+        self.gate = self.make_gate()
+        if self.gate.learned:
+            self.learned_gate = self.gate.weights  # a child, so that its parameters are trained and saved
+        elif hasattr(self.gate.weights, "state"):
+            task.state.add_factory("gate", lambda: self.gate.weights.state)
+        self.check_options()
         if self.gate.needs_teacher:
             if not hasattr(task, "load_teacher"):
                 raise UserError(
@@ -94,11 +147,56 @@ class HardGateKDCriterion(FairseqCriterion):
                 )
             task.load_teacher()  # here, so that an unusable teacher stops the run before it starts
 
+    def make_gate(self):
+        given = {name: getattr(self.cfg, name) for name in GATE_OPTIONS if getattr(self.cfg, name) is not None}
+        try:
+            return get_gate(self.cfg.gate, **given)
+        except GateError as error:
+            raise UserError(f"{option(error.option)}: {error}") from None
+
+    def check_options(self):
+        cfg = self.cfg
+        if not self.gate.compares and (cfg.gate_on != "gold" or cfg.untempered_gate):
+            which = "--untempered-gate" if cfg.untempered_gate else "--gate-on"
+            raise UserError(f"{which}: gate {cfg.gate} does not compare the student with the teacher; drop the option")
+        if self.gate.timed and not cfg.max_update:
+            raise UserError(f"--gate {cfg.gate} changes over the training and needs to know its length: --max-update N")
+        for name in ("teacher_temperature", "teacher_temperature_start"):
+            value = getattr(cfg, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{option(name)} {value}: it must be above 0; the paper's is 1.5")
+        if cfg.teacher_temperature_start is not None and not cfg.max_update:
+            raise UserError("--teacher-temperature-start needs to know the length of the training: give --max-update N")
+        if not 0 <= cfg.label_smoothing < 1:
+            raise UserError(f"--label-smoothing {cfg.label_smoothing}: it must be at least 0 and below 1")
+        for name in ("confidence_penalty", "ignore_prefix_size", "distill_start_update"):
+            if not getattr(cfg, name) >= 0:
+                raise UserError(f"{option(name)} {getattr(cfg, name)}: it cannot be negative")
+
     def distils(self) -> bool:
-        """Whether this step has a teacher: always outside training, in training from --distill-start-update on."""
-        updates = getattr(self.task, "num_updates", None)
+        """Whether this step has a teacher: always outside training, in training from --distill-start-update on; a
+        teacher that is the student's own past must have come into being."""
+        if not self.gate.needs_teacher or not self.task.load_teacher().ready:
+            return False
+        updates = self.task.num_updates
         training = torch.is_grad_enabled() and updates is not None
-        return self.gate.needs_teacher and (not training or updates >= self.cfg.distill_start_update)
+        return not training or updates >= self.cfg.distill_start_update
+
+    def progress(self) -> float:
+        """Share of the training's updates that are made; 0 outside of training and where their number is unknown."""
+        updates = getattr(self.task, "num_updates", None)
+        return min(updates / self.cfg.max_update, 1.0) if updates and self.cfg.max_update else 0.0
+
+    def temperature(self) -> float:
+        """The teacher's temperature now."""
+        end, start = self.cfg.teacher_temperature, self.cfg.teacher_temperature_start
+        return end if start is None else 1 / (1 / start + (1 / end - 1 / start) * self.progress())
+
+    def gate_of(self, sample):
+        """The gate for a batch; one that remembers finds its memory, which comes with the checkpoint, in the task."""
+        if hasattr(self.gate.weights, "state"):
+            self.gate.weights.state = self.task.state.gate
+        return self.gate
 
     def implementation(self, heads) -> str:
         """--loss-impl, with auto made definite on the CPU. The choice may depend on the run's options only: a run that
@@ -124,6 +222,7 @@ class HardGateKDCriterion(FairseqCriterion):
         if self.distils():
             teachers = self.task.load_teacher().heads(sample, student.hidden.device, student.hidden.dtype)
         validating = not torch.is_grad_enabled()
+        gate = self.gate_of(sample) if teachers or not self.gate.needs_teacher else "none"
         out = gated_distillation(
             student.hidden[:, skip:],
             student.weight,
@@ -131,17 +230,23 @@ class HardGateKDCriterion(FairseqCriterion):
             [teacher.weight for teacher in teachers],
             target,
             padding_idx=self.padding_idx,
-            gate=self.gate if teachers else "none",
+            gate=gate,
             gate_on=self.cfg.gate_on,
-            teacher_temperature=self.cfg.teacher_temperature,
+            teacher_temperature=self.temperature(),
             gate_temperature=not self.cfg.untempered_gate,
             label_smoothing=self.cfg.label_smoothing,
+            confidence_penalty=self.cfg.confidence_penalty,
+            progress=self.progress(),
             student_bias=student.bias,
             teacher_bias=[teacher.bias for teacher in teachers],
             top1=validating or self.cfg.report_accuracy,
             lengths=lengths,
             implementation=self.implementation([student, *teachers]),
         )
+        if not validating and hasattr(self.gate.weights, "observe"):
+            # A batch that fairseq repeats only to keep the workers in step counts for nothing.
+            idle = dataclasses.replace(out, tokens_mask=torch.zeros_like(out.tokens_mask))
+            self.gate.weights.observe(idle if getattr(self.task, "ignore_grad", False) else out, gather)
         sample_size = sample["target"].size(0) if self.cfg.sentence_avg else sample["ntokens"]
         logging_output = {
             "loss": out.loss.detach(),

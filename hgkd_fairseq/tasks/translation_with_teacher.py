@@ -1,21 +1,36 @@
 """Task ``translation_with_teacher``: fairseq's translation task plus a teacher signal for the criterion."""
 
 # No `from __future__ import annotations` here: fairseq reads the types of the options at run time.
+import os
 from dataclasses import dataclass, field
 from typing import Optional
 
 from fairseq import utils
+from fairseq.data import data_utils, indexed_dataset
 from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
+from omegaconf import II
 
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.teacher import TeacherSource
 from hgkd_fairseq.teacher.live import LiveTeacher
+from hgkd_fairseq.teacher.past import PastTeacher
+from hgkd_fairseq.teacher.unigram import UnigramTeacher
+
+SOURCES = ("checkpoint", "unigram", "previous-epoch", "ema")
 
 
 @dataclass
 class TranslationWithTeacherConfig(TranslationConfig):
+    teacher_source: ChoiceEnum(list(SOURCES)) = field(  # type: ignore[valid-type]
+        default="checkpoint",
+        metadata={
+            "help": "what teaches: the checkpoint of --teacher-path; unigram, the frequencies of the training targets; "
+            "previous-epoch, the student as it was when the epoch began; ema, the moving average of its parameters "
+            "(with fairseq's --store-ema --ema-decay)"
+        },
+    )
     teacher_path: Optional[str] = field(  # noqa: UP045  fairseq's parser reads Optional[...], not X | None
         default=None,
         metadata={
@@ -34,6 +49,7 @@ class TranslationWithTeacherConfig(TranslationConfig):
             "student's; {'data': 'DIR'} names the folder of its dictionaries where they have moved"
         },
     )
+    store_ema: bool = II("ema.store_ema")
 
 
 @register_task("translation_with_teacher", dataclass=TranslationWithTeacherConfig)
@@ -51,6 +67,7 @@ class TranslationWithTeacherTask(TranslationTask):
         self.teacher: TeacherSource | None = None
         # Updates made so far, for criterions that change over time; None outside training.
         self.num_updates: int | None = None
+        self.ignore_grad = False  # whether this step's batch is one that only keeps the workers in step
 
     def load_teacher(self) -> TeacherSource:
         """The teacher, loaded on the first call; on the CPU until it meets the first batch.
@@ -59,20 +76,68 @@ class TranslationWithTeacherTask(TranslationTask):
             UserError: no --teacher-path, a file that cannot be used, dictionaries that differ from the student's.
         """
         if self.teacher is None:
-            if not self.cfg.teacher_path:
-                raise UserError(
-                    "--criterion hard_gate_kd distils from a teacher and there is none: give --teacher-path CHECKPOINT "
-                    "(fairseq-validate without one: --criterion hard_gate_kd --gate none)"
-                )
-            self.teacher = LiveTeacher(
-                utils.split_paths(self.cfg.teacher_path),
-                self.src_dict,
-                self.tgt_dict,
-                dtype=self.cfg.teacher_dtype,
-                overrides=self.cfg.teacher_model_overrides,
-            )
+            self.teacher = self.make_teacher()
         return self.teacher
 
-    def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False):
-        self.num_updates = update_num
+    def make_teacher(self) -> TeacherSource:
+        source = self.cfg.teacher_source
+        if source != "checkpoint" and self.cfg.teacher_path:
+            raise UserError(f"--teacher-path and --teacher-source {source} are two teachers; give one of them")
+        if source == "unigram":
+            return UnigramTeacher(self.training_targets(), len(self.tgt_dict))
+        if source == "ema" and not self.cfg.store_ema:
+            raise UserError("--teacher-source ema needs fairseq's moving average: add --store-ema --ema-decay 0.999")
+        if source in ("ema", "previous-epoch"):
+            return PastTeacher()
+        if not self.cfg.teacher_path:
+            raise UserError(
+                "--criterion hard_gate_kd distils from a teacher and there is none: give --teacher-path CHECKPOINT "
+                "(fairseq-validate without one: --criterion hard_gate_kd --gate none)"
+            )
+        return LiveTeacher(
+            utils.split_paths(self.cfg.teacher_path),
+            self.src_dict,
+            self.tgt_dict,
+            dtype=self.cfg.teacher_dtype,
+            overrides=self.cfg.teacher_model_overrides,
+        )
+
+    def training_targets(self):
+        """The sentences (length,) of the target side of the training data."""
+        source, target = self.cfg.source_lang, self.cfg.target_lang
+        for folder in utils.split_paths(self.cfg.data):
+            for pair in (f"{source}-{target}", f"{target}-{source}"):
+                prefix = os.path.join(folder, f"{self.cfg.train_subset}.{pair}.{target}")
+                if indexed_dataset.dataset_exists(prefix, self.cfg.dataset_impl):
+                    yield from data_utils.load_indexed_dataset(prefix, self.tgt_dict, self.cfg.dataset_impl)
+
+    @property
+    def uses_ema(self) -> bool:
+        """Whether fairseq's trainer shall hand its moving average to each step."""
+        return self.cfg.teacher_source == "ema"
+
+    def begin_epoch(self, epoch, model):
+        """Keep the student as it is, to teach in this epoch. It goes into the checkpoints: a run that is resumed in the
+        middle of an epoch finds there what the epoch began with."""
+        super().begin_epoch(epoch, model)
+        if self.cfg.teacher_source != "previous-epoch" or self.teacher is None or epoch < 2:
+            return
+        kept = self.state.state_dict.get("previous_epoch")
+        if kept is not None and kept["epoch"] == epoch:
+            self.teacher.take(model, kept["model"])
+        else:
+            self.teacher.take(model)
+        self.state.merge_state_dict({"previous_epoch": {"epoch": epoch, "model": self.teacher.model.state_dict()}})
+
+    def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False, ema_model=None):
+        self.num_updates, self.ignore_grad = update_num, ignore_grad
+        self.watch(ema_model)
         return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
+
+    def valid_step(self, sample, model, criterion, ema_model=None):
+        self.watch(ema_model)
+        return super().valid_step(sample, model, criterion)
+
+    def watch(self, ema_model) -> None:
+        if ema_model is not None and self.teacher is not None:
+            self.teacher.watch(ema_model)

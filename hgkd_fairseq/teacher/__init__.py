@@ -10,7 +10,10 @@ from hgkd_fairseq.loss import Head
 
 
 class TeacherSource(Protocol):
-    """One source of teacher signal. Held by the task, outside every nn.Module: never saved, never trained."""
+    """One source of teacher signal. Held by the task, outside every nn.Module: never saved with the model, never
+    trained."""
+
+    ready: bool  # False while there is nothing to learn from yet: the student then learns from the data
 
     def heads(self, sample: dict, device: torch.device, dtype: torch.dtype) -> list[Head]:
         """The teacher's features (B, T, D) and output layer for a fairseq batch; several for an ensemble.

@@ -36,6 +36,8 @@ class LiveTeacher:
         UserError: a file that is missing, refused or no translation model; dictionaries that differ.
     """
 
+    ready = True
+
     def __init__(
         self,
         paths: Sequence[str],
