@@ -30,9 +30,9 @@ def settings_of(args):
 
 
 def show(results, args) -> int:
-    print(results)
     if args.json:
         results.write(args.json)
+    print(results)
     return 0
 
 
@@ -57,14 +57,14 @@ def calibration_temperature(args) -> int:
     from hgkd_fairseq.calibration.temperature import fit
 
     found = fit(args.data, args.path, args.gen_subset, args.max_tokens, args.cpu, settings_of(args))
-    for results in (found.raw, found.scaled):
-        print(*(results[key] for key in ("nll", "ece", "ece_without_eos")), sep="\n")
-    print(f"temperature = {found.temperature:.4f}")
     if args.json:
         raw, scaled = found.raw.to_json(), found.scaled.to_json()
         Path(args.json).write_text(
             json.dumps({"temperature": found.temperature, "raw": raw, "scaled": scaled}, indent=1) + "\n"
         )
+    for results in (found.raw, found.scaled):
+        print(*(results[key] for key in ("nll", "ece", "ece_without_eos")), sep="\n")
+    print(f"temperature = {found.temperature:.4f}")
     return 0
 
 

@@ -223,8 +223,8 @@ def score_rows(heads: Sequence[Head], target: Tensor, eos: int, temperature: flo
         is_eos = gold == eos
         weighted = weighted_tables(probability, gold, bins, is_eos.long(), groups=2)
         parts.append(TokenScores(nll, top, argmax == gold, is_eos, brier(probability, gold), argmax, weighted))
-    *columns, weighted = zip(*parts, strict=True)
-    return TokenScores(*[torch.cat(column) for column in columns], torch.stack(weighted).sum(0))
+    whole = TokenScores(*[torch.cat(column) for column in zip(*parts, strict=True)])
+    return whole._replace(weighted=whole.weighted.unflatten(0, (-1, 2)).sum(0))
 
 
 def token_rows(batch: Batch, scores: TokenScores, dictionary) -> dict[str, list]:

@@ -60,7 +60,8 @@ def ece(table: Tensor) -> Tensor:
 
 
 def mce(table: Tensor, min_count: int = 1) -> Tensor:
-    """Maximum calibration error (Guo et al. 2017, equation 5): the worst gap of a bin of `min_count` predictions or more.
+    """Maximum calibration error (Guo et al. 2017, equation 5): the worst gap among bins that hold at least
+    `min_count` predictions.
 
     NaN where there is no such bin. With min_count=1 it is never below the ECE.
     """
