@@ -177,8 +177,10 @@ def batches(task, models, subset: str, max_tokens: int):
         task.load_dataset(subset)
     except FileNotFoundError:
         raise UserError(f"there is no subset {subset} in {task.cfg.data}; name another with --gen-subset") from None
-    if not len(task.dataset(subset)):
-        raise UserError(f"subset {subset} of {task.cfg.data} is empty; name another with --gen-subset")
+    except ValueError as error:  # numpy's: an empty file cannot be mapped
+        raise UserError(
+            f"subset {subset} of {task.cfg.data} is empty or damaged ({error}); name another with --gen-subset"
+        ) from error
     itr = task.get_batch_iterator(
         task.dataset(subset),
         max_tokens=max_tokens,
