@@ -44,6 +44,10 @@ class SentenceBootstrap:
     def interval(self, score: Callable[[Tensor], Tensor], level: float = LEVEL) -> tuple[Tensor, Tensor]:
         """Percentile interval (Efron and Tibshirani 1993, chapter 13) of a score.
 
+        Noise makes an ECE larger, in a resample more than in the sample: where a model is all but calibrated, the
+        interval lies above the true ECE, and may lie above the sample's. In a simulation with 1,000 sentences it held a
+        true ECE of 8.5 % in 90 of 100 draws and one of 0.7 % (1.3 % in the sample) in none.
+
         Args:
             score: of sums (R, K) the scores (R, ...); NaN where a replicate has none, which is left out.
             level: share of the replicates between the ends.

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hgkd_fairseq.calibration import SentenceBootstrap
-from hgkd_fairseq.calibration.histogram import accuracy, ece
+from hgkd_fairseq.calibration.histogram import accuracy, ece, tabulate
 from hgkd_fairseq.calibration.scores import Mean, Predictions, Score, Settings, signature
 
 
@@ -74,6 +74,7 @@ def predictions(rows: slice, settings: Settings) -> Predictions:
             correct[part].flatten(),
             nll=confidence[part].flatten(),
         )
+        found.add_weighted(tabulate(confidence[part].flatten(), correct[part].flatten(), settings.bins)[0])
     return found
 
 
@@ -81,6 +82,7 @@ def test_predictions_merge():
     settings = Settings(bins=5, replicates=20)
     once, merged = predictions(slice(0, 30), settings), predictions(slice(0, 14), settings)
     merged.merge(predictions(slice(14, 30), settings))
+    assert "weighted_ece" in [score.key for score in once.scores()]
     for one, other in zip(once.scores(), merged.scores(), strict=True):
         assert one.signature == other.signature
         assert [one.value, one.low, one.high] == pytest.approx([other.value, other.low, other.high], nan_ok=True)

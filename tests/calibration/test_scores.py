@@ -13,7 +13,7 @@ from torchmetrics.functional.classification import binary_calibration_error
 
 from hgkd_fairseq.calibration import CalibrationHistogram, FineHistogram, adaptive_ece
 from hgkd_fairseq.calibration.distribution import brier, weighted_tables
-from hgkd_fairseq.calibration.fine import CELLS, OCTAVES, cell, smoothed_error
+from hgkd_fairseq.calibration.fine import CELLS, MESH, OCTAVES, cell, smoothed_error
 from hgkd_fairseq.calibration.histogram import ece, tabulate
 
 predictions = st.lists(st.tuples(st.floats(0, 1, width=32), st.booleans()), min_size=1, max_size=60)
@@ -152,6 +152,18 @@ def test_smooth_ece_is_the_published_integral(bandwidth: float):
     fine = filled(FineHistogram(), np.append(confidence, [0.0, 1.0]), np.append(correct, [1, 0]))
     expected = integral(np.append(confidence, [0.0, 1.0]), np.append(correct, [1, 0]), bandwidth)
     assert smoothed_error(fine.spectrum(), bandwidth) == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("confidence", "points"), [(100.5, {100: 1.0}), (100.75, {100: 0.75, 101: 0.25}), (0, {0: 1.0})]
+)
+def test_surplus_lies_where_its_predictions_do(confidence: float, points: dict[int, float]):
+    fine = filled(FineHistogram(), np.array([confidence / MESH]), np.array([0.0]))
+    mesh = torch.fft.irfft(fine.spectrum())[:MESH]
+    expected = torch.zeros(MESH).double()
+    for point, share in points.items():
+        expected[point] = share * confidence / MESH
+    torch.testing.assert_close(mesh, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("tempered", [1.0, 1.3, 3.0])
