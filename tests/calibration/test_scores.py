@@ -72,7 +72,7 @@ def test_torchmetrics_agrees(bins: int, count: int):
 @pytest.mark.parametrize("bins", [10, 15, 20])
 @pytest.mark.parametrize("count", [997, 20011])
 def test_netcal_agrees(bins: int, count: int):
-    """Only where netcal is installed: it needs gigabytes of others. numpy_adaptive_ece() is its definition."""
+    """Only where netcal is installed, which brings Pyro and GPyTorch; numpy_adaptive_ece() is its definition."""
     metrics = pytest.importorskip("netcal.metrics")
     confidence, correct = sample(count, seed=bins, tempered=1.7)
     table = filled(CalibrationHistogram(bins), confidence, correct)
