@@ -32,17 +32,98 @@ def gates(_args) -> int:
     return 0
 
 
-def calibration_forced(args) -> int:
-    from hgkd_fairseq.calibration.forced import evaluate
+def settings_of(args):
+    from hgkd_fairseq.calibration.scores import Settings
 
-    scores = evaluate(args.data, args.path, args.gen_subset, args.max_tokens, args.bins, args.cpu)
-    print(f"{scores.signature()} = {100 * scores.ece:.2f} %")
-    print(f"{scores.signature(eos=False)} = {100 * scores.ece_without_eos:.2f} %")
-    print(f"{scores.signature('MCE')} = {100 * scores.mce:.2f} %")
-    print(f"NLL = {scores.nll:.3f} bits a token, accuracy = {100 * scores.accuracy:.2f} %, {scores.tokens} tokens")
+    return Settings(args.bins, args.min_count, args.replicates, args.seed)
+
+
+def show(results, args) -> int:
     if args.json:
-        Path(args.json).write_text(json.dumps(scores.to_json(), indent=1) + "\n")
+        results.write(args.json)
+    print(results)
     return 0
+
+
+def calibration_forced(args) -> int:
+    from hgkd_fairseq.calibration import forced, temperature
+
+    degree = temperature.read(args.temperature)
+    results = forced.evaluate(
+        args.data, args.path, args.gen_subset, args.max_tokens, args.cpu, settings_of(args), degree, args.tokens
+    )
+    return show(results, args)
+
+
+def calibration_inference(args) -> int:
+    from hgkd_fairseq.calibration.inference import Options, evaluate
+
+    options = Options(args.labels, args.words)
+    return show(evaluate(args.file, args.reference, options, settings_of(args), args.tokens), args)
+
+
+def calibration_temperature(args) -> int:
+    from hgkd_fairseq.calibration.temperature import fit
+
+    found = fit(args.data, args.path, args.gen_subset, args.max_tokens, args.cpu, settings_of(args))
+    if args.json:
+        raw, scaled = found.raw.to_json(), found.scaled.to_json()
+        Path(args.json).write_text(
+            json.dumps({"temperature": found.temperature, "raw": raw, "scaled": scaled}, indent=1) + "\n"
+        )
+    for results in (found.raw, found.scaled):
+        print(*(results[key] for key in ("nll", "ece", "ece_without_eos")), sep="\n")
+    print(f"temperature = {found.temperature:.4f}")
+    return 0
+
+
+def calibration_diagram(args) -> int:
+    from hgkd_fairseq.calibration.diagram import draw
+
+    draw(args.files, args.output, args.label, "eos:no" if args.without_eos else "eos:yes")
+    return 0
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
+    return int(text)
+
+
+def output_file(text: str) -> str:
+    """A name in a folder that exists: told before the work, not after it."""
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {Path(text).parent}; make it first")
+    return text
+
+
+def add_scoring(command, tokens: bool = True) -> None:
+    """Options of every kind of calibration that computes scores."""
+    command.add_argument("--bins", type=positive, default=20, help="bins of confidence (default: 20)")
+    command.add_argument(
+        "--min-count", type=positive, default=1, metavar="N", help="tokens a bin needs to count in MCE (default: 1)"
+    )
+    command.add_argument(
+        "--replicates", type=int, default=1000, metavar="N",
+        help="resamples of the sentences for 95%% intervals (default: 1000; 0: no intervals)",
+    )  # fmt: skip
+    command.add_argument("--seed", type=int, default=1, help="of the resamples (default: 1)")
+    command.add_argument("--json", type=output_file, metavar="FILE", help="write the scores there as well")
+    if tokens:
+        command.add_argument(
+            "--tokens", type=output_file, metavar="FILE", help="write a row for each token: .tsv or .parquet"
+        )
+
+
+def add_model(command, subset: str) -> None:
+    """Options of the kinds of calibration that run a model."""
+    command.add_argument("data", metavar="DATA", help="folder that fairseq-preprocess wrote")
+    command.add_argument("--path", required=True, metavar="CKPT[:CKPT]", help="fairseq checkpoint, or an ensemble")
+    command.add_argument("--gen-subset", default=subset, metavar="SPLIT", help=f"subset to use (default: {subset})")
+    command.add_argument(
+        "--max-tokens", type=positive, default=4000, metavar="N", help="tokens a batch (default: 4000)"
+    )
+    command.add_argument("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,14 +143,43 @@ def parser() -> argparse.ArgumentParser:
     calibration = commands.add_parser("calibration", help="measure the calibration of translation models")
     kinds = calibration.add_subparsers(required=True, metavar="KIND")
     forced = kinds.add_parser("forced", help="teacher-forced: the model is given the reference's prefix")
-    forced.add_argument("data", metavar="DATA", help="folder that fairseq-preprocess wrote")
-    forced.add_argument("--path", required=True, metavar="CKPT[:CKPT]", help="fairseq checkpoint, or an ensemble")
-    forced.add_argument("--gen-subset", default="test", metavar="SPLIT", help="subset to score (default: test)")
-    forced.add_argument("--bins", type=int, default=20, help="equal-width bins of confidence (default: 20)")
-    forced.add_argument("--max-tokens", type=int, default=4000, metavar="N", help="tokens a batch (default: 4000)")
-    forced.add_argument("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
-    forced.add_argument("--json", metavar="FILE", help="write the scores there as well")
+    add_model(forced, "test")
+    add_scoring(forced)
+    forced.add_argument(
+        "--temperature",
+        default="1",
+        metavar="T",
+        help="divide the logits by it: a number, or temperature's --json file",
+    )
     forced.set_defaults(run=calibration_forced)
+
+    inference = kinds.add_parser("inference", help="of the model's own translations, as fairseq-generate wrote them")
+    inference.add_argument(
+        "file", metavar="FILE", help="output of fairseq-generate, run without --remove-bpe and --bpe"
+    )
+    inference.add_argument(
+        "--reference", metavar="FILE", help="references in pieces, one a line, instead of those in the output"
+    )
+    inference.add_argument(
+        "--labels", choices=["wang2020", "ter"], default="wang2020",
+        help="which tokens are right: those that TER aligns with the reference, less those right after a deletion as "
+        "Wang et al. 2020 have it; ter: all of them (default: wang2020)",
+    )  # fmt: skip
+    inference.add_argument("--words", action="store_true", help="score words, with the product of their pieces'")
+    add_scoring(inference)
+    inference.set_defaults(run=calibration_inference)
+
+    temperature = kinds.add_parser("temperature", help="fit a temperature by NLL, the control of calibration claims")
+    add_model(temperature, "valid")
+    add_scoring(temperature, tokens=False)
+    temperature.set_defaults(run=calibration_temperature)
+
+    diagram = kinds.add_parser("diagram", help="reliability diagram and confidence histogram of one or more models")
+    diagram.add_argument("files", nargs="+", metavar="JSON", help="files of forced's or inference's --json")
+    diagram.add_argument("--output", required=True, type=output_file, metavar="FILE", help=".png or .svg")
+    diagram.add_argument("--label", action="append", metavar="NAME", help="of each file in turn (default: file names)")
+    diagram.add_argument("--without-eos", action="store_true", help="leave the end of sentence out")
+    diagram.set_defaults(run=calibration_diagram)
     return top
 
 

@@ -7,7 +7,6 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,15 +15,26 @@ from fairseq.logging import progress_bar
 from omegaconf import open_dict
 from torch import Tensor
 
-import hgkd_fairseq
 from hgkd_fairseq import features
-from hgkd_fairseq.calibration import CalibrationHistogram
+from hgkd_fairseq.calibration.distribution import brier, weighted_tables
+from hgkd_fairseq.calibration.scores import Mean, Predictions, Results, Settings
+from hgkd_fairseq.calibration.token_table import TokenTable
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.loss.eager import mean_logprobs
+from hgkd_fairseq.loss.options import Head
 
 logger = logging.getLogger(__name__)
 
 CHUNK_TOKENS = 1024  # rows of the vocabulary's width that are alive at a time
+MEANS = (Mean("nll", "NLL", "bits"), Mean("brier", "Brier"))
+
+
+class Batch(NamedTuple):
+    """The N non-pad target tokens of a batch, sentence by sentence."""
+
+    heads: list[Head]  # hidden (N, D), one a model
+    target: Tensor  # (N,)
+    sentence: Tensor  # (N,) the sentence's place in the subset
 
 
 class TokenScores(NamedTuple):
@@ -34,37 +44,21 @@ class TokenScores(NamedTuple):
     confidence: Tensor  # (N,) probability of the top-1 token
     correct: Tensor  # (N,) bool, the top-1 token is the gold one
     is_eos: Tensor  # (N,) bool
-
-
-@dataclass(frozen=True)
-class ForcedScores:
-    """Scores of one model on one subset. ECE, MCE and accuracy are fractions, NLL is in bits a token."""
-
-    ece: float
-    mce: float
-    ece_without_eos: float
-    nll: float
-    accuracy: float
-    tokens: int
-    parameters: int
-    bins: int
-    subset: str
-    path: str
-
-    def signature(self, score: str = "ECE", eos: bool = True) -> str:
-        """How a number was computed, in sacreBLEU's manner."""
-        return (
-            f"{score}|bins:{self.bins}|mode:forced|eos:{'yes' if eos else 'no'}|tok:bpe|"
-            f"version:{hgkd_fairseq.__version__}"
-        )
-
-    def to_json(self) -> dict:
-        return {**asdict(self), "signature": self.signature()}
+    brier: Tensor  # (N,) of the whole distribution
+    top: Tensor  # (N,) the top-1 token
+    weighted: Tensor  # (2, 3, bins) tables of the whole distributions: of tokens that are not EOS, and that are
 
 
 def evaluate(
-    data: str, path: str, subset: str = "test", max_tokens: int = 4000, bins: int = 20, cpu: bool = False
-) -> ForcedScores:
+    data: str,
+    path: str,
+    subset: str = "test",
+    max_tokens: int = 4000,
+    cpu: bool = False,
+    settings: Settings | None = None,
+    temperature: float = 1.0,
+    tokens_file: str | None = None,
+) -> Results:
     """Score a subset of binarised data under a checkpoint, or several with ':' between them (an ensemble).
 
     Args:
@@ -72,42 +66,80 @@ def evaluate(
         path: fairseq translation checkpoint(s).
         subset: "test", "valid", ...
         max_tokens: tokens a batch.
-        bins: equal-width bins of confidence.
         cpu: stay on the CPU where there is a GPU.
+        settings: bins, intervals.
+        temperature: divides the logits, of each model of an ensemble.
+        tokens_file: where to write a row for each token.
 
     Raises:
-        UserError: a file that is missing or cannot be used, a subset that is missing or empty.
+        UserError: a file that is missing or cannot be used, a subset that is missing or empty, a model that
+            predicts NaN.
     """
-    models, task = load(data, path)
-    device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
-    for model in models:
-        model.to(device).eval()
-    whole, without_eos = CalibrationHistogram(bins), CalibrationHistogram(bins)
-    nll, correct, tokens = 0.0, 0, 0
-    for scores in token_scores(models, batches(task, models, subset, max_tokens), task.target_dictionary, device):
-        whole.update(scores.confidence, scores.correct)
-        without_eos.update(scores.confidence[~scores.is_eos], scores.correct[~scores.is_eos])
-        nll += float(scores.nll.double().sum())
-        correct += int(scores.correct.sum())
+    table = TokenTable(tokens_file) if tokens_file else None
+    models, task, device = load(data, path, cpu)
+    found = measure(models, task, device, subset, max_tokens, settings or Settings(), temperature, table)
+    found.about["path"] = path
+    return found
+
+
+def measure(
+    models: Sequence,
+    task,
+    device: torch.device,
+    subset: str,
+    max_tokens: int,
+    settings: Settings,
+    temperature: float,
+    table: TokenTable | None = None,
+) -> Results:
+    """As :func:`evaluate`, of loaded models."""
+    dictionary = task.target_dictionary
+    parts = {"mode": "forced", "eos": "yes", "tok": "bpe"}
+    if temperature != 1:
+        parts["temp"] = f"{temperature:.4g}"
+    whole = Predictions(settings, "", parts, MEANS)
+    without_eos = Predictions(settings, "_without_eos", {**parts, "eos": "no"}, MEANS)
+    tokens, sentences = 0, set()
+    for batch in token_batches(models, batches(task, models, subset, max_tokens), dictionary, device):
+        scores = score_rows(batch.heads, batch.target, dictionary.eos(), temperature, settings.bins)
+        if not bool(scores.nll.isfinite().all()):
+            raise UserError(
+                f"the model gives probabilities that are NaN or 0 to references of subset {subset}; its training has "
+                "diverged: name an earlier checkpoint"
+            )
+        # fp32 sums of probabilities may pass 1 by a rounding.
+        confidence, nll = scores.confidence.double().clamp(max=1), scores.nll.double() / math.log(2)
+        for predictions, rows in ((whole, slice(None)), (without_eos, ~scores.is_eos)):
+            predictions.update(
+                batch.sentence[rows], confidence[rows], scores.correct[rows], nll=nll[rows], brier=scores.brier[rows]
+            )
+        whole.add_weighted(scores.weighted.sum(0))
+        without_eos.add_weighted(scores.weighted[0])
         tokens += scores.nll.numel()
-    if tokens == 0:
-        raise UserError(f"subset {subset} of {data} holds no tokens; name another with --gen-subset")
-    return ForcedScores(
-        ece=whole.ece(),
-        mce=whole.mce(),
-        ece_without_eos=without_eos.ece(),
-        nll=nll / tokens / math.log(2),
-        accuracy=correct / tokens,
-        tokens=tokens,
-        parameters=sum(parameter.numel() for model in models for parameter in model.parameters()),
-        bins=bins,
-        subset=subset,
-        path=path,
+        sentences.update(batch.sentence.tolist())
+        if table is not None:
+            table.write(token_rows(batch, scores, dictionary))
+    if table is not None:
+        table.close()
+    return Results(
+        about={
+            "mode": "forced",
+            "path": "",
+            "data": task.cfg.data,
+            "subset": subset,
+            "temperature": temperature,
+            "tokens": tokens,
+            "sentences": len(sentences),
+            "parameters": sum(parameter.numel() for model in models for parameter in model.parameters()),
+        },
+        settings=settings,
+        scores=[*whole.scores(), *without_eos.scores()],
+        histograms={"eos:yes": whole.bars(), "eos:no": without_eos.bars()},
     )
 
 
-def load(data: str, path: str):
-    """(models, task): the checkpoints of `path` under the plain translation task on `data`."""
+def load(data: str, path: str, cpu: bool = False):
+    """(models, task, device): the checkpoints of `path` in eval mode under the plain translation task on `data`."""
     if not os.path.isdir(data):
         raise UserError(f"{data} is no folder; name the one that fairseq-preprocess wrote")
     for file in utils.split_paths(path):
@@ -133,7 +165,10 @@ def load(data: str, path: str):
             f"{path} does not fit the dictionaries in {data}: {str(error).splitlines()[-1].strip()}; "
             "name the data the model was trained on"
         ) from error
-    return models, task
+    device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
+    for model in models:
+        model.to(device).eval()
+    return models, task, device
 
 
 def batches(task, models, subset: str, max_tokens: int):
@@ -142,35 +177,66 @@ def batches(task, models, subset: str, max_tokens: int):
         task.load_dataset(subset)
     except FileNotFoundError:
         raise UserError(f"there is no subset {subset} in {task.cfg.data}; name another with --gen-subset") from None
+    except ValueError as error:  # numpy's: an empty file cannot be mapped
+        raise UserError(
+            f"subset {subset} of {task.cfg.data} is empty or damaged ({error}); name another with --gen-subset"
+        ) from error
     itr = task.get_batch_iterator(
         task.dataset(subset),
         max_tokens=max_tokens,
         max_positions=utils.resolve_max_positions(task.max_positions(), *[model.max_positions() for model in models]),
         ignore_invalid_inputs=True,
     ).next_epoch_itr(shuffle=False)
+    if not len(itr):
+        raise UserError(f"every sentence of subset {subset} of {task.cfg.data} is too long for the model")
     return progress_bar.progress_bar(itr, log_format="none" if not os.isatty(2) else "tqdm")
 
 
 @torch.no_grad()
-def token_scores(models, samples, dictionary, device, temperature: float = 1.0) -> Iterator[TokenScores]:
-    """Scores batch by batch; the models' mean probability where there are several. Never a table of
-    tokens x vocabulary beyond `CHUNK_TOKENS` rows."""
+def token_batches(models, samples, dictionary, device) -> Iterator[Batch]:
+    """The models' features of the target tokens, batch by batch."""
     for sample in samples:
         sample = utils.move_to_cuda(sample) if device.type == "cuda" else sample
-        target = sample["target"].flatten()  # (B * T,)
-        rows = (target != dictionary.pad()).nonzero().squeeze(1)
+        target = sample["target"]  # (B, T)
+        rows = (target.flatten() != dictionary.pad()).nonzero().squeeze(1)
         heads = [features.head(model, sample["net_input"]) for model in models]
         heads = [head._replace(hidden=head.hidden.flatten(0, 1)[rows]) for head in heads]  # (N, D)
-        yield score_rows(heads, target[rows], dictionary.eos(), temperature)
+        sentence = sample["id"][:, None].expand_as(target).flatten()[rows]
+        yield Batch(heads, target.flatten()[rows], sentence)
 
 
-def score_rows(heads: Sequence, target: Tensor, eos: int, temperature: float) -> TokenScores:
-    """`heads` with hidden (N, D), `target` (N,)."""
-    parts = []
+def chunks(heads: Sequence[Head], target: Tensor) -> Iterator[tuple[list[Head], Tensor]]:
+    """`CHUNK_TOKENS` rows at a time."""
     for start in range(0, target.numel(), CHUNK_TOKENS):
-        end = start + CHUNK_TOKENS
-        logp = mean_logprobs([head._replace(hidden=head.hidden[start:end]) for head in heads], temperature)
-        gold = target[start:end]
-        top, argmax = logp.max(dim=1)
-        parts.append(TokenScores(-logp.gather(1, gold[:, None]).squeeze(1), top.exp(), argmax == gold, gold == eos))
-    return TokenScores(*[torch.cat(column) for column in zip(*parts, strict=True)])
+        rows = slice(start, start + CHUNK_TOKENS)
+        yield [head._replace(hidden=head.hidden[rows]) for head in heads], target[rows]
+
+
+@torch.no_grad()
+def score_rows(heads: Sequence[Head], target: Tensor, eos: int, temperature: float, bins: int = 20) -> TokenScores:
+    """`heads` with hidden (N, D), `target` (N,); the models' mean probability where there are several. Never a table of
+    tokens x vocabulary beyond `CHUNK_TOKENS` rows."""
+    parts = []
+    for rows, gold in chunks(heads, target):
+        logp = mean_logprobs(rows, temperature)
+        nll = -logp.gather(1, gold[:, None]).squeeze(1)
+        probability = logp.exp_()
+        top, argmax = probability.max(dim=1)
+        is_eos = gold == eos
+        weighted = weighted_tables(probability, gold, bins, is_eos.long(), groups=2)
+        parts.append(TokenScores(nll, top, argmax == gold, is_eos, brier(probability, gold), argmax, weighted))
+    whole = TokenScores(*[torch.cat(column) for column in zip(*parts, strict=True)])
+    return whole._replace(weighted=whole.weighted.unflatten(0, (-1, 2)).sum(0))
+
+
+def token_rows(batch: Batch, scores: TokenScores, dictionary) -> dict[str, list]:
+    """Columns of the table of tokens."""
+    return {
+        "sentence": batch.sentence.tolist(),
+        "token": [dictionary[index] for index in batch.target.tolist()],
+        "predicted": [dictionary[index] for index in scores.top.tolist()],
+        "confidence": scores.confidence.tolist(),
+        "correct": scores.correct.int().tolist(),
+        "nll_bits": (scores.nll.double() / math.log(2)).tolist(),
+        "brier": scores.brier.tolist(),
+    }

@@ -1,4 +1,4 @@
-"""Every answer to "when", trained through fairseq-train: the loss falls, and what a run remembers comes back with it."""
+"""Every answer to "when", trained through fairseq-train: the loss falls, and what a run remembers comes back."""
 
 from pathlib import Path
 

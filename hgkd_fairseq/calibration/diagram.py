@@ -1,0 +1,146 @@
+"""Reliability diagram and confidence histogram of one or several models, from the files of `--json`; matplotlib.
+
+Models differ in marker, line and hatch as well as in colour, so that the figure can be read in black and white.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hgkd_fairseq.errors import UserError
+
+FORMATS = (".png", ".svg")
+# Wong's colours (Nature Methods 2011), from dark to light: apart for the colour-blind, and in grey.
+STYLES: tuple[dict[str, Any], ...] = (
+    {"color": "#000000", "marker": "o", "linestyle": "-", "hatch": ""},
+    {"color": "#D55E00", "marker": "s", "linestyle": "--", "hatch": "////"},
+    {"color": "#0072B2", "marker": "^", "linestyle": "-.", "hatch": "...."},
+    {"color": "#009E73", "marker": "D", "linestyle": ":", "hatch": "\\\\\\\\"},
+    {"color": "#CC79A7", "marker": "v", "linestyle": (0, (5, 1, 1, 1, 1, 1)), "hatch": "xxxx"},
+    {"color": "#E69F00", "marker": "P", "linestyle": (0, (1, 3)), "hatch": "||||"},
+)
+MOST = len(STYLES)
+FEW = 10  # bins with fewer predictions are drawn hollow: their accuracy is an accident
+
+
+def draw(files: Sequence[str], output: str, labels: Sequence[str] | None = None, which: str = "eos:yes") -> None:
+    """Write the figure of the results in `files` to `output`, a .png or .svg.
+
+    Args:
+        files: written by `hgkd calibration forced --json` and `hgkd calibration inference --json`.
+        output: its suffix is the format.
+        labels: a name for each file; the file's own unless given.
+        which: "eos:yes" or "eos:no".
+
+    Raises:
+        UserError: matplotlib is missing, a file is not such a one, or numbers of files, labels and bins do not fit.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.legend_handler import HandlerTuple
+    except ImportError:
+        raise UserError("diagrams need matplotlib: pip install 'hgkd-fairseq[report]'") from None
+    if Path(output).suffix not in FORMATS:
+        raise UserError(f"--output {output}: name a file that ends in {' or '.join(FORMATS)}")
+    if len(files) > MOST:
+        raise UserError(f"{len(files)} files are too many for one diagram; give at most {MOST}")
+    if labels and len(labels) != len(files):
+        raise UserError(f"{len(labels)} times --label for {len(files)} files; give one for each, in their order")
+    results = [read(file) for file in files]
+    bins = {result["bins"] for result in results}
+    if len(bins) > 1:
+        raise UserError(f"the files have {' and '.join(map(str, sorted(bins)))} bins; score them with one --bins")
+    names = labels or default_names(files)
+
+    figure = Figure(figsize=(6.0, 7.8), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.15))
+    lines = reliability(top, results, names, which)
+    bars = confidences(bottom, results, which)
+    handles: list[Any] = list(zip(lines, bars, strict=True))
+    figure.legend(  # outside: there is no corner that no model's points reach
+        handles, [line.get_label() for line in lines], loc="outside lower center", fontsize=9, frameon=False,
+        handler_map={tuple: HandlerTuple(ndivide=None)}, handlelength=6,
+    )  # fmt: skip
+    figure.savefig(output, dpi=160, metadata={"Date": None} if output.endswith(".svg") else None)
+
+
+def read(file: str) -> dict[str, Any]:
+    try:
+        result = json.loads(Path(file).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{file} does not exist; write it with `hgkd calibration forced --json`") from None
+    except ValueError:
+        result = None
+    if not isinstance(result, dict) or "histograms" not in result:
+        raise UserError(f"{file} is no file of `hgkd calibration forced --json` or `hgkd calibration inference --json`")
+    return result
+
+
+def default_names(files: Sequence[str]) -> list[str]:
+    """The files' names, with their folders where names repeat."""
+    names = [Path(file).stem for file in files]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{Path(file).resolve().parent.name}/{Path(file).stem}" for file in files]
+
+
+def reliability(axes, results: Sequence[dict], names: Sequence[str], which: str) -> list[Any]:
+    """Accuracy against mean confidence of each bin, with the intervals of the accuracies; returns the lines."""
+    axes.plot([0, 1], [0, 1], color="0.55", linewidth=1, zorder=1)
+    axes.annotate("overconfident", (0.97, 0.03), ha="right", va="bottom", color="0.4", style="italic")
+    axes.annotate("underconfident", (0.03, 0.97), ha="left", va="top", color="0.4", style="italic")
+    suffix = "" if which == "eos:yes" else "_without_eos"
+    lines = []
+    for result, name, style in zip(results, names, STYLES, strict=False):
+        table = result["histograms"][which]
+        filled = [bin for bin, count in enumerate(table["count"]) if count]
+        count = [table["count"][bin] for bin in filled]
+        x = [table["confidence"][bin] / n for bin, n in zip(filled, count, strict=True)]
+        y = [table["correct"][bin] / n for bin, n in zip(filled, count, strict=True)]
+        (line,) = axes.plot(
+            x, y, color=style["color"], linestyle=style["linestyle"], linewidth=1.3, marker=style["marker"],
+            markersize=5, zorder=3,
+            label=f"{name}: ECE {100 * result[f'ece{suffix}']:.2f} %, {sum(count):,.0f} tokens",
+        )  # fmt: skip
+        lines.append(line)
+        hollow = [index for index, n in enumerate(count) if n < FEW]
+        axes.plot(
+            [x[index] for index in hollow], [y[index] for index in hollow], linestyle="", marker=style["marker"],
+            markersize=5, markerfacecolor="white", markeredgecolor=style["color"], zorder=4,
+        )  # fmt: skip
+        if "low" in table:
+            # An interval that a resample of few tokens left beside the accuracy itself still starts from it.
+            below = [max(value - table["low"][bin], 0) for bin, value in zip(filled, y, strict=True)]
+            above = [max(table["high"][bin] - value, 0) for bin, value in zip(filled, y, strict=True)]
+            axes.errorbar(
+                x, y, yerr=[below, above], linestyle="", color=style["color"], elinewidth=0.8, capsize=2, zorder=2
+            )
+    axes.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
+    axes.grid(color="0.9", linewidth=0.6)
+    axes.set_axisbelow(True)
+    mode = " and ".join(sorted({result["mode"] for result in results}))
+    axes.set_title(f"Reliability ({mode}, {'with' if which == 'eos:yes' else 'without'} EOS)", fontsize=11)
+    return lines
+
+
+def confidences(axes, results: Sequence[dict], which: str) -> list[Any]:
+    """Tokens of each bin; returns a bar of each model."""
+    bins = results[0]["bins"]
+    width = 0.84 / bins / len(results)
+    bars = []
+    for place, (result, style) in enumerate(zip(results, STYLES, strict=False)):
+        left = [(bin + 0.08) / bins + place * width for bin in range(bins)]
+        single = len(results) == 1
+        container = axes.bar(
+            left, result["histograms"][which]["count"], width=width, align="edge", hatch=style["hatch"],
+            facecolor="0.75" if single else "white", edgecolor=style["color"], linewidth=0.7,
+        )  # fmt: skip
+        bars.append(container.patches[0])
+    axes.set(xlabel="confidence", ylabel="tokens")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.grid(axis="y", color="0.9", linewidth=0.6)
+    axes.set_axisbelow(True)
+    return bars

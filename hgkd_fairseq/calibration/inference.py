@@ -1,0 +1,180 @@
+"""Inference calibration (Wang et al. 2020, ACL, "On the Inference Calibration of NMT"): of a model's own translations,
+as fairseq-generate writes them, whatever search made them."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from sacrebleu.metrics import BLEU, CHRF
+from tqdm import tqdm
+
+from hgkd_fairseq.calibration.labels import ter_labels
+from hgkd_fairseq.calibration.pieces import join, mark, words
+from hgkd_fairseq.calibration.scores import Predictions, Results, Score, Settings
+from hgkd_fairseq.calibration.token_table import TokenTable
+from hgkd_fairseq.errors import UserError
+
+EOS = "</s>"
+LABELS = ("wang2020", "ter")
+# fairseq writes differences of summed logarithms: a probability of 1 may come out above it by a rounding.
+ROUNDING_BITS = 0.01
+WITH_PIECES = "run fairseq-generate without --remove-bpe and without --bpe, so that its lines hold pieces"
+
+
+class Translation(NamedTuple):
+    """A sentence that fairseq-generate translated."""
+
+    sentence: int  # its place in the subset
+    tokens: list[str]
+    logprobs: list[float]  # log2, one a token and one for the end of sentence
+    reference: list[str]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How tokens are labelled: `labels` of LABELS, and whether whole words are scored instead of pieces."""
+
+    labels: str = "wang2020"
+    words: bool = False
+
+
+def read(file: str, reference_file: str | None = None) -> list[Translation]:
+    """The best translation of each sentence with its tokens' log-probabilities, in the order of the subset.
+
+    Args:
+        file: what fairseq-generate printed, or its generate-SUBSET.txt of --results-path. Its lines T- (reference), H-
+            (hypothesis) and P- (scores of the tokens, log2 with 4 decimals) are read. With --remove-bpe none of them
+            holds pieces, with --bpe only H- does: then there are more scores than tokens, or T- does not fit.
+        reference_file: references in pieces, one a line, in the order of the subset, instead of the T- lines.
+
+    Raises:
+        UserError: a file that is missing, holds no translations or scores, or whose lines do not fit together.
+    """
+    lines: dict[str, dict[int, str]] = {"T": {}, "H": {}, "P": {}}
+    try:
+        with open(file, encoding="utf-8", newline="\n") as stream:
+            for line in stream:
+                found = re.match(r"([THP])-(\d+)\t(.*)", line.rstrip("\n"), flags=re.DOTALL)
+                if found:  # the first of --nbest is the best
+                    lines[found[1]].setdefault(int(found[2]), found[3])
+        references = lines["T"]
+        if reference_file:
+            text = Path(reference_file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+            references = dict(enumerate(text))
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename} does not exist; name what fairseq-generate wrote") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is no text; name what fairseq-generate wrote") from None
+    if not lines["H"]:
+        raise UserError(
+            f"{file} holds no translations (lines with H-); name what fairseq-generate wrote, run without --quiet"
+        )
+    if reference_file and len(references) != len(lines["H"]):
+        raise UserError(f"{reference_file} has {len(references)} lines for {len(lines['H'])} translations in {file}")
+    return [translation(file, lines, references, index) for index in sorted(lines["H"])]
+
+
+def translation(file: str, lines: dict[str, dict[int, str]], references: dict[int, str], index: int) -> Translation:
+    for letter, found in (("P", lines["P"]), ("T", references)):
+        if index not in found:
+            raise UserError(f"{file} has no line {letter}-{index} for its H-{index}; run fairseq-generate again")
+    # Split at blanks only: a piece may hold other white space.
+    tokens = [token for token in lines["H"][index].partition("\t")[2].split(" ") if token]
+    reference = [token for token in references[index].split(" ") if token]
+    try:
+        logprobs = [float(number) for number in lines["P"][index].split()]
+    except ValueError:
+        raise UserError(f"{file}: P-{index} holds something that is no number; run fairseq-generate again") from None
+    if not all(number <= ROUNDING_BITS for number in logprobs):  # NaN too
+        raise UserError(f"{file}: P-{index} holds a score that is NaN or above 0, which is no log-probability")
+    if len(logprobs) != len(tokens) + 1:
+        raise UserError(
+            f"{file}: H-{index} has {len(tokens)} tokens and an end of sentence, P-{index} {len(logprobs)} scores; "
+            + WITH_PIECES
+        )
+    return Translation(index, tokens, [min(number, 0.0) for number in logprobs], reference)
+
+
+def evaluate(
+    file: str,
+    reference_file: str | None = None,
+    options: Options | None = None,
+    settings: Settings | None = None,
+    tokens_file: str | None = None,
+) -> Results:
+    """Score the translations of :func:`read`.
+
+    A token's confidence is its probability; it is right as :func:`ter_labels` says. A word's is the product of its
+    pieces'. Sentences are scored too, by ECE: confidence is the probability of the whole (`conf:product`) or its mean
+    per token (`conf:geomean`), and right is whether it is the reference (`right:exact`), or how close it comes
+    (sacreBLEU's sentence BLEU and chrF over 100).
+
+    Raises:
+        UserError: as of :func:`read`, or the references are not in pieces where the translations are.
+    """
+    options, settings = options or Options(), settings or Settings()
+    table = TokenTable(tokens_file) if tokens_file else None
+    translations = read(file, reference_file)
+    marked = mark(row.tokens for row in translations)
+    if marked and not mark(row.reference for row in translations):
+        raise UserError(
+            f"{file}: the translations are in pieces ({marked}) and the references are not; {WITH_PIECES}, "
+            "or give --reference FILE in pieces"
+        )
+    parts = {
+        "mode": "inference", "align": options.labels, "eos": "yes", "tok": "word" if options.words else "bpe"
+    }  # fmt: skip
+    whole = Predictions(settings, "", parts)
+    without_eos = Predictions(settings, "_without_eos", {**parts, "eos": "no"})
+    tokens = 0
+    for row in tqdm(translations, desc="aligning", leave=False, disable=not sys.stderr.isatty()):
+        units, reference, bits = row.tokens, row.reference, row.logprobs
+        if options.words:
+            groups = words(units, marked)
+            bits = [sum(bits[index] for index in group) for group in groups] + bits[-1:]
+            units, reference = join(units, marked), join(reference, marked)
+        labels = torch.tensor(ter_labels(units, reference, deletion_rule=options.labels == "wang2020"))
+        confidence = torch.tensor(bits, dtype=torch.float64).exp2()
+        sentence = torch.full_like(labels, row.sentence, dtype=torch.long)
+        whole.update(sentence, confidence, labels)
+        without_eos.update(sentence[:-1], confidence[:-1], labels[:-1])
+        tokens += len(labels)
+        if table is not None:
+            columns = {"token": [*units, EOS], "confidence": confidence.tolist(), "correct": labels.int().tolist()}
+            table.write({"sentence": sentence.tolist(), **columns})
+    if table is not None:
+        table.close()
+    return Results(
+        about={"mode": "inference", "path": file, "tokens": tokens, "sentences": len(translations)},
+        settings=settings,
+        scores=[*whole.scores(), *without_eos.scores(), *sentence_scores(translations, marked, settings)],
+        histograms={"eos:yes": whole.bars(), "eos:no": without_eos.bars()},
+    )
+
+
+def sentence_scores(translations: Sequence[Translation], marked: str, settings: Settings) -> Iterable[Score]:
+    """ECE of whole sentences: two confidences against three ways to be right."""
+    index = torch.tensor([row.sentence for row in translations])
+    bits = torch.tensor([sum(row.logprobs) for row in translations], dtype=torch.float64)
+    lengths = torch.tensor([len(row.logprobs) for row in translations])
+    confidences = {"product": bits.exp2(), "geomean": (bits / lengths).exp2()}
+    texts = [(" ".join(join(row.tokens, marked)), " ".join(join(row.reference, marked))) for row in translations]
+    bleu, chrf = BLEU(effective_order=True), CHRF()
+    right = {
+        "exact": [float(row.tokens == row.reference) for row in translations],
+        "bleu": [bleu.sentence_score(ours, [theirs]).score / 100 for ours, theirs in texts],
+        "chrf": [chrf.sentence_score(ours, [theirs]).score / 100 for ours, theirs in texts],
+    }
+    for conf, confidence in confidences.items():
+        for name, correct in right.items():
+            parts = {"mode": "inference", "unit": "sentence", "conf": conf, "right": name}
+            sentences = Predictions(settings, f"_sentence_{conf}_{name}", parts)
+            # sacreBLEU's scores of a perfect match pass 100 by a rounding.
+            sentences.update(index, confidence, torch.tensor(correct, dtype=torch.float64).clamp(max=1))
+            yield sentences.binned_scores()[0]
