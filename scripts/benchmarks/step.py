@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import logging
 import random
 import statistics
 import sys
@@ -147,11 +148,15 @@ def measure(setting: Setting, device: str, dtype: str, rungs: Sequence[str], rep
         write_data(folder, setting.vocabulary, 2 * rounds * setting.max_tokens // 24)
         teacher = folder / "teacher.pt"
         build = functools.partial(make_trainer, folder, setting.teacher, setting, device, "fp32")
-        build("--criterion=cross_entropy").save_checkpoint(str(teacher), {})
+        untrained = build("--criterion=cross_entropy")
+        untrained.consolidate_optimizer()  # a trainer cannot be saved before
+        untrained.save_checkpoint(str(teacher), {})
         trainers = competitors(folder, teacher, setting, device, dtype, rungs)
         distilling = f"KD, {rungs[0]}"
         batches = trainers[distilling].get_train_iterator(1).next_epoch_itr(shuffle=True)
         times = take_turns(trainers, distilling, list(itertools.islice(batches, rounds)), device)
+    if "compiled" in rungs and sys.modules["hgkd_fairseq.loss.compiled"]._broken:
+        raise RuntimeError("torch.compile does not work here: what was measured is not compiled")
     base, ours = times["CE, fairseq"], times[distilling]
     return [
         Row(name, 1e3 * statistics.median(mine), median_ratio(mine, base), median_ratio(mine, ours))
@@ -218,6 +223,7 @@ def main() -> int:
         args.max_tokens or chosen.max_tokens,
         chosen.dropout,
     )
+    logging.disable(logging.INFO)
     utils.import_user_module(argparse.Namespace(user_dir=str(USER_DIR)))
     where = environment(args.device)
     title = ", ".join(f"{key} {value}" for key, value in where.items() if value != "")
@@ -230,7 +236,7 @@ def main() -> int:
         )
         text = "\n\n".join([
             f"{title}\n{shape}",
-            markdown(["a training step", "ms", "/ CE, fairseq", "/ KD, ours"], table),
+            markdown(["a training step", "ms", "/ CE, fairseq", "/ KD, ours"], table).strip(),
             "\n".join(summary(rows)) + "\n",
         ])  # fmt: skip
         print(text)

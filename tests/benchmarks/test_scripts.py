@@ -44,15 +44,6 @@ def test_loss(tmp_path):
     assert "| eager peer / ours, sentence |" in summary
 
 
-def test_too_few_repeats_are_refused():
-    done = subprocess.run(
-        [sys.executable, SCRIPTS / "loss.py", "--repeats", "6"],
-        env=environment(), capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "--repeats must be at least 7" in done.stderr
-
-
 def test_flushed(tmp_path):
     run("flushed.py", "--tokens", 32, "--dim", 8, "--vocabulary", 2000, "--markdown", tmp_path / "flushed.md")
     table = [line for line in (tmp_path / "flushed.md").read_text().splitlines() if line.endswith("% |")]
