@@ -58,16 +58,18 @@ sys.path.insert(0, str(ROOT))
 from hgkd_fairseq import gates  # noqa: E402
 from hgkd_fairseq.loss import chunked, compiled, gated_distillation  # noqa: E402
 
+logging.disable(logging.INFO)  # importing fairseq turns on everybody's messages
+
 TAU = 1.5
 PADDING = 1
 GATES = {"token": "token", "sentence": "sentence", "KL": "always", "CE": "none"}
 LIGER_CHUNKS = (256, 1024)
 GROWTH = 4  # memory is measured at N and at this many times N
-# Large blocks come from the kernel and go back to it when freed, and small ones come from one heap: what is resident is
-# what is in use.
+# Blocks of 64 KiB and more come from the kernel and go back to it when freed; small ones come from one heap. So what is
+# resident is what is in use, to some hundred KiB.
 MEMORY_ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": "1048576",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "131072",
     "MALLOC_TOP_PAD_": "0",
     "THP_MEM_ALLOC_ENABLE": "0",
@@ -189,8 +191,6 @@ def liger_kl(chunk: int) -> Callable[[Problem], None]:
 @functools.cache
 def liger_function() -> type[torch.autograd.Function]:
     from liger_kernel.chunked_loss.fused_linear_distillation import LigerFusedLinearDistillationBase
-
-    logging.getLogger("filelock").setLevel(logging.WARNING)  # importing it turns on everybody's debugging messages
 
     class KL(LigerFusedLinearDistillationBase):
         @staticmethod
@@ -389,7 +389,8 @@ def compile_rows(shape: Shape, rungs: tuple[str, ...], only: str) -> Iterator[Ro
         if only not in name:
             continue
         with tempfile.TemporaryDirectory() as cache:
-            variables = {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor", "TRITON_CACHE_DIR": f"{cache}/triton"}
+            # TMPDIR too: torch keeps its precompiled C++ headers there, whatever TORCHINDUCTOR_CACHE_DIR says.
+            variables = {"TMPDIR": cache, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": f"{cache}/triton"}
             for state in ("cold", "from disk"):
                 value = in_fresh_process(compile_seconds, name, rungs, shape, environment=variables)
                 yield Row(f"compile, {state}", name, value, "s", None, None, 1)
@@ -465,7 +466,8 @@ def summary(results: dict[Shape, list[Row]], rungs: tuple[str, ...], title: str)
                 held = "yes" if (measured <= aim if claim.at_most else measured >= aim) else "no"
             where = f"{shape.dtype} N={shape.tokens} d={shape.dim} V={shape.vocabulary}"
             claimed.append([f"{claim.text}, {work}", where, f"{measured:.2f}", limit, held])
-    lines.append(markdown(["", "shape", "measured", "wanted", "held"], claimed))
+    if claimed:
+        lines.append(markdown(["", "shape", "measured", "wanted", "held"], claimed))
     for shape, rows in results.items():
         lines.append(f"{shape.dtype}, N={shape.tokens} d={shape.dim} V={shape.vocabulary}:\n")
         table = [
