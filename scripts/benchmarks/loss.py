@@ -1,69 +1,134 @@
 #!/usr/bin/env python3
-"""The loss head alone: time over the floor, against peers, one process, interleaved repeats; one CSV row a measurement.
+"""The loss head alone, against its floor and its peers: time, gradient error, peak memory, compile time.
 
-    python scripts/benchmarks/loss.py                          2 CPU cores' worth of shapes
-    python scripts/benchmarks/loss.py --device cuda --csv out.csv
+    python scripts/benchmarks/loss.py --csv loss.csv --markdown loss.md      everything, on the CPU
+    python scripts/benchmarks/loss.py --time --tokens 16384                  time alone, larger batches
+    python scripts/benchmarks/loss.py --device cuda --csv loss.csv
 
-The FLOOR is the four matrix products alone, in the chunks that ours uses: two forward, two backward. Every contestant
-does one forward and one backward pass: student hidden states and weight get their gradients.
+A contestant does one forward and one backward pass over N tokens, hidden size d for student and teacher, vocabulary V:
+the student's hidden states and weight get their gradients. There are no pads, and every sentence has 32 tokens.
+
+    products   the FLOOR: the four matrix products alone, in the chunks that ours uses, into buffers used again
+    token, sentence   hard-gate distillation; peer: log_softmax of both heads, kl_div, a mask, autograd on full logits
+    KL         the teacher alone at temperature 1, no gate; peer: liger-kernel's compiled chunked loss, which divides by
+               N itself (pip install --no-deps liger-kernel==0.8.5)
+    CE         cross-entropy alone; peer: torch's linear_cross_entropy, plain and chunked
+
+Time: all contestants in one process, taking turns; the median, and the median of the ratios within a round.
+Error: of the gradients of KL against fp64 arithmetic on the same inputs; the largest entry's and the Frobenius norm's.
+Memory: the peak over the inputs, gradients included, each contestant in a fresh process; floor and ours also at 4 N.
+Compile time: the first call minus the second in a fresh process, with an empty cache on disk and with the one it left.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import contextlib
+import ctypes
+import functools
+import gc
 import itertools
-import platform
+import logging
 import statistics
 import sys
-import time
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from measuring import (
+    DTYPES,
+    LEAST_REPEATS,
+    RUNGS,
+    append_csv,
+    environment,
+    in_fresh_process,
+    interleaved,
+    markdown,
+    median_ratio,
+    seconds,
+)
+from torch import Tensor
 
-from hgkd_fairseq import gates
-from hgkd_fairseq.loss import chunked, gated_distillation
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from hgkd_fairseq import gates  # noqa: E402
+from hgkd_fairseq.loss import chunked, compiled, gated_distillation  # noqa: E402
+
+logging.disable(logging.INFO)  # importing fairseq turns on everybody's messages
+
 TAU = 1.5
 PADDING = 1
+GATES = {"token": "token", "sentence": "sentence", "KL": "always", "CE": "none"}
+LIGER_CHUNKS = (256, 1024)
+GROWTH = 4  # memory is measured at N and at this many times N
+# Blocks of 64 KiB and more come from the kernel and go back to it when freed; small ones come from one heap. So what is
+# resident is what is in use, to some hundred KiB.
+MEMORY_ENVIRONMENT = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+    "MALLOC_TOP_PAD_": "0",
+    "THP_MEM_ALLOC_ENABLE": "0",
+}
+
+if "always" not in gates.GATES:
+
+    @gates.register_gate("always", equation="data 0, teacher 1", source="plain KL, for comparison with peers")
+    def always(statistics: gates.TokenStatistics) -> gates.GateWeights:
+        student = statistics.student_logprob
+        return gates.hard_weights(torch.ones_like(student, dtype=torch.bool), student.dtype)
 
 
-@gates.register_gate("always", equation="data 0, teacher 1", source="plain KL, for comparison with peers")
-def always(statistics):
-    return gates.hard_weights(torch.ones_like(statistics.student_logprob, dtype=torch.bool), torch.float32)
+class Shape(NamedTuple):
+    tokens: int
+    dim: int
+    vocabulary: int
+    dtype: str  # a key of DTYPES
+    device: str
 
 
 class Problem:
-    """Inputs of one shape: B sentences of `length` tokens, no pads."""
+    """Inputs of one shape: sentences of 32 tokens, no pads. Logits are about normal."""
 
-    def __init__(self, tokens: int, dim: int, vocabulary: int, dtype: torch.dtype, device: str, length: int = 32):
+    def __init__(self, shape: Shape, length: int = 32):
         generator = torch.Generator().manual_seed(0)
-        sentences = tokens // length
+        sentences = max(1, shape.tokens // length)
 
-        def normal(*shape, scale=1.0):
-            return (torch.randn(*shape, generator=generator) * scale).to(device=device, dtype=dtype)
+        def normal(*sizes: int, scale: float = 1.0) -> Tensor:
+            values = torch.randn(*sizes, generator=generator) * scale
+            return values.to(device=shape.device, dtype=DTYPES[shape.dtype])
 
-        self.hidden = normal(sentences, length, dim).requires_grad_()
-        self.weight = normal(vocabulary, dim, scale=dim**-0.5).requires_grad_()
-        self.teacher_hidden = normal(sentences, length, dim)
-        self.teacher_weight = normal(vocabulary, dim, scale=dim**-0.5)
-        self.target = torch.randint(2, vocabulary, (sentences, length), generator=generator).to(device)
+        self.hidden = normal(sentences, length, shape.dim).requires_grad_()
+        self.weight = normal(shape.vocabulary, shape.dim, scale=shape.dim**-0.5).requires_grad_()
+        self.teacher_hidden = normal(sentences, length, shape.dim)
+        self.teacher_weight = normal(shape.vocabulary, shape.dim, scale=shape.dim**-0.5)
+        self.target = torch.randint(2, shape.vocabulary, (sentences, length), generator=generator).to(shape.device)
         self.lengths = [length] * sentences
-        self.device = device
 
-    def clear(self):
+    def clear(self) -> None:
         self.hidden.grad = self.weight.grad = None
 
 
-def floor(problem: Problem) -> None:
+# --------------------------------------------------------------------------------------------------------- contestants
+
+
+class Contestant(NamedTuple):
+    name: str
+    work: str  # "products" or a key of GATES
+    run: Callable[[Problem], None]
+    peer: bool = False  # may be missing or unable to run on this device
+    mean: bool = False  # its loss is divided by N
+
+
+def floor(p: Problem) -> None:
     """The four products, in chunks, each into a buffer that is used again."""
-    hidden, teacher = problem.hidden.detach().flatten(0, 1), problem.teacher_hidden.flatten(0, 1)
-    weight, teacher_weight = problem.weight.detach(), problem.teacher_weight
-    d_hidden = torch.empty_like(hidden)
-    d_weight = torch.empty_like(weight)
+    hidden, teacher = p.hidden.detach().flatten(0, 1), p.teacher_hidden.flatten(0, 1)
+    weight, teacher_weight = p.weight.detach(), p.teacher_weight
+    d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
     step = chunked.chunk_tokens(hidden.device, weight.size(0))
     z = torch.empty(min(step, hidden.size(0)), weight.size(0), dtype=weight.dtype, device=weight.device)
     z_t = torch.empty_like(z)
@@ -76,52 +141,56 @@ def floor(problem: Problem) -> None:
         torch.mm(z[:count].t(), hidden[rows], out=d_weight)
 
 
-def ours(gate: str, implementation: str, temperature: float = TAU) -> Callable[[Problem], None]:
+def ours(work: str, implementation: str) -> Callable[[Problem], None]:
     def run(p: Problem) -> None:
         gated_distillation(
             p.hidden, p.weight, p.teacher_hidden, p.teacher_weight, p.target,
-            padding_idx=PADDING, gate=gate, teacher_temperature=temperature, lengths=p.lengths,
-            implementation=implementation,
+            padding_idx=PADDING, gate=GATES[work], teacher_temperature=1.0 if work == "KL" else TAU,
+            lengths=p.lengths, implementation=implementation,
         ).loss.backward()  # fmt: skip
 
     return run
 
 
-def eager_peer(gate: str) -> Callable[[Problem], None]:
+def eager_peer(work: str) -> Callable[[Problem], None]:
     """KD as public fairseq code does it: log_softmax of both, gather, kl_div, a mask; autograd over full logits."""
+    temperature = 1.0 if work == "KL" else TAU
 
     def run(p: Problem) -> None:
         lprobs = F.log_softmax(F.linear(p.hidden, p.weight).float(), dim=-1)
         with torch.no_grad():
-            teacher = F.log_softmax(F.linear(p.teacher_hidden, p.teacher_weight).float() / TAU, dim=-1)
+            teacher = F.log_softmax(F.linear(p.teacher_hidden, p.teacher_weight).float() / temperature, dim=-1)
+        kl = F.kl_div(lprobs, teacher, log_target=True, reduction="none").sum(-1)
+        if work == "KL":
+            kl.sum().backward()
+            return
         gold, gold_t = (x.gather(-1, p.target[..., None]).squeeze(-1) for x in (lprobs, teacher))
         margin = (gold - gold_t).detach()
-        if gate == "sentence":
+        if work == "sentence":
             margin = margin.sum(1, keepdim=True).expand_as(margin)
-        kl = F.kl_div(lprobs, teacher, log_target=True, reduction="none").sum(-1)
         torch.where(margin > 0, kl, -gold).sum().backward()
 
     return run
 
 
-def torch_linear_cross_entropy(p: Problem) -> None:
-    F.linear_cross_entropy(
-        p.hidden.flatten(0, 1), p.weight, p.target.flatten(), reduction="sum", ignore_index=PADDING
-    ).backward()
+def liger_kl(chunk: int) -> Callable[[Problem], None]:
+    """liger-kernel's chunked distillation loss, KL(teacher || student) alone, compiled as it compiles itself."""
+
+    def run(p: Problem) -> None:
+        # Each chunk size gets code of its own: one that fits both would be slower.
+        with torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=64):
+            loss = liger_function().apply(
+                p.hidden.flatten(0, 1), p.weight, p.teacher_hidden.flatten(0, 1), p.teacher_weight,
+                p.target.flatten(), chunk,
+            )  # fmt: skip
+            loss.backward()
+
+    return run
 
 
-def liger_kl(p: Problem) -> None:
-    """liger-kernel's chunked distillation loss, KL(teacher || student) alone, at temperature 1."""
-    loss = LIGER(p.hidden, p)
-    loss.backward()
-
-
-def liger_contestant():
-    """A function (hidden, problem) -> loss sum on liger-kernel's chunked base class, or None where it is missing."""
-    try:
-        from liger_kernel.chunked_loss.fused_linear_distillation import LigerFusedLinearDistillationBase
-    except ImportError:
-        return None
+@functools.cache
+def liger_function() -> type[torch.autograd.Function]:
+    from liger_kernel.chunked_loss.fused_linear_distillation import LigerFusedLinearDistillationBase
 
     class KL(LigerFusedLinearDistillationBase):
         @staticmethod
@@ -143,126 +212,340 @@ def liger_contestant():
         def backward(ctx, grad_output, *_):
             return *LigerFusedLinearDistillationBase.backward(ctx, grad_output)[:2], None, None, None, None
 
-    def run(hidden, p):
-        chunk = chunked.chunk_tokens(hidden.device, p.weight.size(0))
-        return KL.apply(
-            hidden.flatten(0, 1), p.weight, p.teacher_hidden.flatten(0, 1), p.teacher_weight, p.target.flatten(), chunk
-        )
+    return KL
+
+
+def torch_cross_entropy(in_chunks: bool) -> Callable[[Problem], None]:
+    """torch's own, from 2.13 on: the plain path by default, in chunks with its options."""
+
+    def run(p: Problem) -> None:
+        options = {"options": torch.nn.LinearCrossEntropyOptions()} if in_chunks else {}
+        F.linear_cross_entropy(
+            p.hidden.flatten(0, 1), p.weight, p.target.flatten(), reduction="sum", ignore_index=PADDING, **options
+        ).backward()
 
     return run
 
 
-LIGER = liger_contestant()
+def contestants(rungs: tuple[str, ...], only: str = "", without: str | None = None) -> list[Contestant]:
+    """Those whose name holds `only` and not `without`, ours on the same work, and the floor."""
+    found = [Contestant("floor", "products", floor)]
+    for work in GATES:
+        found += [Contestant(f"{rung} {work}", work, ours(work, rung)) for rung in rungs]
+        if work != "CE":
+            found.append(Contestant(f"eager peer {work}", work, eager_peer(work), peer=True))
+    found += [Contestant(f"liger KL, chunks of {n}", "KL", liger_kl(n), peer=True, mean=True) for n in LIGER_CHUNKS]
+    found.append(Contestant("torch CE", "CE", torch_cross_entropy(False), peer=True))
+    found.append(Contestant("torch CE, in chunks", "CE", torch_cross_entropy(True), peer=True))
+    chosen = [c for c in found if only in c.name and (without is None or without not in c.name)]
+    needed = {"floor", *(f"{rungs[0]} {c.work}" for c in chosen)}
+    return [c for c in found if c in chosen or c.name in needed]
 
 
-def contestants(device: str) -> dict[str, Callable[[Problem], None]]:
-    best = "triton" if device == "cuda" else "chunked"
-    found = {"floor": floor}
-    for gate in ("token", "sentence"):
-        found[f"{best} {gate}"] = ours(gate, best)
-        if best != "chunked":
-            found[f"chunked {gate}"] = ours(gate, "chunked")
-        found[f"eager peer {gate}"] = eager_peer(gate)
-    found[f"{best} always, tau 1"] = ours("always", best, 1.0)
-    if LIGER is not None:
-        found["liger KL, tau 1"] = liger_kl
-    found[f"{best} none (CE)"] = ours("none", best)
-    if hasattr(F, "linear_cross_entropy"):
-        found["torch linear_cross_entropy (CE)"] = torch_linear_cross_entropy
-    return found
+def runs_here(contestant: Contestant, problem: Problem) -> bool:
+    """Runs it twice, so that compilation, caches and the allocator are warm; False for a peer that cannot."""
+    try:
+        for _ in range(2):
+            problem.clear()
+            contestant.run(problem)
+    except Exception as error:  # whatever a peer raises: another library, another version of it, another device
+        if not contestant.peer:
+            raise
+        print(f"    {contestant.name}: cannot run here: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        return False
+    if contestant.name.startswith("compiled") and compiled._broken:
+        raise RuntimeError("torch.compile does not work here: what would be measured is not compiled")
+    return True
 
 
-def seconds(run: Callable[[Problem], None], problem: Problem) -> float:
-    problem.clear()
-    synchronize(problem.device)
-    start = time.perf_counter()
-    run(problem)
-    synchronize(problem.device)
-    return time.perf_counter() - start
+# -------------------------------------------------------------------------------------------------------- measurements
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+class Row(NamedTuple):
+    measure: str
+    name: str
+    value: float
+    unit: str
+    over_floor: float | None
+    over_ours: float | None
+    repeats: int
 
 
-def peak_bytes(run: Callable[[Problem], None], problem: Problem) -> int | None:
-    """Peak device memory over the inputs; None on the CPU, where it takes a fresh process."""
-    if problem.device != "cuda":
-        return None
-    problem.clear()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run(problem)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def measure(problem: Problem, repeats: int, only: str) -> list[dict]:
-    runs = {name: run for name, run in contestants(problem.device).items() if only in name or name == "floor"}
-    for name, run in list(runs.items()):  # compilation, caches, the allocator
-        try:
-            for _ in range(3):
-                seconds(run, problem)
-        except (RuntimeError, TypeError, NotImplementedError, ValueError) as error:
-            print(f"    {name}: cannot run here: {str(error).splitlines()[0]}", file=sys.stderr)
-            del runs[name]
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            times[name].append(seconds(run, problem))
-    rows = []
-    for name, values in times.items():
-        ratios = [value / base for value, base in zip(values, times["floor"], strict=True)]
-        rows.append(
-            {
-                "name": name,
-                "median_ms": 1e3 * statistics.median(values),
-                "over_floor": statistics.median(ratios),
-                "peak_mib": None if (peak := peak_bytes(runs[name], problem)) is None else peak / 2**20,
-            }
+def time_rows(shape: Shape, entrants: list[Contestant], repeats: int) -> Iterator[Row]:
+    torch._dynamo.reset()  # code compiled for another shape would count towards the limit of recompilations
+    problem = Problem(shape)
+    entrants = [c for c in entrants if runs_here(c, problem)]
+    runs = {c.name: functools.partial(c.run, problem) for c in entrants}
+    times = interleaved(runs, repeats, shape.device, before=problem.clear)
+    best = ours_by_work(entrants)
+    for contestant in entrants:
+        mine = times[contestant.name]
+        yield Row(
+            "time",
+            contestant.name,
+            1e3 * statistics.median(mine),
+            "ms",
+            median_ratio(mine, times["floor"]),
+            median_ratio(mine, times[best[contestant.work]]) if contestant.work in best else None,
+            repeats,
         )
-    return rows
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+def ours_by_work(entrants: list[Contestant]) -> dict[str, str]:
+    """Of each work the first contestant that is no peer: ours."""
+    return {c.work: c.name for c in reversed(entrants) if not c.peer and c.work in GATES}
+
+
+def error_rows(shape: Shape, entrants: list[Contestant]) -> Iterator[Row]:
+    """Relative errors of the gradients of KL."""
+    torch._dynamo.reset()
+    problem = Problem(shape)
+    truth = true_gradients(problem)
+    found: dict[str, dict[str, float]] = {}
+    entrants = [c for c in entrants if c.work == "KL" and runs_here(c, problem)]
+    for contestant in entrants:
+        problem.clear()
+        contestant.run(problem)
+        made = {"dH": problem.hidden.grad.flatten(0, 1), "dW": problem.weight.grad}
+        found[contestant.name] = {}
+        for name, gradient in made.items():
+            exact = truth[name]
+            difference = gradient.double() * (problem.target.numel() if contestant.mean else 1) - exact
+            found[contestant.name][f"error {name} max"] = (difference.abs().max() / exact.abs().max()).item()
+            found[contestant.name][f"error {name} norm"] = (difference.norm() / exact.norm()).item()
+    best = ours_by_work(entrants).get("KL")
+    for name, errors in found.items():
+        for measure, error in errors.items():
+            over_ours = error / found[best][measure] if best else None
+            yield Row(measure, name, error, "relative", None, over_ours, 1)
+
+
+def true_gradients(problem: Problem) -> dict[str, Tensor]:
+    """dH (N, d) and dW (V, d) of the summed KL at temperature 1, in fp64."""
+    hidden, teacher_hidden = (x.detach().flatten(0, 1).double() for x in (problem.hidden, problem.teacher_hidden))
+    weight, teacher_weight = problem.weight.detach().double(), problem.teacher_weight.double()
+    d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+    for rows in torch.arange(hidden.size(0), device=hidden.device).split(256):
+        dz = torch.softmax(hidden[rows] @ weight.t(), 1) - torch.softmax(teacher_hidden[rows] @ teacher_weight.t(), 1)
+        d_hidden[rows] = dz @ weight
+        d_weight.addmm_(dz.t(), hidden[rows])
+    return {"dH": d_hidden, "dW": d_weight}
+
+
+def memory_rows(shape: Shape, entrants: list[Contestant], rungs: tuple[str, ...]) -> Iterator[Row]:
+    """Each contestant in a process of its own, after another one that filled the compiler's cache on disk."""
+    best = ours_by_work(entrants)
+    peaks: dict[str, int] = {}
+    for contestant in entrants:
+        warm = min(shape.tokens, 2 * max(LIGER_CHUNKS))
+        measure = functools.partial(in_fresh_process, peak_bytes, environment=MEMORY_ENVIRONMENT)
+        if measure(contestant.name, rungs, shape._replace(tokens=warm), warm) is None:
+            continue
+        peaks[contestant.name] = measure(contestant.name, rungs, shape, warm)
+        if contestant.name in ("floor", *best.values()):
+            grown = measure(contestant.name, rungs, shape._replace(tokens=GROWTH * shape.tokens), warm)
+            yield Row(f"peak memory at {GROWTH} N", contestant.name, grown / 2**20, "MiB", None, None, 1)
+    for contestant in entrants:
+        if contestant.name in peaks:
+            peak, mine = peaks[contestant.name], peaks.get(best.get(contestant.work, ""))
+            over_ours = peak / mine if mine else None
+            yield Row("peak memory", contestant.name, peak / 2**20, "MiB", peak / peaks["floor"], over_ours, 1)
+
+
+def peak_bytes(name: str, rungs: tuple[str, ...], shape: Shape, warm_tokens: int) -> int | None:
+    """Peak memory over the inputs of one pass; None for a peer that cannot run. For a fresh process.
+
+    It has run before on `warm_tokens` tokens: what compiling takes, what a library sets up once and what its threads
+    need is not counted.
+    """
+    (contestant,) = [c for c in contestants(rungs) if c.name == name]
+    if not runs_here(contestant, Problem(shape._replace(tokens=warm_tokens))):
+        return None
+    problem = Problem(shape)
+    gc.collect()
+    if shape.device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        contestant.run(problem)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again at what is resident now
+    before = resident_bytes("VmRSS")
+    contestant.run(problem)
+    return resident_bytes("VmHWM") - before
+
+
+def resident_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def compile_rows(shape: Shape, rungs: tuple[str, ...], only: str) -> Iterator[Row]:
+    """Of the rungs that compile, for each work."""
+    for rung, work in itertools.product([rung for rung in rungs if rung != "chunked"], GATES):
+        name = f"{rung} {work}"
+        if only not in name:
+            continue
+        with tempfile.TemporaryDirectory() as cache:
+            # TMPDIR too: torch keeps its precompiled C++ headers there, whatever TORCHINDUCTOR_CACHE_DIR says.
+            variables = {"TMPDIR": cache, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": f"{cache}/triton"}
+            for state in ("cold", "from disk"):
+                value = in_fresh_process(compile_seconds, name, rungs, shape, environment=variables)
+                yield Row(f"compile, {state}", name, value, "s", None, None, 1)
+
+
+def compile_seconds(name: str, rungs: tuple[str, ...], shape: Shape) -> float:
+    """The first call minus the second, on one sentence. For a fresh process."""
+    (contestant,) = [c for c in contestants(rungs) if c.name == name]
+    problem = Problem(shape._replace(tokens=32))
+    floor(problem)  # the libraries of the products are loaded
+    first, second = (seconds(functools.partial(contestant.run, problem), shape.device) for _ in range(2))
+    if compiled._broken:
+        raise RuntimeError("torch.compile does not work here")
+    return first - second
+
+
+# ------------------------------------------------------------------------------------------------------------- reports
+
+
+class Claim(NamedTuple):
+    """What is wanted of ours on 2 CPU cores at N=4096, d=512."""
+
+    text: str
+    at_most: bool  # else at least
+    wanted: dict[str, float]  # by dtype
+    vocabulary: int | None = None  # None: of each
+
+    def aim(self, shape: Shape) -> float | None:
+        asked = (shape.device, shape.tokens, shape.dim) == ("cpu", 4096, 512)
+        return self.wanted.get(shape.dtype) if asked and self.vocabulary in (None, shape.vocabulary) else None
+
+
+OVER_FLOOR = Claim("time / floor", True, {"fp32": 1.10, "bf16": 1.20})
+EAGER = Claim("eager peer / ours", False, {"fp32": 1.5, "bf16": 2.4})
+LIGER = Claim("liger at its best chunk size / ours", False, {"fp32": 1.1, "bf16": 1.0})
+LIGER_ERROR = Claim("error of dH, liger / ours", False, {"bf16": 10})
+MEMORY = Claim("peak memory, eager peer / ours", False, {"fp32": 14, "bf16": 9}, vocabulary=32000)
+MEMORY_GROWTH = Claim(f"peak memory, growth to {GROWTH} N over the floor's", True, {"fp32": 1.1, "bf16": 1.1})
+
+
+def claims(rows: list[Row], rungs: tuple[str, ...]) -> Iterator[tuple[Claim, str, float]]:
+    """(claim, work, measured) for the rows of one shape."""
+    by = {(row.measure, row.name): row for row in rows}
+    grown = f"peak memory at {GROWTH} N"
+    for work in ("token", "sentence"):
+        mine, eager = f"{rungs[0]} {work}", f"eager peer {work}"
+        if row := by.get(("time", mine)):
+            yield OVER_FLOOR, work, row.over_floor
+        if row := by.get(("time", eager)):
+            yield EAGER, work, row.over_ours
+        if row := by.get(("peak memory", eager)):
+            yield MEMORY, work, row.over_ours
+        if (grown, mine) in by:
+            own, floors = (by[grown, name].value / by["peak memory", name].value for name in (mine, "floor"))
+            yield MEMORY_GROWTH, work, own / floors
+    liger = [row for (measure, name), row in by.items() if measure == "time" and name.startswith("liger")]
+    if liger:
+        fastest = min(liger, key=lambda row: row.value)
+        yield LIGER, "KL", fastest.over_ours
+        if row := by.get(("error dH norm", fastest.name)):
+            yield LIGER_ERROR, "KL", row.over_ours
+
+
+def summary(results: dict[Shape, list[Row]], rungs: tuple[str, ...], title: str) -> str:
+    """Markdown: what was claimed and what was measured, then every measurement."""
+    lines = [f"{title}\n"]
+    claimed = []
+    for shape, rows in results.items():
+        for claim, work, measured in claims(rows, rungs):
+            aim, limit, held = claim.aim(shape), "", ""
+            if aim is not None:
+                limit = f"{'<=' if claim.at_most else '>='} {aim}"
+                held = "yes" if (measured <= aim if claim.at_most else measured >= aim) else "no"
+            where = f"{shape.dtype} N={shape.tokens} d={shape.dim} V={shape.vocabulary}"
+            claimed.append([f"{claim.text}, {work}", where, f"{measured:.2f}", limit, held])
+    if claimed:
+        lines.append(markdown(["", "shape", "measured", "wanted", "held"], claimed))
+    for shape, rows in results.items():
+        lines.append(f"{shape.dtype}, N={shape.tokens} d={shape.dim} V={shape.vocabulary}:\n")
+        table = [
+            [f"{r.measure}, {r.name}", f"{r.value:.4g} {r.unit}", ratio(r.over_floor), ratio(r.over_ours)] for r in rows
+        ]
+        lines.append(markdown(["", "value", "/ floor", "/ ours"], table))
+    return "\n".join(lines)
+
+
+def ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def measurements(shape: Shape, args: argparse.Namespace) -> Iterator[Row]:
+    entrants = contestants(args.rungs, args.only, args.without)
+    if args.time:
+        yield from time_rows(shape, entrants, args.repeats)
+    if args.errors:
+        yield from error_rows(shape, entrants)
+    if args.memory:
+        yield from memory_rows(shape, entrants, args.rungs)
+    if args.compile_time:
+        yield from compile_rows(shape, args.rungs, args.only)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=list(RUNGS))
     parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=DTYPES)
     parser.add_argument("--tokens", nargs="+", type=int, default=[4096])
     parser.add_argument("--dim", nargs="+", type=int, default=[512])
     parser.add_argument("--vocabulary", nargs="+", type=int, default=[10000, 32000])
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--only", default="", help="only contestants whose name holds this")
-    parser.add_argument("--csv", type=Path, help="append the measurements there")
-    args = parser.parse_args()
-    if args.repeats < 7:
-        parser.error("--repeats must be at least 7: a median of fewer says little")
-    device = (
-        torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} x{torch.get_num_threads()}"
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument(
+        "--only", default="", help="only names that hold this, besides the floor and ours on the same work"
     )
+    parser.add_argument("--without", help="none whose name holds this")
+    parser.add_argument("--rungs", nargs="+", help="implementations, ours first (default: those of the device)")
+    parser.add_argument("--csv", type=Path, help="append the measurements there")
+    parser.add_argument("--markdown", type=Path, help="write the summary there")
+    measures = ("time", "errors", "memory", "compile-time")
+    for measure in measures:
+        parser.add_argument(f"--{measure}", action="store_true", help="measure this (default: everything)")
+    args = parser.parse_args()
+    if args.repeats < LEAST_REPEATS:
+        parser.error(f"--repeats must be at least {LEAST_REPEATS}: a median of fewer says little")
+    names = [measure.replace("-", "_") for measure in measures]
+    if not any(getattr(args, name) for name in names):
+        vars(args).update(dict.fromkeys(names, True))
+    args.rungs = tuple(args.rungs or RUNGS[args.device])
+    return args
+
+
+def main() -> int:
+    args = arguments()
+    where = environment(args.device)
+    title = ", ".join(f"{key} {value}" for key, value in where.items() if value != "")
+    print(title)
+    results: dict[Shape, list[Row]] = {}
     for dtype, tokens, dim, vocabulary in itertools.product(args.dtype, args.tokens, args.dim, args.vocabulary):
-        print(f"{device}, torch {torch.__version__}, {dtype}, N={tokens} d={dim} V={vocabulary}, chunks of "
-              f"{chunked.chunk_tokens(torch.device(args.device), vocabulary)}")  # fmt: skip
-        rows = measure(Problem(tokens, dim, vocabulary, DTYPES[dtype], args.device), args.repeats, args.only)
-        for row in rows:
-            peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:9.0f} MiB"
-            print(f"  {row['name']:34} {row['median_ms']:9.3f} ms {row['over_floor']:7.3f} x floor {peak}")
-        if args.csv:
-            write(args.csv, rows, device=device, torch=torch.__version__, dtype=dtype, tokens=tokens, dim=dim,
-                  vocabulary=vocabulary, repeats=args.repeats)  # fmt: skip
+        shape = Shape(tokens, dim, vocabulary, dtype, args.device)
+        chunk = chunked.chunk_tokens(torch.device(args.device), vocabulary)
+        print(f"{dtype} N={tokens} d={dim} V={vocabulary}, chunks of {chunk}", flush=True)
+        results[shape] = []
+        for row in measurements(shape, args):
+            results[shape].append(row)
+            print(
+                f"  {row.measure:20} {row.name:28} {row.value:11.4g} {row.unit:8} "
+                f"{ratio(row.over_floor):>8} / floor {ratio(row.over_ours):>8} / ours",
+                flush=True,
+            )
+            if args.csv:
+                append_csv(args.csv, [{**shape._asdict(), **where, **row._asdict()}])
+    if args.markdown:
+        args.markdown.write_text(summary(results, args.rungs, title))
     return 0
 
 
-def write(file: Path, rows: list[dict], **common) -> None:
-    new = not file.exists()
-    with file.open("a", newline="") as out:
-        writer = csv.DictWriter(out, fieldnames=[*common, *rows[0]])
-        if new:
-            writer.writeheader()
-        writer.writerows({**common, **row} for row in rows)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(main())

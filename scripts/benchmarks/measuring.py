@@ -1,0 +1,109 @@
+"""What the benchmarks share: where they run, interleaved timing, fresh processes, CSV rows and markdown tables."""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from importlib import metadata
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Implementations of the loss worth measuring on a device; the first is "ours".
+RUNGS = {"cpu": ("compiled", "chunked"), "cuda": ("triton", "compiled", "chunked")}
+LEAST_REPEATS = 7  # a median of fewer says little
+
+
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def environment(device: str) -> dict[str, str | int]:
+    """The columns that say where a number comes from."""
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "cpu": cpu_model(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "liger": version("liger-kernel"),
+    }
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(run: Callable[[], None], device: str) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def interleaved(
+    runs: dict[str, Callable[[], None]], repeats: int, device: str, before: Callable[[], None] = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds of each run in each round; all take turns, so that what disturbs a round disturbs all of it.
+
+    `before` is called before each run and not timed.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            before()
+            times[name].append(seconds(run, device))
+    return times
+
+
+def median_ratio(values: Sequence[float], base: Sequence[float]) -> float:
+    """Median over the rounds of the ratio within a round."""
+    return statistics.median(value / other for value, other in zip(values, base, strict=True))
+
+
+def in_fresh_process(function: Callable, *arguments, environment: dict[str, str]):
+    """The result of a module-level function in a new interpreter that starts with these variables."""
+    before = dict(os.environ)
+    os.environ.update(environment)
+    try:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            return pool.submit(function, *arguments).result()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def append_csv(file: Path, rows: list[dict]) -> None:
+    """Append rows of equal keys; the first ones of a file write the header."""
+    new = not file.exists()
+    with file.open("a", newline="") as out:
+        writer = csv.DictWriter(out, fieldnames=list(rows[0]))
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is text and whose other columns are numbers."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    return "\n".join([lines[0], f"|---|{'---:|' * (len(header) - 1)}", *lines[1:]]) + "\n"

@@ -1,0 +1,257 @@
+#!/usr/bin/env python3
+"""A whole training step of fairseq, forward, backward and optimizer: distillation over cross-entropy, ours over eager.
+
+    python scripts/benchmarks/step.py --csv step.csv --markdown step.md      the quickstart's sizes
+    python scripts/benchmarks/step.py --arch-size iwslt                      6 + 6 layers of 512, vocabulary 10k
+
+Synthetic sentences of 8 to 40 tokens in fairseq's binary format; task, models, criterions and trainers are made by
+fairseq from the options of its command line, the teacher is an untrained checkpoint. All take turns on the same batches
+in one process: medians, and the median over the batches of the ratio within a batch. Of the distilling step the
+teacher's forward pass and its product with the output layer are also timed alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import logging
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from fairseq import options, tasks, utils
+from fairseq.data import Dictionary, indexed_dataset
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.trainer import Trainer
+from measuring import LEAST_REPEATS, RUNGS, append_csv, environment, interleaved, markdown, median_ratio
+
+USER_DIR = Path(__file__).parents[2] / "hgkd_fairseq"
+LANGUAGES = ("de", "en")
+# Compiled rows are taken by runs that are long enough; this one says that it is. It is never as long as that.
+MAX_UPDATE = 100_000
+WARM_ROUNDS = 3
+
+
+class Size(NamedTuple):
+    """Of a transformer; 4 attention heads."""
+
+    dim: int
+    ffn: int
+    encoder_layers: int
+    decoder_layers: int
+
+    def options(self) -> list[str]:
+        values = {"embed-dim": self.dim, "ffn-embed-dim": self.ffn, "attention-heads": 4}
+        sides = [f"--{side}-{name}={value}" for side in ("encoder", "decoder") for name, value in values.items()]
+        return [*sides, f"--encoder-layers={self.encoder_layers}", f"--decoder-layers={self.decoder_layers}"]
+
+
+@dataclass
+class Setting:
+    student: Size
+    teacher: Size
+    vocabulary: int
+    max_tokens: int
+    dropout: float
+
+
+SETTINGS = {
+    "quickstart": Setting(Size(128, 256, 2, 2), Size(192, 384, 3, 2), 4000, 2048, 0.2),  # scripts/quickstart.sh
+    "iwslt": Setting(Size(512, 1024, 6, 6), Size(512, 1024, 6, 6), 10000, 4096, 0.3),
+    "tiny": Setting(Size(16, 32, 1, 1), Size(24, 32, 1, 1), 200, 256, 0.1),
+}
+
+
+def write_data(folder: Path, vocabulary: int, pairs: int) -> None:
+    """Sentence pairs of random words, as fairseq-preprocess --joined-dictionary leaves them."""
+    dictionary = Dictionary()
+    for index in range(vocabulary - len(dictionary)):
+        dictionary.add_symbol(f"w{index}", n=1)
+    rng = random.Random(0)
+    for language in LANGUAGES:
+        dictionary.save(str(folder / f"dict.{language}.txt"))
+        prefix = str(folder / f"train.{'-'.join(LANGUAGES)}.{language}")
+        builder = indexed_dataset.make_builder(f"{prefix}.bin", "mmap", len(dictionary))
+        for _ in range(pairs):
+            words = [rng.randrange(dictionary.nspecial, len(dictionary)) for _ in range(rng.randint(7, 39))]
+            builder.add_item(torch.tensor([*words, dictionary.eos()], dtype=torch.int32))
+        builder.finalize(f"{prefix}.idx")
+
+
+def make_trainer(data: Path, size: Size, setting: Setting, device: str, dtype: str, *extra: str) -> Trainer:
+    """fairseq's trainer, as fairseq-train makes it of its command line."""
+    command = [
+        str(data), f"--user-dir={USER_DIR}", "--arch=transformer_iwslt_de_en", *size.options(),
+        "--share-all-embeddings", f"--dropout={setting.dropout}", f"--max-tokens={setting.max_tokens}", "--seed=1",
+        "--optimizer=adam", "--adam-betas=(0.9, 0.98)", "--lr=1e-4", "--clip-norm=1.0", "--lr-scheduler=fixed",
+        f"--max-update={MAX_UPDATE}", "--distributed-world-size=1", *extra,
+    ]  # fmt: skip
+    command += ["--cpu"] if device == "cpu" else []
+    command += [f"--{dtype}"] if dtype != "fp32" else []
+    cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), command))
+    utils.set_torch_seed(cfg.common.seed)
+    task = tasks.setup_task(cfg.task)
+    return Trainer(cfg, task, task.build_model(cfg.model), task.build_criterion(cfg.criterion))
+
+
+def competitors(
+    data: Path, teacher: Path, setting: Setting, device: str, dtype: str, rungs: Sequence[str]
+) -> dict[str, Trainer]:
+    """Students that start equal and differ in their criterion."""
+    build = functools.partial(make_trainer, data, setting.student, setting, device, dtype)
+    distil = ("--task=translation_with_teacher", f"--teacher-path={teacher}", "--criterion=hard_gate_kd")
+    return {
+        "CE, fairseq": build("--criterion=label_smoothed_cross_entropy", "--label-smoothing=0"),
+        f"CE, {rungs[0]}": build("--criterion=hard_gate_kd", "--gate=none", f"--loss-impl={rungs[0]}"),
+        **{f"KD, {rung}": build(*distil, "--gate=token", f"--loss-impl={rung}") for rung in (*rungs, "eager")},
+    }
+
+
+def teacher_parts(trainer: Trainer) -> dict[str, Callable[[dict], None]]:
+    """What a distilling step does for its teacher: the forward pass, and then the product with the output layer."""
+    source = trainer.task.load_teacher()
+    dtype = next(trainer.model.parameters()).dtype
+    heads: list = []  # of hgkd_fairseq.loss.Head
+
+    def forward(batch: dict) -> None:
+        sample, _ = trainer._prepare_sample(batch)
+        heads[:] = source.heads(sample, trainer.device, dtype)
+
+    @torch.no_grad()
+    def product(batch: dict) -> None:
+        kept = (batch["target"] != trainer.task.target_dictionary.pad()).to(trainer.device)
+        for head in heads:
+            F.linear(head.hidden[kept], head.weight, head.bias)
+
+    return {"teacher's forward pass": forward, "teacher's output product": product}
+
+
+class Row(NamedTuple):
+    name: str
+    median_ms: float
+    over_ce: float  # over "CE, fairseq"
+    over_ours: float  # over ours, the first of the rungs
+
+
+def measure(setting: Setting, device: str, dtype: str, rungs: Sequence[str], repeats: int) -> list[Row]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rounds = WARM_ROUNDS + repeats
+        write_data(folder, setting.vocabulary, 2 * rounds * setting.max_tokens // 24)
+        teacher = folder / "teacher.pt"
+        build = functools.partial(make_trainer, folder, setting.teacher, setting, device, "fp32")
+        untrained = build("--criterion=cross_entropy")
+        untrained.consolidate_optimizer()  # a trainer cannot be saved before
+        untrained.save_checkpoint(str(teacher), {})
+        trainers = competitors(folder, teacher, setting, device, dtype, rungs)
+        distilling = f"KD, {rungs[0]}"
+        batches = trainers[distilling].get_train_iterator(1).next_epoch_itr(shuffle=True)
+        times = take_turns(trainers, distilling, list(itertools.islice(batches, rounds)), device)
+    if "compiled" in rungs and sys.modules["hgkd_fairseq.loss.compiled"]._broken:
+        raise RuntimeError("torch.compile does not work here: what was measured is not compiled")
+    base, ours = times["CE, fairseq"], times[distilling]
+    return [
+        Row(name, 1e3 * statistics.median(mine), median_ratio(mine, base), median_ratio(mine, ours))
+        for name, mine in times.items()
+    ]
+
+
+def take_turns(
+    trainers: dict[str, Trainer], distilling: str, batches: list[dict], device: str
+) -> dict[str, list[float]]:
+    """Seconds of every step on every batch but the first ones, which warm up."""
+
+    def step(trainer: Trainer, batch: dict) -> None:
+        trainer.train_step([batch])
+
+    for trainer in trainers.values():
+        trainer.begin_epoch(1)
+    runs = {name: functools.partial(step, trainer) for name, trainer in trainers.items()}
+    runs |= teacher_parts(trainers[distilling])
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for index, batch in enumerate(batches):
+        turn = interleaved({name: functools.partial(run, batch) for name, run in runs.items()}, 1, device)
+        if index >= WARM_ROUNDS:
+            for name, (value,) in turn.items():
+                times[name].append(value)
+    return times
+
+
+def summary(rows: list[Row]) -> Iterator[str]:
+    by = {row.name: row for row in rows}
+    ours, eager = next(row for row in rows if row.name.startswith("KD")), by["KD, eager"]
+    yield f"A step of KD ({ours.name}) over one of CE (fairseq): {ours.over_ce:.2f}; of eager KD: {eager.over_ce:.2f}."
+    yield f"A step of eager KD over one of {ours.name}: {eager.over_ours:.2f}."
+    parts = [by[f"teacher's {part}"].over_ours for part in ("forward pass", "output product")]
+    yield f"Of a step of {ours.name}: teacher's forward pass {parts[0]:.0%}, its output product {parts[1]:.0%}."
+
+
+def size(values: list[int] | None, default: Size) -> Size:
+    return Size(*values) if values else default
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch-size", default="quickstart", choices=SETTINGS)
+    sizes = {"nargs": 4, "type": int, "metavar": ("DIM", "FFN", "ENCODER_LAYERS", "DECODER_LAYERS")}
+    parser.add_argument("--student", **sizes, help="another size of student")
+    parser.add_argument("--teacher", **sizes, help="another size of teacher")
+    parser.add_argument("--vocabulary", type=int)
+    parser.add_argument("--max-tokens", type=int)
+    parser.add_argument("--device", default="cpu", choices=list(RUNGS))
+    parser.add_argument("--rungs", nargs="+", help="values of --loss-impl, ours first (default: those of the device)")
+    parser.add_argument("--dtype", nargs="+", default=["fp32"], choices=["fp32", "bf16", "fp16"])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--csv", type=Path, help="append the measurements there")
+    parser.add_argument("--markdown", type=Path, help="append the tables there")
+    args = parser.parse_args()
+    if args.repeats < LEAST_REPEATS:
+        parser.error(f"--repeats must be at least {LEAST_REPEATS}: a median of fewer says little")
+    chosen = SETTINGS[args.arch_size]
+    setting = Setting(
+        size(args.student, chosen.student),
+        size(args.teacher, chosen.teacher),
+        args.vocabulary or chosen.vocabulary,
+        args.max_tokens or chosen.max_tokens,
+        chosen.dropout,
+    )
+    logging.disable(logging.INFO)
+    utils.import_user_module(argparse.Namespace(user_dir=str(USER_DIR)))
+    where = environment(args.device)
+    title = ", ".join(f"{key} {value}" for key, value in where.items() if value != "")
+    for dtype in args.dtype:
+        rows = measure(setting, args.device, dtype, args.rungs or RUNGS[args.device], args.repeats)
+        table = [[row.name, f"{row.median_ms:.1f}", f"{row.over_ce:.3f}", f"{row.over_ours:.3f}"] for row in rows]
+        shape = (
+            f"{dtype}, student {'/'.join(map(str, setting.student))}, teacher {'/'.join(map(str, setting.teacher))}, "
+            f"V={setting.vocabulary}, batches of {setting.max_tokens} tokens"
+        )
+        text = "\n\n".join([
+            f"{title}\n{shape}",
+            markdown(["a training step", "ms", "/ CE, fairseq", "/ KD, ours"], table).strip(),
+            "\n".join(summary(rows)) + "\n",
+        ])  # fmt: skip
+        print(text)
+        if args.markdown:
+            with args.markdown.open("a") as out:
+                out.write(text + "\n")
+        if args.csv:
+            common = {
+                **where, "dtype": dtype, "student": "/".join(map(str, setting.student)),
+                "teacher": "/".join(map(str, setting.teacher)), "vocabulary": setting.vocabulary,
+                "max_tokens": setting.max_tokens, "repeats": args.repeats,
+            }  # fmt: skip
+            append_csv(args.csv, [{**common, **row._asdict()} for row in rows])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

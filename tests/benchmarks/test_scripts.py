@@ -1,0 +1,64 @@
+"""The benchmarks run from end to end at toy sizes; what they measure there means nothing."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+from command_line import environment
+
+SCRIPTS = Path(__file__).parents[2] / "scripts" / "benchmarks"
+
+
+def run(name: str, *arguments) -> str:
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / name, *map(str, arguments)],
+        env=environment(), capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    return done.stdout
+
+
+def rows(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as source:
+        return list(csv.DictReader(source))
+
+
+def test_loss(tmp_path):
+    shape = ("--tokens", 64, "--dim", 16, "--vocabulary", 101, "--dtype", "fp32")
+    files = ("--csv", tmp_path / "loss.csv", "--markdown", tmp_path / "loss.md")
+    # Nothing that is compiled: that takes longer than all the rest.
+    run("loss.py", "--time", "--errors", "--rungs", "chunked", "--without", "liger", "--repeats", 7, *shape, *files)
+    found = {(row["measure"], row["name"]): row for row in rows(tmp_path / "loss.csv")}
+    ours = {f"chunked {work}" for work in ("token", "sentence", "KL", "CE")}
+    peers = {f"eager peer {work}" for work in ("token", "sentence", "KL")}
+    assert {name for measure, name in found if measure == "time"} >= {"floor", *ours, *peers}
+    assert all(float(row["value"]) > 0 for row in found.values())
+    assert found["time", "floor"]["over_floor"] == "1.0"
+    assert found["time", "chunked token"]["over_ours"] == "1.0"
+    for gradient in ("dH", "dW"):
+        for peer in ("chunked KL", "eager peer KL"):
+            assert float(found[f"error {gradient} norm", peer]["value"]) < 1e-5
+    summary = (tmp_path / "loss.md").read_text()
+    assert "| time / floor, token | fp32 N=64 d=16 V=101 |" in summary
+    assert "| eager peer / ours, sentence |" in summary
+
+
+def test_flushed(tmp_path):
+    run("flushed.py", "--tokens", 32, "--dim", 8, "--vocabulary", 2000, "--markdown", tmp_path / "flushed.md")
+    table = [line for line in (tmp_path / "flushed.md").read_text().splitlines() if line.endswith("% |")]
+    entries = [float(line.split("|")[2].strip().rstrip(" %")) for line in table]
+    assert len(entries) == 3
+    assert entries[0] < entries[1] < entries[2]  # with the factor, without, with a mean
+
+
+def test_step(tmp_path):
+    arguments = ("--arch-size", "tiny", "--rungs", "chunked", "--repeats", 7)
+    printed = run("step.py", *arguments, "--csv", tmp_path / "step.csv")
+    found = {row["name"]: row for row in rows(tmp_path / "step.csv")}
+    parts = ["teacher's forward pass", "teacher's output product"]
+    assert list(found) == ["CE, fairseq", "CE, chunked", "KD, chunked", "KD, eager", *parts]
+    assert all(float(row["median_ms"]) > 0 for row in found.values())
+    assert float(found["KD, chunked"]["over_ours"]) == 1
+    assert all(0 < float(found[part]["over_ours"]) < 1 for part in parts)
+    assert "A step of KD (KD, chunked) over one of CE (fairseq):" in printed
