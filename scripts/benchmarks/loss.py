@@ -55,7 +55,6 @@ from torch import Tensor
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from hgkd_fairseq import gates  # noqa: E402
 from hgkd_fairseq.loss import chunked, compiled, gated_distillation  # noqa: E402
 
 logging.disable(logging.INFO)  # importing fairseq turns on everybody's messages
@@ -74,13 +73,6 @@ MEMORY_ENVIRONMENT = {
     "MALLOC_TOP_PAD_": "0",
     "THP_MEM_ALLOC_ENABLE": "0",
 }
-
-if "always" not in gates.GATES:
-
-    @gates.register_gate("always", equation="data 0, teacher 1", source="plain KL, for comparison with peers")
-    def always(statistics: gates.TokenStatistics) -> gates.GateWeights:
-        student = statistics.student_logprob
-        return gates.hard_weights(torch.ones_like(student, dtype=torch.bool), student.dtype)
 
 
 class Shape(NamedTuple):
