@@ -44,6 +44,7 @@ def apply() -> None:
     refuse_other_checkpoints()
     broadcast_checkpoints_to_workers()
     copy_checkpoints_in_one_step()
+    same_batches_after_resume()
     native_bf16()
 
 
@@ -174,6 +175,29 @@ def copy_checkpoints_in_one_step() -> None:
         return dst_path
 
     PathManager.copy = staticmethod(copy)
+
+
+def same_batches_after_resume() -> None:
+    """fairseq groups sentences into batches with a seed of the epoch in which the process started, and keeps the groups:
+    a run resumed in its second epoch or later would go on with other batches than one that was never stopped."""
+    from fairseq.tasks import FairseqTask
+
+    original = FairseqTask.get_batch_iterator
+    if not written_for(original, "batch_sampler = make_batches(dataset, epoch)", "a resumed run may go another way"):
+        return
+
+    @functools.wraps(original)
+    def get_batch_iterator(self, dataset, *args, epoch=1, **kwargs):
+        kept = self.can_reuse_epoch_itr(dataset) and not getattr(self.cfg, "rebuild_batches", False)
+        asked_for_new = kwargs.get("update_epoch_batch_itr", False) or kwargs.get("disable_iterator_cache", False)
+        if epoch <= 1 or not kept or asked_for_new or dataset in self.dataset_to_epoch_iter:
+            return original(self, dataset, *args, epoch=epoch, **kwargs)
+        iterator = original(self, dataset, *args, epoch=1, **kwargs)
+        iterator.epoch = epoch
+        dataset.set_epoch(epoch)
+        return iterator
+
+    FairseqTask.get_batch_iterator = get_batch_iterator
 
 
 def native_bf16() -> None:

@@ -70,6 +70,8 @@ def test_the_loss_falls(name: str, runs: dict[str, cl.Run]):
         assert shares[-1] == 0
     elif name == "progressive":  # no previous epoch in the first one
         assert shares == [0] + [1] * (len(rows) - 1)
+    elif name == "sentence-reversed":  # no sentence is above a trained teacher yet: all of them are below
+        assert all(share > 0.5 for share in shares)
     else:
         assert all(0 < share < 1 for share in shares[1:])
 
@@ -78,7 +80,7 @@ def test_the_loss_falls(name: str, runs: dict[str, cl.Run]):
 def test_resumed_in_the_middle_of_an_epoch(
     name: str, runs: dict[str, cl.Run], data: Path, teacher: cl.Run, tmp_path: Path
 ):
-    (middle,) = runs[name].folder.glob(f"checkpoint_*_{MIDDLE}.pt")
+    middle = runs[name].path(f"checkpoint_2_{MIDDLE}.pt")  # the second epoch: fairseq alone would make other batches
     steps = ("--max-update", UPDATES, "--disable-validation", "--dropout", 0.1, "--restore-file", middle)
     resumed = cl.train(data, tmp_path, *options(name, teacher), *steps, *cl.KEEP_LAST)
     assert f"@ {MIDDLE} updates" in resumed.result.output
