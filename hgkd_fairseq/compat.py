@@ -178,8 +178,8 @@ def copy_checkpoints_in_one_step() -> None:
 
 
 def same_batches_after_resume() -> None:
-    """fairseq groups sentences into batches with a seed of the epoch in which the process started, and keeps the groups:
-    a run resumed in its second epoch or later would go on with other batches than one that was never stopped."""
+    """fairseq seeds the grouping of sentences into batches with the epoch in which the process started, and keeps the
+    groups: a run resumed in a later epoch would go on with other batches than one that was never stopped."""
     from fairseq.tasks import FairseqTask
 
     original = FairseqTask.get_batch_iterator
