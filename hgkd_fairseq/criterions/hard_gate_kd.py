@@ -136,8 +136,8 @@ class HardGateKDCriterion(FairseqCriterion):
         self.gate = self.make_gate()
         if self.gate.learned:
             self.learned_gate = self.gate.weights  # a child, so that its parameters are trained and saved
-        elif hasattr(self.gate.weights, "state"):
-            task.state.add_factory("gate", lambda: self.gate.weights.state)
+        elif hasattr(self.gate.weights, "state") and not hasattr(task, "memory"):
+            raise UserError(f"--gate {cfg.gate} remembers past batches: add --task translation_with_teacher")
         self.check_options()
         if self.gate.needs_teacher:
             if not hasattr(task, "load_teacher"):
@@ -195,7 +195,7 @@ class HardGateKDCriterion(FairseqCriterion):
     def gate_of(self, sample):
         """The gate for a batch; one that remembers finds its memory, which comes with the checkpoint, in the task."""
         if hasattr(self.gate.weights, "state"):
-            self.gate.weights.state = self.task.state.gate
+            self.gate.weights.state = self.task.memory.setdefault("gate", self.gate.weights.state)
         return self.gate
 
     def implementation(self, heads) -> str:

@@ -65,6 +65,8 @@ class TranslationWithTeacherTask(TranslationTask):
     def __init__(self, cfg: TranslationWithTeacherConfig, src_dict, tgt_dict):
         super().__init__(cfg, src_dict, tgt_dict)
         self.teacher: TeacherSource | None = None
+        # What a gate or the student's past teacher remembers, by name: tensors in (nested) dicts, in the checkpoints.
+        self.memory: dict[str, dict] = {}
         # Updates made so far, for criterions that change over time; None outside training.
         self.num_updates: int | None = None
         self.ignore_grad = False  # whether this step's batch is one that only keeps the workers in step
@@ -122,12 +124,20 @@ class TranslationWithTeacherTask(TranslationTask):
         super().begin_epoch(epoch, model)
         if self.cfg.teacher_source != "previous-epoch" or self.teacher is None or epoch < 2:
             return
-        kept = self.state.state_dict.get("previous_epoch")
+        kept = self.memory.get("previous_epoch")
         if kept is not None and kept["epoch"] == epoch:
             self.teacher.take(model, kept["model"])
         else:
             self.teacher.take(model)
-        self.state.merge_state_dict({"previous_epoch": {"epoch": epoch, "model": self.teacher.model.state_dict()}})
+        self.memory["previous_epoch"] = {"epoch": epoch, "model": self.teacher.model.state_dict()}
+
+    # fairseq saves FairseqTask.state as well, but does not restore it when training resumes; these two it calls.
+
+    def get_checkpoint_dict(self) -> dict:
+        return {type(self).__name__: utils.move_to_cpu(self.memory)}
+
+    def set_checkpoint_dict(self, memory: dict) -> None:
+        self.memory = memory
 
     def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False, ema_model=None):
         self.num_updates, self.ignore_grad = update_num, ignore_grad
