@@ -46,7 +46,7 @@ teacher_size=(--encoder-layers 3 --decoder-layers 2 --encoder-embed-dim 192 --de
 student_size=(--encoder-layers 2 --decoder-layers 2 --encoder-embed-dim 128 --decoder-embed-dim 128
     --encoder-ffn-embed-dim 256 --decoder-ffn-embed-dim 256 --encoder-attention-heads 4 --decoder-attention-heads 4)
 if ((smoke)); then
-    vocab=2000 teacher_updates=120 student_updates=100 warmup=40 beam=1 longest=1.0
+    vocab=2000 teacher_updates=90 student_updates=70 warmup=40 beam=1 longest=1.0
 fi
 if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then device=(--fp16); else device=(--cpu); fi
 
