@@ -33,8 +33,6 @@ class TokenStatistics(NamedTuple):
     teacher_logprob: Tensor  # (n,) nats, of the same token, under the teacher
     sentence: Tensor  # (n,) int64, row of `sentence_count` that the token belongs to
     sentence_count: int  # S
-    first: int = 0  # position of the first of them in the batch's N
-    tokens: int = 0  # N
     vocabulary: int = 0  # V
     progress: float = 0.0  # share of the training's updates that are made, 0 to 1
 
@@ -178,6 +176,13 @@ def sentence_sums(values: Tensor, statistics: TokenStatistics) -> Tensor:
     return values.new_zeros(statistics.sentence_count).index_add_(0, statistics.sentence, values)
 
 
+def sentence_margin(statistics: TokenStatistics) -> Tensor:
+    """(n,) by how much the student's log-probability of a token's whole sentence is above the teacher's."""
+    # The sum of differences, not the difference of sums: long sentences have sums near -100 and margins near 0.
+    gap = statistics.student_logprob - statistics.teacher_logprob
+    return sentence_sums(gap, statistics)[statistics.sentence]
+
+
 def share(option: str, value: float) -> float:
     """`value`, or GateError where it is no share."""
     if not 0 <= value <= 1:
@@ -210,9 +215,7 @@ def token(statistics: TokenStatistics) -> GateWeights:
     source=f"HKD-S, {HKD}",
 )
 def sentence(statistics: TokenStatistics) -> GateWeights:
-    # The sum of differences, not the difference of sums: long sentences have sums near -100 and margins near 0.
-    margin = sentence_sums(statistics.student_logprob - statistics.teacher_logprob, statistics)
-    return hard_weights((margin > 0)[statistics.sentence], statistics.student_logprob.dtype)
+    return hard_weights(sentence_margin(statistics) > 0, statistics.student_logprob.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------ controls
@@ -232,8 +235,7 @@ def token_reversed(statistics: TokenStatistics) -> GateWeights:
     source="control: HKD-S upside down",
 )
 def sentence_reversed(statistics: TokenStatistics) -> GateWeights:
-    margin = sentence_sums(statistics.student_logprob - statistics.teacher_logprob, statistics)
-    return hard_weights((margin < 0)[statistics.sentence], statistics.student_logprob.dtype)
+    return hard_weights(sentence_margin(statistics) < 0, statistics.student_logprob.dtype)
 
 
 @register_gate(

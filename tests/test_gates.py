@@ -65,7 +65,7 @@ RANDOM = ("random", "beta")
 def statistics(dtype: torch.dtype, progress: float = 0.0) -> TokenStatistics:
     sentence = torch.tensor([row[0] for row in TABLE])
     student, teacher = (torch.tensor(values, dtype=dtype).log() for values in (P, Q))
-    return TokenStatistics(student, teacher, sentence, SENTENCES, 0, len(TABLE), VOCABULARY, progress)
+    return TokenStatistics(student, teacher, sentence, SENTENCES, VOCABULARY, progress)
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_random_with_a_share():
 def test_beta_smooths_less_where_the_teacher_is_sure():
     torch.manual_seed(0)
     teacher = torch.rand(5000).log()
-    view = TokenStatistics(torch.zeros(5000), teacher, torch.zeros(5000).long(), 1, 0, 5000, VOCABULARY)
+    view = TokenStatistics(torch.zeros(5000), teacher, torch.zeros(5000).long(), 1, VOCABULARY)
     data, none, uniform = get_gate("beta", kd_weight=0.4, beta_shape=3.0).weights(view)
     assert not none.any()
     assert torch.equal(data.argsort(), teacher.argsort())

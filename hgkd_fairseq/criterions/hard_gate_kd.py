@@ -192,8 +192,8 @@ class HardGateKDCriterion(FairseqCriterion):
         end, start = self.cfg.teacher_temperature, self.cfg.teacher_temperature_start
         return end if start is None else 1 / (1 / start + (1 / end - 1 / start) * self.progress())
 
-    def gate_of(self, sample):
-        """The gate for a batch; one that remembers finds its memory, which comes with the checkpoint, in the task."""
+    def gate_in_use(self):
+        """The gate; one that remembers finds its memory, which comes with the checkpoint, in the task."""
         if hasattr(self.gate.weights, "state"):
             self.gate.weights.state = self.task.memory.setdefault("gate", self.gate.weights.state)
         return self.gate
@@ -222,7 +222,7 @@ class HardGateKDCriterion(FairseqCriterion):
         if self.distils():
             teachers = self.task.load_teacher().heads(sample, student.hidden.device, student.hidden.dtype)
         validating = not torch.is_grad_enabled()
-        gate = self.gate_of(sample) if teachers or not self.gate.needs_teacher else "none"
+        gate = self.gate_in_use() if teachers or not self.gate.needs_teacher else "none"
         out = gated_distillation(
             student.hidden[:, skip:],
             student.weight,
@@ -245,8 +245,9 @@ class HardGateKDCriterion(FairseqCriterion):
         )
         if not validating and hasattr(self.gate.weights, "observe"):
             # A batch that fairseq repeats only to keep the workers in step counts for nothing.
-            idle = dataclasses.replace(out, tokens_mask=torch.zeros_like(out.tokens_mask))
-            self.gate.weights.observe(idle if getattr(self.task, "ignore_grad", False) else out, gather)
+            idle = getattr(self.task, "ignore_grad", False)
+            seen = dataclasses.replace(out, tokens_mask=torch.zeros_like(out.tokens_mask)) if idle else out
+            self.gate.weights.observe(seen, gather)
         sample_size = sample["target"].size(0) if self.cfg.sentence_avg else sample["ntokens"]
         logging_output = {
             "loss": out.loss.detach(),

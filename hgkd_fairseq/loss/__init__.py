@@ -43,7 +43,6 @@ class DistillationOutput:
     confidence: Tensor | None  # (B, T) probability of the student's argmax; with top1=True
     correct: Tensor | None  # (B, T) bool, that argmax is the gold token; with top1=True
     token_nll: Tensor  # (B, T) nats, plain -log p(gold)
-    token_gap: Tensor  # (B, T) nats, log p - log q of the token that the gate reads
 
 
 def gated_distillation(
@@ -141,8 +140,7 @@ def gated_distillation(
 
 def _gate_gradient(results: TokenResults, sentence: Tensor, options: Options, student: Head) -> Tensor:
     """0, with the gradient of the loss in the gate's own parameters."""
-    tokens = results.nll.numel()
-    view = (sentence, tokens, 0, tokens, student.vocabulary, options.progress)
+    view = (sentence, results.nll.numel(), student.vocabulary, options.progress)
     weights = options.gate.weights(TokenStatistics(-results.nll, -results.nll - results.gap, *view))
     loss = (weights.data * results.data_term + weights.teacher * results.kl).sum()
     return loss - loss.detach()
@@ -235,5 +233,4 @@ def _output(results: TokenResults, kept: Tensor) -> DistillationOutput:
         confidence=spread(results.confidence),
         correct=spread(results.correct),
         token_nll=spread(results.nll),
-        token_gap=spread(results.gap),
     )

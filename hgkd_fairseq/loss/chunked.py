@@ -191,7 +191,7 @@ def token_results(
     def weights(start: int, end: int, student_read: Tensor, teacher_read: Tensor) -> GateWeights:
         some = sentence[start:end]
         # There are at most as many sentences as tokens.
-        view = (some - some[:1], end - start, start, tokens, vocabulary, options.progress)
+        view = (some - some[:1], end - start, vocabulary, options.progress)
         return options.gate.weights(TokenStatistics(student_read, teacher_read, *view))
 
     def decide(start: int, end: int) -> Decide:

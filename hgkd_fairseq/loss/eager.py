@@ -74,7 +74,7 @@ def token_results(
         # Where q underflows to 0 its token contributes 0, whatever the difference of logarithms is.
         kl = torch.where(q > 0, q * (logq - logp), torch.zeros_like(q)).sum(1).to(gold.dtype)
 
-    view = (sentence, sentence_count, 0, target.numel(), logp.size(1), options.progress)
+    view = (sentence, sentence_count, logp.size(1), options.progress)
     weights = options.gate.weights(TokenStatistics(student_read, teacher_read, *view))
     loss = weights.data.detach() * data_term
     if options.gate.needs_teacher:

@@ -180,19 +180,19 @@ def _usable(device: torch.device) -> str | None:
     return None
 
 
-def _token_gate(student_read: Tensor, teacher_read: Tensor) -> gates.GateWeights:
-    return gates.hard_weights(student_read > teacher_read, student_read.dtype)
-
-
 def _self_check(device: torch.device) -> float:
     """The largest difference from `rows.row_step` on four rows, gate "token"."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn((2, 4, 40), generator=generator).to(device)
     target = torch.arange(4, device=device)
     options = Options(GATES["token"], teacher_temperature=1.5, label_smoothing=0.1)
+
+    def decide(student_read: Tensor, teacher_read: Tensor) -> gates.GateWeights:
+        return options.gate.weights(gates.TokenStatistics(student_read, teacher_read, target, len(target)))
+
     results = []
     for step in (rows.row_step, row_step):
-        result, dz = step(student.clone(), [teacher], target, _token_gate, options, 1.0)
+        result, dz = step(student.clone(), [teacher], target, decide, options, 1.0)
         kd = torch.where(result.teacher_mask, result.kl, 0.0)
         results.append(torch.cat([result.loss, result.nll, kd, result.gap, dz.flatten()]))
     return (results[0] - results[1]).abs().max().item()

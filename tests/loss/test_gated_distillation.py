@@ -913,9 +913,7 @@ def autograd_of_the_equation(batch: Batch, gate: gates.Gate, penalty: float, pro
     rows = torch.arange(len(gold))
     sentence = torch.arange(len(batch.target)).repeat_interleave(kept.sum(1))
     reads = p[rows, gold].log().detach(), (q if gate.needs_teacher else p)[rows, gold].log().detach()
-    weights = gate.weights(
-        gates.TokenStatistics(*reads, sentence, len(batch.target), 0, len(gold), z.size(1), progress)
-    )
+    weights = gate.weights(gates.TokenStatistics(*reads, sentence, len(batch.target), z.size(1), progress))
     entropy = -(p * p.log()).sum(1)
     loss = weights.data * (-p[rows, gold].log() - penalty * entropy)
     if gate.needs_teacher:
