@@ -85,10 +85,13 @@ def loss_implementations() -> str:
     """Each implementation that this device can run, on a tiny input, against the eager oracle."""
     import torch
 
-    from hgkd_fairseq.loss import IMPLEMENTATIONS, gated_distillation, triton_rows
+    from hgkd_fairseq.loss import IMPLEMENTATIONS, cpu_rows, gated_distillation, triton_rows
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    usable = [name for name in IMPLEMENTATIONS if name != "triton" or triton_rows.usable(device) is None]
+    why_not = {"native": cpu_rows.usable(device), "triton": triton_rows.usable(device)}
+    usable = [name for name in IMPLEMENTATIONS if why_not.get(name) is None]
+    if device == "cpu" and why_not["native"]:
+        raise Problem(f"slower than it could be: {why_not['native']}; install a C compiler")
 
     generator = torch.Generator().manual_seed(0)
     hidden, teacher = (torch.randn(4, 5, 8, generator=generator).to(device) for _ in range(2))

@@ -20,9 +20,6 @@ from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.gates import GateError, get_gate
 from hgkd_fairseq.loss import IMPLEMENTATIONS, gated_distillation
 
-# A compilation costs about as much as it saves in some hundred updates of a small model on the CPU.
-COMPILE_FROM_UPDATES = 1000
-
 
 @dataclass
 class HardGateKDConfig(FairseqDataclass):
@@ -87,8 +84,8 @@ class HardGateKDConfig(FairseqDataclass):
     loss_impl: ChoiceEnum(list(IMPLEMENTATIONS)) = field(  # type: ignore[valid-type]
         default="auto",
         metadata={
-            "help": "how the loss is computed; auto: triton on a GPU; on the CPU compiled where --max-update says that "
-            "the run is long enough to earn the compilation back, else chunked; eager without a linear output layer"
+            "help": "how the loss is computed; auto: triton on a GPU, native on the CPU, chunked where these cannot be "
+            "used, eager without a linear output layer"
         },
     )
     report_accuracy: bool = field(default=False, metadata={"help": "report accuracy metric"})
@@ -198,18 +195,11 @@ class HardGateKDCriterion(FairseqCriterion):
             self.gate.weights.state = self.task.memory.setdefault("gate", self.gate.weights.state)
         return self.gate
 
-    def implementation(self, heads) -> str:
-        """--loss-impl, with auto made definite on the CPU. The choice may depend on the run's options only: a run that
-        is killed and resumed must go on with the same rounding."""
-        linear = all(head.weight is not None for head in heads)
-        if self.cfg.loss_impl not in ("auto", "eager") and not linear:
+    def check_implementation(self, heads) -> None:
+        if self.cfg.loss_impl not in ("auto", "eager") and any(head.weight is None for head in heads):
             raise UserError(
                 f"--loss-impl {self.cfg.loss_impl} needs a student and a teacher with a linear output layer; use auto"
             )
-        long_run = torch.is_grad_enabled() and self.cfg.max_update >= COMPILE_FROM_UPDATES
-        if self.cfg.loss_impl == "auto" and linear and long_run and heads[0].hidden.device.type == "cpu":
-            return "compiled"
-        return self.cfg.loss_impl
 
     def forward(self, model, sample, reduce=True):
         """Returns the summed loss, the sample size that divides its gradient, and log outputs that can be summed."""
@@ -221,6 +211,7 @@ class HardGateKDCriterion(FairseqCriterion):
         teachers = []
         if self.distils():
             teachers = self.task.load_teacher().heads(sample, student.hidden.device, student.hidden.dtype)
+        self.check_implementation([student, *teachers])
         validating = not torch.is_grad_enabled()
         gate = self.gate_in_use() if teachers or not self.gate.needs_teacher else "none"
         out = gated_distillation(
@@ -241,7 +232,7 @@ class HardGateKDCriterion(FairseqCriterion):
             teacher_bias=[teacher.bias for teacher in teachers],
             top1=validating or self.cfg.report_accuracy,
             lengths=lengths,
-            implementation=self.implementation([student, *teachers]),
+            implementation=self.cfg.loss_impl,
         )
         if not validating and hasattr(self.gate.weights, "observe"):
             # A batch that fairseq repeats only to keep the workers in step counts for nothing.

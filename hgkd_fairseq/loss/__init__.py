@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from hgkd_fairseq.gates import Gate, TokenStatistics, get_gate
-from hgkd_fairseq.loss import chunked, eager, rows
+from hgkd_fairseq.loss import chunked, cpu_rows, eager, rows
 from hgkd_fairseq.loss.options import Head, Options, TokenResults
 
 __all__ = ["IMPLEMENTATIONS", "DistillationOutput", "Head", "Options", "gated_distillation"]
 
 logger = logging.getLogger(__name__)
 
-IMPLEMENTATIONS = ("auto", "eager", "chunked", "compiled", "triton")
+IMPLEMENTATIONS = ("auto", "eager", "chunked", "native", "triton")
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,9 @@ def gated_distillation(
         lengths: number of non-pad targets of each sentence, as host integers. Given, the host never waits for the
             device; otherwise it waits once, to count them.
         implementation: "eager" (the oracle: full logits, autograd), "chunked" (chunks of tokens, gradients made in
-            the forward pass, fp32 softmax and accumulation), "compiled" (chunked, with the rows fused by
-            torch.compile), "triton" (chunked, with the rows in Triton kernels), or "auto": triton on a GPU where its
-            kernels pass a self-check, else chunked; eager without linear heads.
+            the forward pass, fp32 softmax and accumulation), "native" (chunked, with the rows in a C kernel, on the
+            CPU), "triton" (chunked, with the rows in Triton kernels), or "auto": triton on a GPU and native on the CPU
+            where their kernels pass a self-check, else chunked; eager without linear heads.
 
     Raises:
         ValueError: an unknown gate or implementation, an option out of its range, shapes that do not fit together.
@@ -125,14 +125,14 @@ def gated_distillation(
         lengths = kept.sum(1).tolist()
     # Their indices, in order. A stable sort, where nonzero() would make the host wait for the device to count them.
     kept_rows = kept.logical_not().flatten().to(torch.uint8).argsort(stable=True)[: sum(lengths)]  # (N,)
-    student = _select(student, kept_rows)
-    teachers = [_select(teacher, kept_rows) for teacher in teachers]
+    student, *teachers = [_flat(head) for head in (student, *teachers)]
     gold = target.flatten()[kept_rows]
     sentence = _sentence_index(lengths, target.device)
     if row_step is None:
+        student, *teachers = [head._replace(hidden=head.hidden[kept_rows]) for head in (student, *teachers)]
         results = eager.token_results(student, teachers, gold, sentence, target.size(0), options)
     else:
-        results = chunked.token_results(student, teachers, gold, sentence, lengths, options, row_step=row_step)
+        results = chunked.token_results(student, teachers, kept_rows, gold, sentence, lengths, options, row_step)
     if options.gate.learned and torch.is_grad_enabled():
         results = results._replace(loss=results.loss.sum() + _gate_gradient(results, sentence, options, student))
     return _output(results, kept)
@@ -150,22 +150,26 @@ def _row_step(implementation: str, student: Head) -> chunked.RowStep | None:
     """What does the rows of a chunk; None for the eager implementation."""
     if implementation == "eager":
         return None
-    device = student.hidden.device
-    if implementation == "chunked" or (implementation == "auto" and device.type != "cuda"):
+    if implementation == "chunked":
         return rows.row_step
-    if implementation == "compiled":
-        from hgkd_fairseq.loss import compiled
+    device = student.hidden.device
+    auto = "triton" if device.type == "cuda" else "native"
+    problem, step = _kernel(auto if implementation == "auto" else implementation, device)
+    if problem is None:
+        return step
+    if implementation != "auto":
+        raise ValueError(f'implementation="{implementation}" cannot be used: {problem}')
+    _say_once(f"the loss runs in plain torch, slower: {problem}")
+    return rows.row_step
 
-        return compiled.row_step
+
+def _kernel(implementation: str, device: torch.device) -> tuple[str | None, chunked.RowStep]:
+    """(why it cannot be used on this device, or None; what it does the rows with)."""
+    if implementation == "native":
+        return cpu_rows.usable(device), cpu_rows.row_step
     from hgkd_fairseq.loss import triton_rows
 
-    problem = triton_rows.usable(device)
-    if problem is None:
-        return triton_rows.row_step
-    if implementation == "triton":
-        raise ValueError(f'implementation="triton" cannot be used: {problem}')
-    _say_once(f"the loss runs without Triton kernels: {problem}")
-    return rows.row_step
+    return triton_rows.usable(device), triton_rows.row_step
 
 
 @functools.cache
@@ -205,8 +209,9 @@ def _check_shapes(student: Head, teachers: Sequence[Head], target: Tensor) -> No
             raise ValueError(f"the vocabularies differ: student {student.vocabulary}, teacher {head.vocabulary} tokens")
 
 
-def _select(head: Head, rows: Tensor) -> Head:
-    return head._replace(hidden=head.hidden.reshape(-1, head.hidden.size(-1)).index_select(0, rows))
+def _flat(head: Head) -> Head:
+    """Its features as (B T, D)."""
+    return head._replace(hidden=head.hidden.reshape(-1, head.hidden.size(-1)))
 
 
 def _sentence_index(lengths: Sequence[int], device: torch.device) -> Tensor:

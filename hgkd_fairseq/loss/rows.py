@@ -11,12 +11,14 @@ an implementation that fuses each pass makes them again from the statistics.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hgkd_fairseq.gates import GateWeights
+from hgkd_fairseq import gates
+from hgkd_fairseq.gates import Gate, GateWeights, TokenStatistics
 from hgkd_fairseq.loss.options import Decide, Options, TokenResults
 
 
@@ -188,3 +190,32 @@ def mean_probability(logits: list[Tensor], inverse_temperature: Tensor | float, 
     for z in logits[1:]:
         total = total + torch.softmax(widen(z).to(dtype) * inverse_temperature, dim=1)
     return total / len(logits)
+
+
+# What a fused kernel needs to know, and how it is checked.
+
+
+def fused_gate(gate: Gate) -> bool:
+    """Whether the gate is one that the kernels know: by its function, for any gate may bear any name."""
+    return gate.weights in (gates.token, gates.none)
+
+
+LARGEST_DIFFERENCE = 1e-4  # of a kernel from plain torch, on logits of size 1
+
+
+def difference_of(step: Callable, device: torch.device) -> float:
+    """The largest difference of another implementation of `row_step` from this one, on four rows, gate "token"."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn((2, 4, 40), generator=generator).to(device)
+    target = torch.arange(4, device=device)
+    options = Options(gates.GATES["token"], teacher_temperature=1.5, label_smoothing=0.1)
+
+    def decide(student_read: Tensor, teacher_read: Tensor) -> GateWeights:
+        return options.gate.weights(TokenStatistics(student_read, teacher_read, target, len(target)))
+
+    found = []
+    for made in (row_step, step):
+        result, dz = made(student.clone(), [teacher], target, decide, options, 1.0)
+        kd = torch.where(result.teacher_mask, result.kl, 0.0)
+        found.append(torch.cat([result.loss, result.nll, kd, result.gap, dz.flatten()]))
+    return (found[0] - found[1]).abs().max().item()

@@ -46,11 +46,6 @@ def launch_shape(vocabulary: int, itemsize: int) -> tuple[int, int, int]:
     return num_warps, vector, 2 if vector >= 4 else 4
 
 
-def _fused(gate: Gate) -> bool:
-    """Whether the gate is one that the kernel knows: by its function, for any gate may bear any name."""
-    return gate.weights in (gates.token, gates.none)
-
-
 def variants(vocabulary: int, itemsize: int, options: Options, make_gradient: bool) -> list[Variant]:
     """The kernels that a step launches, in their order."""
     num_warps, vector, depth = launch_shape(vocabulary, itemsize)
@@ -65,7 +60,7 @@ def variants(vocabulary: int, itemsize: int, options: Options, make_gradient: bo
         "GATE_TEMPERATURE": not options.untempered_gate,
     }
     gradient = {"MAKE_GRADIENT": make_gradient}
-    if _fused(options.gate):
+    if rows.fused_gate(options.gate):
         return [Variant("token_rows", shape | teacher | statistics | gradient, num_warps)]
     return [
         Variant("statistics_rows", shape | teacher | statistics, num_warps),
@@ -172,27 +167,9 @@ def _usable(device: torch.device) -> str | None:
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f'Triton compiles for CUDA devices, and this is "{device}".'
     try:
-        worst = _self_check(device)
+        worst = rows.difference_of(row_step, device)
     except Exception as error:
         return f"Triton's kernels failed on {device}: {type(error).__name__}: {str(error).strip().splitlines()[-1]}"
-    if not worst < 1e-4:
+    if not worst < rows.LARGEST_DIFFERENCE:
         return f"Triton's kernels differ from plain torch by {worst:.2g} on {device}."
     return None
-
-
-def _self_check(device: torch.device) -> float:
-    """The largest difference from `rows.row_step` on four rows, gate "token"."""
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = torch.randn((2, 4, 40), generator=generator).to(device)
-    target = torch.arange(4, device=device)
-    options = Options(GATES["token"], teacher_temperature=1.5, label_smoothing=0.1)
-
-    def decide(student_read: Tensor, teacher_read: Tensor) -> gates.GateWeights:
-        return options.gate.weights(gates.TokenStatistics(student_read, teacher_read, target, len(target)))
-
-    results = []
-    for step in (rows.row_step, row_step):
-        result, dz = step(student.clone(), [teacher], target, decide, options, 1.0)
-        kd = torch.where(result.teacher_mask, result.kl, 0.0)
-        results.append(torch.cat([result.loss, result.nll, kd, result.gap, dz.flatten()]))
-    return (results[0] - results[1]).abs().max().item()

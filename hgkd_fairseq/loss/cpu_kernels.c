@@ -1,0 +1,307 @@
+/* The row mathematics of one chunk on a CPU: what rows.py does in plain torch, while a row is in the cache.
+ *
+ *   p = e / l,  e = exp(z - m),  l = sum e,  m = max z        of the student's logits
+ *   q = f / L,  f = exp((t - M) / tau), ...                    of the teacher's
+ *   KL(q || p) = sum f ((t - M) / tau - (z - m)) / L - log L + log l
+ *   dz = data (p - gold_weight onehot - every_weight) + teacher (p - q) + uniform (p - 1/V) + data beta p (log p + H)
+ *
+ * cpu_rows.py compiles this file on first use and calls it. Each thread widens a row of either head into an fp32 buffer
+ * of its own and keeps e and f there, so that a row is read once and its exponentials are made once.
+ */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { FP32, BF16, FP16 };           /* dtype of the logits */
+enum { NO_GRADIENT, GIVEN, NONE, TOKEN }; /* where a row's weights come from */
+
+/* Rows of `statistics`, (STATISTICS, rows); cpu_rows.py has the same order. */
+enum { STUDENT_MAX, STUDENT_SUM, TEACHER_MAX, TEACHER_SUM, STUDENT_READ, TEACHER_READ, GOLD, MEAN, ENTROPY, KL };
+
+enum { NO_MEMORY = 1, NO_SUCH_TOKEN };
+
+enum { BLOCK = 2048 }; /* partial sums of fp32 are no longer than this; a block of each head stays in the first cache */
+
+/* Relative error 1.7e-7 (coefficients of Cephes' expf); 0 where the result would be no normal number; nan stays nan. */
+static inline float exp_nonpositive(float x) {
+    float y = x < -87.3f ? -87.3f : x;
+    float n = rintf(y * 1.44269504088896341f);
+    float r = y - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, sizeof power);
+    return x < -87.3f ? 0.0f : p * power;
+}
+
+static inline float from_bf16(uint16_t half) {
+    uint32_t bits = (uint32_t)half << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* To the nearest, ties to even. */
+static inline uint16_t to_bf16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    bits += 0x7fff + (bits >> 16 & 1);
+    return x == x ? (uint16_t)(bits >> 16) : 0x7fc0;
+}
+
+/* Copies a row into `out` and returns its maximum. */
+static float widen(float *restrict out, const void *restrict row, int64_t size, int dtype) {
+    float most = -INFINITY;
+    if (dtype == FP32) {
+        const float *in = row;
+#pragma omp simd reduction(max : most)
+        for (int64_t i = 0; i < size; i++) {
+            out[i] = in[i];
+            most = out[i] > most ? out[i] : most;
+        }
+    } else if (dtype == BF16) {
+        const uint16_t *in = row;
+#pragma omp simd reduction(max : most)
+        for (int64_t i = 0; i < size; i++) {
+            out[i] = from_bf16(in[i]);
+            most = out[i] > most ? out[i] : most;
+        }
+    } else {
+#ifdef __FLT16_MAX__
+        const _Float16 *in = row;
+#pragma omp simd reduction(max : most)
+        for (int64_t i = 0; i < size; i++) {
+            out[i] = (float)in[i];
+            most = out[i] > most ? out[i] : most;
+        }
+#endif
+    }
+    return most;
+}
+
+static void narrow(void *restrict row, const float *restrict in, int64_t size, int dtype) {
+    if (dtype == FP32) {
+        memcpy(row, in, size * sizeof *in);
+    } else if (dtype == BF16) {
+        uint16_t *out = row;
+#pragma omp simd
+        for (int64_t i = 0; i < size; i++) out[i] = to_bf16(in[i]);
+    } else {
+#ifdef __FLT16_MAX__
+        _Float16 *out = row;
+#pragma omp simd
+        for (int64_t i = 0; i < size; i++) out[i] = (_Float16)in[i];
+#endif
+    }
+}
+
+typedef struct {
+    double student, shifted, entropy, teacher, difference; /* l, sum (z - m), sum e (z - m), L, sum f ((t - M) / tau - (z - m)) */
+} Sums;
+
+/* Replaces z by e and, where there is a teacher, t by f. */
+static Sums exponentials(float *restrict z, float *restrict t, int64_t size, float m, float M, float inverse_temperature) {
+    Sums sums = {0};
+    for (int64_t start = 0; start < size; start += BLOCK) {
+        int64_t end = start + BLOCK < size ? start + BLOCK : size;
+        float l = 0, shifted = 0, entropy = 0, L = 0, difference = 0;
+        if (t) {
+#pragma omp simd reduction(+ : l, shifted, entropy, L, difference)
+            for (int64_t i = start; i < end; i++) {
+                float a = z[i] - m, b = (t[i] - M) * inverse_temperature;
+                float e = exp_nonpositive(a), f = exp_nonpositive(b);
+                z[i] = e;
+                t[i] = f;
+                l += e;
+                shifted += a;
+                entropy += e * a;
+                L += f;
+                difference += f > 0 ? f * (b - a) : 0.0f; /* where q underflows, 0 and not 0 inf */
+            }
+        } else {
+#pragma omp simd reduction(+ : l, shifted, entropy)
+            for (int64_t i = start; i < end; i++) {
+                float a = z[i] - m;
+                float e = exp_nonpositive(a);
+                z[i] = e;
+                l += e;
+                shifted += a;
+                entropy += e * a;
+            }
+        }
+        sums.student += l;
+        sums.shifted += shifted;
+        sums.entropy += entropy;
+        sums.teacher += L;
+        sums.difference += difference;
+    }
+    return sums;
+}
+
+/* log of the sum of exp(t - M): the teacher's normalizer at temperature 1. */
+static float log_sum(const float *t, int64_t size, float M) {
+    double sum = 0;
+    for (int64_t start = 0; start < size; start += BLOCK) {
+        int64_t end = start + BLOCK < size ? start + BLOCK : size;
+        float part = 0;
+#pragma omp simd reduction(+ : part)
+        for (int64_t i = start; i < end; i++) part += exp_nonpositive(t[i] - M);
+        sum += part;
+    }
+    return logf((float)sum);
+}
+
+/* The lowest index of the maximum. */
+static int64_t position(const float *z, int64_t size, float m) {
+    for (int64_t i = 0; i < size; i++)
+        if (z[i] == m) return i;
+    return 0;
+}
+
+static inline const void *at(const void *logits, int64_t index, int dtype) {
+    return (const char *)logits + index * (dtype == FP32 ? 4 : 2);
+}
+
+typedef struct {
+    float student, teacher, every;    /* dz = student e - teacher f - every, but for */
+    float ratio, constant;            /* e (1 + ratio (z + constant)) in place of e, the entropy's part, */
+    float gold;                       /* and this less at the gold token */
+} Factors;
+
+/* Of the sums m, l, M, L, H of a row and its weights. */
+static Factors factors(float data, float teacher, float uniform, float m, float l, float L, float entropy,
+                       float gold_weight, float every_weight, float penalty, float scale, int64_t V) {
+    float whole = data + teacher + uniform;
+    return (Factors){
+        .student = scale * whole / l,
+        .teacher = teacher != 0 ? scale * teacher / L : 0,
+        .every = scale * (data * every_weight + uniform / V),
+        .ratio = penalty != 0 && data != 0 ? penalty * data / whole : 0,
+        .constant = entropy - logf(l) - m,
+        .gold = scale * data * gold_weight,
+    };
+}
+
+/* Writes the gradient over a row of the student's logits, from its exponentials or, where these are NULL, from the logits
+ * of both heads. */
+static void write_gradient(char *row, const void *teacher, const float *exponentials_s, const float *exponentials_t,
+                           int64_t V, int64_t gold, float m, float M, float inverse_temperature, Factors by, int dtype,
+                           int teacher_dtype) {
+    float z[BLOCK], e[BLOCK], f[BLOCK];
+    for (int64_t start = 0; start < V; start += BLOCK) {
+        int64_t size = start + BLOCK < V ? BLOCK : V - start;
+        void *out = (void *)at(row, start, dtype);
+        if (!exponentials_s || by.ratio != 0) widen(z, out, size, dtype);
+        if (exponentials_s) {
+            memcpy(e, exponentials_s + start, size * sizeof *e);
+        } else {
+#pragma omp simd
+            for (int64_t i = 0; i < size; i++) e[i] = exp_nonpositive(z[i] - m);
+        }
+        if (by.ratio != 0) {
+#pragma omp simd
+            for (int64_t i = 0; i < size; i++) e[i] *= e[i] > 0 ? 1 + by.ratio * (z[i] + by.constant) : 1;
+        }
+        if (by.teacher == 0) {
+#pragma omp simd
+            for (int64_t i = 0; i < size; i++) e[i] = e[i] * by.student - by.every;
+        } else if (exponentials_t) {
+            const float *known = exponentials_t + start;
+#pragma omp simd
+            for (int64_t i = 0; i < size; i++) e[i] = e[i] * by.student - known[i] * by.teacher - by.every;
+        } else {
+            widen(f, at(teacher, start, teacher_dtype), size, teacher_dtype);
+#pragma omp simd
+            for (int64_t i = 0; i < size; i++)
+                e[i] = e[i] * by.student - exp_nonpositive((f[i] - M) * inverse_temperature) * by.teacher - by.every;
+        }
+        if (start <= gold && gold < start + size) e[gold - start] -= by.gold;
+        narrow(out, e, size, dtype);
+    }
+}
+
+/* 0, NO_MEMORY or NO_SUCH_TOKEN (a target outside the vocabulary). */
+int rows(
+    void *student,         /* (rows, V), contiguous; overwritten by the gradient unless mode is NO_GRADIENT */
+    const void *teacher,   /* (rows, V), contiguous, not tempered; NULL: none */
+    const int64_t *target, /* (rows,) */
+    float *statistics,     /* (10, rows): written, but read in mode GIVEN */
+    uint8_t *correct,      /* (rows,) the argmax is the target; NULL: not asked for */
+    const float *data, const float *teacher_weight, /* (rows,) in mode GIVEN */
+    const float *uniform,                           /* (rows,) or NULL */
+    int64_t count, int64_t V, int dtype, int teacher_dtype, int mode, int threads, int read_argmax, int untempered_gate,
+    float inverse_temperature, float gold_weight, float every_weight, float penalty, float scale
+) {
+    size_t buffer_bytes = (V * sizeof(float) + 63) / 64 * 64;
+    int failed = 0;
+#pragma omp parallel num_threads(threads)
+    {
+        float *z = mode == GIVEN ? NULL : aligned_alloc(64, buffer_bytes);
+        float *t = mode == GIVEN || !teacher ? NULL : aligned_alloc(64, buffer_bytes);
+        int problem = mode != GIVEN && (!z || (teacher && !t)) ? NO_MEMORY : 0;
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < count; row++) {
+            int64_t gold = target[row], read = gold;
+            if (gold < 0 || gold >= V) problem = NO_SUCH_TOKEN;
+            if (problem) continue;
+            char *student_row = (char *)at(student, row * V, dtype);
+            const void *teacher_row = teacher ? at(teacher, row * V, teacher_dtype) : NULL;
+            float *found = statistics + row;
+            if (mode == GIVEN) {
+                float m = found[STUDENT_MAX * count], M = found[TEACHER_MAX * count];
+                Factors by = factors(data[row], teacher ? teacher_weight[row] : 0, uniform ? uniform[row] : 0, m,
+                                     found[STUDENT_SUM * count], found[TEACHER_SUM * count], found[ENTROPY * count],
+                                     gold_weight, every_weight, penalty, scale, V);
+                write_gradient(student_row, teacher_row, NULL, NULL, V, gold, m, M, inverse_temperature, by, dtype,
+                               teacher_dtype);
+                continue;
+            }
+            float m = widen(z, student_row, V, dtype), M = teacher ? widen(t, teacher_row, V, teacher_dtype) : 0;
+            if (correct) {
+                int64_t best = position(z, V, m);
+                correct[row] = best == gold;
+                if (read_argmax) read = best;
+            }
+            float gold_shifted = z[gold] - m, read_shifted = z[read] - m;
+            float teacher_shifted = teacher ? t[read] - M : 0;
+            float gate_log_sum = teacher && untempered_gate ? log_sum(t, V, M) : 0;
+            Sums sums = exponentials(z, t, V, m, M, inverse_temperature);
+            float l = (float)sums.student, L = (float)sums.teacher, log_l = logf(l), log_L = logf(L);
+            float student_read = read_shifted - log_l, entropy = log_l - (float)(sums.entropy / sums.student);
+            float teacher_read = !teacher          ? student_read
+                                 : untempered_gate ? teacher_shifted - gate_log_sum
+                                                   : teacher_shifted * inverse_temperature - log_L;
+            found[STUDENT_MAX * count] = m;
+            found[STUDENT_SUM * count] = l;
+            found[TEACHER_MAX * count] = M;
+            found[TEACHER_SUM * count] = L;
+            found[STUDENT_READ * count] = student_read;
+            found[TEACHER_READ * count] = teacher_read;
+            found[GOLD * count] = gold_shifted - log_l;
+            found[MEAN * count] = (float)(sums.shifted / V) - log_l;
+            found[ENTROPY * count] = entropy;
+            found[KL * count] = teacher ? (float)(sums.difference / sums.teacher) - log_L + log_l : 0;
+            if (mode == NO_GRADIENT) continue;
+            /* Gate "token", strict: where both agree exactly the data teaches. Without a teacher gate "none". */
+            float to_teacher = mode == TOKEN && student_read > teacher_read;
+            Factors by = factors(1 - to_teacher, to_teacher, 0, m, l, L, entropy, gold_weight, every_weight, penalty,
+                                 scale, V);
+            write_gradient(student_row, teacher_row, z, t, V, gold, m, M, inverse_temperature, by, dtype, teacher_dtype);
+        }
+        if (problem) {
+#pragma omp atomic write
+            failed = problem;
+        }
+        free(z);
+        free(t);
+    }
+    return failed;
+}

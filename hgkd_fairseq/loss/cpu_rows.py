@@ -1,0 +1,174 @@
+"""The row mathematics of one chunk on the C kernel: `row_step` does what `rows.row_step` does, on CPUs.
+
+cpu_kernels.c is compiled for the processor in hand on first use, by the C compiler of the machine (some tenths of a
+second), and kept in ``~/.cache/hgkd_fairseq``. `usable` says whether that works here.
+
+    gate "token" or "none"   one call: statistics, gate and gradient while a row is in the cache
+    any other gate           two, and the gate's torch function between them
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hgkd_fairseq.loss import rows
+from hgkd_fairseq.loss.options import Decide, Options, TokenResults
+
+SOURCE = Path(__file__).with_name("cpu_kernels.c")
+# No flag that changes what nan and inf do: an overflow in the logits must reach fairseq's loss scaler as it is.
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+COMPILE_TIMEOUT_S = 60
+
+# The order of the kernel's enums.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NO_GRADIENT, GIVEN, NONE, TOKEN = range(4)
+STATISTICS = (
+    *("student_max", "student_sum", "teacher_max", "teacher_sum"),
+    *("student_read", "teacher_read", "gold", "mean", "entropy", "kl"),
+)
+NO_MEMORY, NO_SUCH_TOKEN = 1, 2
+
+
+def compiler() -> str | None:
+    """The C compiler: the program of the variable CC, else cc, gcc or clang."""
+    return next(filter(None, map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")))), None)
+
+
+def processor() -> str:
+    """What "-march=native" depends on: a home folder may be shared by machines of several kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    # x86 lists "flags", Arm "Features" and the number of the core's design.
+    kinds = {line for line in lines if line.startswith(("model", "flags", "Features", "CPU part"))}
+    return f"{platform.machine()} {platform.processor()} {sorted(kinds)}"
+
+
+def library() -> Path:
+    """The compiled kernel, compiled first where it is not in the cache.
+
+    Raises:
+        OSError: there is no compiler, it fails, or nothing can be written.
+    """
+    program = compiler()
+    if program is None:
+        raise FileNotFoundError("there is no C compiler (cc, gcc, clang, or the program of the variable CC)")
+    version = subprocess.run([program, "--version"], capture_output=True, timeout=COMPILE_TIMEOUT_S, check=False).stdout
+    parts = (SOURCE.read_bytes(), " ".join(FLAGS).encode(), program.encode(), version, processor().encode())
+    name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hgkd_fairseq"
+    file = folder / f"rows-{name}.so"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        # Under another name first: several workers may start at once, and one may be killed.
+        descriptor, made = tempfile.mkstemp(suffix=".so", dir=folder)
+        os.close(descriptor)
+        try:
+            done = subprocess.run(
+                [program, *FLAGS, str(SOURCE), "-o", made, "-lm"],
+                capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False,
+            )  # fmt: skip
+            if done.returncode:
+                raise OSError(f"{program} failed: {(done.stderr.strip() or 'no message').splitlines()[0]}")
+            os.replace(made, file)
+        finally:
+            Path(made).unlink(missing_ok=True)
+    return file
+
+
+@functools.cache
+def kernel():
+    """The function `rows` of cpu_kernels.c."""
+    function = ctypes.CDLL(str(library())).rows
+    pointer, size, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+    function.argtypes = [*[pointer] * 8, size, size, *[number] * 6, *[real] * 5]
+    function.restype = number
+    return function
+
+
+def usable(device: torch.device | str) -> str | None:
+    """None where `row_step` runs on `device` and agrees with plain torch; otherwise a sentence that says why not."""
+    device = torch.device(device)
+    return _usable() if device.type == "cpu" else f'the row kernel is for CPUs, and this is "{device}".'
+
+
+@functools.cache
+def _usable() -> str | None:
+    try:
+        kernel()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"the row kernel cannot be compiled or loaded: {error}"
+    difference = rows.difference_of(row_step, torch.device("cpu"))
+    if not difference < rows.LARGEST_DIFFERENCE:
+        return f"the row kernel differs from plain torch by {difference:.1e}: the compiler made a mistake."
+    return None
+
+
+def row_step(
+    student_logits: Tensor,  # (C, V), overwritten by the gradient where they are contiguous
+    teacher_logits: list[Tensor],  # (C, V) each, not tempered
+    target: Tensor,  # (C,) int64
+    decide: Decide,
+    options: Options,
+    gradient_scale: float | None,
+) -> tuple[TokenResults, Tensor | None]:
+    """As :func:`hgkd_fairseq.loss.rows.row_step`, with the gradient written over `student_logits`.
+
+    Raises:
+        IndexError: a target outside the vocabulary.
+        MemoryError: there is no room for two rows a thread.
+    """
+    dtype, ensemble = student_logits.dtype, len(teacher_logits) > 1
+    # A row of an ensemble has a mean probability for each temperature.
+    if dtype not in DTYPES or (ensemble and options.untempered_gate):
+        return rows.row_step(student_logits, teacher_logits, target, decide, options, gradient_scale)
+    count, vocabulary = student_logits.shape
+    student, target = student_logits.contiguous(), target.contiguous()
+    temperature, teacher = options.teacher_temperature, None
+    if ensemble:
+        # log of the mean probability: logits at temperature 1
+        teacher = rows.mean_probability(teacher_logits, 1 / temperature, torch.float32).log_()
+        temperature = 1.0
+    elif teacher_logits and options.gate.needs_teacher:
+        teacher = teacher_logits[0] if teacher_logits[0].dtype in DTYPES else teacher_logits[0].float()
+        teacher = teacher.contiguous()
+    dtypes = [DTYPES.index(logits.dtype) for logits in (student, student if teacher is None else teacher)]
+    found = torch.empty((len(STATISTICS), count), dtype=torch.float32)
+    correct = torch.empty(count, dtype=torch.bool) if options.needs_argmax else None
+
+    def run(mode: int, weights: tuple[Tensor | None, ...] = (None, None, None)) -> None:
+        tensors = (student, teacher, target, found, correct, *weights)
+        failed = kernel()(
+            *[None if tensor is None else tensor.data_ptr() for tensor in tensors],
+            count, vocabulary, *dtypes, mode, torch.get_num_threads(),
+            options.gate_on == "argmax", options.untempered_gate,
+            1 / temperature, *options.gold_weight(vocabulary), options.confidence_penalty, gradient_scale or 0.0,
+        )  # fmt: skip
+        if failed == NO_MEMORY:
+            raise MemoryError(f"no room for rows of {vocabulary} logits")
+        if failed == NO_SUCH_TOKEN:
+            raise IndexError(f"a target is no token of the vocabulary of {vocabulary}")
+
+    fused = rows.fused_gate(options.gate)
+    if gradient_scale is None or not fused:
+        run(NO_GRADIENT)
+    else:
+        run(TOKEN if options.gate.needs_teacher else NONE)
+    statistics = rows.RowStatistics(**dict(zip(STATISTICS, found, strict=True)), correct=correct)
+    weights = decide(statistics.student_read, statistics.teacher_read)
+    if gradient_scale is not None and not fused:
+        run(GIVEN, tuple(None if part is None else part.float().contiguous() for part in weights))
+    results = rows.row_results(statistics, weights, vocabulary, options)
+    return results, None if gradient_scale is None else student

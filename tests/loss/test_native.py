@@ -1,0 +1,189 @@
+"""The C kernel: against plain torch on what the other tests do not reach, its cache, and what happens without a
+compiler. That it agrees with fp64 and eager in every combination of options: test_gated_distillation.py."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hgkd_fairseq import gates
+from hgkd_fairseq.gates import GATES, Gate, TokenStatistics
+from hgkd_fairseq.loss import cpu_rows, gated_distillation, rows
+from hgkd_fairseq.loss.options import Options
+
+ROOT = Path(__file__).parents[2]
+# The gates of the fused call, through the two calls of any other gate.
+SPLIT = {
+    "token": Gate("mine", lambda statistics: gates.token(statistics)),
+    "none": Gate("mine", lambda statistics: gates.none(statistics), needs_teacher=False),
+}
+
+
+def step(row_step, student, teachers, target, options: Options, scale: float | None = 1.0):
+    def decide(student_read, teacher_read):
+        sentence = torch.zeros_like(target)
+        return options.gate.weights(TokenStatistics(student_read, teacher_read, sentence, 1, student.size(1)))
+
+    return row_step(student.clone(), [t.clone() for t in teachers], target, decide, options, scale)
+
+
+def logits(count: int, vocabulary: int, dtype=torch.float32, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (torch.randn(count, vocabulary, generator=generator).mul(3).to(dtype) for _ in range(2))
+    return student, teacher, torch.randint(vocabulary, (count,), generator=generator)
+
+
+def test_usable_here():
+    assert cpu_rows.usable("cpu") is None
+    assert cpu_rows.usable("cuda") == 'the row kernel is for CPUs, and this is "cuda".'
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    count=st.integers(1, 5),
+    vocabulary=st.sampled_from([2, 3, 15, 16, 17, 31, 507, 2047, 2048, 2049, 5003]),
+    seed=st.integers(0, 5),
+)
+def test_odd_shapes(count: int, vocabulary: int, seed: int):
+    student, teacher, target = logits(count, vocabulary, seed=seed)
+    options = Options(GATES["token"], label_smoothing=0.1, confidence_penalty=0.2, top1=True)
+    ours, dz = step(cpu_rows.row_step, student, [teacher], target, options)
+    plain, dz_plain = step(rows.row_step, student.double(), [teacher.double()], target, options)
+    torch.testing.assert_close(dz.double(), dz_plain, atol=1e-6, rtol=1e-5)
+    for name in ("loss", "nll", "kl", "gap", "confidence"):
+        torch.testing.assert_close(getattr(ours, name).double(), getattr(plain, name), atol=3e-6, rtol=1e-5)
+    assert torch.equal(ours.correct, plain.correct)
+    assert torch.equal(ours.teacher_mask, plain.teacher_mask)
+
+
+@pytest.mark.parametrize("name", SPLIT)
+@pytest.mark.parametrize("dtype", cpu_rows.DTYPES)
+def test_one_call_and_two_agree(name: str, dtype: torch.dtype):
+    student, teacher, target = logits(64, 1001, dtype)
+    teachers = [teacher] if name == "token" else []
+    fused, dz = step(cpu_rows.row_step, student, teachers, target, Options(GATES[name], label_smoothing=0.1))
+    split, dz_split = step(cpu_rows.row_step, student, teachers, target, Options(SPLIT[name], label_smoothing=0.1))
+    torch.testing.assert_close(dz, dz_split, atol=1e-9, rtol=2 * torch.finfo(dtype).eps)
+    assert torch.equal(fused.loss, split.loss)
+    assert 0 < fused.teacher_mask.sum() < 64 or name == "none"
+
+
+def test_student_and_teacher_of_different_dtypes():
+    student, teacher, target = logits(8, 300)
+    expected, _ = step(rows.row_step, student.bfloat16(), [teacher], target, Options(GATES["token"]))
+    for wide in (teacher, teacher.double()):
+        ours, dz = step(cpu_rows.row_step, student.bfloat16(), [wide], target, Options(GATES["token"]))
+        torch.testing.assert_close(ours.kl, expected.kl, atol=1e-5, rtol=1e-5)
+        assert dz.dtype == torch.bfloat16
+
+
+def test_equal_rows_have_no_divergence_and_no_gradient():
+    student, _, target = logits(8, 4001)
+    ours, dz = step(
+        cpu_rows.row_step, student, [student], target, Options(gates.get_gate("always"), teacher_temperature=1.0)
+    )
+    assert ours.kl.abs().max() < 1e-6
+    assert dz.abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_shows(value: float):
+    student, teacher, target = logits(4, 100)
+    student[1, 7] = value
+    for options in (Options(GATES["token"]), Options(SPLIT["token"])):
+        ours, dz = step(cpu_rows.row_step, student, [teacher], target, options)
+        assert not ours.nll[1].isfinite()
+        assert not dz[1].isfinite().all()
+        assert dz[0].isfinite().all()
+
+
+def test_masked_logits_have_no_probability():
+    """A logit of minus infinity, as a decoder that forbids a token gives: p = 0, and no nan anywhere."""
+    student, teacher, target = logits(4, 100)
+    student[:, 50], teacher[:, 50], target[:] = -torch.inf, -torch.inf, 3
+    ours, dz = step(cpu_rows.row_step, student, [teacher], target, Options(GATES["token"]))
+    plain, dz_plain = step(rows.row_step, student, [teacher], target, Options(GATES["token"]))
+    assert (dz[:, 50] == 0).all()
+    torch.testing.assert_close(dz, dz_plain, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(ours.loss, plain.loss)
+
+
+def test_a_target_outside_the_vocabulary_is_refused():
+    student, teacher, target = logits(4, 100)
+    for wrong in (100, -1):
+        target[2] = wrong
+        with pytest.raises(IndexError, match="a target is no token of the vocabulary of 100"):
+            step(cpu_rows.row_step, student, [teacher], target, Options(GATES["token"]))
+
+
+def program(code: str, **variables: str) -> subprocess.CompletedProcess:
+    """A fresh process in which plain torch, `a`, and auto, `b`, have computed one loss."""
+    start = """
+import logging
+logging.basicConfig(level=logging.WARNING)
+import torch
+from hgkd_fairseq.loss import gated_distillation
+generator = torch.Generator().manual_seed(0)
+h, w, t, u = (torch.randn(*size, generator=generator) for size in ((2, 9, 8), (40, 8)) * 2)
+target = torch.randint(2, 40, (2, 9), generator=generator)
+a, b, c = (gated_distillation(h, w, t, u, target, implementation=i) for i in ("eager", "auto", "auto"))
+assert torch.allclose(a.loss, b.loss, rtol=1e-5), (a.loss, b.loss)
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
+    return subprocess.run(
+        [sys.executable, "-c", start + code], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_compiled_once_and_kept(tmp_path: Path):
+    for _ in range(2):
+        done = program("", XDG_CACHE_HOME=str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        assert "plain torch" not in done.stderr
+        (file,) = (tmp_path / "hgkd_fairseq").iterdir()
+    assert file.suffix == ".so"
+    # Kept, not compiled again: a file that is no library is found and, since it cannot be loaded, said.
+    file.write_bytes(b"")
+    done = program("", XDG_CACHE_HOME=str(tmp_path))
+    assert done.stderr.count("the loss runs in plain torch, slower: the row kernel cannot be compiled or loaded") == 1
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"CC": "false"}, "false failed: no message"),
+        ({"PATH": "", "CC": ""}, "there is no C compiler (cc, gcc, clang, or the program of the variable CC)"),
+    ],
+)
+def test_without_a_compiler_plain_torch_does_the_rows(variables: dict[str, str], reason: str, tmp_path: Path):
+    done = program("", XDG_CACHE_HOME=str(tmp_path), **variables)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("the loss runs in plain torch, slower") == 1, done.stderr
+    assert reason in done.stderr
+    asked = program(
+        'gated_distillation(h, w, t, u, target, implementation="native")', XDG_CACHE_HOME=str(tmp_path), **variables
+    )
+    assert 'ValueError: implementation="native" cannot be used: the row kernel cannot be compiled' in asked.stderr
+
+
+def test_one_result_for_any_number_of_threads():
+    """Rows are dealt out, none is split: the same bits on any number of threads."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, teacher = (torch.randn(4, 25, 16, generator=generator) for _ in range(2))
+    weight, teacher_weight = (torch.randn(2500, 16, generator=generator) for _ in range(2))
+    target = torch.randint(2, 2500, (4, 25), generator=generator)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            out = gated_distillation(hidden, weight, teacher, teacher_weight, target, implementation="native")
+            found.append(out.token_nll)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
