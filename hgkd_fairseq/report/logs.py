@@ -85,7 +85,7 @@ def parse(tag: str, message: str) -> dict[str, Any]:
         except ValueError:  # cut short when the run was killed
             return {}
     else:
-        pairs = re.findall(r"(\w+)[ =](\S+?)(?=,? |$)", message)
+        pairs = re.findall(r"(\w+)[ =]([^\s=]+?)(?=,? |$)", message)
     numbers: dict[str, Any] = {}
     for name, value in pairs:
         try:

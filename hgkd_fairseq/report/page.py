@@ -37,7 +37,7 @@ code, pre { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "Liberation M
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; width: fit-content; max-width: 100%; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .5rem .75rem; text-align: right; white-space: nowrap; vertical-align: top; }
-th { font-weight: 600; background: var(--soft); vertical-align: bottom; }
+th { font-weight: 600; background: var(--soft); vertical-align: bottom; white-space: normal; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--ground); }
 thead th:first-child { background: var(--soft); }
 tbody tr { border-top: 1px solid var(--line); }
@@ -46,6 +46,7 @@ td.significant b { font-weight: 700; }
 td b { font-weight: 400; }
 td:first-child b { font-weight: 600; }
 table.settings td, table.settings th { text-align: left; }
+table.settings div { width: max-content; max-width: 16rem; white-space: normal; overflow-wrap: anywhere; }
 .legend { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; margin: .75rem 0; padding: 0; list-style: none;
   font-size: .9rem; }
 .swatch { width: 2.6rem; height: .85rem; vertical-align: -.1rem; margin-right: .4rem; }
@@ -53,6 +54,7 @@ table.settings td, table.settings th { text-align: left; }
 figure { margin: 0; }
 figure svg { display: block; width: 100%; max-width: 26rem; height: auto; }
 figcaption { font-size: .875rem; margin-bottom: .25rem; }
+svg { fill: currentColor; }
 svg * { stroke-linejoin: round; stroke-linecap: butt; }
 svg text { font-family: inherit !important; }
 details { border-top: 1px solid var(--line); padding: .5rem 0; }
@@ -129,9 +131,9 @@ def table_html(table: Table) -> str:
     for row in table.rows:
         cells = []
         for cell in row:
-            interval = f"<span>{escape(cell.interval)}</span>" if cell.interval else ""
+            small = "".join(f"<span>{escape(part)}</span>" for part in (cell.interval, cell.p) if part)
             kind = ' class="significant"' if cell.significant else ""
-            cells.append(f"<td{kind}><b>{escape(cell.text)}</b>{interval}</td>")
+            cells.append(f"<td{kind}><b>{escape(cell.text)}</b>{small}</td>")
         body.append("<tr>" + "".join(cells) + "</tr>")
     return (
         f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'
@@ -181,22 +183,24 @@ def curves(runs: Sequence[Run]) -> str:
 
 def options(runs: Sequence[Run]) -> str:
     """The options of training in which the runs differ."""
-    logged = {run.name: commands.arguments_of("fairseq-train", run.log.settings) for run in runs if run.log.settings}
-    given = {name: options for name, options in logged.items() if options is not None}
+    logged = [run for run in runs if run.log.settings]
+    given = [commands.arguments_of("fairseq-train", run.log.settings) or {} for run in logged]
     rows = []
-    for option in dict.fromkeys(itertools.chain(*given.values())):
-        values = [options.get(option, "") for options in given.values()]
-        if option != "--save-dir" and len(set(values)) > 1:
-            cells = "".join(f"<td>{'yes' if value is None else escape(value)}</td>" for value in values)
+    for option in dict.fromkeys(itertools.chain(*given)):
+        name = option.removeprefix("--").replace("-", "_")
+        values = [run.log.settings.get(name) for run in logged]
+        if option != "--save-dir" and any(value != values[0] for value in values):
+            texts = ("" if value is None else escape(commands.written(value)) for value in values)
+            cells = "".join(f"<td><div>{text}</div></td>" for text in texts)
             rows.append(f"<tr><td><code>{escape(option)}</code></td>{cells}</tr>")
     if not rows:
         return ""
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in given)
+    head = "".join(f'<th scope="col">{escape(run.name)}</th>' for run in logged)
     return (
         "<section><h2>Options of training that differ</h2>"
         '<div class="scroll" tabindex="0"><table class="settings"><thead><tr><th scope="col">option</th>'
         f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-        f"{notes(['Empty: the default, or no option of that criterion.'])}</section>"
+        f"{notes(['Empty: not given, or no option there.'])}</section>"
     )
 
 

@@ -24,11 +24,12 @@ class Cell:
 
     text: str = ""
     interval: str = ""
+    p: str = ""
     significant: bool = False
 
     def __str__(self) -> str:
         text = f"**{self.text}**" if self.significant else self.text
-        return " ".join(part for part in (text, self.interval) if part)
+        return " ".join(part for part in (text, self.interval, self.p) if part)
 
 
 EMPTY = Cell()
@@ -113,7 +114,7 @@ def measure(runs: Sequence[Run]) -> Report:
     filled = [column for column in range(len(columns)) if any(row[column + 1].text for row in rows)]
     differences = Table(
         title,
-        ["model", *(columns[column] for column in filled)],
+        [f"model − {runs[0].name}", *(columns[column] for column in filled)],
         [[row[0], *(row[column + 1] for column in filled)] for row in rows],
         [
             "The difference, and p of a two-sided paired bootstrap over the sentences: sacreBLEU's for BLEU, chrF and "
@@ -203,15 +204,19 @@ def difference_row(first: Run, run: Run, results: dict[str, dict[str, Result]]) 
             cells.append(EMPTY)
         else:
             value = signed(ours.score - theirs.score, 1)
-            cells.append(Cell(value, f"p = {ours.p_value:.3f}", ours.p_value < SIGNIFICANT))
+            cells.append(compared(value, "", ours.p_value))
     for kind in KINDS:
         found = difference(getattr(first, kind.file), getattr(run, kind.file), kind)
         if found is None:
             cells.append(EMPTY)
         else:
             ends = f"[{signed(100 * found.low, 2)}, {signed(100 * found.high, 2)}]"
-            cells.append(Cell(signed(100 * found.value, 2), f"{ends} p = {found.p:.3f}", found.p < SIGNIFICANT))
+            cells.append(compared(signed(100 * found.value, 2), ends, found.p))
     return cells
+
+
+def compared(text: str, interval: str, p: float) -> Cell:
+    return Cell(text, interval, f"p = {p:.3f}", p < SIGNIFICANT)
 
 
 def difference(first: dict[str, Any] | None, second: dict[str, Any] | None, kind: Kind) -> Difference | None:
