@@ -36,7 +36,7 @@ def read_lines(file: str | Path) -> dict[str, dict[int, str]]:
 
 
 def read_references(file: str | Path) -> list[str]:
-    """A text file, a reference a line, in the order of the subset. Only a line feed ends a line.
+    """A text file, a reference a line, in the order of the subset. Line ends are those of files, not Unicode's others.
 
     Raises:
         UserError: a file that is missing or no text.

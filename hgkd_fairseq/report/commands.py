@@ -47,14 +47,17 @@ def arguments_of(program: str, settings: dict[str, Any]) -> dict[str, str | None
     if program == "fairseq-generate":
         given["--path"] = str(settings.get("path"))
     try:
-        parser, _ = parse(program, listed(settings, given))
-        for action in parser._actions:  # argparse has no public way to ask for its options
-            name = action.dest
-            if not action.option_strings or name in CHOICES or name == "user_dir" or name not in settings:
-                continue
-            # Parsed anew, because some defaults are the values of other options: --max-tokens-valid is --max-tokens.
-            if settings[name] != parse(program, listed(settings, given))[1].get(name):
-                given[max(action.option_strings, key=len)] = None if action.nargs == 0 else written(settings[name])
+        while True:
+            # Parsed anew for each, because some defaults are values of others: --max-tokens-valid is --max-tokens.
+            parser, parsed = parse(program, listed(settings, given))
+            for action in parser._actions:  # argparse has no public way to ask for its options
+                name, option = action.dest, max(action.option_strings, key=len, default="")
+                differs = name in settings and settings[name] != parsed.get(name)
+                if differs and option and option not in given and name not in (*CHOICES, "user_dir"):
+                    given[option] = None if action.nargs == 0 else written(settings[name])
+                    break
+            else:
+                break
     except ValueError:
         return None
     if settings.get("user_dir"):  # last: fairseq refuses to import a second folder of the same name
