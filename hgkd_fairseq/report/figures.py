@@ -109,8 +109,8 @@ def plot(axes, x: Sequence[float], y: Sequence[float], style: dict[str, Any]) ->
     )  # fmt: skip
 
 
-def swatch(number: int) -> str:
-    """The line and marker of the run of that number, for a legend."""
+def swatch(number: int, place: str) -> str:
+    """The line and marker of the run of that number, for the legend at a place of the page."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
@@ -120,6 +120,6 @@ def swatch(number: int) -> str:
         style = diagram.STYLES[number]
         axes.plot([0.02, 0.98], [0, 0], color=style["color"], linestyle=style["linestyle"], linewidth=1.3)
         axes.plot([0.5], [0], color=style["color"], marker=style["marker"], markersize=5)
-        return svg(figure, f"swatch-{number}", "").replace(
+        return svg(figure, f"{place}-{number}", "").replace(
             'role="img" aria-label=""', 'class="swatch" aria-hidden="true"'
         )

@@ -114,14 +114,16 @@ def heading(runs: Sequence[Run]) -> str:
     facts = [f"{len(runs)} runs" if len(runs) > 1 else "1 run"]
     facts += [f"{count:,} test sentences"] if count else []
     facts += [f"compared with {runs[0].name}"] if len(runs) > 1 else []
-    return (
-        f"<h1>{escape(', '.join(run.name for run in runs))}</h1>"
-        f'<p class="quiet">{escape(" · ".join(facts))}</p>{legend(runs)}'
-    )
+    lines = [
+        f"<h1>{escape(', '.join(run.name for run in runs))}</h1>",
+        f'<p class="quiet">{escape(" · ".join(facts))}</p>',
+        legend(runs, "top"),
+    ]
+    return "".join(lines)
 
 
-def legend(runs: Sequence[Run]) -> str:
-    items = (f"<li>{figures.swatch(number)}{escape(run.name)}</li>" for number, run in enumerate(runs))
+def legend(runs: Sequence[Run], place: str) -> str:
+    items = (f"<li>{figures.swatch(number, place)}{escape(run.name)}</li>" for number, run in enumerate(runs))
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
@@ -175,10 +177,9 @@ def curves(runs: Sequence[Run]) -> str:
     lacking = missing(runs, ("train.log",))
     if not cards and not lacking:
         return ""
-    return (
-        f'<section><h2>Training</h2><p>From fairseq\'s own logs.</p>{legend(runs)}<div class="figures">{"".join(cards)}'
-        f"</div>{notes(lacking)}</section>"
-    )
+    figures_html = f'<div class="figures">{"".join(cards)}</div>'
+    about = "<h2>Training</h2><p>From fairseq's own logs.</p>" + legend(runs, "curves")
+    return f"<section>{about}{figures_html}{notes(lacking)}</section>"
 
 
 def options(runs: Sequence[Run]) -> str:

@@ -203,20 +203,21 @@ def difference_row(first: Run, run: Run, results: dict[str, dict[str, Result]]) 
         if ours is None or theirs is None or ours.p_value is None:
             cells.append(EMPTY)
         else:
-            value = signed(ours.score - theirs.score, 1)
-            cells.append(compared(value, "", ours.p_value))
+            value = ours.score - theirs.score
+            cells.append(compared(signed(value, 1), "", ours.p_value, value))
     for kind in KINDS:
         found = difference(getattr(first, kind.file), getattr(run, kind.file), kind)
         if found is None:
             cells.append(EMPTY)
         else:
             ends = f"[{signed(100 * found.low, 2)}, {signed(100 * found.high, 2)}]"
-            cells.append(compared(signed(100 * found.value, 2), ends, found.p))
+            cells.append(compared(signed(100 * found.value, 2), ends, found.p, found.value))
     return cells
 
 
-def compared(text: str, interval: str, p: float) -> Cell:
-    return Cell(text, interval, f"p = {p:.3f}", p < SIGNIFICANT)
+def compared(text: str, interval: str, p: float, value: float) -> Cell:
+    # sacreBLEU gives the least p to a system that is compared with itself.
+    return Cell(text, interval, f"p = {p:.3f}", p < SIGNIFICANT and value != 0)
 
 
 def difference(first: dict[str, Any] | None, second: dict[str, Any] | None, kind: Kind) -> Difference | None:

@@ -45,7 +45,9 @@ def test_of_a_real_log(student: cl.Run, teacher: cl.Run, tmp_path):
 def test_there_and_back(arguments):
     program, *rest = arguments
     _, settings = commands.parse(program, rest)
-    assert reparsed(commands.command(program, settings)) == settings
+    command = commands.command(program, settings)
+    assert reparsed(command) == settings
+    assert "[" not in command  # lists as one types them
 
 
 def test_unknown_parts():
