@@ -114,23 +114,33 @@ measure() {
     "$BIN/hgkd" "$@" --json "$file" >"${file%.json}.log" 2>&1 || { tail -n 1 "${file%.json}.log" >&2; exit 1; }
 }
 
-# score NAME: translates the test set and measures. The translations stay in pieces, one for each score: inference
-# calibration needs them, and the report joins them.
+# translate RUN FOLDER OPTIONS...: the test set, to FOLDER/generate-test.txt. The translations stay in pieces, one for each
+# score: inference calibration needs them, and the report joins them.
+translate() {
+    local run=$1 folder=$2
+    shift 2
+    [[ -f $folder/generated ]] && return
+    mkdir -p "$folder"
+    "$BIN/fairseq-generate" "$bin" --path "$run/checkpoint_best.pt" --user-dir "$root/hgkd_fairseq" "${device[@]}" \
+        --gen-subset test --beam "$beam" --max-len-a "$longest" --max-len-b 10 --max-tokens 4000 "${every[@]}" \
+        --results-path "$folder" "$@" >"$folder/generate.log" 2>&1 || { tail -n 1 "$folder/generate.log" >&2; exit 1; }
+    touch "$folder/generated"
+}
+
+# score NAME: all that is measured of a model, as it is and at the temperature that the validation set asks for.
 score() {
-    local name=$1 run=$dir/$1
+    local name=$1 run=$dir/$1 degree
     local model=("$bin" --path "$run/checkpoint_best.pt")
-    if [[ ! -f $run/generated ]]; then
-        say "$name: translating the test set, beam $beam (log: $run/generate-test.txt)"
-        "$BIN/fairseq-generate" "${model[@]}" --user-dir "$root/hgkd_fairseq" "${device[@]}" \
-            --gen-subset test --beam "$beam" --max-len-a "$longest" --max-len-b 10 --max-tokens 4000 "${every[@]}" \
-            --results-path "$run" >"$run/generate.log" 2>&1 || { tail -n 1 "$run/generate.log" >&2; exit 1; }
-        touch "$run/generated"
-    fi
+    say "$name: translating the test set, beam $beam (log: $run/generate-test.txt)"
+    translate "$run" "$run"
     say "$name: calibration"
     measure "$run" forced.json calibration forced "${model[@]}"
     measure "$run" inference.json calibration inference "$run/generate-test.txt"
     measure "$run" temperature.json calibration temperature "${model[@]}"
     measure "$run" scaled.json calibration forced "${model[@]}" --temperature "$run/temperature.json"
+    degree=$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["temperature"])' "$run/temperature.json")
+    translate "$run" "$run/scaled" --temperature "$degree"
+    measure "$run" inference_scaled.json calibration inference "$run/scaled/generate-test.txt"
 }
 
 # Two at a time, of one thread each: so small a model does not keep two cores busy.

@@ -36,7 +36,7 @@ p { margin: .5rem 0; max-width: 75ch; }
 code, pre { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace; font-size: .92em; }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; width: fit-content; max-width: 100%; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .5rem .75rem; text-align: right; white-space: nowrap; vertical-align: top; }
+th, td { padding: .45rem .6rem; text-align: right; white-space: nowrap; vertical-align: top; }
 th { font-weight: 600; background: var(--soft); vertical-align: bottom; white-space: normal; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--ground); }
 thead th:first-child { background: var(--soft); }

@@ -27,8 +27,10 @@ FILES = {
     "temperature.json": "hgkd calibration temperature DATA --path RUN/checkpoint_best.pt --json RUN/temperature.json",
     "scaled.json": "hgkd calibration forced DATA --path RUN/checkpoint_best.pt --temperature RUN/temperature.json "
     "--json RUN/scaled.json",
+    "inference_scaled.json": "fairseq-generate DATA --path RUN/checkpoint_best.pt --temperature T --results-path "
+    f"RUN/scaled, then hgkd calibration inference RUN/scaled/{GENERATED} --json RUN/inference_scaled.json",
 }
-SCORES = ("forced", "inference", "scaled")
+SCORES = ("forced", "inference", "scaled", "inference_scaled")
 
 
 @dataclass
@@ -48,6 +50,7 @@ class Run:
     forced: dict[str, Any] | None = None
     inference: dict[str, Any] | None = None
     scaled: dict[str, Any] | None = None  # forced, at the temperature
+    inference_scaled: dict[str, Any] | None = None  # of what was translated at it
     temperature: dict[str, Any] | None = None
 
 

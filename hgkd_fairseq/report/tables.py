@@ -64,10 +64,12 @@ class Kind:
 KINDS = (
     Kind("forced", "forced"),
     Kind("forced, no EOS", "forced", "eos:no"),
-    Kind("at T", "scaled"),
-    Kind("at T, no EOS", "scaled", "eos:no"),
+    Kind("forced at T", "scaled"),
+    Kind("forced at T, no EOS", "scaled", "eos:no"),
     Kind("inference", "inference"),
     Kind("inference, no EOS", "inference", "eos:no"),
+    Kind("inference at T", "inference_scaled"),
+    Kind("inference at T, no EOS", "inference_scaled", "eos:no"),
 )
 
 
@@ -104,7 +106,7 @@ def measure(runs: Sequence[Run]) -> Report:
     )
     calibration = Table(
         "Calibration",
-        ["ECE, %", *(kind.title for kind in KINDS[:2]), "T", *(kind.title for kind in KINDS[2:])],
+        ["ECE, %", "T", *(kind.title for kind in KINDS)],
         [calibration_row(run) for run in runs],
         calibration_notes(runs),
     )
@@ -193,7 +195,7 @@ def number(found: dict[str, Any] | None, key: str, scale: float, digits: int) ->
 def calibration_row(run: Run) -> list[Cell]:
     cells = [number(getattr(run, kind.file), kind.key, 100, 2) for kind in KINDS]
     degree = (run.scaled or run.temperature or {}).get("temperature")
-    return [Cell(run.name), *cells[:2], Cell(f"{degree:.3f}") if degree else EMPTY, *cells[2:]]
+    return [Cell(run.name), Cell(f"{degree:.3f}") if degree else EMPTY, *cells]
 
 
 def difference_row(first: Run, run: Run, results: dict[str, dict[str, Result]]) -> list[Cell]:
@@ -272,7 +274,9 @@ def calibration_notes(runs: Sequence[Run]) -> list[str]:
                 f"No difference in {kind.title} between {runs[0].name} and {', '.join(unlike)}: {kind.file}.json was "
                 "not resampled alike; measure both again with one `--seed` and `--replicates`, on one subset."
             )
-    return about + missing(runs, ("forced.json", "inference.json", "temperature.json", "scaled.json"))
+    return about + missing(
+        runs, ("forced.json", "inference.json", "temperature.json", "scaled.json", "inference_scaled.json")
+    )
 
 
 def missing(runs: Sequence[Run], files: Sequence[str]) -> list[str]:

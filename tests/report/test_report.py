@@ -33,21 +33,33 @@ def folders(data, teacher, student, tmp_path_factory) -> list[Path]:
         options = ("--cpu", "--beam", 2, "--max-len-b", 12, "--results-path", folder)
         return cl.fairseq("generate", data, *cl.USER_DIR, "--path", folder / "checkpoint_best.pt", *options)
 
+    def measure(folder: Path, file: str, *command) -> None:
+        assert cli.main(["calibration", *map(str, command), "--json", f"{folder}/{file}"]) == 0
+
     folders = [home / name for name in found]
+    for folder in folders:
+        model = (data, "--path", folder / "checkpoint_best.pt", "--cpu")
+        measure(folder, "forced.json", "forced", *model)
+        measure(folder, "temperature.json", "temperature", *model, "--replicates", 0)
+        measure(folder, "scaled.json", "forced", *model, "--temperature", folder / "temperature.json")
     results = cl.together(*[lambda folder=folder: generate(folder) for folder in folders])
     for folder, result in zip(folders, results, strict=True):
         assert result.code == 0, result.end()
         (folder / "generate.log").write_text(result.output)
-        model = (str(data), "--path", f"{folder}/checkpoint_best.pt", "--cpu")
-        scaled = ("--temperature", f"{folder}/temperature.json")
-        for file, *command in (
-            ("forced.json", "forced", *model),
-            ("inference.json", "inference", f"{folder}/generate-test.txt"),
-            ("temperature.json", "temperature", *model, "--replicates", "0"),
-            ("scaled.json", "forced", *model, *scaled),
-        ):
-            assert cli.main(["calibration", *command, "--json", f"{folder}/{file}"]) == 0
+        measure(folder, "inference.json", "inference", folder / "generate-test.txt")
+        (folder / "scaled").mkdir()
+        scaled_probabilities(folder / "generate-test.txt", folder / "scaled" / "generate-test.txt")
+        measure(folder, "inference_scaled.json", "inference", folder / "scaled" / "generate-test.txt")
     return folders
+
+
+def scaled_probabilities(file: Path, output: Path) -> None:
+    """Other probabilities of the same tokens: a translation at a temperature is another run of fairseq-generate."""
+
+    def half(found: re.Match) -> str:
+        return found[1] + " ".join(str(float(number) / 2) for number in found[2].split())
+
+    output.write_text(re.sub(r"^(P-\d+\t)(.*)$", half, file.read_text(), flags=re.MULTILINE))
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +107,15 @@ def test_costs_are_those_of_the_checkpoints(folders, found, teacher, student):
 
 def test_calibration_is_that_of_the_files(folders, found):
     for folder, row in zip(folders, found.calibration.rows, strict=True):
-        assert row[3].text == f"{json.loads((folder / 'temperature.json').read_text())['temperature']:.3f}"
-        cells = [*row[1:3], *row[4:]]
-        for cell, (file, key) in zip(
-            cells,
-            [(file, key) for file in ("forced", "scaled", "inference") for key in ("ece", "ece_without_eos")],
-            strict=True,
-        ):
-            (score,) = [row for row in json.loads((folder / f"{file}.json").read_text())["scores"] if row["key"] == key]
+        assert row[1].text == f"{json.loads((folder / 'temperature.json').read_text())['temperature']:.3f}"
+        kinds = [
+            (file, key)
+            for file in ("forced", "scaled", "inference", "inference_scaled")
+            for key in ("ece", "ece_without_eos")
+        ]
+        for cell, (file, key) in zip(row[2:], kinds, strict=True):
+            scores = json.loads((folder / f"{file}.json").read_text())["scores"]
+            (score,) = [score for score in scores if score["key"] == key]
             assert cell.text == f"{100 * score['value']:.2f}"
             assert cell.interval == f"[{100 * score['low']:.2f}, {100 * score['high']:.2f}]"
 
@@ -147,6 +160,9 @@ def test_a_run_does_not_differ_from_itself(folders, tmp_path):
     assert not any(cell.significant for cell in row)
     for cell in row[4:]:
         assert (cell.text, cell.interval, cell.p) == ("0.00", "[0.00, 0.00]", "p = 1.000")
+
+
+KINDS = ("forced", "inference", "temperature", "forced", "inference")  # in the order of runs.FILES
 
 
 class Page(html.parser.HTMLParser):
@@ -212,8 +228,9 @@ def test_the_page_holds_all(written, found):
         "Teacher&#x27;s share of training tokens",
     ]
     assert "<b>student" not in written.replace("<b>&lt;b&gt;student", "")
-    for command in ("fairseq-train", "fairseq-generate", "hgkd calibration inference", "hgkd calibration temperature"):
-        assert written.count(command + " ") == 2
+    commands = re.findall(r"^(fairseq-\w+|hgkd calibration \w+) ", re.sub("<pre>", "\n", written), flags=re.MULTILINE)
+    once = ["fairseq-train", "fairseq-generate", *(f"hgkd calibration {kind}" for kind in KINDS)]
+    assert commands == 2 * once
     assert f"torch {torch.__version__}" in written
     options = dict(re.findall(r"<tr><td><code>(.*?)</code></td>(.*?)</tr>", written))
     values = {option: re.findall(r"<div>(.*?)</div>", cells) for option, cells in options.items()}
