@@ -30,7 +30,7 @@ FILES = {
     "inference_scaled.json": "fairseq-generate DATA --path RUN/checkpoint_best.pt --temperature T --results-path "
     f"RUN/scaled, then hgkd calibration inference RUN/scaled/{GENERATED} --json RUN/inference_scaled.json",
 }
-SCORES = ("forced", "inference", "scaled", "inference_scaled")
+MODES = {"forced": "forced", "inference": "inference", "scaled": "forced", "inference_scaled": "inference"}
 
 
 @dataclass
@@ -78,10 +78,11 @@ def read_all(folders: Sequence[Path], reference: Path | None = None) -> list[Run
                     "references of its subset with --reference, and generate with --required-batch-size-multiple 1"
                 )
             run.references = given
-    for run in translated[1:]:
-        if run.references != translated[0].references:
+    referenced = [run for run in translated if run.references is not None]
+    for run in referenced[1:]:
+        if run.references != referenced[0].references:
             raise UserError(
-                f"{run.folder} and {translated[0].folder} were translated from different test sets; generate both "
+                f"{run.folder} and {referenced[0].folder} were translated from different test sets; generate both "
                 "from one"
             )
     return runs
@@ -112,9 +113,9 @@ def read(folder: Path, name: str) -> Run:
     for file in ("generate.log", GENERATED):  # with --results-path, the settings are printed, not written there
         if (folder / file).exists() and not run.generation.settings:
             run.generation = logs.read(folder / file)
-    for key in SCORES:
+    for key, mode in MODES.items():
         if f"{key}.json" not in run.missing:
-            setattr(run, key, diagram.read(str(folder / f"{key}.json")))
+            setattr(run, key, scores(folder / f"{key}.json", mode))
     if "temperature.json" not in run.missing:
         run.temperature = temperature(folder / "temperature.json")
         fitted, used = run.temperature["temperature"], (run.scaled or run.temperature)["temperature"]
@@ -158,6 +159,15 @@ def progress(run: Run, file: str) -> tuple[int | None, float | None]:
         return updates, state["extra_state"]["previous_training_time"] / 60
     except (KeyError, IndexError, TypeError):
         raise UserError(f"{run.folder / file} is no checkpoint of fairseq-train; name a run of it") from None
+
+
+def scores(file: Path, mode: str) -> dict[str, Any]:
+    found = diagram.read(str(file))
+    if found["mode"] != mode:
+        raise UserError(
+            f"{file} holds scores of `hgkd calibration {found['mode']}`; write it again: {FILES[file.name]}"
+        )
+    return found
 
 
 def temperature(file: Path) -> dict[str, Any]:

@@ -132,8 +132,10 @@ def check_alike(runs: Sequence[Run], kind: Kind) -> None:
         found = getattr(run, kind.file)
         if found is None:
             continue
-        # The temperature is each run's own.
-        how = [part for part in score(found, kind.key)["signature"].split("|") if not part.startswith("temp:")]
+        how = score(found, kind.key)["signature"].split("|")
+        if kind.file == "scaled":  # the temperature is each run's own
+            how = [part for part in how if not part.startswith("temp:")]
+        how += [f"subset:{found['subset']}"] if "subset" in found else []
         first = first or (run, how)
         if how != first[1]:
             raise UserError(
@@ -262,9 +264,7 @@ def calibration_notes(runs: Sequence[Run]) -> list[str]:
         found = next((found for found in (getattr(run, key) for run in runs) if found), None)
         about += [f"{key.capitalize()}: `{found['signature']}`"] if found else []
     if any(run.temperature for run in runs):
-        about.append(
-            "T: the temperature that gives the validation set the least NLL; ECE at T: forced, on the test set."
-        )
+        about.append("T: the temperature that gives the validation set the least NLL; it divides the logits.")
     for kind in KINDS:
         files = [(run, getattr(run, kind.file)) for run in runs[1:]]
         first = getattr(runs[0], kind.file)

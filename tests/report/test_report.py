@@ -326,6 +326,18 @@ REFUSED = {
         lambda run: change(run, "forced.json", "ECE|bins:20|", "ECE|bins:10|"),
         r"holds ECE\|bins:10\|.*; measure both in one way",
     ),
+    "scores of another kind": (
+        lambda run: shutil.copy(run / "inference.json", run / "forced.json"),
+        "forced.json holds scores of `hgkd calibration inference`; write it again: hgkd calibration forced",
+    ),
+    "scores at a temperature": (
+        lambda run: change(run, "forced.json", "|tok:bpe|version", "|tok:bpe|temp:2|version"),
+        r"holds ECE\|.*\|temp:2\|.*; measure both in one way",
+    ),
+    "other subset": (
+        lambda run: change(run, "forced.json", '"subset": "test"', '"subset": "valid"'),
+        r"\|subset:valid and .*\|subset:test; measure both in one way",
+    ),
     "no checkpoint of training": (
         lambda run: (run / "checkpoint_last.pt").unlink() or torch.save({"model": {}}, run / "checkpoint_last.pt"),
         "is no fairseq checkpoint",
