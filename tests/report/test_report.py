@@ -302,7 +302,7 @@ def change(folder: Path, file: str, old: str, new: str) -> None:
 REFUSED = {
     "no folder": (lambda run: shutil.rmtree(run), "is no folder; name the --save-dir"),
     "no run": (
-        lambda run: [file.unlink() for file in run.iterdir()],
+        lambda run: [file.unlink() for file in run.iterdir() if file.is_file()],
         "is no run: it holds none of checkpoint_best.pt,",
     ),
     "sentence lost": (
