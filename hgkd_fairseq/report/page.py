@@ -38,7 +38,8 @@ code, pre { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "Liberation M
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .45rem .6rem; text-align: right; white-space: nowrap; vertical-align: top; }
 th { font-weight: 600; background: var(--soft); vertical-align: bottom; white-space: normal; }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--ground); }
+th:first-child, td:first-child { text-align: left; white-space: nowrap; position: sticky; left: 0;
+  background: var(--ground); }
 thead th:first-child { background: var(--soft); }
 tbody tr { border-top: 1px solid var(--line); }
 td span { display: block; font-size: .78rem; }

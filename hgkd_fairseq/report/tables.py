@@ -80,10 +80,10 @@ class Report:
     runs: list[Run]
     quality: Table
     calibration: Table
-    differences: Table | None
+    differences: list[Table]  # those of them that have any
 
     def tables(self) -> list[Table]:
-        return [table for table in (self.quality, self.calibration, self.differences) if table]
+        return [self.quality, self.calibration, *self.differences]
 
     def markdown(self) -> str:
         return "\n\n".join(table.markdown() for table in self.tables())
@@ -110,20 +110,40 @@ def measure(runs: Sequence[Run]) -> Report:
         [calibration_row(run) for run in runs],
         calibration_notes(runs),
     )
-    rows = [difference_row(runs[0], run, results) for run in runs[1:]]
-    title = f"Differences from {runs[0].name}"
-    columns = [*METRICS, *(f"ECE {kind.title}" for kind in KINDS)]
-    filled = [column for column in range(len(columns)) if any(row[column + 1].text for row in rows)]
-    differences = Table(
-        title,
-        [f"model − {runs[0].name}", *(columns[column] for column in filled)],
-        [[row[0], *(row[column + 1] for column in filled)] for row in rows],
+    first, others = runs[0], runs[1:]
+    differences = [
+        difference_table(
+            first, others, "translation", list(METRICS), lambda run: text_differences(first, run, results)
+        ),
+        difference_table(
+            first, others, "calibration", [kind.title for kind in KINDS], lambda run: ece_differences(first, run)
+        ),
+    ]
+    return Report(list(runs), quality, calibration, [table for table in differences if table])
+
+
+def difference_table(
+    first: Run, others: Sequence[Run], of: str, columns: list[str], cells: Callable[[Run], list[Cell]]
+) -> Table | None:
+    """The columns that hold anything; None where none does."""
+    rows = {run.name: cells(run) for run in others}
+    filled = [place for place in range(len(columns)) if any(row[place].text for row in rows.values())]
+    if not filled:
+        return None
+    what = (
+        "BLEU, chrF and TER; sacreBLEU's"
+        if of == "translation"
+        else "ECE, in percentage points with a 95 % interval; a"
+    )
+    return Table(
+        f"Differences from {first.name}: {of}",
+        [f"model − {first.name}", *(columns[place] for place in filled)],
+        [[Cell(name), *(row[place] for place in filled)] for name, row in rows.items()],
         [
-            "The difference, and p of a two-sided paired bootstrap over the sentences: sacreBLEU's for BLEU, chrF and "
-            "TER, ours for ECE, in percentage points with a 95 % interval. Bold: p below 0.05, each number by itself."
+            f"Of {what} paired bootstrap over the sentences gives the two-sided p. Bold: p below 0.05, for each number "
+            "by itself."
         ],
     )
-    return Report(list(runs), quality, calibration, differences if filled else None)
 
 
 def check_alike(runs: Sequence[Run], kind: Kind) -> None:
@@ -200,8 +220,8 @@ def calibration_row(run: Run) -> list[Cell]:
     return [Cell(run.name), Cell(f"{degree:.3f}") if degree else EMPTY, *cells]
 
 
-def difference_row(first: Run, run: Run, results: dict[str, dict[str, Result]]) -> list[Cell]:
-    cells = [Cell(run.name)]
+def text_differences(first: Run, run: Run, results: dict[str, dict[str, Result]]) -> list[Cell]:
+    cells = []
     for name in METRICS:
         ours, theirs = results.get(run.name, {}).get(name), results.get(first.name, {}).get(name)
         if ours is None or theirs is None or ours.p_value is None:
@@ -209,6 +229,11 @@ def difference_row(first: Run, run: Run, results: dict[str, dict[str, Result]]) 
         else:
             value = ours.score - theirs.score
             cells.append(compared(signed(value, 1), "", ours.p_value, value))
+    return cells
+
+
+def ece_differences(first: Run, run: Run) -> list[Cell]:
+    cells = []
     for kind in KINDS:
         found = difference(getattr(first, kind.file), getattr(run, kind.file), kind)
         if found is None:

@@ -122,10 +122,10 @@ def test_calibration_is_that_of_the_files(folders, found):
 
 def test_differences(folders, found):
     """Of ECE: by drawing sentences ourselves, another way, from the tokens of both models."""
-    (row,) = found.differences.rows
-    assert found.differences.header[0] == "model − base"
+    translation, calibration = (dict(zip(table.header, table.rows[0], strict=True)) for table in found.differences)
+    assert translation["model − base"].text == calibration["model − base"].text == "<b>student"
     first, second = (json.loads((folder / "inference.json").read_text()) for folder in folders)
-    cell = row[found.differences.header.index("ECE inference")]
+    cell = calibration["inference"]
     assert cell.text == tables.signed(100 * (second["ece"] - first["ece"]), 2)
 
     tables_of = [sentence_tables(folder / "generate-test.txt") for folder in folders]
@@ -136,7 +136,7 @@ def test_differences(folders, found):
     expected = drawn.quantile(torch.tensor([0.025, 0.975])).tolist()
     assert ends == pytest.approx(expected, abs=0.25 * (expected[1] - expected[0]))
     # A student of six epochs is far from a teacher of thirty, whatever is measured.
-    bleu = row[found.differences.header.index("BLEU")]
+    bleu = translation["BLEU"]
     assert bleu.text.startswith("−")
     assert (bleu.p, bleu.significant) == ("p = 0.001", True)
 
@@ -156,9 +156,9 @@ def test_a_run_does_not_differ_from_itself(folders, tmp_path):
     """Nothing is significant, and no p is small."""
     shutil.copytree(folders[0], tmp_path / "copy", symlinks=True)
     report = tables.measure(runs.read_all([folders[0], tmp_path / "copy"]))
-    (row,) = report.differences.rows
-    assert not any(cell.significant for cell in row)
-    for cell in row[4:]:
+    texts, errors = (table.rows[0][1:] for table in report.differences)
+    assert not any(cell.significant for cell in [*texts, *errors])
+    for cell in errors:
         assert (cell.text, cell.interval, cell.p) == ("0.00", "[0.00, 0.00]", "p = 1.000")
 
 
@@ -377,8 +377,8 @@ def test_unlike_resamples_are_said(folders, tmp_path):
     shutil.copytree(folders[1], run, symlinks=True)
     change(run, "inference.json", '"seed": 1', '"seed": 2')
     report = tables.measure(runs.read_all([folders[0], run]))
-    assert "ECE inference" not in report.differences.header
-    assert "ECE forced" in report.differences.header
+    assert "inference" not in report.differences[1].header
+    assert "forced" in report.differences[1].header
     (note,) = [note for note in report.calibration.notes if "resampled alike" in note]
     assert note.startswith("No difference in inference between base and run: inference.json was not resampled alike;")
 
