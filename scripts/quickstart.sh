@@ -121,6 +121,7 @@ translate() {
     shift 2
     [[ -f $folder/generated ]] && return
     mkdir -p "$folder"
+    say "${run##*/}: translating the test set, beam $beam (log: $folder/generate-test.txt)"
     "$BIN/fairseq-generate" "$bin" --path "$run/checkpoint_best.pt" --user-dir "$root/hgkd_fairseq" "${device[@]}" \
         --gen-subset test --beam "$beam" --max-len-a "$longest" --max-len-b 10 --max-tokens 4000 "${every[@]}" \
         --results-path "$folder" "$@" >"$folder/generate.log" 2>&1 || { tail -n 1 "$folder/generate.log" >&2; exit 1; }
@@ -131,7 +132,6 @@ translate() {
 score() {
     local name=$1 run=$dir/$1 degree
     local model=("$bin" --path "$run/checkpoint_best.pt")
-    say "$name: translating the test set, beam $beam (log: $run/generate-test.txt)"
     translate "$run" "$run"
     say "$name: calibration"
     measure "$run" forced.json calibration forced "${model[@]}"
