@@ -19,7 +19,7 @@ USER_DIR = ("--user-dir", str(ROOT / "hgkd_fairseq"))
 BIN = Path(sys.executable).parent
 # fairseq loads on one thread in 4 s; two processes of one thread each are what 2 cores carry.
 AT_ONCE = 2
-TIMEOUT_S = 2400
+TIMEOUT_S = 240
 
 SIZE = (
     *("--arch", "transformer_iwslt_de_en", "--encoder-layers", 1, "--decoder-layers", 1),

@@ -177,12 +177,19 @@ def test_killed_and_resumed(data: Path, teacher: cl.Run, tmp_path: Path):
     assert len(one["last_optimizer_state"]["state"]) > 0
 
 
-def two_workers(data: Path, folder: Path, *options) -> cl.Run:
-    """Two processes of fairseq-train, joined by gloo; the first one's log."""
+def two_workers(data: Path, folder: Path, *options, logs: Path | None = None) -> cl.Run:
+    """Two processes of fairseq-train, joined by gloo; the first one's log. Each has a TensorBoard folder in `logs`."""
+
+    def own(rank: int) -> tuple:
+        return ("--tensorboard-logdir", logs / str(rank)) if logs else ()
+
     address = ("--distributed-init-method", f"tcp://127.0.0.1:{cl.free_port()}", "--distributed-backend", "gloo")
     world = ("--distributed-world-size", 2, "--distributed-no-spawn", "--ddp-backend", "legacy_ddp", *address)
     runs = cl.together(
-        *[lambda rank=r: cl.train(data, folder, *options, *world, "--distributed-rank", rank) for r in (0, 1)]
+        *[
+            lambda rank=r: cl.train(data, folder, *options, *world, *own(rank), "--distributed-rank", rank)
+            for r in (0, 1)
+        ]
     )
     return runs[0]
 
@@ -200,9 +207,8 @@ def workers(data: Path, plain: cl.Run, tmp_path_factory: pytest.TempPathFactory)
         *("--gate", "sentence", "--report-accuracy"),
     )  # fmt: skip
     alone = (*options, "--update-freq", 2)
-    logs = ("--tensorboard-logdir", folder / "tensorboard")
     one = cl.train(data, folder / "one", *alone, "--max-update", 5)
-    two = two_workers(data, folder / "two", *options, "--max-update", 5, *logs)
+    two = two_workers(data, folder / "two", *options, "--max-update", 5, logs=folder / "tensorboard")
     return {1: (one, alone), 2: (two, options)}
 
 
@@ -234,7 +240,8 @@ def test_two_workers_validate_alike(subset: str, workers):
 
 def test_tensorboard(workers):
     """Beside the numbers of each subset stands its reliability diagram; only the first worker writes."""
-    folder = workers[2][0].folder.parent / "tensorboard"
+    folder = workers[2][0].folder.parent / "tensorboard" / "0"
+    assert not (folder.parent / "1").exists()
     for subset in ("valid", "test"):
         (file,) = (folder / subset).glob("events.*")
         values = [(event.step, value) for event in cl.events(file) for value in event.summary.value]
