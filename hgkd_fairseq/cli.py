@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
+import shlex
 import sys
 from pathlib import Path
 
@@ -39,6 +39,7 @@ def settings_of(args):
 
 
 def show(results, args) -> int:
+    results.about["command"] = args.command
     if args.json:
         results.write(args.json)
     print(results)
@@ -63,14 +64,13 @@ def calibration_inference(args) -> int:
 
 
 def calibration_temperature(args) -> int:
+    from hgkd_fairseq.calibration.scores import write_json
     from hgkd_fairseq.calibration.temperature import fit
 
     found = fit(args.data, args.path, args.gen_subset, args.max_tokens, args.cpu, settings_of(args))
     if args.json:
-        raw, scaled = found.raw.to_json(), found.scaled.to_json()
-        Path(args.json).write_text(
-            json.dumps({"temperature": found.temperature, "raw": raw, "scaled": scaled}, indent=1) + "\n"
-        )
+        scores = {"raw": found.raw.to_json(), "scaled": found.scaled.to_json()}
+        write_json(args.json, {"temperature": found.temperature, "command": args.command, **scores})
     for results in (found.raw, found.scaled):
         print(*(results[key] for key in ("nll", "ece", "ece_without_eos")), sep="\n")
     print(f"temperature = {found.temperature:.4f}")
@@ -81,6 +81,16 @@ def calibration_diagram(args) -> int:
     from hgkd_fairseq.calibration.diagram import draw
 
     draw(args.files, args.output, args.label, "eos:no" if args.without_eos else "eos:yes")
+    return 0
+
+
+def report(args) -> int:
+    from hgkd_fairseq.report import page, runs, tables
+
+    page.check(len(args.runs))
+    found = tables.measure(runs.read_all(args.runs, args.reference))
+    Path(args.output).write_text(page.html(found), encoding="utf-8")
+    print(found.markdown())
     return 0
 
 
@@ -180,11 +190,28 @@ def parser() -> argparse.ArgumentParser:
     diagram.add_argument("--label", action="append", metavar="NAME", help="of each file in turn (default: file names)")
     diagram.add_argument("--without-eos", action="store_true", help="leave the end of sentence out")
     diagram.set_defaults(run=calibration_diagram)
+
+    command = commands.add_parser(
+        "report", help="finished runs side by side: tables in markdown, and an HTML page with diagrams and curves"
+    )
+    command.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN",
+        help="folder of a run; the others are compared with the first",
+    )  # fmt: skip
+    command.add_argument(
+        "--output", type=output_file, default="report.html", metavar="FILE", help="the page (default: report.html)"
+    )
+    command.add_argument(
+        "--reference", type=Path, metavar="FILE",
+        help="references as text, one a line, instead of those in the translations, which lack unknown characters",
+    )  # fmt: skip
+    command.set_defaults(run=report)
     return top
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    args.command = shlex.join(["hgkd", *(sys.argv[1:] if argv is None else argv)])
     logging.getLogger().setLevel(logging.WARNING)  # fairseq, once imported, logs every step of loading
     logging.getLogger("filelock").setLevel(logging.WARNING)
     try:

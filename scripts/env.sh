@@ -24,7 +24,7 @@ make_environment() {
     echo "setting up .venv with $("$python" --version) (about 2 minutes)" >&2
     [[ -x $PYTHON ]] || "$python" -m venv "$root/.venv"
     "$PYTHON" -m pip install --quiet --quiet --disable-pip-version-check --constraint "$root/scripts/constraints.txt" \
-        --editable "$root[test,triton,recipes]" >&2
+        --editable "$root[test,report,triton,recipes]" >&2
     printf '%s\n' "$wanted" >"$stamp" # written last: without it the next call installs again
 }
 

@@ -2,8 +2,9 @@
 # From nothing to distilled students, on real data: quickstart.sh [--smoke] [--dir DIR] [--from FOLDER]
 #
 # Sets up .venv, gets Multi30K De-En (else the LibreOffice help), trains a teacher, a Base student (cross-entropy), an
-# HKD-T and an HKD-S student (the hard gate, by token and by sentence), translates the test set with fairseq-generate and
-# prints BLEU, chrF and calibration error of all four side by side. Uses a GPU if there is one.
+# HKD-T and an HKD-S student (the hard gate, by token and by sentence), translates the test set with fairseq-generate,
+# prints BLEU, chrF, TER and calibration errors of all four side by side, and writes DIR/report.html. Uses a GPU if there
+# is one.
 #
 #   --smoke        everything at toy size, in 5 minutes on 2 cores: shows that it runs, not that it is good
 #   --dir DIR      where runs and logs go (default runs/quickstart, or runs/smoke)
@@ -105,21 +106,55 @@ train hkd-t "$student_updates" "${student_size[@]}" "${distil[@]}" --gate token
 train hkd-s "$student_updates" "${student_size[@]}" "${distil[@]}" --gate sentence
 
 # ----------------------------------------------------------------------------------------------- translating, scoring
-for name in teacher base hkd-t hkd-s; do
-    run=$dir/$name
-    if [[ ! -f $run/translated ]]; then
-        say "$name: translating the test set, beam $beam (log: $run/generate-test.txt)"
-        "$BIN/fairseq-generate" "$bin" --user-dir "$root/hgkd_fairseq" --path "$run/checkpoint_best.pt" "${device[@]}" \
-            --gen-subset test --beam "$beam" --max-len-a "$longest" --max-len-b 10 --max-tokens 4000 "${every[@]}" \
-            --remove-bpe sentencepiece --results-path "$run" >"$run/generate.log" 2>&1 ||
-            { tail -n 1 "$run/generate.log" >&2; exit 1; }
-        touch "$run/translated"
-    fi
-    if [[ ! -f $run/forced.json ]]; then
-        say "$name: calibration on the test set"
-        "$BIN/hgkd" calibration forced "$bin" --path "$run/checkpoint_best.pt" --json "$run/forced.json" \
-            >"$run/calibration.log" 2>&1 || { tail -n 1 "$run/calibration.log" >&2; exit 1; }
-    fi
+# measure RUN FILE COMMAND...: RUN/FILE by `hgkd COMMAND... --json`, unless it is there.
+measure() {
+    local file=$1/$2
+    shift 2
+    [[ -f $file ]] && return
+    "$BIN/hgkd" "$@" --json "$file" >"${file%.json}.log" 2>&1 || { tail -n 1 "${file%.json}.log" >&2; exit 1; }
+}
+
+# translate RUN FOLDER OPTIONS...: the test set, to FOLDER/generate-test.txt. The translations stay in pieces, one for each
+# score: inference calibration needs them, and the report joins them.
+translate() {
+    local run=$1 folder=$2
+    shift 2
+    [[ -f $folder/generated ]] && return
+    mkdir -p "$folder"
+    say "${run##*/}: translating the test set, beam $beam (log: $folder/generate-test.txt)"
+    "$BIN/fairseq-generate" "$bin" --path "$run/checkpoint_best.pt" --user-dir "$root/hgkd_fairseq" "${device[@]}" \
+        --gen-subset test --beam "$beam" --max-len-a "$longest" --max-len-b 10 --max-tokens 4000 "${every[@]}" \
+        --results-path "$folder" "$@" >"$folder/generate.log" 2>&1 || { tail -n 1 "$folder/generate.log" >&2; exit 1; }
+    touch "$folder/generated"
+}
+
+# score NAME: all that is measured of a model, as it is and at the temperature that the validation set asks for.
+score() {
+    local name=$1 run=$dir/$1 degree
+    local model=("$bin" --path "$run/checkpoint_best.pt")
+    translate "$run" "$run"
+    say "$name: calibration"
+    measure "$run" forced.json calibration forced "${model[@]}"
+    measure "$run" inference.json calibration inference "$run/generate-test.txt"
+    measure "$run" temperature.json calibration temperature "${model[@]}"
+    measure "$run" scaled.json calibration forced "${model[@]}" --temperature "$run/temperature.json"
+    degree=$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["temperature"])' "$run/temperature.json")
+    translate "$run" "$run/scaled" --temperature "$degree"
+    measure "$run" inference_scaled.json calibration inference "$run/scaled/generate-test.txt"
+}
+
+# Two at a time, of one thread each: so small a model does not keep two cores busy.
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+for pair in "teacher base" "hkd-t hkd-s"; do
+    read -r one other <<<"$pair"
+    (export OMP_NUM_THREADS=1; score "$one") &
+    (export OMP_NUM_THREADS=1; score "$other") &
+    wait -n
+    wait -n
 done
-"$PYTHON" "$root/scripts/score_runs.py" --reference "$text/test.en" --output "$dir/table.md" \
-    "$dir/teacher" "$dir/base" "$dir/hkd-t" "$dir/hkd-s"
+
+say "report: comparing"
+"$BIN/hgkd" report "$dir/base" "$dir/teacher" "$dir/hkd-t" "$dir/hkd-s" --reference "$text/test.en" \
+    --output "$dir/report.html" >"$dir/table.md" 2>"$dir/report.log" || { tail -n 1 "$dir/report.log" >&2; exit 1; }
+cat "$dir/table.md"
+say "the same with diagrams and training curves: $dir/report.html"

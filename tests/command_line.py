@@ -125,6 +125,18 @@ def together(*calls) -> list:
         return [future.result() for future in [pool.submit(call) for call in calls]]
 
 
+def events(file: Path) -> list:
+    """What a TensorBoard file holds: records of a length (8 bytes), a checksum (4), the event and a checksum (4)."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found, rest = [], file.read_bytes()
+    while rest:
+        end = 12 + int.from_bytes(rest[:8], "little")
+        found.append(Event.FromString(rest[12:end]))
+        rest = rest[end + 4 :]
+    return found
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

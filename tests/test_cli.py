@@ -1,4 +1,4 @@
-"""The command ``hgkd``: doctor, user-dir, forced calibration, and the table of finished runs."""
+"""The command ``hgkd``: doctor, user-dir, forced calibration."""
 
 import json
 import math
@@ -9,7 +9,6 @@ from pathlib import Path
 import command_line as cl
 import pytest
 import torch
-from sacrebleu.metrics import BLEU
 
 from hgkd_fairseq import cli, doctor
 
@@ -127,33 +126,3 @@ def test_forced_calibration_refuses(data, plain, tmp_path):
         assert len(errors) == 1, done.stderr[-2000:]
         assert expected in errors[0]
         assert "Traceback" not in done.stderr
-
-
-def test_score_runs(data, student, tmp_path):
-    """The table holds sacreBLEU's own BLEU of the translations, and the file's ECE; a missing translation is said."""
-    run = tmp_path / "student"
-    run.mkdir()
-    for name in ("checkpoint_best.pt", "checkpoint_last.pt"):
-        (run / name).symlink_to(student.path(name))
-    references = ["t1 t2 t3 t4 t5", "t9 t8 t7 t6"]
-    translations = ["t1 t2 t3 t4 t6", "t9 t8 t7 t6"]
-    lines = [f"T-1\tx\nH-1\t-0.2\t{translations[1]}", f"T-0\tx\nH-0\t-0.1\t{translations[0]}"]  # in any order
-    (run / "generate-test.txt").write_text("\n".join(lines) + "\n")
-    (run / "forced.json").write_text(json.dumps({"ece": 0.0123, "nll": 2.5, "parameters": 1234, "signature": "ECE|x"}))
-    (tmp_path / "test.en").write_text("\n".join(references) + "\n")
-
-    def score():
-        return subprocess.run(
-            [sys.executable, ROOT / "scripts" / "score_runs.py", "--reference", tmp_path / "test.en", run],
-            env={**cl.environment(), "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-
-    done = score()
-    assert done.returncode == 0, done.stderr[-2000:]
-    bleu = BLEU().corpus_score(translations, [references]).score
-    assert f"| student | {bleu:.1f} |" in done.stdout
-    assert "| 1.23 | 2.500 | 1,234 |" in done.stdout
-    (run / "generate-test.txt").write_text(lines[0] + "\n")
-    done = score()
-    assert done.returncode == 1
-    assert "has 1 translations for 2 references (first one missing: 0)" in done.stderr

@@ -38,11 +38,9 @@ def draw(files: Sequence[str], output: str, labels: Sequence[str] | None = None,
     Raises:
         UserError: matplotlib is missing, a file is not such a one, or numbers of files, labels and bins do not fit.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.legend_handler import HandlerTuple
-    except ImportError:
-        raise UserError("diagrams need matplotlib: pip install 'hgkd-fairseq[report]'") from None
+    Figure = figure_class()
+    from matplotlib.legend_handler import HandlerTuple
+
     if Path(output).suffix not in FORMATS:
         raise UserError(f"--output {output}: name a file that ends in {' or '.join(FORMATS)}")
     if len(files) > MOST:
@@ -67,6 +65,15 @@ def draw(files: Sequence[str], output: str, labels: Sequence[str] | None = None,
     figure.savefig(output, dpi=160, metadata={"Date": None} if output.endswith(".svg") else None)
 
 
+def figure_class():
+    """matplotlib's Figure. Raises UserError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("diagrams need matplotlib: pip install 'hgkd-fairseq[report]'") from None
+    return Figure
+
+
 def read(file: str) -> dict[str, Any]:
     try:
         result = json.loads(Path(file).read_text())
@@ -87,14 +94,14 @@ def default_names(files: Sequence[str]) -> list[str]:
     return [f"{Path(file).resolve().parent.name}/{Path(file).stem}" for file in files]
 
 
-def reliability(axes, results: Sequence[dict], names: Sequence[str], which: str) -> list[Any]:
+def reliability(axes, results: Sequence[dict], names: Sequence[str], which: str, styles=STYLES) -> list[Any]:
     """Accuracy against mean confidence of each bin, with the intervals of the accuracies; returns the lines."""
     axes.plot([0, 1], [0, 1], color="0.55", linewidth=1, zorder=1)
     axes.annotate("overconfident", (0.97, 0.03), ha="right", va="bottom", color="0.4", style="italic")
     axes.annotate("underconfident", (0.03, 0.97), ha="left", va="top", color="0.4", style="italic")
     suffix = "" if which == "eos:yes" else "_without_eos"
     lines = []
-    for result, name, style in zip(results, names, STYLES, strict=False):
+    for result, name, style in zip(results, names, styles, strict=False):
         table = result["histograms"][which]
         filled = [bin for bin, count in enumerate(table["count"]) if count]
         count = [table["count"][bin] for bin in filled]
@@ -126,12 +133,12 @@ def reliability(axes, results: Sequence[dict], names: Sequence[str], which: str)
     return lines
 
 
-def confidences(axes, results: Sequence[dict], which: str) -> list[Any]:
+def confidences(axes, results: Sequence[dict], which: str, styles=STYLES) -> list[Any]:
     """Tokens of each bin; returns a bar of each model."""
     bins = results[0]["bins"]
     width = 0.84 / bins / len(results)
     bars = []
-    for place, (result, style) in enumerate(zip(results, STYLES, strict=False)):
+    for place, (result, style) in enumerate(zip(results, styles, strict=False)):
         left = [(bin + 0.08) / bins + place * width for bin in range(bins)]
         single = len(results) == 1
         container = axes.bar(

@@ -135,6 +135,7 @@ def measure(
         settings=settings,
         scores=[*whole.scores(), *without_eos.scores()],
         histograms={"eos:yes": whole.bars(), "eos:no": without_eos.bars()},
+        resampled_ece={"eos:yes": whole.resampled_ece(), "eos:no": without_eos.resampled_ece()},
     )
 
 

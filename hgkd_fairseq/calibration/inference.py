@@ -3,11 +3,9 @@ as fairseq-generate writes them, whatever search made them."""
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,10 +13,11 @@ from sacrebleu.metrics import BLEU, CHRF
 from tqdm import tqdm
 
 from hgkd_fairseq.calibration.labels import ter_labels
-from hgkd_fairseq.calibration.pieces import join, mark, words
+from hgkd_fairseq.calibration.pieces import join, mark, text, words
 from hgkd_fairseq.calibration.scores import Predictions, Results, Score, Settings
 from hgkd_fairseq.calibration.token_table import TokenTable
 from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.generated import read_lines, read_references, split
 
 EOS = "</s>"
 LABELS = ("wang2020", "ter")
@@ -56,25 +55,8 @@ def read(file: str, reference_file: str | None = None) -> list[Translation]:
     Raises:
         UserError: a file that is missing, holds no translations or scores, or whose lines do not fit together.
     """
-    lines: dict[str, dict[int, str]] = {"T": {}, "H": {}, "P": {}}
-    try:
-        with open(file, encoding="utf-8", newline="\n") as stream:
-            for line in stream:
-                found = re.match(r"([THP])-(\d+)\t(.*)", line.rstrip("\n"), flags=re.DOTALL)
-                if found:  # the first of --nbest is the best
-                    lines[found[1]].setdefault(int(found[2]), found[3])
-        references = lines["T"]
-        if reference_file:
-            text = Path(reference_file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-            references = dict(enumerate(text))
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename} does not exist; name what fairseq-generate wrote") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is no text; name what fairseq-generate wrote") from None
-    if not lines["H"]:
-        raise UserError(
-            f"{file} holds no translations (lines with H-); name what fairseq-generate wrote, run without --quiet"
-        )
+    lines = read_lines(file)
+    references = dict(enumerate(read_references(reference_file))) if reference_file else lines["T"]
     if reference_file and len(references) != len(lines["H"]):
         raise UserError(f"{reference_file} has {len(references)} lines for {len(lines['H'])} translations in {file}")
     return [translation(file, lines, references, index) for index in sorted(lines["H"])]
@@ -84,9 +66,8 @@ def translation(file: str, lines: dict[str, dict[int, str]], references: dict[in
     for letter, found in (("P", lines["P"]), ("T", references)):
         if index not in found:
             raise UserError(f"{file} has no line {letter}-{index} for its H-{index}; run fairseq-generate again")
-    # Split at blanks only: a piece may hold other white space.
-    tokens = [token for token in lines["H"][index].partition("\t")[2].split(" ") if token]
-    reference = [token for token in references[index].split(" ") if token]
+    tokens = split(lines["H"][index].partition("\t")[2])
+    reference = split(references[index])
     try:
         logprobs = [float(number) for number in lines["P"][index].split()]
     except ValueError:
@@ -155,6 +136,7 @@ def evaluate(
         settings=settings,
         scores=[*whole.scores(), *without_eos.scores(), *sentence_scores(translations, marked, settings)],
         histograms={"eos:yes": whole.bars(), "eos:no": without_eos.bars()},
+        resampled_ece={"eos:yes": whole.resampled_ece(), "eos:no": without_eos.resampled_ece()},
     )
 
 
@@ -164,7 +146,7 @@ def sentence_scores(translations: Sequence[Translation], marked: str, settings: 
     bits = torch.tensor([sum(row.logprobs) for row in translations], dtype=torch.float64)
     lengths = torch.tensor([len(row.logprobs) for row in translations])
     confidences = {"product": bits.exp2(), "geomean": (bits / lengths).exp2()}
-    texts = [(" ".join(join(row.tokens, marked)), " ".join(join(row.reference, marked))) for row in translations]
+    texts = [(text(row.tokens, marked), text(row.reference, marked)) for row in translations]
     bleu, chrf = BLEU(effective_order=True), CHRF()
     right = {
         "exact": [float(row.tokens == row.reference) for row in translations],

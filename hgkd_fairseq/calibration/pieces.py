@@ -42,3 +42,8 @@ def join(tokens: Sequence[str], mark: str) -> list[str]:
         else:
             texts.append("".join(piece.removesuffix(mark) for piece in pieces))
     return texts
+
+
+def text(tokens: Sequence[str], mark: str) -> str:
+    """The sentence that the pieces make."""
+    return " ".join(word for word in join(tokens, mark) if word)

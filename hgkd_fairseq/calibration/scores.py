@@ -194,6 +194,11 @@ class Predictions:
             result |= {"low": low.nan_to_num().tolist(), "high": high.nan_to_num(nan=1.0).tolist()}
         return result
 
+    def resampled_ece(self) -> list[float]:
+        """The ECE of each resample. Two models scored on one test set with one seed are resampled alike: differences of
+        these make a paired bootstrap (:func:`bootstrap.paired`)."""
+        return histogram.ece(self.table(self.bootstrap.sums)).tolist()
+
 
 @dataclass(frozen=True)
 class Results:
@@ -203,6 +208,7 @@ class Results:
     settings: Settings
     scores: list[Score]
     histograms: dict[str, dict[str, list[float]]]  # by "eos:yes", "eos:no": Predictions.bars()
+    resampled_ece: dict[str, list[float]]  # likewise: Predictions.resampled_ece()
 
     def __getitem__(self, key: str) -> Score:
         return next(score for score in self.scores if score.key == key)
@@ -229,7 +235,18 @@ class Results:
             **asdict(self.settings),
             "scores": rows,
             "histograms": self.histograms,
+            "resampled_ece": {
+                which: [None if math.isnan(value) else round(value, 7) for value in row]
+                for which, row in self.resampled_ece.items()
+            },
         }
 
     def write(self, file: str) -> None:
-        Path(file).write_text(json.dumps(self.to_json(), indent=1) + "\n")
+        write_json(file, self.to_json())
+
+
+def write_json(file: str, content: dict[str, Any]) -> None:
+    """In one step, so that a file that is there is whole."""
+    unfinished = Path(f"{file}.tmp")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished.replace(file)

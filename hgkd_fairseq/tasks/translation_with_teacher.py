@@ -8,6 +8,7 @@ from typing import Optional
 from fairseq import utils
 from fairseq.data import data_utils, indexed_dataset
 from fairseq.dataclass import ChoiceEnum
+from fairseq.distributed import utils as distributed_utils
 from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import II
@@ -17,6 +18,7 @@ from hgkd_fairseq.teacher import TeacherSource
 from hgkd_fairseq.teacher.live import LiveTeacher
 from hgkd_fairseq.teacher.past import PastTeacher
 from hgkd_fairseq.teacher.unigram import UnigramTeacher
+from hgkd_fairseq.tensorboard import write_reliability
 
 SOURCES = ("checkpoint", "unigram", "previous-epoch", "ema")
 
@@ -50,6 +52,8 @@ class TranslationWithTeacherConfig(TranslationConfig):
         },
     )
     store_ema: bool = II("ema.store_ema")
+    valid_subset: str = II("dataset.valid_subset")
+    tensorboard_logdir: Optional[str] = II("common.tensorboard_logdir")  # noqa: UP045
 
 
 @register_task("translation_with_teacher", dataclass=TranslationWithTeacherConfig)
@@ -70,6 +74,7 @@ class TranslationWithTeacherTask(TranslationTask):
         # Updates made so far, for criterions that change over time; None outside training.
         self.num_updates: int | None = None
         self.ignore_grad = False  # whether this step's batch is one that only keeps the workers in step
+        self.validated = 0  # subsets, in the validation that is going on
 
     def load_teacher(self) -> TeacherSource:
         """The teacher, loaded on the first call; on the CPU until it meets the first batch.
@@ -130,6 +135,18 @@ class TranslationWithTeacherTask(TranslationTask):
         else:
             self.teacher.take(model)
         self.memory["previous_epoch"] = {"epoch": epoch, "model": self.teacher.model.state_dict()}
+
+    def begin_valid_epoch(self, epoch, model):
+        super().begin_valid_epoch(epoch, model)
+        self.validated = 0
+
+    def post_validate(self, model, stats, agg):
+        """Called by fairseq after each of --valid-subset, in their order, with the meters of that subset."""
+        subset = self.cfg.valid_subset.split(",")[self.validated]
+        self.validated += 1
+        master = distributed_utils.get_global_rank() == 0
+        if self.cfg.tensorboard_logdir and master and "_calibration" in agg:
+            write_reliability(self.cfg.tensorboard_logdir, subset, agg["_calibration"].sum, stats["num_updates"])
 
     # fairseq saves FairseqTask.state as well, but does not restore it when training resumes; these two it calls.
 

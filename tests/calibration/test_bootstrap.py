@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hgkd_fairseq.calibration import SentenceBootstrap
+from hgkd_fairseq.calibration.bootstrap import paired
 from hgkd_fairseq.calibration.histogram import accuracy, ece, tabulate
 from hgkd_fairseq.calibration.scores import Mean, Predictions, Score, Settings, signature
 
@@ -114,3 +115,60 @@ def test_how_a_score_is_shown():
     assert str(Score("ece", text, 0.01234, 0.01, 0.02)) == f"{text} = 1.23 % [1.00, 2.00]"
     assert str(Score("nll", "NLL|x", 1.5, 1, 2, "bits")) == "NLL|x = 1.500 bits [1.000, 2.000]"
     assert str(Score("brier", "B|x", 0.5, unit="")) == "B|x = 0.500"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "value", "expected_p"),
+    [
+        ([0, 0, 0, 0], [1, 2, 3, 4], 2.5, 1 / 5),  # moved to mean 0: -1.5, -0.5, 0.5, 1.5
+        ([1, 1, 2, 2], [2, 3, 5, 6], 1.0, 3 / 5),
+        ([0, 0, 0, 0], [-1, -2, -3, -4], -1.5, 3 / 5),
+        ([0, 0, 0, 0], [1, 1, 1, 1], 0.0, 1.0),
+        ([0, 0, math.nan, 0], [1, 2, 3, 3], 2.0, 1 / 4),  # a resample in which a system has no score
+    ],
+)
+def test_paired_by_hand(first, second, value: float, expected_p: float):
+    found = paired(torch.tensor(first).double(), torch.tensor(second).double(), value)
+    assert found.p == pytest.approx(expected_p)
+    differences = np.array(second) - np.array(first)
+    ends = np.nanquantile(differences, [0.025, 0.975])
+    assert (found.value, found.low, found.high) == pytest.approx((value, *ends))
+
+
+def test_paired_finds_what_the_intervals_alone_do_not():
+    """Two models that share their mistakes: much the same sentences are hard for both."""
+    rng = np.random.default_rng(3)
+    hard = rng.random(400)[:, None] + np.zeros((400, 8))
+    confidence = torch.tensor(rng.uniform(0.3, 0.95, size=(400, 8)))
+    found = []
+    for shift in (0.0, 0.03):
+        correct = torch.tensor(hard < 0.5 - shift)
+        predictions = Predictions(Settings(bins=5, replicates=500))
+        sentence = torch.arange(400)[:, None].expand(400, 8)
+        predictions.update(sentence.flatten(), confidence.flatten(), correct.flatten())
+        found.append(predictions)
+    one, other = (predictions.binned_scores()[0] for predictions in found)
+    assert other.low < one.high  # the intervals overlap
+    resampled = [torch.tensor(predictions.resampled_ece()) for predictions in found]
+    difference = paired(*resampled, other.value - one.value)
+    assert 0 < difference.low < difference.value < difference.high
+    assert difference.p < 0.05
+
+
+def test_paired_finds_nothing_where_nothing_is():
+    """Models of one kind, whose mistakes are drawn apart: p below 0.05 about as often as it should be."""
+    rng = np.random.default_rng(4)
+    false_alarms = 0
+    for trial in range(40):
+        confidence = torch.tensor(rng.uniform(0.2, 1, size=(150, 6)))
+        found = []
+        for _ in range(2):
+            correct = torch.tensor(rng.random((150, 6))) < confidence - 0.15
+            predictions = Predictions(Settings(bins=10, replicates=200, seed=trial))
+            sentence = torch.arange(150)[:, None].expand(150, 6)
+            predictions.update(sentence.flatten(), confidence.flatten(), correct.flatten())
+            found.append(predictions)
+        resampled = [torch.tensor(predictions.resampled_ece()) for predictions in found]
+        value = float(found[1].binned_scores()[0].value - found[0].binned_scores()[0].value)
+        false_alarms += paired(*resampled, value).p < 0.05
+    assert false_alarms <= 6

@@ -177,33 +177,77 @@ def test_killed_and_resumed(data: Path, teacher: cl.Run, tmp_path: Path):
     assert len(one["last_optimizer_state"]["state"]) > 0
 
 
-def two_workers(data: Path, folder: Path, *options) -> cl.Run:
-    """Two processes of fairseq-train, joined by gloo; the first one's log."""
+def two_workers(data: Path, folder: Path, *options, logs: Path | None = None) -> cl.Run:
+    """Two processes of fairseq-train, joined by gloo; the first one's log. Each has a TensorBoard folder in `logs`."""
+
+    def own(rank: int) -> tuple:
+        return ("--tensorboard-logdir", logs / str(rank)) if logs else ()
+
     address = ("--distributed-init-method", f"tcp://127.0.0.1:{cl.free_port()}", "--distributed-backend", "gloo")
     world = ("--distributed-world-size", 2, "--distributed-no-spawn", "--ddp-backend", "legacy_ddp", *address)
     runs = cl.together(
-        *[lambda rank=r: cl.train(data, folder, *options, *world, "--distributed-rank", rank) for r in (0, 1)]
+        *[
+            lambda rank=r: cl.train(data, folder, *options, *world, *own(rank), "--distributed-rank", rank)
+            for r in (0, 1)
+        ]
     )
     return runs[0]
 
 
-def test_two_workers(data: Path, plain: cl.Run, tmp_path: Path):
-    """Two workers and one with --update-freq 2 make the same parameters and log the same numbers; and two workers
-    resume."""
+@pytest.fixture(scope="module")
+def workers(data: Path, plain: cl.Run, tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[cl.Run, tuple]]:
+    """By the number of workers, a run of 5 updates and its options; one worker takes two batches an update."""
+    folder = tmp_path_factory.mktemp("workers")
     # Its own sharpened teacher: both sides of the gate are seen.
     start = ("--finetune-from-model", plain.path(), "--teacher-temperature", 0.8)
-    short = ("--max-tokens", 400, *WITHOUT_DROPOUT, "--disable-validation", *cl.KEEP_LAST)
-    options = cl.distil(plain.path(), *short, *start, "--gate", "sentence", "--report-accuracy")
-    one = cl.train(data, tmp_path / "one", *options, "--update-freq", 2, "--max-update", 5)
-    two = two_workers(data, tmp_path / "two", *options, "--max-update", 5)
+    # An odd number of batches to validate on: one worker idles at the end.
+    valid = ("--valid-subset", "valid,test", "--batch-size-valid", 24, "--required-batch-size-multiple", 1)
+    options = cl.distil(
+        plain.path(), *("--max-tokens", 400, *WITHOUT_DROPOUT, *cl.KEEP_LAST), *start, *valid,
+        *("--gate", "sentence", "--report-accuracy"),
+    )  # fmt: skip
+    alone = (*options, "--update-freq", 2)
+    one = cl.train(data, folder / "one", *alone, "--max-update", 5)
+    two = two_workers(data, folder / "two", *options, "--max-update", 5, logs=folder / "tensorboard")
+    return {1: (one, alone), 2: (two, options)}
+
+
+def test_two_workers(data: Path, workers):
+    """Two workers and one with --update-freq 2 make the same parameters and log the same numbers; and two workers
+    resume."""
+    (one, alone), (two, options) = workers[1], workers[2]
     assert cl.differences(one.state()["model"], two.state()["model"]) == {}
     (single,), (double,) = one.result.logs("train"), two.result.logs("train")
     for name in ("loss", "nll_loss", "kd_loss", "teacher_share", "gap", "accuracy", "wpb", "bsz", "num_updates"):
         assert single[name] == double[name], name
     assert 0 < single["teacher_share"] < 1
 
-    on = cl.train(data, tmp_path / "one", *options, "--update-freq", 2, "--max-update", 8)
-    resumed = two_workers(data, tmp_path / "two", *options, "--max-update", 8)
+    on = cl.train(data, one.folder, *alone, "--max-update", 8, "--disable-validation")
+    resumed = two_workers(data, two.folder, *options, "--max-update", 8, "--disable-validation")
     assert "Loaded checkpoint" in resumed.result.output
     assert resumed.state()["optimizer_history"][-1]["num_updates"] == 8
     assert cl.differences(on.state()["model"], resumed.state()["model"]) == {}
+
+
+@pytest.mark.parametrize("subset", ["valid", "test"])
+def test_two_workers_validate_alike(subset: str, workers):
+    """Calibration is of all sentences, whichever worker had them in whichever batch."""
+    (single,), (double,) = (workers[count][0].result.logs(subset) for count in (1, 2))
+    assert single["ece"] == double["ece"] > 0.01
+    for name in ("nll_loss", "accuracy", "teacher_share"):
+        assert single[name] == double[name], name
+
+
+def test_tensorboard(workers):
+    """Beside the numbers of each subset stands its reliability diagram; only the first worker writes."""
+    folder = workers[2][0].folder.parent / "tensorboard" / "0"
+    assert not (folder.parent / "1").exists()
+    for subset in ("valid", "test"):
+        (file,) = (folder / subset).glob("events.*")
+        values = [(event.step, value) for event in cl.events(file) for value in event.summary.value]
+        (ece,) = [value.simple_value for _, value in values if value.tag == "ece"]
+        assert ece == pytest.approx(workers[2][0].result.logs(subset)[0]["ece"])
+        ((step, diagram),) = [(step, value.image) for step, value in values if value.tag == "reliability"]
+        assert step == 5
+        assert diagram.encoded_image_string.startswith(b"\x89PNG")
+        assert (diagram.width, diagram.height) == (500, 630)

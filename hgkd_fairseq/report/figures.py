@@ -1,0 +1,125 @@
+"""The figures of a report as inline SVG, in the colours and the type of the page: dark where it is dark."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from hgkd_fairseq.calibration import diagram
+from hgkd_fairseq.report.runs import Run
+
+STYLE: Any = {
+    "font.size": 7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "svg.fonttype": "none",  # text, for the page's own font
+    "svg.hashsalt": "hgkd",  # the same figure is the same text
+}
+WIDTH = 2.7  # inches; a column of the page, which is 17 to 26 rem wide
+CURVES = {  # of logs.Log.curves
+    "nll_loss": "NLL on validation, bits",
+    "ece": "ECE on validation, %",
+    "bleu": "BLEU on validation",
+    "teacher_share": "Teacher's share of training tokens, %",
+}
+SCALE = {"ece": 100, "teacher_share": 100}
+
+
+def svg(figure, name: str, label: str) -> str:
+    """The figure as an element of a page.
+
+    Args:
+        figure: matplotlib's.
+        name: unique on the page.
+        label: what it shows, for who cannot see it.
+    """
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", buffer.getvalue(), flags=re.DOTALL)
+    text = text[text.index("<svg") :]
+    text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
+    text = re.sub(r' xmlns:xlink="[^"]*"', "", text).replace("xlink:href", "href")
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
+    text = re.sub(r"#[0-9a-f]{6}\b", lambda found: colour(found[0]), text)
+    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
+
+
+def colour(code: str) -> str:
+    """The page's colour for matplotlib's: black is its text, white its ground, greys lie between."""
+    for number, style in enumerate(diagram.STYLES):
+        if number and code == style["color"].lower():
+            return f"var(--run-{number})"
+    level = code[1:3]
+    if code != f"#{level * 3}":
+        return code
+    if level == "ff":
+        return "var(--ground)"
+    return f"color-mix(in srgb, currentColor {100 - round(int(level, 16) / 2.55)}%, var(--ground))"
+
+
+def reliability(run: Run, found: dict[str, Any], number: int, name: str, which: str = "eos:yes") -> str:
+    """Reliability diagram and confidence histogram of one run; `number` chooses its style."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        figure = diagram.figure_class()(figsize=(WIDTH, 2.9), layout="constrained")
+        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        styles = [{**diagram.STYLES[number], "hatch": ""}]  # a hatch is many lines of SVG, and there is one model only
+        diagram.reliability(top, [found], [run.name], which, styles)
+        diagram.confidences(bottom, [found], which, styles)
+        top.set_title("")
+        top.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))  # room for the markers
+        label = f"Reliability diagram of {run.name}: accuracy against confidence in {found['bins']} bins"
+        return svg(figure, name, label)
+
+
+def curve(runs: Sequence[Run], key: str) -> str:
+    """A number over the updates, of all runs that logged it; "" where none did."""
+    import matplotlib
+
+    if not any(key in run.log.curves for run in runs):
+        return ""
+    with matplotlib.rc_context(STYLE):
+        figure = diagram.figure_class()(figsize=(WIDTH, 1.9), layout="constrained")
+        axes = figure.subplots()
+        for run, style in zip(runs, diagram.STYLES, strict=False):
+            if key in run.log.curves:
+                x, y = run.log.curves[key]
+                plot(axes, x, [SCALE.get(key, 1) * value for value in y], style)
+        axes.set(xlabel="updates")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.grid(color="0.9", linewidth=0.5)
+        axes.set_axisbelow(True)
+        axes.set_xlim(left=0, right=1.03 * axes.dataLim.x1)  # room for the last marker
+        if key != "nll_loss":
+            axes.set_ylim(bottom=0)
+        return svg(figure, f"curve-{key}", f"{CURVES[key]}, over the updates, of each run")
+
+
+def plot(axes, x: Sequence[float], y: Sequence[float], style: dict[str, Any]) -> None:
+    axes.plot(
+        x, y, color=style["color"], linestyle=style["linestyle"], marker=style["marker"], linewidth=1.1, markersize=3.2,
+        markevery=max(1, len(x) // 12),
+    )  # fmt: skip
+
+
+def swatch(number: int, place: str) -> str:
+    """The line and marker of the run of that number, for the legend at a place of the page."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        figure = diagram.figure_class()(figsize=(0.42, 0.14))
+        axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 1), ylim=(-1, 1))
+        axes.axis("off")
+        style = diagram.STYLES[number]
+        axes.plot([0.02, 0.98], [0, 0], color=style["color"], linestyle=style["linestyle"], linewidth=1.3)
+        axes.plot([0.5], [0], color=style["color"], marker=style["marker"], markersize=5)
+        return svg(figure, f"{place}-{number}", "").replace(
+            'role="img" aria-label=""', 'class="swatch" aria-hidden="true"'
+        )

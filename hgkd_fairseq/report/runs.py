@@ -1,0 +1,179 @@
+"""A finished run: what the folder that fairseq-train saved to holds, and what was measured beside it. Everything that
+reads a run is here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hgkd_fairseq import generated
+from hgkd_fairseq.calibration import diagram
+from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.report import logs
+
+GENERATED = "generate-test.txt"
+# What a run may lack, and the command that fills it in, with the run's folder for RUN. Of a file of `hgkd calibration`
+# the field of Run is its name without .json.
+FILES = {
+    "checkpoint_best.pt": "fairseq-train DATA --save-dir RUN",
+    "checkpoint_last.pt": "fairseq-train DATA --save-dir RUN, without --no-last-checkpoints",
+    "train.log": "fairseq-train DATA --save-dir RUN 2>&1 | tee -a RUN/train.log",
+    GENERATED: "fairseq-generate DATA --path RUN/checkpoint_best.pt --results-path RUN",
+    "forced.json": "hgkd calibration forced DATA --path RUN/checkpoint_best.pt --json RUN/forced.json",
+    "inference.json": f"hgkd calibration inference RUN/{GENERATED} --json RUN/inference.json",
+    "temperature.json": "hgkd calibration temperature DATA --path RUN/checkpoint_best.pt --json RUN/temperature.json",
+    "scaled.json": "hgkd calibration forced DATA --path RUN/checkpoint_best.pt --temperature RUN/temperature.json "
+    "--json RUN/scaled.json",
+    "inference_scaled.json": "fairseq-generate DATA --path RUN/checkpoint_best.pt --temperature T --results-path "
+    f"RUN/scaled, then hgkd calibration inference RUN/scaled/{GENERATED} --json RUN/inference_scaled.json",
+}
+MODES = {"forced": "forced", "inference": "inference", "scaled": "forced", "inference_scaled": "inference"}
+
+
+@dataclass
+class Run:
+    """What was found of a run; None where there is nothing."""
+
+    folder: Path
+    name: str
+    missing: list[str] = field(default_factory=list)  # of FILES
+    translations: list[str] | None = None  # text, in the order of the subset
+    references: list[str] | None = None  # likewise
+    best_update: int | None = None
+    last_update: int | None = None
+    minutes: float | None = None  # of training, over all resumptions
+    log: logs.Log = field(default_factory=logs.Log)
+    generation: logs.Log = field(default_factory=logs.Log)
+    forced: dict[str, Any] | None = None
+    inference: dict[str, Any] | None = None
+    scaled: dict[str, Any] | None = None  # forced, at the temperature
+    inference_scaled: dict[str, Any] | None = None  # of what was translated at it
+    temperature: dict[str, Any] | None = None
+
+
+def read_all(folders: Sequence[Path], reference: Path | None = None) -> list[Run]:
+    """The runs, translated from one test set.
+
+    Args:
+        folders: their names are the runs', with their parents' where they repeat.
+        reference: text file, a reference a line; without it the references in the first run's translations.
+
+    Raises:
+        UserError: a folder that is no run, a file in it that cannot be used, translations of different test sets.
+    """
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UserError("a run is named twice; name each once")
+    runs = [read(folder, name) for folder, name in zip(folders, names(folders), strict=True)]
+    translated = [run for run in runs if run.translations is not None]
+    if reference is not None:
+        given = generated.read_references(reference)
+        for run in translated:
+            count = len(run.translations or ())
+            if count != len(given):
+                raise UserError(
+                    f"{run.folder / GENERATED} has {count} translations and {reference} {len(given)} lines; name the "
+                    "references of its subset with --reference, and generate with --required-batch-size-multiple 1"
+                )
+            run.references = given
+    referenced = [run for run in translated if run.references is not None]
+    for run in referenced[1:]:
+        if run.references != referenced[0].references:
+            raise UserError(
+                f"{run.folder} and {referenced[0].folder} were translated from different test sets; generate both "
+                "from one"
+            )
+    return runs
+
+
+def names(folders: Sequence[Path]) -> list[str]:
+    short = [folder.resolve().name for folder in folders]
+    if len(set(short)) == len(short):
+        return short
+    return [f"{folder.resolve().parent.name}/{name}" for folder, name in zip(folders, short, strict=True)]
+
+
+def read(folder: Path, name: str) -> Run:
+    """One run, alone."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; name the --save-dir of a run of fairseq-train")
+    run = Run(folder, name, missing=[file for file in FILES if not (folder / file).exists()])
+    if len(run.missing) == len(FILES):
+        raise UserError(
+            f"{folder} is no run: it holds none of {', '.join(FILES)}; name the --save-dir of a run of fairseq-train"
+        )
+    if GENERATED not in run.missing:
+        run.translations, run.references = translations(folder / GENERATED)
+    run.best_update, _ = progress(run, "checkpoint_best.pt")
+    run.last_update, run.minutes = progress(run, "checkpoint_last.pt")
+    if "train.log" not in run.missing:
+        run.log = logs.read(folder / "train.log")
+    for file in ("generate.log", GENERATED):  # with --results-path, the settings are printed, not written there
+        if (folder / file).exists() and not run.generation.settings:
+            run.generation = logs.read(folder / file)
+    for key, mode in MODES.items():
+        if f"{key}.json" not in run.missing:
+            setattr(run, key, scores(folder / f"{key}.json", mode))
+    if "temperature.json" not in run.missing:
+        run.temperature = temperature(folder / "temperature.json")
+        fitted, used = run.temperature["temperature"], (run.scaled or run.temperature)["temperature"]
+        if used != fitted:
+            raise UserError(
+                f"{folder / 'scaled.json'} was measured at temperature {used:.4g} and {folder / 'temperature.json'} "
+                f"says {fitted:.4g}; write scaled.json again"
+            )
+    return run
+
+
+def translations(file: Path) -> tuple[list[str], list[str] | None]:
+    """The translations of a subset and its references, as text, in order.
+
+    Raises:
+        UserError: sentences are missing.
+    """
+    lines = generated.read_lines(file)
+    found, references = generated.translations(lines), generated.texts(lines["T"])
+    count = max(found) + 1
+    missing = next((index for index in range(count) if index not in found), None)
+    if missing is not None:
+        raise UserError(
+            f"{file} has {len(found)} translations of {count} sentences (first one missing: {missing}); run "
+            "fairseq-generate again, with --required-batch-size-multiple 1"
+        )
+    if references.keys() != found.keys():
+        return [found[index] for index in range(count)], None
+    return [found[index] for index in range(count)], [references[index] for index in range(count)]
+
+
+def progress(run: Run, file: str) -> tuple[int | None, float | None]:
+    """(updates, minutes of training) that a checkpoint was saved after."""
+    from fairseq.checkpoint_utils import load_checkpoint_to_cpu
+
+    if file in run.missing:
+        return None, None
+    state = load_checkpoint_to_cpu(str(run.folder / file))
+    try:
+        updates = state["optimizer_history"][-1]["num_updates"]
+        return updates, state["extra_state"]["previous_training_time"] / 60
+    except (KeyError, IndexError, TypeError):
+        raise UserError(f"{run.folder / file} is no checkpoint of fairseq-train; name a run of it") from None
+
+
+def scores(file: Path, mode: str) -> dict[str, Any]:
+    found = diagram.read(str(file))
+    if found["mode"] != mode:
+        raise UserError(
+            f"{file} holds scores of `hgkd calibration {found['mode']}`; write it again: {FILES[file.name]}"
+        )
+    return found
+
+
+def temperature(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        float(found["temperature"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file} is no file of `hgkd calibration temperature --json`; write it again") from None
+    return found

@@ -1,0 +1,314 @@
+"""The numbers of a report: scores with intervals, and what differs from the first run by more than chance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from sacrebleu.metrics import BLEU, CHRF, TER
+from sacrebleu.significance import PairedTest, Result
+
+from hgkd_fairseq.calibration.bootstrap import Difference, paired
+from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.report.runs import FILES, GENERATED, Run
+
+METRICS: dict[str, Callable] = {"BLEU": BLEU, "chrF": CHRF, "TER": TER}
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number as it is shown; empty where it is not known."""
+
+    text: str = ""
+    interval: str = ""
+    p: str = ""
+    significant: bool = False
+
+    def __str__(self) -> str:
+        text = f"**{self.text}**" if self.significant else self.text
+        return " ".join(part for part in (text, self.interval, self.p) if part)
+
+
+EMPTY = Cell()
+
+
+@dataclass
+class Table:
+    title: str
+    header: list[str]
+    rows: list[list[Cell]]  # the first cell of each is the run's name
+    notes: list[str] = field(default_factory=list)  # what is under it, in markdown
+
+    def markdown(self) -> str:
+        rows = [[str(cell) for cell in row] for row in self.rows]
+        table = "\n".join("| " + " | ".join(row) + " |" for row in [self.header, ["---"] * len(self.header), *rows])
+        return "\n\n".join([table, *self.notes])
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A calibration error: of which file, and with the end of sentence or without."""
+
+    title: str
+    file: str
+    which: str = "eos:yes"
+
+    @property
+    def key(self) -> str:
+        return "ece" if self.which == "eos:yes" else "ece_without_eos"
+
+
+KINDS = (
+    Kind("forced", "forced"),
+    Kind("forced, no EOS", "forced", "eos:no"),
+    Kind("forced at T", "scaled"),
+    Kind("forced at T, no EOS", "scaled", "eos:no"),
+    Kind("inference", "inference"),
+    Kind("inference, no EOS", "inference", "eos:no"),
+    Kind("inference at T", "inference_scaled"),
+    Kind("inference at T, no EOS", "inference_scaled", "eos:no"),
+)
+
+
+@dataclass
+class Report:
+    """The tables of some runs, the first of which is the one that the others are compared with."""
+
+    runs: list[Run]
+    quality: Table
+    calibration: Table
+    differences: list[Table]  # those of them that have any
+
+    def tables(self) -> list[Table]:
+        return [self.quality, self.calibration, *self.differences]
+
+    def markdown(self) -> str:
+        return "\n\n".join(table.markdown() for table in self.tables())
+
+
+def measure(runs: Sequence[Run]) -> Report:
+    """Score the runs, those that have translations by sacreBLEU, whose paired bootstrap takes seconds.
+
+    Raises:
+        UserError: calibration that was measured in different ways, so that it cannot stand in one column.
+    """
+    for kind in KINDS:
+        check_alike(runs, kind)
+    signatures, results = text_scores(runs)
+    quality = Table(
+        "Translation",
+        ["model", *METRICS, "NLL, bits", "parameters", "updates (best)", "minutes"],
+        [quality_row(run, results.get(run.name, {})) for run in runs],
+        quality_notes(runs, signatures),
+    )
+    calibration = Table(
+        "Calibration",
+        ["ECE, %", "T", *(kind.title for kind in KINDS)],
+        [calibration_row(run) for run in runs],
+        calibration_notes(runs),
+    )
+    first, others = runs[0], runs[1:]
+    differences = [
+        difference_table(
+            first, others, "translation", list(METRICS), lambda run: text_differences(first, run, results)
+        ),
+        difference_table(
+            first, others, "calibration", [kind.title for kind in KINDS], lambda run: ece_differences(first, run)
+        ),
+    ]
+    return Report(list(runs), quality, calibration, [table for table in differences if table])
+
+
+def difference_table(
+    first: Run, others: Sequence[Run], of: str, columns: list[str], cells: Callable[[Run], list[Cell]]
+) -> Table | None:
+    """The columns that hold anything; None where none does."""
+    rows = {run.name: cells(run) for run in others}
+    filled = [place for place in range(len(columns)) if any(row[place].text for row in rows.values())]
+    if not filled:
+        return None
+    what = (
+        "BLEU, chrF and TER; sacreBLEU's"
+        if of == "translation"
+        else "ECE, in percentage points with a 95 % interval; a"
+    )
+    return Table(
+        f"Differences from {first.name}: {of}",
+        [f"model − {first.name}", *(columns[place] for place in filled)],
+        [[Cell(name), *(row[place] for place in filled)] for name, row in rows.items()],
+        [
+            f"Of {what} paired bootstrap over the sentences gives the two-sided p. Bold: p below 0.05, for each number "
+            "by itself."
+        ],
+    )
+
+
+def check_alike(runs: Sequence[Run], kind: Kind) -> None:
+    first = None
+    for run in runs:
+        found = getattr(run, kind.file)
+        if found is None:
+            continue
+        how = score(found, kind.key)["signature"].split("|")
+        if kind.file == "scaled":  # the temperature is each run's own
+            how = [part for part in how if not part.startswith("temp:")]
+        how += [f"subset:{found['subset']}"] if "subset" in found else []
+        first = first or (run, how)
+        if how != first[1]:
+            raise UserError(
+                f"{run.folder / kind.file}.json holds {'|'.join(how)} and {first[0].folder / kind.file}.json "
+                f"{'|'.join(first[1])}; measure both in one way"
+            )
+
+
+def score(found: dict[str, Any], key: str) -> dict[str, Any]:
+    """A score of a file of `hgkd calibration`."""
+    return next(row for row in found["scores"] if row["key"] == key)
+
+
+def text_scores(runs: Sequence[Run]) -> tuple[dict[str, str], dict[str, dict[str, Result]]]:
+    """(signature by metric, result by run and metric) of sacreBLEU."""
+    scored = [run for run in runs if run.translations is not None and run.references is not None]
+    if not scored:
+        return {}, {}
+    # The references go to the metrics, which keep what they extract from them.
+    metrics = {name: metric(references=[scored[0].references]) for name, metric in METRICS.items()}
+    systems: list[tuple[str, Sequence[str]]] = [(run.name, run.translations or []) for run in scored]
+    signatures, found = PairedTest(systems, metrics, references=None, test_type="bs")()
+    del found["System"]
+    results: dict[str, dict[str, Result]] = {run.name: {} for run in scored}
+    for name, column in zip(METRICS, found.values(), strict=True):  # sacreBLEU's own name of chrF is chrF2
+        for run, result in zip(scored, column, strict=True):
+            assert isinstance(result, Result)
+            results[run.name][name] = result
+            if scored[0] is not runs[0]:  # it was compared with another run
+                result.p_value = None
+    return {name: each.format() for name, each in zip(METRICS, signatures.values(), strict=True)}, results
+
+
+def quality_row(run: Run, results: dict[str, Result]) -> list[Cell]:
+    cells = [Cell(run.name)]
+    for name in METRICS:
+        found = results.get(name)
+        cells.append(Cell(f"{found.score:.1f}", f"± {found.ci:.1f}") if found else EMPTY)
+    cells.append(number(run.forced, "nll", 1, 3))
+    cells.append(Cell(f"{run.forced['parameters']:,}") if run.forced else EMPTY)
+    updates = [f"{run.last_update:,}" if run.last_update is not None else ""]
+    updates += [f"({run.best_update:,})"] if run.best_update is not None else []
+    cells.append(Cell(" ".join(updates).strip()))
+    cells.append(Cell(f"{run.minutes:.1f}") if run.minutes is not None else EMPTY)
+    return cells
+
+
+def number(found: dict[str, Any] | None, key: str, scale: float, digits: int) -> Cell:
+    """A score of a file of `hgkd calibration`, with its interval."""
+    if found is None or score(found, key)["value"] is None:
+        return EMPTY
+    row = score(found, key)
+    interval = ""
+    if row["low"] is not None and row["high"] is not None:
+        interval = f"[{scale * row['low']:.{digits}f}, {scale * row['high']:.{digits}f}]"
+    return Cell(f"{scale * row['value']:.{digits}f}", interval)
+
+
+def calibration_row(run: Run) -> list[Cell]:
+    cells = [number(getattr(run, kind.file), kind.key, 100, 2) for kind in KINDS]
+    degree = (run.scaled or run.temperature or {}).get("temperature")
+    return [Cell(run.name), Cell(f"{degree:.3f}") if degree else EMPTY, *cells]
+
+
+def text_differences(first: Run, run: Run, results: dict[str, dict[str, Result]]) -> list[Cell]:
+    cells = []
+    for name in METRICS:
+        ours, theirs = results.get(run.name, {}).get(name), results.get(first.name, {}).get(name)
+        if ours is None or theirs is None or ours.p_value is None:
+            cells.append(EMPTY)
+        else:
+            value = ours.score - theirs.score
+            cells.append(compared(signed(value, 1), "", ours.p_value, value))
+    return cells
+
+
+def ece_differences(first: Run, run: Run) -> list[Cell]:
+    cells = []
+    for kind in KINDS:
+        found = difference(getattr(first, kind.file), getattr(run, kind.file), kind)
+        if found is None:
+            cells.append(EMPTY)
+        else:
+            ends = f"[{signed(100 * found.low, 2)}, {signed(100 * found.high, 2)}]"
+            cells.append(compared(signed(100 * found.value, 2), ends, found.p, found.value))
+    return cells
+
+
+def compared(text: str, interval: str, p: float, value: float) -> Cell:
+    # sacreBLEU gives the least p to a system that is compared with itself.
+    return Cell(text, interval, f"p = {p:.3f}", p < SIGNIFICANT and value != 0)
+
+
+def difference(first: dict[str, Any] | None, second: dict[str, Any] | None, kind: Kind) -> Difference | None:
+    """Of the calibration error; None where one is missing, or where the two were not resampled alike."""
+    if first is None or second is None or not resampled_alike(first, second):
+        return None
+    one, other = (resamples(found, kind.which) for found in (first, second))
+    return paired(one, other, second[kind.key] - first[kind.key])
+
+
+def resamples(found: dict[str, Any], which: str) -> torch.Tensor:
+    values = found["resampled_ece"][which]
+    return torch.tensor([torch.nan if value is None else value for value in values], dtype=torch.float64)
+
+
+def resampled_alike(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    return all(found.get("resampled_ece", {}).get("eos:yes") for found in (first, second)) and all(
+        first[key] == second[key] for key in ("seed", "replicates", "sentences")
+    )
+
+
+def signed(value: float, digits: int) -> str:
+    text = f"{value:+.{digits}f}"
+    return text.replace("-", "−") if float(text) else text[1:]
+
+
+def quality_notes(runs: Sequence[Run], signatures: dict[str, str]) -> list[str]:
+    notes = [f"{name}: `{signature}`" for name, signature in signatures.items()]
+    forced = next((run.forced for run in runs if run.forced), None)
+    notes += [f"NLL: `{score(forced, 'nll')['signature']}`"] if forced else []
+    without = [run.name for run in runs if run.translations is not None and run.references is None]
+    if without:
+        notes.append(f"No references in the translations of {', '.join(without)}: give them with `--reference FILE`.")
+    return notes + missing(runs, ("checkpoint_best.pt", "checkpoint_last.pt", GENERATED, "forced.json"))
+
+
+def calibration_notes(runs: Sequence[Run]) -> list[str]:
+    about = []
+    for key in ("forced", "inference"):
+        found = next((found for found in (getattr(run, key) for run in runs) if found), None)
+        about += [f"{key.capitalize()}: `{found['signature']}`"] if found else []
+    if any(run.temperature for run in runs):
+        about.append("T: the temperature that gives the validation set the least NLL; it divides the logits.")
+    for kind in KINDS:
+        files = [(run, getattr(run, kind.file)) for run in runs[1:]]
+        first = getattr(runs[0], kind.file)
+        unlike = [run.name for run, found in files if found and first and not resampled_alike(first, found)]
+        if unlike and kind.which == "eos:yes":
+            about.append(
+                f"No difference in {kind.title} between {runs[0].name} and {', '.join(unlike)}: {kind.file}.json was "
+                "not resampled alike; measure both again with one `--seed` and `--replicates`, on one subset."
+            )
+    return about + missing(
+        runs, ("forced.json", "inference.json", "temperature.json", "scaled.json", "inference_scaled.json")
+    )
+
+
+def missing(runs: Sequence[Run], files: Sequence[str]) -> list[str]:
+    """A line for each file that some run lacks, with what fills it in."""
+    lines = []
+    for file in files:
+        lacking = [run.name for run in runs if file in run.missing]
+        if lacking:
+            lines.append(f"No {file} of {', '.join(lacking)}: `{FILES[file]}`.")
+    return lines
