@@ -94,8 +94,7 @@ def export(args) -> int:
     from hgkd_fairseq import export as exporting
 
     if args.ctranslate2:
-        exporting.import_converters()
-        exporting.refuse_existing(args.ctranslate2)
+        exporting.check_conversion(args.path, args.ctranslate2, args.data)
     elif args.quantization:
         raise UserError("--quantization is of the CTranslate2 model: add --ctranslate2 DIR")
     exporting.export(args.path, args.output, args.ema)
@@ -106,7 +105,7 @@ def export(args) -> int:
     print(f"{args.ctranslate2}: for CTranslate2")
     if args.no_comparison:
         return 0
-    return print_comparison(args.data or exporting.data_of(args.output), [args.output, args.ctranslate2], args)
+    return print_comparison(args.data or exporting.data_of(args.path), [args.output, args.ctranslate2], args)
 
 
 def compare(args) -> int:

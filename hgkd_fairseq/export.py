@@ -150,9 +150,17 @@ def our_options() -> set[str]:
     return ours - {field.name for field in fields(TranslationConfig)}
 
 
-def data_of(checkpoint: str) -> str:
+def data_of(path: str) -> str:
     """The folder of the data that the model was trained on."""
-    return load(checkpoint)["cfg"]["task"]["data"]
+    return load(utils.split_paths(path)[0])["cfg"]["task"]["data"]
+
+
+def check_conversion(path: str, folder: str, data: str | None) -> None:
+    """Refuse what :func:`to_ctranslate2` would refuse, as far as it can be told before the export."""
+    import_converters()
+    refuse_existing(folder)
+    task = load(utils.split_paths(path)[0])["cfg"]["task"]
+    language_pair(data or task["data"], task)
 
 
 def to_ctranslate2(checkpoint: str, folder: str, data: str | None = None, quantization: str | None = None) -> None:

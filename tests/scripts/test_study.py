@@ -28,7 +28,7 @@ GRID = """
 [data]
 text = "{text}"
 pairs = {pairs}
-vocabulary = 70
+vocabulary = 36
 [training]
 updates = {updates}
 precision = "fp32"
@@ -116,7 +116,7 @@ def test_killed_restarted_and_grown(tmp_path):
     description = json.loads((other / "cell.json").read_text())
     assert description["signature"] == (
         f"setting:same|method:hkd-t|size:big|teacher:big|temp:1.5|seed:2|updates:{UPDATES}|precision:fp32|pairs:300|"
-        "vocabulary:70"
+        "vocabulary:36"
     )
 
     # What the folder was made with, it keeps.
