@@ -59,6 +59,8 @@ def curve(log: str) -> list[dict[str, float]]:
     for tag, text in re.findall(r"\| (train|valid) \| (\{.*\})", log):
         row = json.loads(text)
         point = {name: float(row[key]) for key, name in wanted[tag].items() if key in row}
+        if "updates" in point:
+            point["updates"] = int(point["updates"])
         epochs.setdefault(row["epoch"], {}).update(point)
     return [epochs[epoch] for epoch in sorted(epochs) if "updates" in epochs[epoch]]
 
@@ -100,8 +102,8 @@ def score(run: Path, data: str, references: list[str], how: str, cpu: bool) -> d
         "scaled_nll": scaled["nll"].value,
         "valid_nll_best": lowest["valid_nll"],
         "valid_nll_last": points[-1]["valid_nll"],
-        "best_updates": int(lowest["updates"]),
-        "last_updates": int(points[-1]["updates"]),
+        "best_updates": lowest["updates"],
+        "last_updates": points[-1]["updates"],
         "teacher_share": points[-1].get("teacher_share", 0.0),
         "parameters": gold.about["parameters"],
         "minutes": last["extra_state"]["previous_training_time"] / 60,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -109,8 +110,9 @@ SCORES: dict[str, Callable[[Sequence[Cell]], str]] = {
 }
 TRAINING: dict[str, Callable[[Sequence[Cell]], str]] = {
     "validation NLL, best": column("valid_nll_best", 3),
-    "last": column("valid_nll_last", 3),
     "at update": column("best_updates", 0),
+    "validation NLL, last": column("valid_nll_last", 3),
+    "validation ECE, last, %": lambda cells: spread([cell.scores["curve"][-1]["valid_ece"] for cell in cells], 2, 100),
     "teacher share at the end": column("teacher_share", 2),
     "temperature fitted": column("temperature", 2),
     "parameters": lambda cells: f"{cells[0].scores['parameters']:,}",
@@ -256,6 +258,7 @@ def main() -> int:
     parser.add_argument("dir", type=Path, metavar="DIR", help="the study's folder")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where tables.md and figures go (default: DIR)")
     args = parser.parse_args()
+    logging.getLogger().setLevel(logging.WARNING)  # fairseq, once imported, logs what every library has to say
     output = args.output or args.dir
     try:
         study = Study(args.dir)

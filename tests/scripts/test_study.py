@@ -259,7 +259,8 @@ def test_tables_by_hand(tmp_path, monkeypatch, capsys):
     # All right against all wrong: no resample of 1,000 is above the difference, p = 1 / 1001. The same text: p = 1.
     hkd = "| HKD-T | 2 | 23.0 ± 0.0 | 46.0 ± 0.0 | 6.00 ± 0.00 | 1.50 ± 0.00 | 20.00 ± 0.00 | 3.000 ± 0.000"
     assert f"{hkd} | +2.0 | 0.001, 1.000 |" in lines
-    assert "| HKD-T | 3.500 ± 0.000 | 4.000 ± 0.000 | 20 ± 0 | 0.50 ± 0.00 | 1.25 ± 0.00 | 1,234 | 2.0 ± 0.0 |" in lines
+    training = "| HKD-T | 3.500 ± 0.000 | 20 ± 0 | 4.000 ± 0.000 | 10.00 ± 0.00 | 0.50 ± 0.00 | 1.25 ± 0.00"
+    assert f"{training} | 1,234 | 2.0 ± 0.0 |" in lines
     assert [line for line in lines if line.startswith(("| HKD-T | 1.5", "| HKD-T | 2 | 1"))] == [
         "| HKD-T | 1.5 | 1 | 23.0 | 46.0 | 6.00 | 3.000 | 0.50 |",
         "| HKD-T | 2 | 1 | 25.0 | 50.0 | 3.00 | 3.000 | 0.50 |",
