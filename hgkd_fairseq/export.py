@@ -179,11 +179,12 @@ def to_ctranslate2(checkpoint: str, folder: str, data: str | None = None, quanti
     converters = import_converters()
     refuse_existing(folder)
     state = load(checkpoint)
-    task, model = state["cfg"]["task"], dict(state["cfg"]["model"])
+    cfg: dict[str, Any] = OmegaConf.to_container(state["cfg"], resolve=True)  # type: ignore[assignment]
+    task, model = cfg["task"], cfg["model"]
     data = data or task["data"]
     source, target = language_pair(data, task)
     # The converter reads fairseq's options of old, as attributes, which is why it cannot read the exported file itself.
-    options = {**dict(task), **model, "task": "translation", "arch": model.get("arch") or model["_name"]}
+    options = {**task, **model, "task": "translation", "arch": model.get("arch") or model["_name"]}
     with tempfile.TemporaryDirectory() as temporary:
         file = f"{temporary}/model.pt"
         torch.save({"args": Namespace(**options), "model": state["model"]}, file)
