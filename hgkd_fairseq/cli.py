@@ -172,8 +172,11 @@ def add_comparison(command) -> None:
     )
     command.add_argument("--beam", type=positive, default=5, metavar="N", help="width of the beam (default: 5)")
     command.add_argument("--lenpen", type=float, default=1.0, metavar="P", help="length penalty (default: 1)")
-    command.add_argument("--max-len-a", type=float, default=0.0, metavar="A", help="translations have at most ax + b")
-    command.add_argument("--max-len-b", type=int, default=200, metavar="B", help="pieces, of a source of x (ax + 200)")
+    command.add_argument(
+        "--max-len-a", type=float, default=0.0, metavar="A",
+        help="translations have at most A x + B pieces, x those of the longest source in the batch (default: 0)",
+    )  # fmt: skip
+    command.add_argument("--max-len-b", type=int, default=200, metavar="B", help="see --max-len-a (default: 200)")
     command.add_argument(
         "--max-tokens", type=positive, default=4000, metavar="N", help="pieces a batch (default: 4000)"
     )

@@ -66,6 +66,8 @@ class FairseqModel:
     def __init__(self, path: str, data: str, search: Search, cpu: bool):
         self.models, self.task, self.device = forced.load(data, path, cpu)
         self.megabytes = sum(os.path.getsize(file) for file in utils.split_paths(path)) / 1e6
+        for model in self.models:  # as fairseq-generate does: no attention weights are kept
+            model.make_generation_fast_(beamable_mm_beam_size=search.beam, need_attn=False)
         cfg = GenerationConfig(
             beam=search.beam, lenpen=search.lenpen, max_len_a=search.max_len_a, max_len_b=search.max_len_b
         )

@@ -108,9 +108,9 @@ def average(models: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         shared = tuple(tensor.data_ptr() for tensor in tensors)
         if shared not in means or not tensors[0].numel():
             if tensors[0].is_floating_point():
-                mean = sum(tensor.float() for tensor in tensors) / len(tensors)
+                mean = torch.stack([tensor.float() for tensor in tensors]).mean(0)
             else:
-                mean = sum(tensors) // len(tensors)
+                mean = torch.stack(tensors).sum(0) // len(tensors)
             means[shared] = mean.to(tensors[0].dtype)
         result[key] = means[shared].view(first[key].shape)
     return result

@@ -172,9 +172,9 @@ class Runner:
                 continue
             try:
                 self.make(cell, lock)
-            except BaseException:
+            except UserError as error:
+                say(f"{cell.folder}: {error}")
                 self.failed.add(cell.folder)
-                raise
             finally:
                 lock.close()
 
@@ -193,8 +193,11 @@ class Runner:
                 if cell.teacher and not (self.folder / cell.teacher / "scores.json").exists():
                     continue
                 lock = claim(self.folder / cell.folder)
-                if lock is not None and not finished(cell, self.folder):
+                if lock is None:
+                    continue
+                if not finished(cell, self.folder):
                     return cell, lock
+                lock.close()  # another process has finished it in this moment
             return waiting, None
 
     def make(self, cell: Cell, lock: IO) -> None:
