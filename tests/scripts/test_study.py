@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import command_line as cl
@@ -63,68 +64,102 @@ def block(settings: list[str], methods: list[str], seeds: list[int], more: str =
     return f"settings = {json.dumps(settings)}\nmethods = {json.dumps(methods)}\nseeds = {json.dumps(seeds)}\n{more}"
 
 
-def start(grid: Path, *arguments) -> subprocess.Popen:
-    command = [sys.executable, STUDY / "run.py", grid, "--dir", grid.parent / "study", *arguments]
+def start(grid: Path, study: Path) -> subprocess.Popen:
+    command = [sys.executable, STUDY / "run.py", grid, "--dir", study]
     return subprocess.Popen(
         [str(part) for part in command], env={**cl.environment(), "PYTHONPATH": str(cl.ROOT)}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
 
 
-def stamps(folder: Path) -> dict[str, int]:
-    return {str(file): file.stat().st_mtime_ns for file in sorted(folder.iterdir()) if file.name != "lock"}
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=cl.TIMEOUT_S)
+    assert process.returncode == 0, output
+    return output
 
 
-def test_killed_restarted_and_grown(tmp_path):
-    """A run that is killed ends with the scores of one that was not; a seed more costs its own cell only."""
-    cl.write_corpus(tmp_path, {"train": 400, "valid": 32, "test": 32})
-    whole = start(write_grid(tmp_path, block(["same"], ["hkd-t"], [1])))
-    output, _ = whole.communicate(timeout=cl.TIMEOUT_S)
-    assert whole.returncode == 0, output
-    study = tmp_path / "study"
-    assert len((study / "text/train.de").read_text().splitlines()) == 300
-    teacher, cell, other = study / "teacher/big/seed-0", study / "same/hkd-t/seed-1", study / "same/hkd-t/seed-2"
-    expected = json.loads((cell / "scores.json").read_text())
-    assert [point["updates"] for point in expected["curve"]][-1] == UPDATES
-    assert 0 < expected["teacher_share"] < 1
-    assert expected["valid_nll_best"] == min(point["valid_nll"] for point in expected["curve"])
-    before = stamps(teacher)
-    shutil.rmtree(cell)
-
-    grid = write_grid(tmp_path, block(["same"], ["hkd-t"], [1, 2]))
-    killed = start(grid)
-    log = cell / "train.log"
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
     deadline = time.monotonic() + cl.TIMEOUT_S
-    while not (log.exists() and "begin training epoch 4" in log.read_text()):
-        assert killed.poll() is None, killed.communicate()[0]
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {str(file): file.stat().st_mtime_ns for file in sorted(folder.iterdir())}
+
+
+def test_killed_and_restarted(tmp_path):
+    """A run that is killed ends with the scores of one that was not, and trains no finished teacher again."""
+    cl.write_corpus(tmp_path, {"train": 400, "valid": 32, "test": 32})
+    grid = write_grid(tmp_path, block(["same"], ["hkd-t"], [1]))
+    study, moved = tmp_path / "study", tmp_path / "moved"
+    teacher, cell = moved / "teacher/big/seed-0", moved / "same/hkd-t/seed-1"
+    whole = start(grid, study)
+    wait_for((study / "teacher/big/seed-0/scores.json").exists, whole)
+    shutil.copytree(study, moved, ignore=shutil.ignore_patterns("same"))  # where a study lies does not matter
+    before = stamps(teacher)
+    killed = start(grid, moved)
+    log = cell / "train.log"
+    wait_for(lambda: log.exists() and "begin training epoch 4" in log.read_text(), killed)
     os.killpg(killed.pid, signal.SIGKILL)  # the runner and the training
     killed.communicate()
     assert not (cell / "scores.json").exists()
 
-    again = start(grid, "--jobs", 2)
-    output, _ = again.communicate(timeout=cl.TIMEOUT_S)
-    assert again.returncode == 0, output
+    output = finish(start(grid, moved))
+    finish(whole)
     (resumed,) = re.findall(r"Loaded checkpoint .* @ (\d+) updates", log.read_text())
     assert 0 < int(resumed) < UPDATES
+    expected = json.loads((study / "same/hkd-t/seed-1/scores.json").read_text())
     found = json.loads((cell / "scores.json").read_text())
     assert {**found, "minutes": 0} == {**expected, "minutes": 0}
     assert stamps(teacher) == before
-    assert "teacher/big/seed-0" not in output
-    assert json.loads((other / "scores.json").read_text())["bleu"] != found["bleu"]
-    description = json.loads((other / "cell.json").read_text())
-    assert description["signature"] == (
-        f"setting:same|method:hkd-t|size:big|teacher:big|temp:1.5|seed:2|updates:{UPDATES}|precision:fp32|pairs:300|"
+    assert "teacher/big/seed-0: " not in output
+    assert found["curve"][-1]["updates"] == UPDATES
+    assert 0 < found["teacher_share"] < 1
+    assert found["valid_nll_best"] == min(point["valid_nll"] for point in found["curve"])
+    assert len((study / "text/train.de").read_text().splitlines()) == 300
+    assert json.loads((cell / "cell.json").read_text())["signature"] == (
+        f"setting:same|method:hkd-t|size:big|teacher:big|temp:1.5|seed:1|updates:{UPDATES}|precision:fp32|pairs:300|"
         "vocabulary:36"
     )
-
     # What the folder was made with, it keeps.
-    changed = Grid(write_grid(tmp_path, block(["same"], ["hkd-t"], [1, 2]), updates=UPDATES + 1))
+    changed = Grid(write_grid(tmp_path, block(["same"], ["hkd-t"], [1]), updates=UPDATES + 1))
     with pytest.raises(UserError, match=rf"seed-0 was made with {UPDATES} and the grid says otherwise now"):
         runner.check(changed.cells(), study)
     with pytest.raises(UserError, match=r"was made with other data .* choose another --dir"):
         runner.prepare(Grid(write_grid(tmp_path, block(["same"], ["base"], [1]), pairs=301)), study, None)
+
+
+def test_what_is_run_next(tmp_path):
+    """A student waits for its teacher; what is finished, being worked on or failed is left alone."""
+    cells = Grid(write_grid(tmp_path, block(["same"], ["hkd-t", "base"], [1]))).cells()
+    assert [cell.folder for cell in cells] == ["teacher/big/seed-0", "same/hkd-t/seed-1", "same/base/seed-1"]
+    work = runner.Runner(cells, tmp_path, jobs=2)
+
+    def next_cell() -> tuple[str | None, bool]:
+        cell, lock = work.next()
+        locks.append(lock)  # as long as it is open the cell is being worked on
+        return cell and cell.folder, lock is not None
+
+    def finish_cell(folder: str) -> None:
+        (tmp_path / folder / "scores.json").touch()
+
+    locks: list = []
+    assert next_cell() == ("teacher/big/seed-0", True)
+    assert next_cell() == ("same/base/seed-1", True)
+    assert next_cell() == ("teacher/big/seed-0", False)  # to wait for
+    finish_cell("teacher/big/seed-0")
+    finish_cell("same/base/seed-1")
+    assert next_cell() == ("same/hkd-t/seed-1", True)
+    finish_cell("same/hkd-t/seed-1")
+    assert next_cell() == (None, False)
+    # A seed more: its own cell only.
+    work.cells = Grid(write_grid(tmp_path, block(["same"], ["hkd-t"], [1, 2]))).cells()
+    assert next_cell() == ("same/hkd-t/seed-2", True)
+    work.failed.add("same/hkd-t/seed-2")
+    assert next_cell() == (None, False)
 
 
 def test_cells(tmp_path):
