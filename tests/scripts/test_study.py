@@ -185,6 +185,7 @@ def test_cells(tmp_path):
     assert "--teacher-temperature 2" in " ".join(by_folder["same/hkd-t-tau-2/seed-1"].train)
     # A method's own temperature is not the study's, and Base has none.
     assert " ".join(by_folder["same/annealing/seed-1"].train).count("--teacher-temperature ") == 1
+    assert by_folder["same/annealing/seed-1"].temperature is None
     assert by_folder["same/base/seed-1"].temperature is None
     assert "--teacher" not in " ".join(by_folder["same/base/seed-1"].train)
 
@@ -300,6 +301,7 @@ def test_tables_by_hand(tmp_path, monkeypatch, capsys):
         "| HKD-T | 1.5 | 1 | 23.0 | 46.0 | 6.00 | 3.000 | 0.50 |",
         "| HKD-T | 2 | 1 | 25.0 | 50.0 | 3.00 | 3.000 | 0.50 |",
     ]
+    assert sum(line.startswith("| HKD-T | ") for line in lines) == 4  # one in each of the other tables
     assert "BLEU `bleu|by:hand`" in lines[-3]
     assert "bs:1000" in lines[-3]
     assert lines[-3].endswith("All cells: `updates:40`.")
