@@ -83,18 +83,21 @@ class Grid:
         self.data: dict[str, Any] = self.table["data"]
         if ("corpus" in self.data) == ("text" in self.data):
             raise UserError(f"{file}: [data] needs either corpus, a name that get_data.sh knows, or text, a folder")
-        precision = self.table["training"]["precision"]
+        precision = self.table["training"].get("precision")
         if precision not in PRECISIONS:
             raise UserError(f"{file}: [training] precision {precision!r}: it must be one of {', '.join(PRECISIONS)}")
 
     def cells(self) -> list[Cell]:
         """All cells, each once, a teacher before its students; within a block of the grid seed by seed."""
         found: dict[str, Cell] = {}
-        for block in self.table["cells"]:
-            for cell in self.block(block):
-                if cell.teacher and cell.teacher not in found:
-                    found[cell.teacher] = self.teacher(Path(cell.teacher).parts[1])
-                found.setdefault(cell.folder, cell)
+        try:
+            for block in self.table["cells"]:
+                for cell in self.block(block):
+                    if cell.teacher and cell.teacher not in found:
+                        found[cell.teacher] = self.teacher(Path(cell.teacher).parts[1])
+                    found.setdefault(cell.folder, cell)
+        except KeyError as error:
+            raise UserError(f"{self.file} lacks {error}; multi30k.toml shows where it belongs") from None
         return list(found.values())
 
     def block(self, block: dict[str, Any]) -> Iterator[Cell]:

@@ -196,6 +196,7 @@ def test_cells(tmp_path):
         ("", "", None),
         ("[generation]", "[generate]", r"has no section \[generation\]"),
         ('precision = "fp32"', 'precision = "fp8"', "precision 'fp8': it must be one of fp32, bf16, fp16"),
+        ("updates = ", "epochs = ", "lacks 'updates'; multi30k.toml shows where it belongs"),
         ('text = "', 'words = "', r"\[data\] needs either corpus"),
         ('["base"]', '["bass"]', "names bass, which is none of the methods: base, "),
         ('method = "base"', 'method = "hkd-t"', r"\[teacher\] method hkd-t needs a teacher itself"),
