@@ -11,7 +11,7 @@ import torch
 
 from hgkd_fairseq import cli
 from hgkd_fairseq.calibration import inference
-from hgkd_fairseq.compare import compare
+from hgkd_fairseq.compare import Search, compare
 
 SEARCH = ("--gen-subset", "test", "--beam", 3, "--max-len-b", 20, "--required-batch-size-multiple", 1, "--cpu")
 
@@ -107,7 +107,7 @@ def test_moving_average(student, tmp_path):
     assert cl.differences(found, state["extra_state"]["ema"]) == {}
 
 
-def test_ctranslate2(data, teacher, tmp_path, capsys):
+def test_ctranslate2(data, teacher, plain, tmp_path, capsys):
     """Float32 translates as fairseq does; the command prints both, here with int8 weights."""
     pytest.importorskip("ctranslate2")
     checkpoint = teacher.path("checkpoint_best.pt")
@@ -123,11 +123,11 @@ def test_ctranslate2(data, teacher, tmp_path, capsys):
     assert "median of 3 passes over 64 sentences" in lines[-1]
     assert "ECE|bins:20|mode:inference|align:wang2020|eos:yes|tok:bpe|version:0.1.0" in lines[-1]
 
-    from hgkd_fairseq.compare import Search
-
     search = Search(beam=3, max_len_b=20)
-    found = compare(str(data), [str(tmp_path / "a.pt"), str(float32)], search=search, repeats=1, cpu=True)
-    before, after = found.rows
+    paths = [str(tmp_path / "a.pt"), str(float32), str(plain.path("checkpoint_best.pt"))]
+    found = compare(str(data), paths, search=search, repeats=1, cpu=True)
+    before, after, other = found.rows
+    assert other.same < 32  # a model that has hardly learnt
     assert after.same >= 63  # of 64: but for ties
     assert after.bleu == pytest.approx(before.bleu, abs=0.5)
     assert after.ece.value == pytest.approx(before.ece.value, abs=0.003)
