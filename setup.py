@@ -29,9 +29,10 @@ setup(
     extras_require={
         "triton": ["triton>=3.2"],
         "report": ["matplotlib>=3.8"],
+        "export": ["ctranslate2>=4.5"],
         "test": [
             *("pytest>=8", "hypothesis>=6", "ruff>=0.6", "mypy>=1.10"),
-            *("torchmetrics>=1.4", "matplotlib>=3.8", "tensorboardX>=2.6"),
+            *("torchmetrics>=1.4", "matplotlib>=3.8", "tensorboardX>=2.6", "ctranslate2>=4.5"),
         ],
         "recipes": ["sacremoses>=0.1"],
     },

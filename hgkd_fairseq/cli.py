@@ -94,6 +94,44 @@ def report(args) -> int:
     return 0
 
 
+def search_of(args):
+    from hgkd_fairseq.compare import Search
+
+    return Search(args.beam, args.lenpen, args.max_len_a, args.max_len_b)
+
+
+def export(args) -> int:
+    from hgkd_fairseq import export as exporting
+
+    if args.ctranslate2:
+        exporting.check_conversion(args.path, args.ctranslate2, args.data)
+    elif args.quantization:
+        raise UserError("--quantization is of the CTranslate2 model: add --ctranslate2 DIR")
+    exporting.export(args.path, args.output, args.ema)
+    print(f"{args.output}: for any fairseq, without --user-dir")
+    if not args.ctranslate2:
+        return 0
+    exporting.to_ctranslate2(args.output, args.ctranslate2, args.data, args.quantization)
+    print(f"{args.ctranslate2}: for CTranslate2")
+    if args.no_comparison:
+        return 0
+    return print_comparison(args.data or exporting.data_of(args.path), [args.output, args.ctranslate2], args)
+
+
+def compare(args) -> int:
+    return print_comparison(args.data, args.models, args)
+
+
+def print_comparison(data: str, models: list[str], args) -> int:
+    from hgkd_fairseq.compare import compare
+
+    found = compare(
+        data, models, args.gen_subset, search_of(args), args.max_tokens, args.repeats, args.cpu, args.reference
+    )
+    print(found)
+    return 0
+
+
 def positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
@@ -133,6 +171,26 @@ def add_model(command, subset: str) -> None:
     command.add_argument(
         "--max-tokens", type=positive, default=4000, metavar="N", help="tokens a batch (default: 4000)"
     )
+    command.add_argument("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
+
+
+def add_comparison(command) -> None:
+    """Options of translating a subset with several models."""
+    command.add_argument("--gen-subset", default="test", metavar="SPLIT", help="subset to translate (default: test)")
+    command.add_argument(
+        "--reference", metavar="FILE", help="text, one reference a line, for BLEU (default: the data's)"
+    )
+    command.add_argument("--beam", type=positive, default=5, metavar="N", help="width of the beam (default: 5)")
+    command.add_argument("--lenpen", type=float, default=1.0, metavar="P", help="length penalty (default: 1)")
+    command.add_argument(
+        "--max-len-a", type=float, default=0.0, metavar="A",
+        help="translations have at most A x + B pieces, x those of the longest source in the batch (default: 0)",
+    )  # fmt: skip
+    command.add_argument("--max-len-b", type=int, default=200, metavar="B", help="see --max-len-a (default: 200)")
+    command.add_argument(
+        "--max-tokens", type=positive, default=4000, metavar="N", help="pieces a batch (default: 4000)"
+    )
+    command.add_argument("--repeats", type=positive, default=5, metavar="N", help="timed passes (default: 5)")
     command.add_argument("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
 
 
@@ -206,6 +264,32 @@ def parser() -> argparse.ArgumentParser:
         help="references as text, one a line, instead of those in the translations, which lack unknown characters",
     )  # fmt: skip
     command.set_defaults(run=report)
+
+    command = commands.add_parser("export", help="write a checkpoint for fairseq without this plugin, or CTranslate2")
+    command.add_argument("path", metavar="CKPT[:CKPT]", help="fairseq checkpoint, or several to average")
+    command.add_argument("output", metavar="OUT", help="the checkpoint to write")
+    command.add_argument("--ema", action="store_true", help="take the moving average of --store-ema")
+    command.add_argument(
+        "--ctranslate2", metavar="DIR", help="convert it to that folder too, translate with both and compare"
+    )
+    command.add_argument(
+        "--quantization", choices=["int8", "int8_float16", "float16"],
+        help="of the CTranslate2 model's weights (default: as they are)",
+    )  # fmt: skip
+    command.add_argument(
+        "--data", metavar="DATA", help="folder that fairseq-preprocess wrote (default: what the model was trained on)"
+    )
+    command.add_argument("--no-comparison", action="store_true", help="convert only")
+    add_comparison(command)
+    command.set_defaults(run=export)
+
+    command = commands.add_parser("compare", help="translate with several models: BLEU, calibration, size, speed")
+    command.add_argument("data", metavar="DATA", help="folder that fairseq-preprocess wrote")
+    command.add_argument(
+        "models", nargs="+", metavar="MODEL", help="fairseq checkpoint or ensemble, CTranslate2 folder"
+    )
+    add_comparison(command)
+    command.set_defaults(run=compare)
     return top
 
 

@@ -89,7 +89,23 @@ def evaluate(
     settings: Settings | None = None,
     tokens_file: str | None = None,
 ) -> Results:
-    """Score the translations of :func:`read`.
+    """:func:`score` of the translations of :func:`read`.
+
+    Raises:
+        UserError: as of these two.
+    """
+    table = TokenTable(tokens_file) if tokens_file else None
+    return score(read(file, reference_file), file, options, settings, table)
+
+
+def score(
+    translations: Sequence[Translation],
+    name: str,
+    options: Options | None = None,
+    settings: Settings | None = None,
+    table: TokenTable | None = None,
+) -> Results:
+    """Score translations, which `name` says the origin of.
 
     A token's confidence is its probability; it is right as :func:`ter_labels` says. A word's is the product of its
     pieces'. Sentences are scored too, by ECE: confidence is the probability of the whole (`conf:product`) or its mean
@@ -97,15 +113,13 @@ def evaluate(
     (sacreBLEU's sentence BLEU and chrF over 100).
 
     Raises:
-        UserError: as of :func:`read`, or the references are not in pieces where the translations are.
+        UserError: the references are not in pieces where the translations are.
     """
     options, settings = options or Options(), settings or Settings()
-    table = TokenTable(tokens_file) if tokens_file else None
-    translations = read(file, reference_file)
     marked = mark(row.tokens for row in translations)
     if marked and not mark(row.reference for row in translations):
         raise UserError(
-            f"{file}: the translations are in pieces ({marked}) and the references are not; {WITH_PIECES}, "
+            f"{name}: the translations are in pieces ({marked}) and the references are not; {WITH_PIECES}, "
             "or give --reference FILE in pieces"
         )
     parts = {
@@ -132,7 +146,7 @@ def evaluate(
     if table is not None:
         table.close()
     return Results(
-        about={"mode": "inference", "path": file, "tokens": tokens, "sentences": len(translations)},
+        about={"mode": "inference", "path": name, "tokens": tokens, "sentences": len(translations)},
         settings=settings,
         scores=[*whole.scores(), *without_eos.scores(), *sentence_scores(translations, marked, settings)],
         histograms={"eos:yes": whole.bars(), "eos:no": without_eos.bars()},

@@ -1,0 +1,264 @@
+"""Models side by side as a user meets them: fairseq checkpoints and CTranslate2 folders translate the same subset in
+the same batches with the same search; quality, calibration of their own scores, size and speed."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from fairseq import utils
+from fairseq.dataclass.configs import GenerationConfig
+from sacrebleu.metrics import BLEU
+
+from hgkd_fairseq.calibration import forced, inference
+from hgkd_fairseq.calibration.inference import Translation
+from hgkd_fairseq.calibration.pieces import join, mark
+from hgkd_fairseq.calibration.scores import Score, Settings
+from hgkd_fairseq.errors import UserError
+
+
+@dataclass(frozen=True)
+class Search:
+    """Options of the beam search, with fairseq-generate's names and defaults."""
+
+    beam: int = 5
+    lenpen: float = 1.0
+    max_len_a: float = 0.0
+    max_len_b: int = 200
+
+
+class Batch(NamedTuple):
+    """S sentences of the subset."""
+
+    sample: dict  # fairseq's
+    sources: list[list[str]]  # their pieces, without the end of sentence
+    references: list[list[str]]
+    limit: int  # pieces of a translation, without the end of sentence
+
+
+class Hypothesis(NamedTuple):
+    tokens: list[str]
+    logprobs: list[float] | None  # nats, one a token and one for the end of sentence; None: not known yet
+
+
+class Model(Protocol):
+    """What translates."""
+
+    megabytes: float
+
+    def translate(self, batch: Batch) -> list[Hypothesis]:
+        """The best translation of each sentence; this is what is timed."""
+
+    def scored(self, batch: Batch, hypotheses: list[Hypothesis]) -> list[Hypothesis]:
+        """The same, with the log-probabilities of their tokens under the model itself."""
+
+
+class FairseqModel:
+    """A fairseq checkpoint, or an ensemble, as fairseq-generate runs it."""
+
+    def __init__(self, path: str, data: str, search: Search, cpu: bool):
+        self.models, self.task, self.device = forced.load(data, path, cpu)
+        self.megabytes = sum(os.path.getsize(file) for file in utils.split_paths(path)) / 1e6
+        for model in self.models:  # as fairseq-generate does: no attention weights are kept
+            model.make_generation_fast_(beamable_mm_beam_size=search.beam, need_attn=False)
+        cfg = GenerationConfig(
+            beam=search.beam, lenpen=search.lenpen, max_len_a=search.max_len_a, max_len_b=search.max_len_b
+        )
+        self.generator = self.task.build_generator(self.models, cfg)
+
+    def translate(self, batch: Batch) -> list[Hypothesis]:
+        sample = utils.move_to_cuda(batch.sample) if self.device.type == "cuda" else batch.sample
+        dictionary = self.task.target_dictionary
+        found = []
+        for best, *_ in self.task.inference_step(self.generator, self.models, sample):
+            tokens = [dictionary[index] for index in best["tokens"].tolist()[:-1]]
+            found.append(Hypothesis(tokens, best["positional_scores"].tolist()))
+        return found
+
+    def scored(self, batch: Batch, hypotheses: list[Hypothesis]) -> list[Hypothesis]:
+        return hypotheses  # fairseq's search has them at hand
+
+
+class CTranslate2Model:
+    """A folder that a converter of CTranslate2 wrote."""
+
+    def __init__(self, path: str, search: Search, cpu: bool):
+        try:
+            import ctranslate2
+        except ImportError:
+            raise UserError(f"{path} needs CTranslate2: pip install 'hgkd-fairseq[export]'") from None
+        self.search = search
+        self.megabytes = sum(file.stat().st_size for file in Path(path).iterdir()) / 1e6
+        device = "cuda" if torch.cuda.is_available() and not cpu else "cpu"
+        self.translator = ctranslate2.Translator(path, device=device, intra_threads=torch.get_num_threads())
+
+    def translate(self, batch: Batch) -> list[Hypothesis]:
+        found = self.translator.translate_batch(
+            batch.sources,
+            beam_size=self.search.beam,
+            length_penalty=self.search.lenpen,
+            max_decoding_length=batch.limit,
+            max_input_length=0,
+        )
+        return [Hypothesis(result.hypotheses[0], None) for result in found]
+
+    def scored(self, batch: Batch, hypotheses: list[Hypothesis]) -> list[Hypothesis]:
+        found = self.translator.score_batch(batch.sources, [one.tokens for one in hypotheses], max_input_length=0)
+        return [Hypothesis(one.tokens, result.log_probs) for one, result in zip(hypotheses, found, strict=True)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one model."""
+
+    name: str
+    bleu: float
+    ece: Score  # inference, on the model's own translations and scores
+    megabytes: float
+    speed: float  # sentences a second, median of the passes
+    same: int  # translations equal to the first model's
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rows of the models, and how they were measured."""
+
+    rows: list[Row]
+    sentences: int
+    about: str
+
+    def __str__(self) -> str:
+        """A markdown table."""
+        first = self.rows[0]
+        lines = [
+            "| model | BLEU | ECE, % | MB | sentences/s | speed-up | same as the first |",
+            "|---|---:|---:|---:|---:|---:|---:|",
+        ]
+        for row in self.rows:
+            ece = f"{100 * row.ece.value:.2f} [{100 * row.ece.low:.2f}, {100 * row.ece.high:.2f}]"  # type: ignore
+            lines.append(
+                f"| {row.name} | {row.bleu:.2f} | {ece} | {row.megabytes:.2f} | {row.speed:.1f} "
+                f"| {row.speed / first.speed:.2f} | {row.same:,} of {self.sentences:,} |"
+            )
+        return "\n".join([*lines, "", self.about])
+
+
+def compare(
+    data: str,
+    paths: Sequence[str],
+    subset: str = "test",
+    search: Search | None = None,
+    max_tokens: int = 4000,
+    repeats: int = 5,
+    cpu: bool = False,
+    reference_file: str | None = None,
+) -> Comparison:
+    """Translate a subset with each model and measure.
+
+    The models take turns batch by batch in one process with the same number of threads; the first pass warms up and
+    gives the translations, `repeats` more are timed. Loading is not timed, nor what is only needed for the scores.
+
+    Args:
+        data: folder of fairseq-preprocess.
+        paths: fairseq checkpoints (':' between those of an ensemble) and folders of CTranslate2, of the same
+            dictionaries; at least one is of fairseq.
+        subset: of the data.
+        search: options of the beam search.
+        max_tokens: source pieces a batch.
+        repeats: timed passes.
+        cpu: stay on the CPU where there is a GPU.
+        reference_file: text, one reference a line, for BLEU, instead of the subset's own with its pieces joined.
+
+    Raises:
+        UserError: a model that cannot be loaded, no checkpoint of fairseq among them, a subset that is missing,
+            references that do not fit.
+    """
+    search = search or Search()
+    models: list[Model] = [
+        CTranslate2Model(path, search, cpu) if os.path.isdir(path) else FairseqModel(path, data, search, cpu)
+        for path in paths
+    ]
+    ours = next((model for model in models if isinstance(model, FairseqModel)), None)
+    if ours is None:
+        raise UserError(
+            "name at least one fairseq checkpoint beside the CTranslate2 folders: it knows the dictionaries"
+        )
+    samples = [
+        make_batch(ours, sample, search) for sample in forced.batches(ours.task, ours.models, subset, max_tokens)
+    ]
+    found, seconds = translate_all(models, samples, repeats)
+
+    references = [" ".join(join(row.reference, mark([row.reference]))) for row in found[0]]
+    if reference_file:
+        references = Path(reference_file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        if len(references) != len(found[0]):
+            raise UserError(
+                f"{reference_file} has {len(references)} lines for {len(found[0])} translations of {subset}"
+            )
+    bleu = BLEU()
+    rows = []
+    for path, model, translations, times in zip(paths, models, found, seconds, strict=True):
+        marked = mark(row.tokens for row in translations)
+        texts = [" ".join(join(row.tokens, marked)) for row in translations]
+        rows.append(
+            Row(
+                name=path,
+                bleu=bleu.corpus_score(texts, [references]).score,
+                ece=inference.score(translations, path, settings=Settings())["ece"],
+                megabytes=model.megabytes,
+                speed=len(translations) / statistics.median(times),
+                same=sum(one.tokens == other.tokens for one, other in zip(translations, found[0], strict=True)),
+            )
+        )
+    about = (
+        f"BLEU `{bleu.get_signature()}`; ECE `{rows[0].ece.signature}`; speed: median of {repeats} passes over "
+        f"{len(found[0]):,} sentences in batches of up to {max_tokens:,} pieces, beam {search.beam}, "
+        f"{torch.get_num_threads()} threads, {ours.device.type}."
+    )
+    return Comparison(rows, len(found[0]), about)
+
+
+def make_batch(model: FairseqModel, sample: dict, search: Search) -> Batch:
+    source, target = (
+        [
+            [dictionary[index] for index in row.tolist() if index not in (dictionary.pad(), dictionary.eos())]
+            for row in rows
+        ]
+        for dictionary, rows in (
+            (model.task.source_dictionary, sample["net_input"]["src_tokens"]),
+            (model.task.target_dictionary, sample["target"]),
+        )
+    )
+    length = sample["net_input"]["src_tokens"].size(1)
+    # fairseq-generate's limit, which counts the padded length of the batch
+    limit = min(int(search.max_len_a * length + search.max_len_b), model.generator.max_len - 1)
+    return Batch(sample, source, target, limit)
+
+
+@torch.no_grad()
+def translate_all(
+    models: Sequence[Model], batches: Sequence[Batch], repeats: int
+) -> tuple[list[list[Translation]], list[list[float]]]:
+    """Of each model: the translations in the subset's order, and the seconds of each timed pass."""
+    found: list[list[Translation]] = [[] for _ in models]
+    seconds = [[0.0] * repeats for _ in models]
+    for turn in range(repeats + 1):
+        for batch in batches:
+            for place, model in enumerate(models):
+                start = time.perf_counter()
+                hypotheses = model.translate(batch)
+                if turn:
+                    seconds[place][turn - 1] += time.perf_counter() - start
+                    continue
+                scored = model.scored(batch, hypotheses)
+                for index, one, reference in zip(batch.sample["id"].tolist(), scored, batch.references, strict=True):
+                    bits = [min(logprob / math.log(2), 0.0) for logprob in one.logprobs or ()]
+                    found[place].append(Translation(index, one.tokens, bits, reference))
+    return [sorted(rows, key=lambda row: row.sentence) for rows in found], seconds

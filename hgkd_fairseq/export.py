@@ -1,0 +1,224 @@
+"""Checkpoints that need nothing of ours: for any fairseq without the plugin, and for CTranslate2."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq import checkpoint_utils, utils
+from fairseq.criterions import CRITERION_DATACLASS_REGISTRY
+from fairseq.data import data_utils
+from fairseq.tasks import TASK_DATACLASS_REGISTRY
+from fairseq.tasks.translation import TranslationConfig
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from hgkd_fairseq.errors import UserError
+
+PACKAGE = __name__.partition(".")[0]
+QUANTIZATIONS = ("int8", "int8_float16", "float16")
+
+
+def export(path: str, output: str, ema: bool = False) -> None:
+    """Write the model of a checkpoint, or the mean of several, as a checkpoint that holds nothing but a model.
+
+    There is no optimizer state in it, no meters, no option of the plugin and no class that must be imported: torch
+    loads it with ``weights_only=True`` without an allow-list, so plain fairseq does under torch >= 2.6 too. The
+    parameters of a single checkpoint are its own, to the bit.
+
+    Args:
+        path: fairseq checkpoint, or several of one architecture with ':' between them, averaged.
+        output: file to write.
+        ema: take the moving average that fairseq kept with --store-ema instead of the parameters.
+
+    Raises:
+        UserError: a file that is missing or no checkpoint, checkpoints that do not fit each other, no moving average in
+            them, an output that exists or cannot be written.
+    """
+    refuse_existing(output)
+    states = [load(file) for file in utils.split_paths(path)]
+    first = states[0]
+    models = [parameters(state, file, ema) for state, file in zip(states, utils.split_paths(path), strict=True)]
+    cfg = without_plugin(first["cfg"])
+    history = dict(first["optimizer_history"][-1])
+    if cfg["criterion"]["_name"] == "cross_entropy":
+        history["criterion_name"] = "CrossEntropyCriterion"
+    state = {
+        "args": None,
+        "cfg": cfg,
+        "model": models[0] if len(models) == 1 else average(models),
+        "criterion": {},
+        "optimizer_history": [{**history, "lr_scheduler_state": {}}],
+        "task_state": {},
+        "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}},
+    }
+    save(state, output)
+
+
+def refuse_existing(output: str) -> None:
+    if os.path.exists(output):
+        raise UserError(f"{output} exists; name another file or folder, or remove it")
+    if not Path(output).absolute().parent.is_dir():
+        raise UserError(f"there is no folder {Path(output).parent} to write {Path(output).name} to; make it first")
+
+
+def load(file: str) -> dict[str, Any]:
+    if not os.path.exists(file):
+        raise UserError(f"{file} does not exist; name a fairseq checkpoint")
+    state = checkpoint_utils.load_checkpoint_to_cpu(file)
+    if state.get("cfg") is None or "model" not in state:
+        raise UserError(f"{file} is no fairseq model; name a checkpoint of fairseq-train")
+    return state
+
+
+def save(state: dict[str, Any], output: str) -> None:
+    """In one step: a file that exists is whole."""
+    partial = f"{output}.partial"
+    torch.save(state, partial)
+    os.replace(partial, output)
+
+
+def parameters(state: dict[str, Any], file: str, ema: bool) -> dict[str, Tensor]:
+    if not ema:
+        return state["model"]
+    if "ema" not in state["extra_state"]:
+        raise UserError(f"{file} holds no moving average; it was trained without --store-ema, so drop --ema")
+    return state["extra_state"]["ema"]
+
+
+def average(models: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Mean of each tensor, in fp32 and back; whole numbers are divided without remainder, as fairseq's own script does.
+    A tensor that stands under several names stays one."""
+    first = models[0]
+    for model in models[1:]:
+        for key in first.keys() | model.keys():
+            if key not in first or key not in model or first[key].shape != model[key].shape:
+                raise UserError(f"checkpoints of different architectures cannot be averaged: they differ in {key}")
+    means: dict[tuple[int, ...], Tensor] = {}
+    result = {}
+    for key in first:
+        tensors = [model[key] for model in models]
+        shared = tuple(tensor.data_ptr() for tensor in tensors)
+        if shared not in means or not tensors[0].numel():
+            if tensors[0].is_floating_point():
+                mean = torch.stack([tensor.float() for tensor in tensors]).mean(0)
+            else:
+                mean = torch.stack(tensors).sum(0) // len(tensors)
+            means[shared] = mean.to(tensors[0].dtype)
+        result[key] = means[shared].view(first[key].shape)
+    return result
+
+
+def without_plugin(cfg) -> dict[str, Any]:
+    """The configuration in plain dicts, as of a model that fairseq's own task and criterion trained."""
+    found: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)  # type: ignore[assignment]
+    model = found["model"]
+    found["model"] = model = dict(vars(model)) if isinstance(model, Namespace) else model
+    model["_name"] = model.get("_name") or model["arch"]
+    if is_ours(found["task"], TASK_DATACLASS_REGISTRY):
+        known = {field.name for field in fields(TranslationConfig)}
+        found["task"] = {key: value for key, value in found["task"].items() if key in known} | {"_name": "translation"}
+    if is_ours(found["criterion"], CRITERION_DATACLASS_REGISTRY):
+        average = found["criterion"].get("sentence_avg", False)
+        found["criterion"] = {"_name": "cross_entropy", "sentence_avg": average}
+    for options in (model, found["common"]):  # fairseq writes all options of the command line into the model's as well
+        for key in our_options() & options.keys():
+            del options[key]
+        for key, value in (("task", found["task"]), ("criterion", found["criterion"])):
+            if key in options:
+                options[key] = value["_name"]
+        options["user_dir"] = None
+    return found
+
+
+def is_ours(section: dict[str, Any], registry: dict[str, type]) -> bool:
+    config = registry.get(section["_name"])
+    return config is not None and config.__module__.startswith(f"{PACKAGE}.")
+
+
+def our_options() -> set[str]:
+    """Names of the options that the plugin's tasks and criterions add to those of fairseq's translation."""
+    configs = [*TASK_DATACLASS_REGISTRY.values(), *CRITERION_DATACLASS_REGISTRY.values()]
+    ours = {field.name for config in configs if config.__module__.startswith(f"{PACKAGE}.") for field in fields(config)}
+    return ours - {field.name for field in fields(TranslationConfig)}
+
+
+def data_of(path: str) -> str:
+    """The folder of the data that the model was trained on."""
+    return load(utils.split_paths(path)[0])["cfg"]["task"]["data"]
+
+
+def check_conversion(path: str, folder: str, data: str | None) -> None:
+    """Refuse what :func:`to_ctranslate2` would refuse, as far as it can be told before the export."""
+    import_converters()
+    refuse_existing(folder)
+    task = load(utils.split_paths(path)[0])["cfg"]["task"]
+    language_pair(data or task["data"], task)
+
+
+def to_ctranslate2(checkpoint: str, folder: str, data: str | None = None, quantization: str | None = None) -> None:
+    """Convert a checkpoint that :func:`export` wrote, with CTranslate2's own converter.
+
+    Args:
+        checkpoint: the file.
+        folder: to write; CTranslate2's Translator takes it.
+        data: folder with the dictionaries; the one the model was trained on unless given.
+        quantization: one of QUANTIZATIONS, of the weights; None: as they are.
+
+    Raises:
+        UserError: ctranslate2 is not installed, a model that it does not know, dictionaries that are missing or do not
+            fit, a folder that exists.
+    """
+    converters = import_converters()
+    refuse_existing(folder)
+    state = load(checkpoint)
+    cfg: dict[str, Any] = OmegaConf.to_container(state["cfg"], resolve=True)  # type: ignore[assignment]
+    task, model = cfg["task"], cfg["model"]
+    data = data or task["data"]
+    source, target = language_pair(data, task)
+    # The converter reads fairseq's options of old, as attributes, which is why it cannot read the exported file itself.
+    options = {**task, **model, "task": "translation", "arch": model.get("arch") or model["_name"]}
+    with tempfile.TemporaryDirectory() as temporary:
+        file = f"{temporary}/model.pt"
+        torch.save({"args": Namespace(**options), "model": state["model"]}, file)
+        converter = converters.FairseqConverter(file, data, source_lang=source, target_lang=target)
+        partial = f"{folder}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            converter.convert(partial, quantization=quantization)
+        except RuntimeError as error:  # torch's, for tensors of another size
+            reason = str(error).splitlines()[-1].strip()
+            raise UserError(f"{checkpoint} does not fit the dictionaries in {data}: {reason}; name others") from error
+        except (ValueError, AttributeError, NotImplementedError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"CTranslate2 does not convert this model: {reason}; leave --ctranslate2 out") from error
+    os.replace(partial, folder)
+
+
+def import_converters():
+    try:
+        from ctranslate2 import converters
+    except ImportError:
+        raise UserError("--ctranslate2 needs CTranslate2: pip install 'hgkd-fairseq[export]'") from None
+    return converters
+
+
+def language_pair(data: str, task) -> tuple[str, str]:
+    """(source, target), whose dictionaries are in `data`."""
+    source, target = task["source_lang"], task["target_lang"]
+    if os.path.isdir(data) and (source is None or target is None):
+        source, target = data_utils.infer_language_pair(data)
+    for language in (source, target):
+        if not os.path.exists(os.path.join(data, f"dict.{language}.txt")):
+            raise UserError(
+                f"{data} holds no dictionaries of the model (dict.LANGUAGE.txt); name the folder that "
+                "fairseq-preprocess wrote with --data"
+            )
+    return source, target

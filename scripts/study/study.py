@@ -1,0 +1,189 @@
+"""A study as its grid file describes it: the data, and cells that are each one training run and its scores.
+
+A grid is a .toml file, see multi30k.toml beside this one; methods.toml says what the methods' names mean. A study lives
+in one folder, whose commands run there with relative paths, so that it can be moved:
+
+    data.json  text/  data-bin/         the data, once
+    SETTING/METHOD/seed-N/              a cell: cell.json (signature, commands), train.log, checkpoints, score.log,
+                                        translations, scores.json (there when all is done)
+    teacher/SIZE/seed-N/                the cell of a teacher
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hgkd_fairseq
+from hgkd_fairseq.errors import UserError
+
+HERE = Path(__file__).parent
+PRECISIONS = {"fp32": [], "bf16": ["--bf16"], "fp16": ["--fp16"]}
+TEMPERATURE = 1.5  # of the teacher, the paper's
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run and its scores."""
+
+    folder: str  # in the study's: same/hkd-t/seed-1
+    setting: str
+    method: str  # of methods.toml
+    title: str  # the method's
+    seed: int
+    temperature: float | None  # of the teacher; None: there is none, or the method has its own
+    updates: int
+    signature: str
+    train: list[str] = field(hash=False)  # arguments of fairseq-train
+    score: list[str] = field(hash=False)  # arguments of score.py
+    teacher: str | None = None  # the folder of the teacher's cell, which must be finished first
+
+    @property
+    def commands(self) -> list[str]:
+        """For the reader, to be run in the study's folder."""
+        return [
+            f"fairseq-train {shlex.join(self.train)} --user-dir $(hgkd user-dir)",
+            f"score.py {shlex.join(self.score)}",
+        ]
+
+    def description(self) -> dict[str, Any]:
+        """What cell.json holds."""
+        return {
+            "signature": self.signature,
+            "setting": self.setting,
+            "method": self.method,
+            "title": self.title,
+            "teacher": self.teacher,
+            "seed": self.seed,
+            "temperature": self.temperature,
+            "updates": self.updates,
+            "commands": self.commands,
+        }
+
+
+class Grid:
+    """A grid file, read and checked.
+
+    Raises:
+        UserError: no such file, or what it says makes no study.
+    """
+
+    def __init__(self, file: Path, methods: Path = HERE / "methods.toml"):
+        self.file = file
+        self.methods = read_toml(methods)
+        self.table = read_toml(file)
+        for section in ("data", "training", "sizes", "settings", "teacher", "generation", "cells"):
+            if section not in self.table:
+                raise UserError(f"{file} has no section [{section}]; multi30k.toml shows all of them")
+        self.data: dict[str, Any] = self.table["data"]
+        if ("corpus" in self.data) == ("text" in self.data):
+            raise UserError(f"{file}: [data] needs either corpus, a name that get_data.sh knows, or text, a folder")
+        precision = self.table["training"].get("precision")
+        if precision not in PRECISIONS:
+            raise UserError(f"{file}: [training] precision {precision!r}: it must be one of {', '.join(PRECISIONS)}")
+
+    def cells(self) -> list[Cell]:
+        """All cells, each once, a teacher before its students; within a block of the grid seed by seed."""
+        found: dict[str, Cell] = {}
+        try:
+            for block in self.table["cells"]:
+                for cell in self.block(block):
+                    if cell.teacher and cell.teacher not in found:
+                        found[cell.teacher] = self.teacher(Path(cell.teacher).parts[1])
+                    found.setdefault(cell.folder, cell)
+        except KeyError as error:
+            raise UserError(f"{self.file} lacks {error}; multi30k.toml shows where it belongs") from None
+        return list(found.values())
+
+    def block(self, block: dict[str, Any]) -> Iterator[Cell]:
+        for seed in block["seeds"]:
+            for temperature in block.get("temperatures", [TEMPERATURE]):
+                for setting in block["settings"]:
+                    sizes = self.known("settings", setting)
+                    for method in block["methods"]:
+                        yield self.cell(setting, method, seed, temperature, sizes["student"], sizes["teacher"])
+
+    def known(self, kind: str, name: str) -> dict[str, Any]:
+        table = self.methods if kind == "methods" else self.table[kind]
+        if name not in table:
+            raise UserError(f"{self.file} names {name}, which is none of the {kind}: {', '.join(table)}")
+        return table[name]
+
+    def teacher(self, size: str) -> Cell:
+        return self.cell("teacher", self.table["teacher"]["method"], self.table["teacher"]["seed"], None, size, None)
+
+    def cell(self, setting, name, seed, temperature, size, teacher_size) -> Cell:
+        method = self.known("methods", name)
+        training = self.table["training"]
+        options = shlex.split(method["options"])
+        teacher = None
+        if not method.get("teacher"):
+            temperature = None
+        else:
+            if teacher_size is None:
+                raise UserError(f"{self.file}: [teacher] method {name} needs a teacher itself; take base")
+            teacher = f"teacher/{teacher_size}/seed-{self.table['teacher']['seed']}"
+            options = ["--teacher-path", f"{teacher}/checkpoint_best.pt", *options]
+            if "--teacher-temperature" in options:
+                temperature = None
+            else:
+                options += ["--teacher-temperature", f"{temperature:g}"]
+        variant = name if temperature in (None, TEMPERATURE) else f"{name}-tau-{temperature:g}"
+        folder = f"teacher/{size}/seed-{seed}" if setting == "teacher" else f"{setting}/{variant}/seed-{seed}"
+        train = [
+            *("data-bin", "--save-dir", folder, "--task", "translation_with_teacher", "--criterion", "hard_gate_kd"),
+            *options,
+            *shlex.split(self.known("sizes", size)["options"]),
+            *shlex.split(training["options"]),
+            *PRECISIONS[training["precision"]],
+            *("--max-update", str(training["updates"]), "--seed", str(seed)),
+            # Every sentence counts; batches are made in this process, which leaves a core to another cell.
+            *("--required-batch-size-multiple", "1", "--num-workers", "0"),
+            # Chosen by plain cross-entropy, which means the same for every method.
+            *("--best-checkpoint-metric", "nll_loss", "--no-epoch-checkpoints"),
+            *("--no-progress-bar", "--log-format", "json"),
+        ]
+        generation = f"--generate={self.table['generation']['options']}"
+        score = [folder, "--data", "data-bin", "--reference", "text/test.en", generation]
+        parts = {
+            "setting": setting,
+            "method": variant,
+            "size": size,
+            "teacher": teacher_size if teacher else None,
+            "temp": temperature,
+            "seed": seed,
+            "updates": training["updates"],
+            "precision": training["precision"],
+            "pairs": self.data.get("pairs", "all"),
+            "vocabulary": self.data["vocabulary"],
+        }
+        signature = "|".join(f"{key}:{value}" for key, value in parts.items() if value is not None)
+        updates = training["updates"]
+        return Cell(
+            folder, setting, name, method["title"], seed, temperature, updates, signature, train, score, teacher
+        )
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"there is no grid {file}; scripts/study/multi30k.toml is one") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{file} is no TOML: {error}") from None
+
+
+def write_json(file: Path, content: Any) -> None:
+    """In one step: a file that exists is whole."""
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.replace(file)
+
+
+def user_dir() -> str:
+    return str(Path(hgkd_fairseq.__file__).parent)

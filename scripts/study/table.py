@@ -1,0 +1,278 @@
+#!/usr/bin/env python3
+"""Tables and figures of a study, from its folders alone: table.py DIR [--output FOLDER].
+
+Every finished cell of DIR counts; what is not finished yet is said. Written to FOLDER (default DIR): tables.md, which a
+README can hold, teacher_share.svg and validation_nll.svg. BLEU is compared with Base of the same seed by sacreBLEU's
+paired bootstrap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sacrebleu.metrics import BLEU
+from sacrebleu.significance import PairedTest
+from study import HERE, read_toml
+
+from hgkd_fairseq.errors import UserError
+
+TEACHER = "teacher"  # the setting of the teachers' cells
+ABSENT = ""
+
+
+class Cell:
+    """A finished cell, as its folder holds it."""
+
+    def __init__(self, folder: Path):
+        self.about: dict[str, Any] = json.loads((folder / "cell.json").read_text())
+        self.scores: dict[str, Any] = json.loads((folder / "scores.json").read_text())
+        self.translations = (folder / "translations.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+
+
+class Study:
+    """The finished cells of a study's folder.
+
+    Raises:
+        UserError: the folder is no study, or no cell of it is finished.
+    """
+
+    def __init__(self, folder: Path):
+        found = sorted(file.parent for file in folder.glob("*/*/seed-*/cell.json"))
+        finished = [path for path in found if (path / "scores.json").exists()]
+        if not finished:
+            raise UserError(f"{folder} holds no finished cell of a study; run.py makes them")
+        self.unfinished = [str(path.relative_to(folder)) for path in found if path not in finished]
+        self.cells = {str(path.relative_to(folder)): Cell(path) for path in finished}
+        self.references = (folder / "text/test.en").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        order = list(read_toml(HERE / "methods.toml"))
+        self.order = {name: place for place, name in enumerate(order)}
+
+    def settings(self) -> list[str]:
+        return sorted({cell.about["setting"] for cell in self.cells.values()} - {TEACHER})
+
+    def rows(self, setting: str) -> list[tuple[tuple[str, float | None], list[Cell]]]:
+        """((method, temperature), its cells by seed), in the order of methods.toml."""
+        groups: dict[tuple[str, float | None], list[Cell]] = {}
+        for cell in self.cells.values():
+            if cell.about["setting"] == setting:
+                groups.setdefault((cell.about["method"], cell.about["temperature"]), []).append(cell)
+        for cells in groups.values():
+            cells.sort(key=lambda cell: cell.about["seed"])
+        return sorted(groups.items(), key=lambda row: (self.order.get(row[0][0], len(self.order)), row[0][1] or 0))
+
+    def teacher(self, cells: Sequence[Cell]) -> Cell | None:
+        """The teacher that one of these cells names."""
+        names = [cell.about["teacher"] for cell in cells if cell.about["teacher"]]
+        return self.cells.get(names[0]) if names else None
+
+    def p_value(self, cell: Cell, base: Cell) -> float:
+        if cell.translations == base.translations:
+            return 1.0  # sacreBLEU, which counts the resamples above the observed difference, has 0.001 here
+        systems = [("base", base.translations), ("other", cell.translations)]
+        _, found = PairedTest(systems, {"BLEU": BLEU()}, [self.references], test_type="bs")()
+        return found["BLEU"][1].p_value
+
+    def bootstrap_signature(self, cell: Cell) -> str:
+        systems = [("base", cell.translations), ("other", cell.translations)]
+        return str(PairedTest(systems, {"BLEU": BLEU()}, [self.references], test_type="bs")()[0]["BLEU"])
+
+
+def spread(values: Sequence[float], digits: int, scale: float = 1) -> str:
+    """Mean and sample standard deviation: "25.2 ± 0.3"; of one value, that."""
+    values = [scale * value for value in values]
+    text = f"{statistics.fmean(values):.{digits}f}"
+    return f"{text} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else text
+
+
+def column(key: str, digits: int, scale: float = 1) -> Callable[[Sequence[Cell]], str]:
+    return lambda cells: spread([cell.scores[key] for cell in cells], digits, scale)
+
+
+def seeds(cells: Sequence[Cell]) -> str:
+    return str(len(cells))
+
+
+SCORES: dict[str, Callable[[Sequence[Cell]], str]] = {
+    "seeds": seeds,
+    "BLEU": column("bleu", 1),
+    "chrF": column("chrf", 1),
+    "ECE, %": column("ece", 2, 100),
+    "ECE at its own temperature, %": column("scaled_ece", 2, 100),
+    "ECE of its translations, %": column("inference_ece", 2, 100),
+    "NLL, bits": column("nll", 3),
+}
+TRAINING: dict[str, Callable[[Sequence[Cell]], str]] = {
+    "validation NLL, best": column("valid_nll_best", 3),
+    "at update": column("best_updates", 0),
+    "validation NLL, last": column("valid_nll_last", 3),
+    "validation ECE, last, %": lambda cells: spread([cell.scores["curve"][-1]["valid_ece"] for cell in cells], 2, 100),
+    "teacher share at the end": column("teacher_share", 2),
+    "temperature fitted": column("temperature", 2),
+    "parameters": lambda cells: f"{cells[0].scores['parameters']:,}",
+    "minutes": column("minutes", 1),
+}
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    return [lines[0], "|---" * len(header) + "|", *lines[1:], ""]
+
+
+def over_base(study: Study, cells: Sequence[Cell], bases: dict[int, Cell]) -> list[str]:
+    """Mean difference in BLEU from Base of the same seeds, and p of each of these seeds."""
+    pairs = [(cell, bases[cell.about["seed"]]) for cell in cells if cell.about["seed"] in bases]
+    if not pairs:
+        return [ABSENT, ABSENT]
+    difference = statistics.fmean(cell.scores["bleu"] - base.scores["bleu"] for cell, base in pairs)
+    return [f"{difference:+.1f}", ", ".join(f"{study.p_value(cell, base):.3f}" for cell, base in pairs)]
+
+
+def default_temperatures(rows) -> dict[str, float | None]:
+    """Of each method the temperature with the most seeds: the one that its row of the main table shows."""
+    most: dict[str, tuple[int, float | None]] = {}
+    for (method, temperature), cells in rows:
+        if method not in most or len(cells) > most[method][0]:
+            most[method] = (len(cells), temperature)
+    return {method: temperature for method, (_, temperature) in most.items()}
+
+
+def main_rows(study: Study, setting: str) -> list[list[Cell]]:
+    rows = study.rows(setting)
+    shown = default_temperatures(rows)
+    return [cells for (method, temperature), cells in rows if shown[method] == temperature]
+
+
+def setting_tables(study: Study, setting: str) -> list[str]:
+    """Scores, training, and where there are several the teacher's temperatures."""
+    rows = main_rows(study, setting)
+    bases = {cell.about["seed"]: cell for cells in rows for cell in cells if cell.about["method"] == "base"}
+    teacher = study.teacher([cell for cells in rows for cell in cells])
+    above = [("teacher", [teacher])] if teacher else []
+    named = [(cells[0].about["title"], cells) for cells in rows]
+
+    scores = []
+    for title, cells in above + named:
+        compared = [ABSENT, ABSENT]
+        if title != "teacher" and cells[0].about["method"] != "base":
+            compared = over_base(study, cells, bases)
+        scores.append([title, *[show(cells) for show in SCORES.values()], *compared])
+        if cells[0].about["method"] == "base" and title != "teacher":
+            # The control of METHOD's claims of calibration, as a row of its own.
+            only = {
+                "seeds": seeds,
+                "ECE, %": SCORES["ECE at its own temperature, %"],
+                "NLL, bits": column("scaled_nll", 3),
+            }
+            control = [only[name](cells) if name in only else ABSENT for name in SCORES]
+            scores.append([f"{title} + temperature", *control, ABSENT, ABSENT])
+    training = [[title, *[show(cells) for show in TRAINING.values()]] for title, cells in above + named]
+    lines = [f"### {setting}", "", *markdown(["method", *SCORES, "BLEU over Base", "p, each seed"], scores)]
+    lines += markdown(["method", *TRAINING], training)
+    return lines + temperatures(study, setting)
+
+
+def temperatures(study: Study, setting: str) -> list[str]:
+    """Methods that were trained with several temperatures of the teacher, on the seeds that all of them have."""
+    methods: dict[str, dict[float, list[Cell]]] = {}
+    for (method, temperature), cells in study.rows(setting):
+        if temperature is not None:
+            methods.setdefault(method, {})[temperature] = cells
+    rows = []
+    for by_temperature in methods.values():
+        common = set.intersection(*[{cell.about["seed"] for cell in cells} for cells in by_temperature.values()])
+        if len(by_temperature) < 2 or not common:
+            continue
+        for temperature, cells in sorted(by_temperature.items()):
+            cells = [cell for cell in cells if cell.about["seed"] in common]
+            shown = [SCORES[name](cells) for name in ("seeds", "BLEU", "chrF", "ECE, %", "NLL, bits")]
+            rows.append(
+                [cells[0].about["title"], f"{temperature:g}", *shown, TRAINING["teacher share at the end"](cells)]
+            )
+    header = ["method", "teacher's temperature", "seeds", "BLEU", "chrF", "ECE, %", "NLL, bits", "teacher share"]
+    return markdown(header, rows) if rows else []
+
+
+def how(study: Study) -> list[str]:
+    """The signatures, and what all cells have in common."""
+    cells = list(study.cells.values())
+    names = {"bleu": "BLEU", "chrf": "chrF", "ece": "ECE", "inference_ece": "ECE of its translations"}
+    text = []
+    for key, name in names.items():
+        text += [f"{name} `{one}`" for one in sorted({cell.scores["signatures"][key] for cell in cells})]
+    text.append(f"p: paired bootstrap against Base of the same seed, `{study.bootstrap_signature(cells[0])}`")
+    parts = [cell.about["signature"].split("|") for cell in cells]
+    common = [part for part in parts[0] if all(part in other for other in parts)]
+    lines = [
+        "Mean ± standard deviation over seeds; checkpoints chosen by validation NLL; scores on the test set. "
+        + "; ".join(text)
+        + f". All cells: `{'|'.join(common)}`.",
+    ]
+    if study.unfinished:
+        lines += ["", f"Not finished, and not in the tables: {', '.join(study.unfinished)}."]
+    return lines
+
+
+def draw(study: Study, key: str, label: str, file: Path) -> None:
+    """`key` of the curves over the updates, a panel a setting: the mean over seeds, and the range where there are
+    several."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("figures need matplotlib: pip install 'hgkd-fairseq[report]'") from None
+    settings = study.settings()
+    figure = Figure(figsize=(5.2 * len(settings) + 1.8, 4.2), layout="constrained")
+    panels = figure.subplots(1, len(settings), sharey=True, squeeze=False)[0]
+    lines: dict[str, Any] = {}
+    for panel, setting in zip(panels, settings, strict=True):
+        for cells in main_rows(study, setting):
+            curves = [{point["updates"]: point.get(key) for point in cell.scores["curve"]} for cell in cells]
+            updates = sorted(set.intersection(*[{at for at, y in curve.items() if y is not None} for curve in curves]))
+            values = [[curve[at] for curve in curves] for at in updates]
+            if key == "teacher_share" and not any(map(any, values)):
+                continue  # a method that never asks the teacher
+            title = cells[0].about["title"]
+            place = study.order.get(cells[0].about["method"], len(study.order))
+            style = {"color": f"C{place % 10}", "linestyle": ("-", "--", "-.", ":")[place % 4]}
+            (lines[title],) = panel.plot(updates, [statistics.fmean(point) for point in values], linewidth=1.5, **style)
+            if len(cells) > 1:
+                low, high = ([end(point) for point in values] for end in (min, max))
+                panel.fill_between(updates, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        panel.set(title=setting, xlabel="updates")
+        panel.grid(color="0.9", linewidth=0.6)
+    panels[0].set_ylabel(label)
+    figure.legend(list(lines.values()), list(lines), loc="outside right center", fontsize=9, frameon=False)
+    with matplotlib.rc_context({"svg.hashsalt": "study"}):
+        figure.savefig(file, metadata={"Date": None})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("dir", type=Path, metavar="DIR", help="the study's folder")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where tables.md and figures go (default: DIR)")
+    args = parser.parse_args()
+    logging.getLogger().setLevel(logging.WARNING)  # fairseq, once imported, logs what every library has to say
+    output = args.output or args.dir
+    try:
+        study = Study(args.dir)
+        lines = [line for setting in study.settings() for line in setting_tables(study, setting)] + how(study)
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "tables.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        draw(study, "teacher_share", "share of tokens that the teacher teaches", output / "teacher_share.svg")
+        draw(study, "valid_nll", "validation NLL, bits a token", output / "validation_nll.svg")
+    except UserError as error:
+        print(f"table.py: error: {error}", file=sys.stderr)
+        return 1
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,316 @@
+"""scripts/study: a grid that is killed and started again, one that grows, one that changes; tables by hand."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import command_line as cl
+import pytest
+
+from hgkd_fairseq.errors import UserError
+
+STUDY = Path(__file__).parents[2] / "scripts" / "study"
+sys.path.insert(0, str(STUDY))
+
+import run as runner  # noqa: E402
+import score  # noqa: E402
+import table  # noqa: E402
+from study import Grid  # noqa: E402
+
+UPDATES = 150
+GRID = """
+[data]
+text = "{text}"
+pairs = {pairs}
+vocabulary = 36
+[training]
+updates = {updates}
+precision = "fp32"
+options = '''--arch transformer_iwslt_de_en --share-all-embeddings --optimizer adam --lr 0.005 --max-tokens 600
+    --encoder-layers 1 --decoder-layers 1 --encoder-attention-heads 2 --decoder-attention-heads 2'''
+[sizes.big]
+options = "--encoder-embed-dim 32 --decoder-embed-dim 32 --encoder-ffn-embed-dim 64 --decoder-ffn-embed-dim 64"
+[sizes.small]
+options = "--encoder-embed-dim 16 --decoder-embed-dim 16 --encoder-ffn-embed-dim 32 --decoder-ffn-embed-dim 32"
+[settings.same]
+teacher = "big"
+student = "big"
+[settings.compression]
+teacher = "big"
+student = "small"
+[teacher]
+method = "base"
+seed = 0
+[generation]
+options = "--beam 2 --max-len-b 20"
+"""
+
+
+def write_grid(folder: Path, *blocks: str, updates: int = UPDATES, pairs: int = 300) -> Path:
+    file = folder / "grid.toml"
+    cells = "".join(f"[[cells]]\n{block}\n" for block in blocks)
+    file.write_text(GRID.format(text=folder, updates=updates, pairs=pairs) + cells)
+    return file
+
+
+def block(settings: list[str], methods: list[str], seeds: list[int], more: str = "") -> str:
+    return f"settings = {json.dumps(settings)}\nmethods = {json.dumps(methods)}\nseeds = {json.dumps(seeds)}\n{more}"
+
+
+def start(grid: Path, study: Path) -> subprocess.Popen:
+    command = [sys.executable, STUDY / "run.py", grid, "--dir", study]
+    return subprocess.Popen(
+        [str(part) for part in command], env={**cl.environment(), "PYTHONPATH": str(cl.ROOT)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=cl.TIMEOUT_S)
+    assert process.returncode == 0, output
+    return output
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + cl.TIMEOUT_S
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {str(file): file.stat().st_mtime_ns for file in sorted(folder.iterdir())}
+
+
+def test_killed_and_restarted(tmp_path):
+    """A run that is killed ends with the scores of one that was not, and trains no finished teacher again."""
+    cl.write_corpus(tmp_path, {"train": 400, "valid": 32, "test": 32})
+    grid = write_grid(tmp_path, block(["same"], ["hkd-t"], [1]))
+    study, moved = tmp_path / "study", tmp_path / "moved"
+    teacher, cell = moved / "teacher/big/seed-0", moved / "same/hkd-t/seed-1"
+    whole = start(grid, study)
+    wait_for((study / "teacher/big/seed-0/scores.json").exists, whole)
+    shutil.copytree(study, moved, ignore=shutil.ignore_patterns("same"))  # where a study lies does not matter
+    before = stamps(teacher)
+    killed = start(grid, moved)
+    log = cell / "train.log"
+    wait_for(lambda: log.exists() and "begin training epoch 4" in log.read_text(), killed)
+    os.killpg(killed.pid, signal.SIGKILL)  # the runner and the training
+    killed.communicate()
+    assert not (cell / "scores.json").exists()
+
+    output = finish(start(grid, moved))
+    finish(whole)
+    (resumed,) = re.findall(r"Loaded checkpoint .* @ (\d+) updates", log.read_text())
+    assert 0 < int(resumed) < UPDATES
+    expected = json.loads((study / "same/hkd-t/seed-1/scores.json").read_text())
+    found = json.loads((cell / "scores.json").read_text())
+    assert {**found, "minutes": 0} == {**expected, "minutes": 0}
+    assert stamps(teacher) == before
+    assert "teacher/big/seed-0: " not in output
+    assert found["curve"][-1]["updates"] == UPDATES
+    assert 0 < found["teacher_share"] < 1
+    assert found["valid_nll_best"] == min(point["valid_nll"] for point in found["curve"])
+    assert len((study / "text/train.de").read_text().splitlines()) == 300
+    assert json.loads((cell / "cell.json").read_text())["signature"] == (
+        f"setting:same|method:hkd-t|size:big|teacher:big|temp:1.5|seed:1|updates:{UPDATES}|precision:fp32|pairs:300|"
+        "vocabulary:36"
+    )
+    # What the folder was made with, it keeps.
+    changed = Grid(write_grid(tmp_path, block(["same"], ["hkd-t"], [1]), updates=UPDATES + 1))
+    with pytest.raises(UserError, match=rf"seed-0 was made with {UPDATES} and the grid says otherwise now"):
+        runner.check(changed.cells(), study)
+    with pytest.raises(UserError, match=r"was made with other data .* choose another --dir"):
+        runner.prepare(Grid(write_grid(tmp_path, block(["same"], ["base"], [1]), pairs=301)), study, None)
+
+
+def test_what_is_run_next(tmp_path):
+    """A student waits for its teacher; what is finished, being worked on or failed is left alone."""
+    cells = Grid(write_grid(tmp_path, block(["same"], ["hkd-t", "base"], [1]))).cells()
+    assert [cell.folder for cell in cells] == ["teacher/big/seed-0", "same/hkd-t/seed-1", "same/base/seed-1"]
+    work = runner.Runner(cells, tmp_path, jobs=2)
+
+    def next_cell() -> tuple[str | None, bool]:
+        cell, lock = work.next()
+        locks.append(lock)  # as long as it is open the cell is being worked on
+        return cell and cell.folder, lock is not None
+
+    def finish_cell(folder: str) -> None:
+        (tmp_path / folder / "scores.json").touch()
+
+    locks: list = []
+    assert next_cell() == ("teacher/big/seed-0", True)
+    assert next_cell() == ("same/base/seed-1", True)
+    assert next_cell() == ("teacher/big/seed-0", False)  # to wait for
+    finish_cell("teacher/big/seed-0")
+    finish_cell("same/base/seed-1")
+    assert next_cell() == ("same/hkd-t/seed-1", True)
+    finish_cell("same/hkd-t/seed-1")
+    assert next_cell() == (None, False)
+    # A seed more: its own cell only.
+    work.cells = Grid(write_grid(tmp_path, block(["same"], ["hkd-t"], [1, 2]))).cells()
+    assert next_cell() == ("same/hkd-t/seed-2", True)
+    work.failed.add("same/hkd-t/seed-2")
+    assert next_cell() == (None, False)
+
+
+def test_cells(tmp_path):
+    """Each once, teachers before their students, seed by seed; the command holds the method's options."""
+    methods = ["base", "hkd-t", "annealing"]
+    blocks = [
+        block(["same", "compression"], methods, [1, 2]),
+        block(["same"], ["hkd-t"], [1], "temperatures = [1.5, 2]"),
+    ]
+    cells = Grid(write_grid(tmp_path, *blocks)).cells()
+    assert [cell.folder for cell in cells] == [
+        "same/base/seed-1", "teacher/big/seed-0", "same/hkd-t/seed-1", "same/annealing/seed-1",
+        "compression/base/seed-1", "compression/hkd-t/seed-1", "compression/annealing/seed-1",
+        "same/base/seed-2", "same/hkd-t/seed-2", "same/annealing/seed-2",
+        "compression/base/seed-2", "compression/hkd-t/seed-2", "compression/annealing/seed-2",
+        "same/hkd-t-tau-2/seed-1",
+    ]  # fmt: skip
+    by_folder = {cell.folder: cell for cell in cells}
+    train = " ".join(by_folder["compression/hkd-t/seed-2"].train)
+    teacher = "--teacher-path teacher/big/seed-0/checkpoint_best.pt"
+    for part in (f"{teacher} --gate token --teacher-temperature 1.5", "--encoder-embed-dim 16", "--seed 2"):
+        assert part in train
+    assert "--teacher-temperature 2" in " ".join(by_folder["same/hkd-t-tau-2/seed-1"].train)
+    # A method's own temperature is not the study's, and Base has none.
+    assert " ".join(by_folder["same/annealing/seed-1"].train).count("--teacher-temperature ") == 1
+    assert by_folder["same/annealing/seed-1"].temperature is None
+    assert by_folder["same/base/seed-1"].temperature is None
+    assert "--teacher" not in " ".join(by_folder["same/base/seed-1"].train)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("", "", None),
+        ("[generation]", "[generate]", r"has no section \[generation\]"),
+        ('precision = "fp32"', 'precision = "fp8"', "precision 'fp8': it must be one of fp32, bf16, fp16"),
+        ("updates = ", "epochs = ", "lacks 'updates'; multi30k.toml shows where it belongs"),
+        ('text = "', 'words = "', r"\[data\] needs either corpus"),
+        ('["base"]', '["bass"]', "names bass, which is none of the methods: base, "),
+        ('method = "base"', 'method = "hkd-t"', r"\[teacher\] method hkd-t needs a teacher itself"),
+        ("[data]", "[data", "is no TOML"),
+    ],
+)
+def test_grids_that_make_no_study(old, new, expected, tmp_path):
+    file = write_grid(tmp_path, block(["same"], ["base"], [1]), block(["same"], ["hkd-t"], [1]))
+    file.write_text(file.read_text().replace(old, new))
+    if expected is None:
+        assert len(Grid(file).cells()) == 3
+    else:
+        with pytest.raises(UserError, match=expected):
+            Grid(file).cells()
+
+
+def test_a_cell_is_worked_on_once(tmp_path):
+    """The lock outlives the runner with the training that it started."""
+    lock = runner.claim(tmp_path)
+    child = subprocess.Popen(["sleep", "60"], pass_fds=[lock.fileno()])
+    try:
+        assert runner.claim(tmp_path) is None
+        lock.close()
+        assert runner.claim(tmp_path) is None
+    finally:
+        child.kill()
+        child.wait()
+    assert runner.claim(tmp_path) is not None
+
+
+def test_curve_of_a_killed_run():
+    """Epoch 2 was made twice, and the share of epoch 3 was lost between its checkpoint and its line."""
+    lines = [
+        '| valid | {"epoch": 1, "valid_nll_loss": "5.5", "valid_ece": "0.1", "valid_num_updates": "10"}',
+        '| train | {"epoch": 1, "train_teacher_share": "0.25"}',
+        '| valid | {"epoch": 2, "valid_nll_loss": "9", "valid_ece": "0.9", "valid_num_updates": "20"}',
+        '| valid | {"epoch": 2, "valid_nll_loss": "4.5", "valid_ece": "0.2", "valid_num_updates": "20"}',
+        '| train | {"epoch": 2, "train_teacher_share": "0.5"}',
+        '| valid | {"epoch": 3, "valid_nll_loss": "4.0", "valid_ece": "0.3", "valid_num_updates": "30"}',
+        '| train | {"epoch": 4, "train_teacher_share": "0.75"}',
+    ]
+    assert score.curve("\n".join(lines)) == [
+        {"updates": 10, "valid_nll": 5.5, "valid_ece": 0.1, "teacher_share": 0.25},
+        {"updates": 20, "valid_nll": 4.5, "valid_ece": 0.2, "teacher_share": 0.5},
+        {"updates": 30, "valid_nll": 4.0, "valid_ece": 0.3},
+    ]
+
+
+REFERENCES = [f"the cat number {i} sat on mat number {i + 1}" for i in range(12)]
+NOISE = ["x"] * len(REFERENCES)
+
+
+def write_cell(study: Path, folder: str, bleu: float, ece: float, translations=NOISE, temperature=None, done=True):
+    setting, method, _ = folder.split("/")
+    seed = int(folder.rpartition("-")[2])
+    method = method.partition("-tau-")[0] if setting != "teacher" else "base"
+    path = study / folder
+    path.mkdir(parents=True)
+    about = {"setting": setting, "method": method, "title": table.read_toml(STUDY / "methods.toml")[method]["title"]}
+    about |= {"teacher": "teacher/big/seed-0" if temperature else None, "seed": seed, "temperature": temperature}
+    (path / "cell.json").write_text(json.dumps({**about, "signature": f"setting:{setting}|seed:{seed}|updates:40"}))
+    if not done:
+        return
+    share = 0.5 if temperature else 0.0
+    curve = [{"updates": at, "valid_nll": 4.0, "valid_ece": 0.1, "teacher_share": share} for at in (20, 40)]
+    numbers = {"chrf": 2 * bleu, "nll": 3.0, "inference_ece": 0.2, "temperature": 1.25, "scaled_ece": ece / 4}
+    numbers |= {"scaled_nll": 2.5, "valid_nll_best": 3.5, "valid_nll_last": 4.0, "best_updates": 20, "last_updates": 40}
+    numbers |= {"teacher_share": share, "parameters": 1234, "minutes": 2.0, "curve": curve}
+    numbers["signatures"] = {key: f"{key}|by:hand" for key in ("bleu", "chrf", "ece", "inference_ece")}
+    (path / "scores.json").write_text(json.dumps({"bleu": bleu, "ece": ece, **numbers}))
+    (path / "translations.txt").write_text("".join(f"{line}\n" for line in translations))
+
+
+def test_tables_by_hand(tmp_path, monkeypatch, capsys):
+    study = tmp_path / "study"
+    (study / "text").mkdir(parents=True)
+    (study / "text/test.en").write_text("".join(f"{line}\n" for line in REFERENCES))
+    write_cell(study, "teacher/big/seed-0", 26, 0.08)
+    write_cell(study, "same/base/seed-1", 20, 0.10)
+    write_cell(study, "same/base/seed-2", 22, 0.12)
+    write_cell(study, "same/hkd-t/seed-1", 23, 0.06, translations=REFERENCES, temperature=1.5)
+    write_cell(study, "same/hkd-t/seed-2", 23, 0.06, temperature=1.5)  # the translations of Base
+    write_cell(study, "same/hkd-t-tau-2/seed-1", 25, 0.03, temperature=2.0)
+    write_cell(study, "same/hkd-s/seed-1", 0, 0, temperature=1.5, done=False)
+
+    monkeypatch.setattr(sys, "argv", ["table.py", str(study), "--output", str(tmp_path / "out")])
+    assert table.main() == 0
+    lines = (tmp_path / "out/tables.md").read_text().splitlines()
+    assert capsys.readouterr().out.splitlines() == lines
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in reversed(lines) if line.startswith("| ")}
+    assert rows["teacher"] == "| teacher | 1 | 26.0 | 52.0 | 8.00 | 2.00 | 20.00 | 3.000 |  |  |"
+    assert (
+        "| Base | 2 | 21.0 ± 1.4 | 42.0 ± 2.8 | 11.00 ± 1.41 | 2.75 ± 0.35 | 20.00 ± 0.00 | 3.000 ± 0.000 |  |  |"
+        in lines
+    )
+    assert "| Base + temperature | 2 |  |  | 2.75 ± 0.35 |  |  | 2.500 ± 0.000 |  |  |" in lines
+    # All right against all wrong: no resample of 1,000 is above the difference, p = 1 / 1001. The same text: p = 1.
+    hkd = "| HKD-T | 2 | 23.0 ± 0.0 | 46.0 ± 0.0 | 6.00 ± 0.00 | 1.50 ± 0.00 | 20.00 ± 0.00 | 3.000 ± 0.000"
+    assert f"{hkd} | +2.0 | 0.001, 1.000 |" in lines
+    training = "| HKD-T | 3.500 ± 0.000 | 20 ± 0 | 4.000 ± 0.000 | 10.00 ± 0.00 | 0.50 ± 0.00 | 1.25 ± 0.00"
+    assert f"{training} | 1,234 | 2.0 ± 0.0 |" in lines
+    assert [line for line in lines if line.startswith(("| HKD-T | 1.5", "| HKD-T | 2 | 1"))] == [
+        "| HKD-T | 1.5 | 1 | 23.0 | 46.0 | 6.00 | 3.000 | 0.50 |",
+        "| HKD-T | 2 | 1 | 25.0 | 50.0 | 3.00 | 3.000 | 0.50 |",
+    ]
+    assert sum(line.startswith("| HKD-T | ") for line in lines) == 4  # one in each of the other tables
+    assert "BLEU `bleu|by:hand`" in lines[-3]
+    assert "bs:1000" in lines[-3]
+    assert lines[-3].endswith("All cells: `updates:40`.")
+    assert lines[-1] == "Not finished, and not in the tables: same/hkd-s/seed-1."
+    for name in ("teacher_share.svg", "validation_nll.svg"):
+        assert "<svg" in (tmp_path / "out" / name).read_text()
+
+
+def test_no_study(tmp_path):
+    with pytest.raises(UserError, match=r"holds no finished cell of a study; run\.py makes them"):
+        table.Study(tmp_path)
