@@ -15,7 +15,7 @@ LONGEST_WORD = 1000  # characters
 def keeps(one: list[str], other: list[str], longest: int, ratio: float) -> bool:
     """Whether the pair stays, of two lists of tokens."""
     short, long = sorted((len(one), len(other)))
-    return 1 <= short and long <= min(longest, ratio * short) and max(map(len, one + other)) <= LONGEST_WORD
+    return short >= 1 and long <= min(longest, ratio * short) and max(map(len, one + other)) <= LONGEST_WORD
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ interruption: it goes on where it was.
   --precision P   fp16 (default on a GPU), bf16, fp32
   --average N     score the average of the last N epochs (default $average; 0: the best checkpoint; at most $keep)
   --max-update N  cut training short, for a trial (default $updates)
-  --data-only     stop when the data is ready
+  --until STEP    stop after the step data or training (default: scores)
   --dry-run       print the commands that would run, and run nothing
   OPTIONS         of fairseq-train, for this --method's model; they win over the recipe's. A teacher of another size:
                   --method teacher -- OPTIONS first
@@ -68,7 +68,7 @@ options() {
     local i
     originals=()
     for ((i = 0; i < ${#files[@]}; i += 2)); do originals+=("${files[i]}"); done
-    method_name=hkd-t seed=1 teacher="" dir="" from="" gpus="" nodes=1 torchrun=0 precision="" data_only=0
+    method_name=hkd-t seed=1 teacher="" dir="" from="" gpus="" nodes=1 torchrun=0 precision="" until=scores
     dry_run=0 extra=()
     while (($#)); do
         case $1 in
@@ -76,7 +76,6 @@ options() {
                 usage
                 exit 0
                 ;;
-            --data-only) data_only=1 ;;
             --dry-run) dry_run=1 ;;
             --torchrun) torchrun=1 ;;
             --)
@@ -84,7 +83,8 @@ options() {
                 extra=("$@")
                 break
                 ;;
-            --method | --seed | --teacher | --dir | --from | --gpus | --nodes | --precision | --average | --max-update | --style)
+            --method | --seed | --teacher | --dir | --from | --gpus | --nodes | --precision | --average | --max-update | --style | \
+                --until)
                 [[ -n ${2:-} ]] || fail 2 "$1 needs a value"
                 case $1 in
                     --method) method_name=$2 ;;
@@ -98,6 +98,7 @@ options() {
                     --average) number "$@" && average=$2 ;;
                     --max-update) number "$@" && updates=$2 ;;
                     --style) style=$2 ;;
+                    --until) until=$2 ;;
                 esac
                 shift
                 ;;
@@ -117,6 +118,7 @@ options() {
     [[ -z $from || -d $from ]] || fail 2 "--from $from: no such folder"
     ((average <= keep)) || fail 2 "--average $average: the last $keep epochs are kept; give at most $keep"
     ((updates > 0 && nodes > 0)) || fail 2 "--max-update and --nodes must be above 0"
+    [[ $until =~ ^(data|training|scores)$ ]] || fail 2 "--until $until: must be data, training or scores"
     [[ ${precision:-fp16} =~ ^(fp16|bf16|fp32)$ ]] || fail 2 "--precision $precision: must be fp16, bf16 or fp32"
     [[ -z $from ]] || check_from
     if [[ -n ${PYTHON:-} ]]; then
@@ -475,10 +477,16 @@ evaluate() {
     # With the control that every claim of calibration needs: what a temperature, fitted on the validation set, would do.
     [[ -f $out/forced.json ]] || run "$out/forced" \
         "$BIN/hgkd" calibration forced "$dir/data-bin" --path "$checkpoint" "${cpu[@]}" --json "$out/forced.json"
-    [[ -f $out/temperature.json ]] || run "$out/temperature" \
-        "$BIN/hgkd" calibration temperature "$dir/data-bin" --path "$checkpoint" "${cpu[@]}" --json "$out/temperature.json"
-    [[ -f $out/scaled.json ]] || run "$out/scaled" "$BIN/hgkd" calibration forced "$dir/data-bin" --path "$checkpoint" \
-        "${cpu[@]}" --temperature "$out/temperature.json" --json "$out/scaled.json"
+    # A model that has learnt nothing, as in a trial of some updates, may have no best temperature: then go on without.
+    if [[ -f $out/scaled.json ]]; then
+        :
+    elif (run "$out/temperature" "$BIN/hgkd" calibration temperature "$dir/data-bin" --path "$checkpoint" "${cpu[@]}" \
+        --json "$out/temperature.json"); then
+        run "$out/scaled" "$BIN/hgkd" calibration forced "$dir/data-bin" --path "$checkpoint" "${cpu[@]}" \
+            --temperature "$out/temperature.json" --json "$out/scaled.json"
+    else
+        say "$1: scores without a temperature"
+    fi
     ((dry_run)) || summary
 }
 
@@ -486,10 +494,10 @@ evaluate() {
 summary() {
     local folder
     for folder in "$dir"/*/{best,average*}; do
-        [[ -f $folder/scaled.json ]] || continue
+        [[ -f $folder/forced.json ]] || continue
         printf '%s\n' "${folder#"$dir"/}"
         grep -h '^BLEU' "$folder/bleu"
-        grep -hE '^ECE' "$folder/forced" "$folder/scaled"
+        grep -hsE '^ECE' "$folder/forced" "$folder/scaled" || true
     done
 }
 
@@ -505,15 +513,17 @@ recipe() {
             fail 1 "$dir holds $(<"$dir/recipe"): choose another --dir"
     fi
     prepare
-    ((data_only)) && return
+    [[ $until != data ]] || return 0
     if [[ $method_name == teacher ]]; then
+        run_name=teacher
         train_teacher
-        evaluate teacher
-        return
+    else
+        run_name=$method_name-$seed
+        if [[ $method_name == seq-kd || " ${method[*]} " == *" --teacher-path "* ]]; then need_teacher; fi
+        if [[ $method_name == seq-kd ]]; then distil_data "$teacher"; fi
+        set_settings "$seed" --task translation_with_teacher --criterion hard_gate_kd "${method[@]}"
+        train "$run_name"
     fi
-    if [[ $method_name == seq-kd || " ${method[*]} " == *" --teacher-path "* ]]; then need_teacher; fi
-    if [[ $method_name == seq-kd ]]; then distil_data "$teacher"; fi
-    set_settings "$seed" --task translation_with_teacher --criterion hard_gate_kd "${method[@]}"
-    train "$method_name-$seed"
-    evaluate "$method_name-$seed"
+    [[ $until != training ]] || return 0
+    evaluate "$run_name"
 }

@@ -4,7 +4,7 @@
 #   sbatch scripts/recipes/slurm.sh wmt14-en-de --method hkd-t               # one machine, 8 GPUs
 #   sbatch --nodes 2 scripts/recipes/slurm.sh wmt14-en-de --method hkd-t     # two
 #
-# Prepare the data before, on a machine with a network: scripts/recipes/wmt14-en-de.sh --data-only
+# Prepare the data before, on a machine with a network: scripts/recipes/wmt14-en-de.sh --until data
 # A job that runs out of time, or is preempted and queued again, goes on where it was.
 #SBATCH --job-name=hgkd
 #SBATCH --nodes=1

@@ -7,12 +7,13 @@ import random
 import tarfile
 from pathlib import Path
 
-GERMAN = "der die ein Mann Frau Hund Straße läuft sitzt über grün schwarz Ball Wasser spielt und mit groß klein Haus".split()
-OTHER = "the this a man woman dog street runs sits over green black ball water plays and with big small house".split()
+WORDS = """der the, die this, ein a, Mann man, Frau woman, Hund dog, Straße street, läuft runs, sitzt sits, über over,
+grün green, schwarz black, Ball ball, Wasser water, spielt plays, und and, mit with, groß big, klein small, Haus house"""
+GERMAN, OTHER = zip(*(pair.split() for pair in WORDS.split(",")), strict=True)
 # Sentences by hand, the first of each test set: a quotation mark, an apostrophe and a hyphenated compound.
 BY_HAND = {
     "de": 'Er sagt: "Das ist Peter\'s Fußball-Verein."',
-    "en": 'He says: "That\'s Peter\'s football-club."',
+    "en": "He says: \"That's Peter's football-club.\"",
 }
 
 
