@@ -29,7 +29,7 @@ setup(
         "triton": ["triton>=3.2"],
         "report": ["matplotlib>=3.8"],
         "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "mypy>=1.10", "torchmetrics>=1.4", "matplotlib>=3.8"],
-        "recipes": ["sacremoses>=0.1"],
+        "recipes": ["sacremoses>=0.1", "subword-nmt>=0.3.8"],
     },
     entry_points={"console_scripts": ["hgkd = hgkd_fairseq.cli:main"]},
 )

@@ -327,7 +327,14 @@ prepare() {
 distil_data() {
     local out=$dir/seq-kd side
     data=$dir/data-bin-seq-kd
+    if [[ -f $out/teacher && $(<"$out/teacher") != "$1" ]]; then
+        fail 1 "$out was translated by $(<"$out/teacher"), not $1: choose another --dir"
+    fi
     [[ ! -d $data ]] || return 0
+    if ! ((dry_run)); then
+        mkdir -p "$out"
+        printf '%s\n' "$1" >"$out/teacher"
+    fi
     translate "$dir/data-bin" train "$1" "$out"
     if ! ((dry_run)); then
         for side in "S $source" "H $target"; do
@@ -346,7 +353,7 @@ distil_data() {
 
 # ---------------------------------------------------------------------------------------------------------- training
 
-# settings NAME [OPTIONS]: the array `settings`, all that decides what the model becomes.
+# set_settings SEED [OPTIONS]: the array `settings`, all that decides what the model becomes.
 set_settings() {
     settings=("${model[@]}" "${training[@]}" --max-update "$updates" --seed "$1"
         # The gated loss changes its meaning as the gate opens; plain cross-entropy is comparable over all methods.
@@ -427,7 +434,7 @@ average_checkpoints() {
             "so many, or 0 for the best one"
         mkdir -p "$2"
     fi
-    run "$2/average.log" "$BIN/hgkd" export "$(IFS=: && echo "${last[*]}")" "$2/checkpoint.pt" --average
+    run "$2/average.log" "$BIN/hgkd" export "$(IFS=: && echo "${last[*]}")" "$2/checkpoint.pt"
 }
 
 # bleu OUT: BLEU by sacreBLEU, whose line names how it was computed.

@@ -70,6 +70,7 @@ training=(
     --lr 7e-4 # the peak of the paper's schedule: 512^-0.5 * 4000^-0.5
     --lr-scheduler inverse_sqrt --warmup-updates 4000 --warmup-init-lr 1e-7
     --dropout 0.1 --weight-decay 0.0 # as the paper: 4.5M pairs need less of both
+    --save-interval-updates 1000 --keep-interval-updates 1 # an epoch is too much to lose when a job is stopped
 )
 batch_tokens=32768 gpu_tokens=4096 # the paper: about 25,000 source and 25,000 target tokens on 8 GPUs; fairseq: 8 x 4,096
 updates=100000                     # as the paper

@@ -8,7 +8,7 @@ import tarfile
 from pathlib import Path
 
 WORDS = """der the, die this, ein a, Mann man, Frau woman, Hund dog, Straße street, läuft runs, sitzt sits, über over,
-grün green, schwarz black, Ball ball, Wasser water, spielt plays, und and, mit with, groß big, klein small, Haus house"""
+grün green, schwarz black, Ball ball, Wasser water, spielt plays, und and, mit with, groß big, klein small, Haus home"""
 GERMAN, OTHER = zip(*(pair.split() for pair in WORDS.split(",")), strict=True)
 # Sentences by hand, the first of each test set: a quotation mark, an apostrophe and a hyphenated compound.
 BY_HAND = {
