@@ -3,8 +3,8 @@
 #
 # Time and memory: nobody has measured this recipe yet. Estimate for the teacher or Base: 6 x 39M parameters x 4,096
 # tokens x 50,000 updates = 4.8e16 operations, half an hour at 30 TFLOP/s, which is a fair share of what one fp16 GPU of
-# 2018 and later gives; a distilled student takes about twice that (its paper). Memory unknown, well below 16 GB: batches
-# are small. 5 GB of disk for each model's checkpoints. Published BLEU (tokenised): 34 to 35 with label smoothing.
+# 2018 and later gives; a distilled student takes about twice that (its paper). Memory not measured, by the
+# size of the batches below 16 GB. 5 GB of disk for each model's checkpoints. Published BLEU (tokenised): 34 to 35 with label smoothing.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 title="IWSLT14 German-English (TED talks)" terms="CC BY-NC-ND, as the talks"

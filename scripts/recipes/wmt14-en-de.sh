@@ -2,9 +2,9 @@
 # WMT14 En-De, Transformer base: data as fairseq's prepare-wmt14en2de.sh makes it, training as in "Attention is all you
 # need" with fairseq's options for it. --help says the rest.
 #
-# Time and memory: not measured here. The paper says 12 hours for 100,000 updates on 8 P100; a GPU of 2020 and later, with
-# fp16, is several times faster. A distilled student takes about twice that. On one GPU each update takes 8 turns. Batches of
-# 4,096 tokens a GPU fitted in the P100's 16 GB. Preparation: some hours on few cores, most of it tokenisation, which holds
+# Time and memory: not measured here. The paper says 12 hours for 100,000 updates on 8 P100; its batches,
+# about 3,000 tokens a GPU, fitted in a P100's 16 GB. A distilled student takes about twice that (its paper). On one GPU each
+# update takes 8 turns. Estimates: preparation some hours on few cores, most of it tokenisation, which holds
 # the text of one corpus in memory (some GB); 10 GB of disk, and 8 GB for each model's checkpoints.
 # Published BLEU of Transformer base, with label smoothing: 27.3 (tokenised, compounds split).
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
