@@ -11,7 +11,7 @@
 #   post_process           how pieces become words again: subword_nmt or sentencepiece
 #   scores=()              tokenised, or detokenised, or both: see bleu below
 #   model=() training=()   options of fairseq-train
-#   batch_tokens           target tokens of one update, over all GPUs; a recipe stays the same recipe on any number of them
+#   batch_tokens           target tokens of one update, over all GPUs: the same recipe on any number of them
 #   gpu_tokens             of these, at most on one GPU at a time
 #   updates average        length of the training; checkpoints to average, 0: the best one
 #   generation=()          options of fairseq-generate
@@ -83,8 +83,8 @@ options() {
                 extra=("$@")
                 break
                 ;;
-            --method | --seed | --teacher | --dir | --from | --gpus | --nodes | --precision | --average | --max-update | --style | \
-                --until)
+            --method | --seed | --teacher | --dir | --from | --gpus | --nodes | --precision | --average | --max-update | \
+                --style | --until)
                 [[ -n ${2:-} ]] || fail 2 "$1 needs a value"
                 case $1 in
                     --method) method_name=$2 ;;
@@ -174,7 +174,7 @@ place() {
         launch=("$BIN/torchrun" --standalone --nproc-per-node "$gpus" --no-python)
     fi
     if ((nodes > 1)); then
-        [[ -n ${SLURM_JOB_ID:-} ]] || ((dry_run)) || fail 2 "--nodes $nodes: works inside a Slurm job only: see slurm.sh"
+        [[ -n ${SLURM_JOB_ID:-} ]] || ((dry_run)) || fail 2 "--nodes $nodes: works in a Slurm job only: see slurm.sh"
         ((gpus > 0)) || fail 2 "--nodes $nodes: needs --gpus N, the GPUs of each machine"
         # One task a machine, in which fairseq starts a worker for each GPU; it asks Slurm who the others are.
         launch=(srun --nodes "$nodes" --ntasks "$nodes" --ntasks-per-node 1)
@@ -196,7 +196,9 @@ run() {
     fi
     printf '%s\n' "${words% }" >>"$dir/commands"
     "$@" >>"$log" 2>&1 ||
-        fail 1 "$(basename "$1") failed ($(grep -E '(error|Error): ' "$log" | tail -n 1 || tail -n 1 "$log")): $log has all it said"
+        fail 1 "$(basename "$1") failed ($(
+            grep -E '(error|Error): ' "$log" | tail -n 1 || tail -n 1 "$log"
+        )): $log has all it said"
 }
 
 # once FILE COMMAND...: FILE, from what the command writes, whole or not at all; not again if it is there.
@@ -216,7 +218,8 @@ download() {
     [[ -f $original/$1 ]] && return
     say "downloading $2"
     if command -v curl >/dev/null; then
-        curl --fail --silent --show-error --location --continue-at - --speed-limit 1000 --speed-time 30 --output "$part" "$2"
+        curl --fail --silent --show-error --location --continue-at - --speed-limit 1000 --speed-time 30 \
+            --output "$part" "$2"
     else
         wget --quiet --continue --tries=2 --timeout=30 --output-document="$part" "$2"
     fi || fail 3 "$2 cannot be had: check the network, or give a folder that holds ${originals[*]} with --from"
@@ -269,8 +272,9 @@ segments() {
 
 learn_bpe() { cat "$dir/text/train.$source" "$dir/text/train.$target" | "$BIN/subword-nmt" learn-bpe -s "$merges"; }
 
-# subword_nmt_pieces DIR: joint BPE of subword-nmt, the program that the published preparations use. Sentencepiece's BPE of the
-# same size splits other words and counts white space: its lengths, and so its batches and lenpen, would not be theirs.
+# subword_nmt_pieces DIR: joint BPE of subword-nmt, the program that the published preparations use. Sentencepiece's BPE
+# of the same size splits other words and counts white space: its lengths, and so its batches and lenpen, would not be
+# theirs.
 subword_nmt_pieces() {
     local split language
     mkdir -p "$1"
@@ -322,8 +326,8 @@ prepare() {
     data=$dir/data-bin
 }
 
-# Seq-KD: the training targets become the teacher's translations. Source and translation are taken from the same lines of
-# fairseq-generate's output, by number, so that no sentence can meet another's translation.
+# Seq-KD: the training targets become the teacher's translations. Source and translation are taken from the same lines
+# of fairseq-generate's output, by number, so that no sentence can meet another's translation.
 distil_data() {
     local out=$dir/seq-kd side
     data=$dir/data-bin-seq-kd
@@ -415,7 +419,8 @@ translate() {
     ((dry_run)) || touch "$out/translated"
 }
 
-# sentences LETTER FILE: of fairseq-generate's output, the lines of a kind (S source, H hypothesis) in the corpus' order.
+# sentences LETTER FILE: of fairseq-generate's output, the lines of a kind (S source, H hypothesis) in the corpus'
+# order.
 sentences() {
     local columns=2-
     [[ $1 != H ]] || columns=3- # its second column is the score
@@ -430,15 +435,15 @@ average_checkpoints() {
         last=("$1/checkpointLAST-$((average - 1)).pt:...:$1/checkpointLAST.pt")
     else
         mapfile -t last < <(find "$1" -name 'checkpoint[0-9]*.pt' | sort -V | tail -n "$average")
-        ((${#last[@]} == average)) || fail 1 "--average $average: $1 has checkpoints of ${#last[@]} epochs: give at most" \
-            "so many, or 0 for the best one"
+        ((${#last[@]} == average)) || fail 1 "--average $average: $1 has checkpoints of ${#last[@]} epochs:" \
+            "give at most so many, or 0 for the best one"
         mkdir -p "$2"
     fi
     run "$2/average.log" "$BIN/hgkd" export "$(IFS=: && echo "${last[*]}")" "$2/checkpoint.pt"
 }
 
 # bleu OUT: BLEU by sacreBLEU, whose line names how it was computed.
-#   tokenised    tok:none on the tokens as they are, against the reference prepared in the same way: what multi-bleu.perl
+#   tokenised    tok:none on the tokens as they are, against the reference prepared the same way: what multi-bleu.perl
 #                and fairseq-score compute (they do not smooth, which shows only where some order has no match at all)
 #   detokenised  tok:13a, on text again: what sacreBLEU is for
 bleu() {
@@ -481,7 +486,7 @@ evaluate() {
     say "$1: translating and scoring (in $out)"
     translate "$dir/data-bin" test "$checkpoint" "$out" --post-process "$post_process"
     bleu "$out"
-    # With the control that every claim of calibration needs: what a temperature, fitted on the validation set, would do.
+    # With the control that every claim of calibration needs: a temperature, fitted on the validation set.
     [[ -f $out/forced.json ]] || run "$out/forced" \
         "$BIN/hgkd" calibration forced "$dir/data-bin" --path "$checkpoint" "${cpu[@]}" --json "$out/forced.json"
     # A model that has learnt nothing, as in a trial of some updates, may have no best temperature: then go on without.

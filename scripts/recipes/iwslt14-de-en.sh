@@ -3,8 +3,9 @@
 #
 # Time and memory: nobody has measured this recipe yet. Estimate for the teacher or Base: 6 x 39M parameters x 4,096
 # tokens x 50,000 updates = 4.8e16 operations, half an hour at 30 TFLOP/s, which is a fair share of what one fp16 GPU of
-# 2018 and later gives; a distilled student takes about twice that (its paper). Memory not measured, by the
-# size of the batches below 16 GB. 5 GB of disk for each model's checkpoints. Published BLEU (tokenised): 34 to 35 with label smoothing.
+# 2018 and later gives; a distilled student takes about twice that (its paper). Memory: an estimate, by the size of the
+# batches below 16 GB. 5 GB of disk for each model's checkpoints. Published BLEU (tokenised): 34 to 35 with label
+# smoothing.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 title="IWSLT14 German-English (TED talks)" terms="CC BY-NC-ND, as the talks"
@@ -16,7 +17,9 @@ files=(de-en.tgz http://dl.fbaipublicfiles.com/fairseq/data/iwslt14/de-en.tgz)
 make_text() {
     local out=$1 talks=$1/unpacked/de-en language
     unpack de-en.tgz "$out/unpacked" de-en
-    for language in de en; do once "$out/tok.$language" training_text "$talks/train.tags.de-en.$language" "$language"; done
+    for language in de en; do
+        once "$out/tok.$language" training_text "$talks/train.tags.de-en.$language" "$language"
+    done
     clean "$out/tok" "$out/clean" --max 175 --ratio 1.5
     for language in de en; do
         lowercase <"$out/clean.$language" >"$out/all.$language"
@@ -49,7 +52,7 @@ scores=(tokenised detokenised) # published: the first. The second ignores case, 
 sacrebleu=(-lc)
 
 # All as in fairseq's README for this data, but for label smoothing, which is a method here (ls-uniform).
-model=(--arch transformer_iwslt_de_en --share-decoder-input-output-embed) # 6 + 6 layers of 512, small feed-forward layers
+model=(--arch transformer_iwslt_de_en --share-decoder-input-output-embed) # 6 + 6 layers of 512
 training=(
     --optimizer adam --adam-betas '(0.9, 0.98)' # 0.98: the Transformer's, whose gradients change fast in the warm-up
     --clip-norm 0.0                             # no clipping
@@ -58,7 +61,7 @@ training=(
     --weight-decay 1e-4 # in Adam, as published, not decoupled
 )
 batch_tokens=4096 gpu_tokens=4096 # published on one GPU
-updates=50000                     # about 50 epochs; the README names no end, and this is the usual one: Base is past its best
+updates=50000                     # about 50 epochs, the usual number, by which Base is past its best
 average=0                         # the README translates with the best checkpoint
 generation=(--batch-size 128 --beam 5)
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# IWSLT15 En-Vi on the set that Stanford preprocessed (Luong and Manning 2015), which all published results use: tokenised,
-# cased, validated on tst2012, tested on tst2013. --help says the rest.
+# IWSLT15 En-Vi on the set that Stanford preprocessed (Luong and Manning 2015), which all published results use:
+# tokenised, cased, validated on tst2012, tested on tst2013. --help says the rest.
 #
-# Time and memory: not measured. By the estimate of iwslt14-de-en.sh, less data and fewer updates: 20 minutes on one GPU for
-# the teacher or Base, twice that for a distilled student. 5 GB of disk for each model's checkpoints.
+# Time and memory: not measured. By the estimate of iwslt14-de-en.sh, less data and fewer updates: 20 minutes on one GPU
+# for the teacher or Base, twice that for a distilled student. 5 GB of disk for each model's checkpoints.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 title="IWSLT15 English-Vietnamese (TED talks)" terms="CC BY-NC-ND, as the talks"
@@ -13,8 +13,8 @@ for file in {train,tst2012,tst2013}.{en,vi}; do
     files+=("$file" "https://nlp.stanford.edu/projects/nmt/data/iwslt15.en-vi/$file")
 done
 
-# 133,317 / 1,553 / 1,268 pairs. Of the training pairs those go of which one side is empty, and those over 250 words, which
-# no batch would hold.
+# 133,317 / 1,553 / 1,268 pairs. Of the training pairs those go of which one side is empty, and those over 250 words,
+# which no batch would hold.
 make_text() {
     local out=$1 language
     clean "$original/train" "$out/train" --max 250

@@ -3,9 +3,9 @@
 # hard_gate_kd`. Sourced by the recipes; run as a program it prints the table, "name TAB title TAB options", or with
 # `methods.sh NAME TEACHER` the options of one method, one a line. TEACHER stands for the teacher's checkpoint.
 #
-# Values are those of the papers that `hgkd gates` names. sd and word-kd differ in the teacher only: one of the student's
-# own architecture, or a bigger one. seq-kd is base on other data: the teacher's translations of the training sources.
-# progressive (ps-kd) and annealed (annealing) change over the run and need --max-update.
+# Values are those of the papers that `hgkd gates` names. sd and word-kd differ in the teacher only: one of the
+# student's own architecture, or a bigger one. seq-kd is base on other data: the teacher's translations of the training
+# sources. progressive (ps-kd) and annealed (annealing) change over the run and need --max-update.
 
 methods_table() {
     cat <<'END'

@@ -4,8 +4,8 @@
 #   --style paper   tokenised and lowercased, BPE of 10,000 merges: as the text-only results of multimodal translation
 #   --style cased   the text as it is, sentencepiece of 8,000 pieces: what a user wants, scored by sacreBLEU alone
 #
-# Time and memory: not measured on a GPU. The model is tiny (3M parameters): an estimate is minutes on any GPU, below 4 GB. On a CPU
-# see quickstart.sh, which trains on the same data in minutes.
+# Time and memory: not measured on a GPU. The model is tiny (3M parameters): an estimate is minutes on any GPU, below 4
+# GB. On a CPU see quickstart.sh, which trains on the same data in minutes.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 title="Multi30K German-English" terms="for research and education, non-commercial"

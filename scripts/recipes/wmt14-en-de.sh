@@ -2,11 +2,11 @@
 # WMT14 En-De, Transformer base: data as fairseq's prepare-wmt14en2de.sh makes it, training as in "Attention is all you
 # need" with fairseq's options for it. --help says the rest.
 #
-# Time and memory: not measured here. The paper says 12 hours for 100,000 updates on 8 P100; its batches,
-# about 3,000 tokens a GPU, fitted in a P100's 16 GB. A distilled student takes about twice that (its paper). On one GPU each
-# update takes 8 turns. Estimates: preparation some hours on few cores, most of it tokenisation, which holds
-# the text of one corpus in memory (some GB); 10 GB of disk, and 8 GB for each model's checkpoints.
-# Published BLEU of Transformer base, with label smoothing: 27.3 (tokenised, compounds split).
+# Time and memory: not measured here. The paper says 12 hours for 100,000 updates on 8 P100; its batches, about 3,000
+# tokens a GPU, fitted in a P100's 16 GB. A distilled student takes about twice that (its paper). On one GPU each update
+# takes 8 turns. Estimates: preparation some hours on few cores, most of it tokenisation, which holds the text of one
+# corpus in memory (some GB); 10 GB of disk, and 8 GB for each model's checkpoints. Published BLEU of Transformer base,
+# with label smoothing: 27.3 (tokenised, compounds split).
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 title="WMT14 English-German" terms="for research; see the pages of WMT13, 14 and 17"
@@ -20,8 +20,8 @@ files=(
     test-full.tgz http://statmt.org/wmt14/test-full.tgz
 )
 
-# newstest2013 validates, as in the papers. (fairseq's script holds back every 100th training pair, but with its --scaling18,
-# for the same reason, it too takes newstest2013.) newstest2014, all 3,003 pairs, is the test.
+# newstest2013 validates, as in the papers. (fairseq's script holds back every 100th training pair, but with its
+# --scaling18, for the same reason, it too takes newstest2013.) newstest2014, all 3,003 pairs, is the test.
 make_text() {
     local out=$1 raw=$1/unpacked language side corpus
     unpack training-parallel-europarl-v7.tgz "$raw" training/europarl-v7.de-en.{de,en}
@@ -72,7 +72,7 @@ training=(
     --dropout 0.1 --weight-decay 0.0 # as the paper: 4.5M pairs need less of both
     --save-interval-updates 1000 --keep-interval-updates 1 # an epoch is too much to lose when a job is stopped
 )
-batch_tokens=32768 gpu_tokens=4096 # the paper: about 25,000 source and 25,000 target tokens on 8 GPUs; fairseq: 8 x 4,096
+batch_tokens=32768 gpu_tokens=4096 # the paper: about 25,000 of each language on 8 GPUs; fairseq: 8 x 4,096
 updates=100000                     # as the paper
 average=5                          # as the paper, which averages the last 5 checkpoints (of 10 minutes; here of epochs)
 generation=(--batch-size 128 --beam 4 --lenpen 0.6) # as the paper

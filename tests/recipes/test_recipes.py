@@ -325,7 +325,7 @@ def test_every_method_of_the_table_is_one_that_fairseq_knows():
         (["--until", "train"], 2, "--until train: must be data, training or scores"),
         (["--average", "11"], 2, "--average 11: the last 10 epochs are kept; give at most 10"),
         (["--gpus", "128"], 2, "--gpus 128: too many for updates of 32768 tokens: give at most 64"),
-        (["--gpus", "2", "--nodes", "2"], 2, "--nodes 2: works inside a Slurm job only: see slurm.sh"),
+        (["--gpus", "2", "--nodes", "2"], 2, "--nodes 2: works in a Slurm job only: see slurm.sh"),
         (["--gpus", "2", "--nodes", "2", "--torchrun"], 2, "--torchrun: works on one machine"),
     ],
 )
