@@ -34,7 +34,7 @@ setup(
             *("pytest>=8", "hypothesis>=6", "ruff>=0.6", "mypy>=1.10"),
             *("torchmetrics>=1.4", "matplotlib>=3.8", "tensorboardX>=2.6", "ctranslate2>=4.5"),
         ],
-        "recipes": ["sacremoses>=0.1"],
+        "recipes": ["sacremoses>=0.1", "subword-nmt>=0.3.8"],
     },
     entry_points={"console_scripts": ["hgkd = hgkd_fairseq.cli:main"]},
 )

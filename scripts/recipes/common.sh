@@ -1,0 +1,541 @@
+# Sourced by the recipes of this folder: from a recipe's data and settings to a scored model.
+#
+# A recipe sets, and says why:
+#   title terms            what the data is, and on what terms it may be used
+#   source target          languages
+#   files=(FILE URL ...)   the original download
+#   make_text DIR          function: from $original to DIR/{train,valid,test}.{SOURCE,TARGET}, tokenised, and where the
+#                          score is to be on untokenised text DIR/reference.TARGET
+#   make_pieces DIR        function: from $dir/text to DIR/{train,valid,test}.{SOURCE,TARGET} in pieces
+#   dictionary=()          how fairseq-preprocess makes the dictionaries
+#   post_process           how pieces become words again: subword_nmt or sentencepiece
+#   scores=()              tokenised, or detokenised, or both: see bleu below
+#   model=() training=()   options of fairseq-train
+#   batch_tokens           target tokens of one update, over all GPUs: the same recipe on any number of them
+#   gpu_tokens             of these, at most on one GPU at a time
+#   updates average        length of the training; checkpoints to average, 0: the best one
+#   generation=()          options of fairseq-generate
+# and calls `recipe "$@"`.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(cd "$here/../.." && pwd)
+name=$(basename "$0" .sh)
+style="" more_usage=""
+keep=10 # epochs whose checkpoints stay, so that any --average up to this can be chosen after the training
+source "$here/methods.sh"
+
+say() { printf '%s  %s\n' "$(date +%H:%M:%S)" "$*" >&2; }
+
+# fail STATUS SENTENCE. 2: usage; 3: the data cannot be had; 1: anything else.
+fail() {
+    local status=$1
+    shift
+    printf '%s.sh: %s\n' "$name" "$*" >&2
+    exit "$status"
+}
+
+usage() {
+    cat <<END
+usage: $name.sh [--method NAME] [options] [-- OPTIONS]
+$title: data, teacher, one method, translations, scores. Start it again after any
+interruption: it goes on where it was.
+  --method NAME   teacher, or one of (methods.sh has their options; default hkd-t):
+                  $(method_names | fold -s -w 62 | sed '2,$s/^/                  /')
+  --seed N        of the student (default 1); the teacher's is 1
+  --teacher CKPT  a teacher of your own; default: trained by this recipe, once, plain cross-entropy
+  --dir DIR       where all goes (default runs/$name${style:+-STYLE})
+  --from FOLDER   a folder with the original files: ${originals[*]}
+  --gpus N        of this machine (default: all that are visible; 0: the CPU)
+  --nodes N       machines of a Slurm job, each with --gpus N (default 1); see slurm.sh
+  --torchrun      start several GPUs with torchrun instead of fairseq's own launcher
+  --precision P   fp16 (default on a GPU), bf16, fp32
+  --average N     score the average of the last N epochs (default $average; 0: the best checkpoint; at most $keep)
+  --max-update N  cut training short, for a trial (default $updates)
+  --until STEP    stop after the step data or training (default: scores)
+  --dry-run       print the commands that would run, and run nothing
+  OPTIONS         of fairseq-train, for this --method's model; they win over the recipe's. A teacher of another size:
+                  --method teacher -- OPTIONS first
+${more_usage:-}Environment: PYTHON, the Python with fairseq (default: .venv, which is made).
+END
+}
+
+# ----------------------------------------------------------------------------------------------------------- options
+
+number() { [[ $2 =~ ^[0-9]+$ ]] || fail 2 "$1 $2: needs a whole number"; }
+
+options() {
+    local i
+    originals=()
+    for ((i = 0; i < ${#files[@]}; i += 2)); do originals+=("${files[i]}"); done
+    method_name=hkd-t seed=1 teacher="" dir="" from="" gpus="" nodes=1 torchrun=0 precision="" until=scores
+    dry_run=0 extra=()
+    while (($#)); do
+        case $1 in
+            -h | --help)
+                usage
+                exit 0
+                ;;
+            --dry-run) dry_run=1 ;;
+            --torchrun) torchrun=1 ;;
+            --)
+                shift
+                extra=("$@")
+                break
+                ;;
+            --method | --seed | --teacher | --dir | --from | --gpus | --nodes | --precision | --average | --max-update | \
+                --style | --until)
+                [[ -n ${2:-} ]] || fail 2 "$1 needs a value"
+                case $1 in
+                    --method) method_name=$2 ;;
+                    --seed) number "$@" && seed=$2 ;;
+                    --teacher) teacher=$2 ;;
+                    --dir) dir=$2 ;;
+                    --from) from=$2 ;;
+                    --gpus) number "$@" && gpus=$2 ;;
+                    --nodes) number "$@" && nodes=$2 ;;
+                    --precision) precision=$2 ;;
+                    --average) number "$@" && average=$2 ;;
+                    --max-update) number "$@" && updates=$2 ;;
+                    --style) style=$2 ;;
+                    --until) until=$2 ;;
+                esac
+                shift
+                ;;
+            *) fail 2 "unknown argument $1: see --help" ;;
+        esac
+        shift
+    done
+
+    dir=${dir:-$root/runs/$name${style:+-$style}}
+    [[ $dir == /* ]] || dir=$PWD/$dir
+    [[ -z $style ]] || set_style
+    if [[ $method_name != teacher ]]; then
+        method_options "$method_name" "${teacher:-$dir/teacher/checkpoint_best.pt}" ||
+            fail 2 "--method $method_name: unknown; known are: teacher $(method_names)"
+    fi
+    [[ -z $teacher || -f $teacher ]] || fail 2 "--teacher $teacher: no such file"
+    [[ -z $from || -d $from ]] || fail 2 "--from $from: no such folder"
+    ((average <= keep)) || fail 2 "--average $average: the last $keep epochs are kept; give at most $keep"
+    ((updates > 0 && nodes > 0)) || fail 2 "--max-update and --nodes must be above 0"
+    [[ $until =~ ^(data|training|scores)$ ]] || fail 2 "--until $until: must be data, training or scores"
+    [[ ${precision:-fp16} =~ ^(fp16|bf16|fp32)$ ]] || fail 2 "--precision $precision: must be fp16, bf16 or fp32"
+    [[ -z $from ]] || check_from
+    if [[ -n ${PYTHON:-} ]]; then
+        PYTHON=$(command -v "$PYTHON") || fail 2 "PYTHON names no program: give a Python with fairseq"
+        BIN=$(cd "$(dirname "$PYTHON")" && pwd)
+    else
+        BIN=$root/.venv/bin
+    fi
+    [[ -n $gpus ]] || gpus=$(visible_gpus)
+    place
+}
+
+check_from() {
+    local file
+    from=$(cd "$from" && pwd)
+    for file in "${originals[@]}"; do
+        [[ -f $from/$file ]] || fail 2 "--from $from: lacks $file: it must hold ${originals[*]}"
+    done
+}
+
+set_style() { fail 2 "--style: this recipe has no styles"; }
+
+# GPUs that a program started here would see; without a Python, so that --dry-run needs none.
+visible_gpus() {
+    if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^-]' || true
+    else
+        { nvidia-smi -L 2>/dev/null || true; } | wc -l
+    fi
+}
+
+# Where and how training runs: `launch` before the command and `placement` among its options. The batch of one update
+# stays batch_tokens: more GPUs take smaller shares of it, fewer of them take turns (--update-freq).
+place() {
+    local workers=$((gpus > 0 ? gpus * nodes : 1)) turns tokens
+    turns=$(((batch_tokens + workers * gpu_tokens - 1) / (workers * gpu_tokens)))
+    tokens=$((batch_tokens / (workers * turns)))
+    # A batch must hold the longest sentence, and below this a GPU idles anyway.
+    ((tokens >= 512)) || fail 2 "--gpus $gpus: too many for updates of $batch_tokens tokens: give at most" \
+        "$((batch_tokens / 512 / nodes))"
+    launch=() device=() placement=(--max-tokens "$tokens" --update-freq "$turns")
+    if ((gpus == 0)); then
+        device=(--cpu)
+    else
+        placement+=(--distributed-world-size "$workers")
+        device=("--${precision:-fp16}")
+        [[ $precision != fp32 ]] || device=()
+    fi
+    if ((torchrun && workers > 1)); then
+        # --distributed-world-size above must be given: by default it is the number of visible GPUs, and where that is 1
+        # fairseq never looks at what torchrun tells its workers.
+        ((nodes == 1)) || fail 2 "--torchrun: works on one machine; leave it out, and Slurm starts all of them"
+        launch=("$BIN/torchrun" --standalone --nproc-per-node "$gpus" --no-python)
+    fi
+    if ((nodes > 1)); then
+        [[ -n ${SLURM_JOB_ID:-} ]] || ((dry_run)) || fail 2 "--nodes $nodes: works in a Slurm job only: see slurm.sh"
+        ((gpus > 0)) || fail 2 "--nodes $nodes: needs --gpus N, the GPUs of each machine"
+        # One task a machine, in which fairseq starts a worker for each GPU; it asks Slurm who the others are.
+        launch=(srun --nodes "$nodes" --ntasks "$nodes" --ntasks-per-node 1)
+        placement+=(--distributed-port 29500)
+    fi
+    placement+=("${device[@]}")
+}
+
+# ----------------------------------------------------------------------------------------------------------- running
+
+# run LOG COMMAND...: the command with its output in LOG; with --dry-run, print it.
+run() {
+    local log=$1 words
+    shift
+    printf -v words '%q ' "$@"
+    if ((dry_run)); then
+        printf '%s\n' "${words% }"
+        return
+    fi
+    printf '%s\n' "${words% }" >>"$dir/commands"
+    "$@" >>"$log" 2>&1 ||
+        fail 1 "$(basename "$1") failed ($(
+            grep -E '(error|Error): ' "$log" | tail -n 1 || tail -n 1 "$log"
+        )): $log has all it said"
+}
+
+# once FILE COMMAND...: FILE, from what the command writes, whole or not at all; not again if it is there.
+once() {
+    local file=$1
+    shift
+    [[ -f $file ]] && return
+    "$@" >"$file.partial" || fail 1 "$(basename "$file") cannot be made"
+    mv "$file.partial" "$file"
+}
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+# download FILE URL: to $original, in one piece; a download that was cut off goes on.
+download() {
+    local part=$original/$1.part
+    [[ -f $original/$1 ]] && return
+    say "downloading $2"
+    if command -v curl >/dev/null; then
+        curl --fail --silent --show-error --location --continue-at - --speed-limit 1000 --speed-time 30 \
+            --output "$part" "$2"
+    else
+        wget --quiet --continue --tries=2 --timeout=30 --output-document="$part" "$2"
+    fi || fail 3 "$2 cannot be had: check the network, or give a folder that holds ${originals[*]} with --from"
+    case $1 in
+        *gz) gzip --test "$part" || fail 1 "$part is damaged: remove it and start again" ;;
+    esac
+    mv "$part" "$original/$1"
+}
+
+# The original files, in $original, and their hashes in $dir/SHA256SUMS. Their publishers name none to compare with.
+get_originals() {
+    local i
+    original=${from:-$dir/original}
+    if [[ -z $from ]]; then
+        mkdir -p "$original"
+        for ((i = 0; i < ${#files[@]}; i += 2)); do download "${files[i]}" "${files[i + 1]}"; done
+    fi
+    (cd "$original" && sha256sum "${originals[@]}") >"$dir/SHA256SUMS"
+}
+
+# unpack ARCHIVE FOLDER MEMBER...
+unpack() {
+    local archive=$original/$1 folder=$2
+    shift 2
+    mkdir -p "$folder"
+    tar -xzf "$archive" -C "$folder" "$@" 2>/dev/null || fail 1 "$archive is no archive that holds $*: get it anew"
+}
+
+# moses LANGUAGE STEP...: Moses' scripts in Python (sacremoses). Its `tokenize` escapes (&apos;), as the published
+# preparations do. A carriage return would end a line for it, and shift the pairs.
+moses() { tr '\r' ' ' | "$BIN/sacremoses" -q -l "$1" -j "$(nproc)" "${@:2}"; }
+
+# each_line EXPRESSION: of Python, with the line in `line`
+each_line() {
+    PYTHONUTF8=1 "$PYTHON" -c "import sys
+sys.stdin.reconfigure(newline='\n')
+sys.stdout.writelines($1 for line in sys.stdin)"
+}
+lowercase() { each_line 'line.lower()'; }
+
+# clean IN OUT OPTIONS...: clean_pairs.py on IN.SOURCE and IN.TARGET
+clean() {
+    "$PYTHON" "$here/clean_pairs.py" "$1.$source" "$1.$target" "$2.$source" "$2.$target" "${@:3}" || exit 1
+}
+
+# Sentences of a .sgm or .xml test set, one a line. Bytes (LC_ALL=C): text that is no UTF-8 must not end a line early.
+segments() {
+    LC_ALL=C grep '<seg id' "$1" | LC_ALL=C sed -E "s/^.*<seg id=\"[0-9]+\">\s*//; s/\s*<\/seg>.*$//; s/’/'/g"
+}
+
+learn_bpe() { cat "$dir/text/train.$source" "$dir/text/train.$target" | "$BIN/subword-nmt" learn-bpe -s "$merges"; }
+
+# subword_nmt_pieces DIR: joint BPE of subword-nmt, the program that the published preparations use. Sentencepiece's BPE
+# of the same size splits other words and counts white space: its lengths, and so its batches and lenpen, would not be
+# theirs.
+subword_nmt_pieces() {
+    local split language
+    mkdir -p "$1"
+    once "$1/codes" learn_bpe
+    for split in train valid test; do
+        for language in "$source" "$target"; do
+            once "$1/$split.$language" "$BIN/subword-nmt" apply-bpe -c "$1/codes" <"$dir/text/$split.$language"
+        done
+    done
+} 2>>"$dir/prepare.log"
+
+# finish FOLDER: DIR/FOLDER.partial becomes DIR/FOLDER, so that a folder that exists is whole.
+finish() { mv -T "$dir/$1.partial" "$dir/$1"; }
+
+# Text, pieces and fairseq's binary data, each made once.
+prepare() {
+    local split partial
+    if [[ ! -d $dir/text ]] && ! ((dry_run)); then
+        say "$title; $terms"
+        get_originals
+        partial=$dir/text.partial
+        # Leavings of a run that was killed are used only where they come from the same files.
+        cmp -s "$dir/SHA256SUMS" "$partial/SHA256SUMS" || rm -rf "$partial"
+        mkdir -p "$partial"
+        cp "$dir/SHA256SUMS" "$partial/SHA256SUMS"
+        make_text "$partial"
+        for split in train valid test; do
+            [[ $(wc -l <"$partial/$split.$source") == $(wc -l <"$partial/$split.$target") ]] ||
+                fail 1 "$split: not as many lines in $source as in $target: are the original files whole?"
+            say "$split: $(wc -l <"$partial/$split.$source") pairs"
+        done
+        finish text
+        rm -rf "$dir/pieces.partial"
+    fi
+    if [[ ! -d $dir/pieces ]] && ! ((dry_run)); then
+        say "pieces (log: $dir/prepare.log)"
+        mkdir -p "$dir/pieces.partial"
+        make_pieces "$dir/pieces.partial"
+        finish pieces
+    fi
+    if [[ ! -d $dir/data-bin ]]; then
+        partial=$dir/data-bin.partial
+        ((dry_run)) || rm -rf "$partial"
+        run "$dir/prepare.log" "$BIN/fairseq-preprocess" --source-lang "$source" --target-lang "$target" \
+            --trainpref "$dir/pieces/train" --validpref "$dir/pieces/valid" --testpref "$dir/pieces/test" \
+            "${dictionary[@]}" --destdir "$partial" --workers "$(nproc)"
+        ((dry_run)) || finish data-bin
+    fi
+    data=$dir/data-bin
+}
+
+# Seq-KD: the training targets become the teacher's translations. Source and translation are taken from the same lines
+# of fairseq-generate's output, by number, so that no sentence can meet another's translation.
+distil_data() {
+    local out=$dir/seq-kd side
+    data=$dir/data-bin-seq-kd
+    if [[ -f $out/teacher && $(<"$out/teacher") != "$1" ]]; then
+        fail 1 "$out was translated by $(<"$out/teacher"), not $1: choose another --dir"
+    fi
+    [[ ! -d $data ]] || return 0
+    if ! ((dry_run)); then
+        mkdir -p "$out"
+        printf '%s\n' "$1" >"$out/teacher"
+    fi
+    translate "$dir/data-bin" train "$1" "$out"
+    if ! ((dry_run)); then
+        for side in "S $source" "H $target"; do
+            sentences "${side% *}" "$out/generate-train.txt" >"$out/train.${side#* }"
+        done
+        rm -rf "$data.partial"
+    fi
+    run "$dir/prepare.log" "$BIN/fairseq-preprocess" --source-lang "$source" --target-lang "$target" \
+        --trainpref "$out/train" --srcdict "$dir/data-bin/dict.$source.txt" --tgtdict "$dir/data-bin/dict.$target.txt" \
+        --destdir "$data.partial" --workers "$(nproc)"
+    if ! ((dry_run)); then
+        cp "$dir"/data-bin/{valid,test}.* "$data.partial"
+        finish data-bin-seq-kd
+    fi
+}
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+# set_settings SEED [OPTIONS]: the array `settings`, all that decides what the model becomes.
+set_settings() {
+    settings=("${model[@]}" "${training[@]}" --max-update "$updates" --seed "$1"
+        # The gated loss changes its meaning as the gate opens; plain cross-entropy is comparable over all methods.
+        --best-checkpoint-metric nll_loss --keep-last-epochs "$keep" "${@:2}")
+}
+
+# train RUN: `settings` and the options in `extra`; resumes by itself.
+train() {
+    local run=$dir/$1 wanted
+    wanted=$(printf '%s\n' "${settings[@]}" "${extra[@]}")
+    if [[ -f $run/settings && $(<"$run/settings") != "$wanted" ]]; then
+        fail 1 "$run was begun with other settings, see $run/settings: remove it, or choose another --dir"
+    fi
+    if [[ -f $run/trained ]]; then
+        say "$1: trained before"
+        return
+    fi
+    say "$1: training (log: $run/train.log)"
+    if ! ((dry_run)); then
+        mkdir -p "$run"
+        printf '%s\n' "$wanted" >"$run/settings"
+    fi
+    run "$run/train.log" "${launch[@]}" "$BIN/fairseq-train" "$data" --user-dir "$root/hgkd_fairseq" --save-dir "$run" \
+        "${placement[@]}" --no-progress-bar --log-format simple --log-interval 100 "${settings[@]}" "${extra[@]}"
+    ((dry_run)) || touch "$run/trained"
+}
+
+# Plain cross-entropy WITHOUT label smoothing: a smoothed teacher distils much worse (Mueller et al. 2019).
+train_teacher() {
+    set_settings 1 --criterion label_smoothed_cross_entropy --label-smoothing 0
+    train teacher
+}
+
+# The teacher that a method needs: trained now, or before, perhaps with options of its own after the recipe's.
+need_teacher() {
+    local extra=() wanted
+    [[ -z $teacher ]] || return 0
+    teacher=$dir/teacher/checkpoint_best.pt
+    if [[ -f $dir/teacher/trained ]]; then
+        set_settings 1 --criterion label_smoothed_cross_entropy --label-smoothing 0
+        wanted=$(printf '%s\n' "${settings[@]}")
+        [[ $(<"$dir/teacher/settings")$'\n' == "$wanted"$'\n'* ]] ||
+            fail 1 "$dir/teacher was trained with other settings: remove it, or choose another --dir"
+    else
+        train_teacher
+    fi
+}
+
+# ----------------------------------------------------------------------------------------------- translating, scoring
+
+# translate DATA SPLIT CHECKPOINT OUT [OPTIONS]: OUT/generate-SPLIT.txt
+translate() {
+    local out=$4
+    [[ ! -f $out/translated ]] || return 0
+    ((dry_run)) || mkdir -p "$out"
+    # fairseq drops a last batch whose size is no multiple of --required-batch-size-multiple, 8 by default.
+    run "$out/generate.log" "$BIN/fairseq-generate" "$1" --user-dir "$root/hgkd_fairseq" --path "$3" --gen-subset "$2" \
+        "${generation[@]}" --required-batch-size-multiple 1 "${device[@]}" --results-path "$out" "${@:5}"
+    ((dry_run)) || touch "$out/translated"
+}
+
+# sentences LETTER FILE: of fairseq-generate's output, the lines of a kind (S source, H hypothesis) in the corpus'
+# order.
+sentences() {
+    local columns=2-
+    [[ $1 != H ]] || columns=3- # its second column is the score
+    sed -n "s/^$1-//p" "$2" | LC_ALL=C sort -n | cut -f"$columns"
+}
+
+# average_checkpoints RUN OUT: OUT/checkpoint.pt from the checkpoints of the run's last epochs. fairseq's own script for
+# this, average_checkpoints.py, is in its repository but not in its package.
+average_checkpoints() {
+    local last
+    if ((dry_run)); then
+        last=("$1/checkpointLAST-$((average - 1)).pt:...:$1/checkpointLAST.pt")
+    else
+        mapfile -t last < <(find "$1" -name 'checkpoint[0-9]*.pt' | sort -V | tail -n "$average")
+        ((${#last[@]} == average)) || fail 1 "--average $average: $1 has checkpoints of ${#last[@]} epochs:" \
+            "give at most so many, or 0 for the best one"
+        mkdir -p "$2"
+    fi
+    run "$2/average.log" "$BIN/hgkd" export "$(IFS=: && echo "${last[*]}")" "$2/checkpoint.pt"
+}
+
+# bleu OUT: BLEU by sacreBLEU, whose line names how it was computed.
+#   tokenised    tok:none on the tokens as they are, against the reference prepared the same way: what multi-bleu.perl
+#                and fairseq-score compute (they do not smooth, which shows only where some order has no match at all)
+#   detokenised  tok:13a, on text again: what sacreBLEU is for
+bleu() {
+    local out=$1 kind
+    if ! ((dry_run)); then
+        sentences H "$out/generate-test.txt" | published_tokens >"$out/test.hypothesis"
+        published_tokens <"$dir/text/test.$target" >"$out/test.reference"
+        if [[ " ${scores[*]} " == *" detokenised "* ]]; then
+            sentences H "$out/generate-test.txt" | detokenise >"$out/test.text"
+        fi
+        rm -f "$out/bleu"
+    fi
+    for kind in "${scores[@]}"; do
+        case $kind in
+            tokenised) run "$out/bleu" "$BIN/sacrebleu" "$out/test.reference" -i "$out/test.hypothesis" \
+                --tokenize none --force --format text --width 2 ;;
+            detokenised) run "$out/bleu" "$BIN/sacrebleu" "$dir/text/reference.$target" -i "$out/test.text" \
+                --format text --width 2 "${sacrebleu[@]}" ;;
+        esac
+    done
+}
+
+published_tokens() { cat; } # wmt14-en-de.sh splits compounds here
+sacrebleu=()                # -lc where the text is lowercased
+
+detokenise() {
+    if [[ $post_process == sentencepiece ]]; then cat; else "$BIN/sacremoses" -q -l "$target" detokenize; fi
+}
+
+# evaluate RUN: translate the test set and score, in RUN/best or RUN/averageN.
+evaluate() {
+    local run=$dir/$1 checkpoint out cpu=()
+    ((gpus > 0)) || cpu=(--cpu)
+    if ((average)); then
+        out=$run/average$average checkpoint=$run/average$average/checkpoint.pt
+        [[ -f $checkpoint ]] || average_checkpoints "$run" "$out"
+    else
+        out=$run/best checkpoint=$run/checkpoint_best.pt
+    fi
+    say "$1: translating and scoring (in $out)"
+    translate "$dir/data-bin" test "$checkpoint" "$out" --post-process "$post_process"
+    bleu "$out"
+    # With the control that every claim of calibration needs: a temperature, fitted on the validation set.
+    [[ -f $out/forced.json ]] || run "$out/forced" \
+        "$BIN/hgkd" calibration forced "$dir/data-bin" --path "$checkpoint" "${cpu[@]}" --json "$out/forced.json"
+    # A model that has learnt nothing, as in a trial of some updates, may have no best temperature: then go on without.
+    if [[ -f $out/scaled.json ]]; then
+        :
+    elif (run "$out/temperature" "$BIN/hgkd" calibration temperature "$dir/data-bin" --path "$checkpoint" "${cpu[@]}" \
+        --json "$out/temperature.json"); then
+        run "$out/scaled" "$BIN/hgkd" calibration forced "$dir/data-bin" --path "$checkpoint" "${cpu[@]}" \
+            --temperature "$out/temperature.json" --json "$out/scaled.json"
+    else
+        say "$1: scores without a temperature"
+    fi
+    ((dry_run)) || summary
+}
+
+# What is known of all models of this folder.
+summary() {
+    local folder
+    for folder in "$dir"/*/{best,average*}; do
+        [[ -f $folder/forced.json ]] || continue
+        printf '%s\n' "${folder#"$dir"/}"
+        grep -h '^BLEU' "$folder/bleu"
+        grep -hsE '^ECE' "$folder/forced" "$folder/scaled" || true
+    done
+}
+
+# --------------------------------------------------------------------------------------------------------------- all
+
+recipe() {
+    options "$@"
+    if ! ((dry_run)); then
+        [[ -n ${PYTHON:-} ]] || source "$root/scripts/env.sh"
+        mkdir -p "$dir"
+        [[ -f $dir/recipe ]] || printf '%s\n' "$name${style:+ --style $style}" >"$dir/recipe"
+        [[ $(<"$dir/recipe") == "$name${style:+ --style $style}" ]] ||
+            fail 1 "$dir holds $(<"$dir/recipe"): choose another --dir"
+    fi
+    prepare
+    [[ $until != data ]] || return 0
+    if [[ $method_name == teacher ]]; then
+        run_name=teacher
+        train_teacher
+    else
+        run_name=$method_name-$seed
+        if [[ $method_name == seq-kd || " ${method[*]} " == *" --teacher-path "* ]]; then need_teacher; fi
+        if [[ $method_name == seq-kd ]]; then distil_data "$teacher"; fi
+        set_settings "$seed" --task translation_with_teacher --criterion hard_gate_kd "${method[@]}"
+        train "$run_name"
+    fi
+    [[ $until != training ]] || return 0
+    evaluate "$run_name"
+}
