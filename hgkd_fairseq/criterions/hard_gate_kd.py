@@ -4,7 +4,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import List, Optional  # noqa: UP035  fairseq's parser reads List[...]
 
 import torch
 from fairseq import utils
@@ -17,8 +17,9 @@ from omegaconf import II
 from hgkd_fairseq import features
 from hgkd_fairseq.calibration import CalibrationHistogram
 from hgkd_fairseq.errors import UserError
-from hgkd_fairseq.gates import GateError, get_gate
+from hgkd_fairseq.gates import GateError, Instance, get_gate
 from hgkd_fairseq.loss import IMPLEMENTATIONS, gated_distillation
+from hgkd_fairseq.refresh import Refresh
 
 # A compilation costs about as much as it saves in some hundred updates of a small model on the CPU.
 COMPILE_FROM_UPDATES = 1000
@@ -81,6 +82,25 @@ class HardGateKDConfig(FairseqDataclass):
     beta_shape: Optional[float] = field(  # noqa: UP045
         default=None, metadata={"help": "a of the gate beta's Beta(a, 1)"}
     )
+    held_out: Optional[str] = field(  # noqa: UP045
+        default=None,
+        metadata={
+            "help": "sentences by which the gate instance learns its weights: a share of the training sentences, which "
+            "is kept aside and not trained on, or the name of another subset in the data folder; never the one that "
+            "chooses the checkpoint"
+        },
+    )
+    refresh_interval: Optional[int] = field(  # noqa: UP045
+        default=None, metadata={"help": "the gate instance learns its weights anew in every N-th epoch"}
+    )
+    refresh_change: Optional[float] = field(  # noqa: UP045
+        default=None,
+        metadata={"help": "the gate instance scales its step so that the median weight goes this far in a refresh"},
+    )
+    weight_rule: Optional[str] = field(  # noqa: UP045
+        default=None,
+        metadata={"help": "weights of the gate instance: independent, each between 0 and 2, or convex, with sum 1"},
+    )
     distill_start_update: int = field(
         default=0, metadata={"help": "plain cross-entropy, without the teacher's forward pass, before this update"}
     )
@@ -95,6 +115,11 @@ class HardGateKDConfig(FairseqDataclass):
     ignore_prefix_size: int = field(default=0, metadata={"help": "ignore the first N tokens of each target"})
     sentence_avg: bool = II("optimization.sentence_avg")
     max_update: int = II("optimization.max_update")
+    lr: List[float] = II("optimization.lr")  # noqa: RUF009, UP006
+    max_tokens: Optional[int] = II("dataset.max_tokens")  # noqa: UP045
+    batch_size: Optional[int] = II("dataset.batch_size")  # noqa: UP045
+    valid_subset: str = II("dataset.valid_subset")
+    combine_valid_subsets: Optional[bool] = II("dataset.combine_valid_subsets")  # noqa: UP045
 
 
 GATE_OPTIONS = (
@@ -105,6 +130,10 @@ GATE_OPTIONS = (
     "virtual_gold",
     "virtual_temperature",
     "beta_shape",
+    "held_out",
+    "refresh_interval",
+    "refresh_change",
+    "weight_rule",
 )
 
 
@@ -146,6 +175,8 @@ class HardGateKDCriterion(FairseqCriterion):
                     "does not have; add --task translation_with_teacher --teacher-path CHECKPOINT"
                 )
             task.load_teacher()  # here, so that an unusable teacher stops the run before it starts
+        if isinstance(self.gate.weights, Instance):
+            Refresh(self)  # the task keeps it
 
     def make_gate(self):
         given = {name: getattr(self.cfg, name) for name in GATE_OPTIONS if getattr(self.cfg, name) is not None}
@@ -241,6 +272,7 @@ class HardGateKDCriterion(FairseqCriterion):
             teacher_bias=[teacher.bias for teacher in teachers],
             top1=validating or self.cfg.report_accuracy,
             lengths=lengths,
+            instance=None if validating else sample["id"],
             implementation=self.implementation([student, *teachers]),
         )
         if not validating and hasattr(self.gate.weights, "observe"):

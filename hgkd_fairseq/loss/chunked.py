@@ -171,6 +171,7 @@ def token_results(
     sentence: Tensor,
     lengths: Sequence[int],  # of the sentences, host integers, in order, summing to N
     options: Options,
+    instance: Tensor | None = None,  # (N,) int64, number of the token's sentence in the training set
     row_step: RowStep = rows.row_step,
 ) -> TokenResults:
     """As :func:`hgkd_fairseq.loss.eager.token_results`, but `loss` is the scalar sum. `row_step` does the rows."""
@@ -192,6 +193,8 @@ def token_results(
         some = sentence[start:end]
         # There are at most as many sentences as tokens.
         view = (some - some[:1], end - start, vocabulary, options.progress)
+        if instance is not None:
+            view = (*view, instance[start:end])
         return options.gate.weights(TokenStatistics(student_read, teacher_read, *view))
 
     def decide(start: int, end: int) -> Decide:
