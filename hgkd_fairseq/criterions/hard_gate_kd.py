@@ -20,6 +20,7 @@ from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.gates import GateError, Instance, get_gate
 from hgkd_fairseq.loss import IMPLEMENTATIONS, gated_distillation
 from hgkd_fairseq.refresh import Refresh
+from hgkd_fairseq.teacher.loras import Loras
 
 # A compilation costs about as much as it saves in some hundred updates of a small model on the CPU.
 COMPILE_FROM_UPDATES = 1000
@@ -168,15 +169,22 @@ class HardGateKDCriterion(FairseqCriterion):
         elif hasattr(self.gate.weights, "state") and not hasattr(task, "memory"):
             raise UserError(f"--gate {cfg.gate} remembers past batches: add --task translation_with_teacher")
         self.check_options()
+        if isinstance(self.gate.weights, Instance):
+            Refresh(self)  # the task calls it
         if self.gate.needs_teacher:
             if not hasattr(task, "load_teacher"):
                 raise UserError(
                     f"--criterion hard_gate_kd --gate {cfg.gate} needs a teacher, which the task {type(task).__name__} "
                     "does not have; add --task translation_with_teacher --teacher-path CHECKPOINT"
                 )
-            task.load_teacher()  # here, so that an unusable teacher stops the run before it starts
-        if isinstance(self.gate.weights, Instance):
-            Refresh(self)  # the task keeps it
+            teacher = task.load_teacher()  # here, so that an unusable teacher stops the run before it starts
+            if isinstance(teacher, Loras):
+                self.learned_teacher = teacher  # a child, so that its parameters are trained and saved
+                if cfg.gate != "always" or cfg.teacher_temperature != 1 or cfg.teacher_temperature_start is not None:
+                    raise UserError(
+                        "--teacher-source loras is a label smoothing and learns with the gate always at temperature 1: "
+                        "add --gate always --kd-weight 0.1 --teacher-temperature 1"
+                    )
 
     def make_gate(self):
         given = {name: getattr(self.cfg, name) for name in GATE_OPTIONS if getattr(self.cfg, name) is not None}
@@ -275,6 +283,11 @@ class HardGateKDCriterion(FairseqCriterion):
             instance=None if validating else sample["id"],
             implementation=self.implementation([student, *teachers]),
         )
+        loss = out.loss
+        if teachers and not validating and hasattr(self, "learned_teacher"):
+            kept = target != self.padding_idx
+            seen = student._replace(hidden=student.hidden[:, skip:][kept])
+            loss = loss + self.learned_teacher.objective(seen, target[kept])
         if not validating and hasattr(self.gate.weights, "observe"):
             # A batch that fairseq repeats only to keep the workers in step counts for nothing.
             idle = getattr(self.task, "ignore_grad", False)
@@ -298,7 +311,7 @@ class HardGateKDCriterion(FairseqCriterion):
             histogram = CalibrationHistogram()
             histogram.update(out.confidence[out.tokens_mask], out.correct[out.tokens_mask])
             logging_output["calibration"] = histogram.sums
-        return out.loss, sample_size, logging_output
+        return loss, sample_size, logging_output
 
     @classmethod
     def reduce_metrics(cls, logging_outputs) -> None:

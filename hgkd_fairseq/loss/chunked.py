@@ -62,6 +62,8 @@ def chunk_bounds(tokens: int, lengths: Sequence[int] | None, chunk_tokens: int) 
 def project(head: Head, start: int, end: int) -> Tensor:
     """(end - start, V) logits of some rows, in the inputs' dtype."""
     rows = head.hidden[start:end]
+    if head.weight is None:
+        return rows
     if head.bias is None:
         return rows @ head.weight.t()
     return torch.addmm(head.bias, rows, head.weight.t())

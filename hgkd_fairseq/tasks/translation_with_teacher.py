@@ -18,12 +18,13 @@ from omegaconf import II
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.teacher import TeacherSource
 from hgkd_fairseq.teacher.live import LiveTeacher
+from hgkd_fairseq.teacher.loras import Loras
 from hgkd_fairseq.teacher.past import PastTeacher
 from hgkd_fairseq.teacher.unigram import UnigramTeacher
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("checkpoint", "unigram", "previous-epoch", "ema")
+SOURCES = ("checkpoint", "unigram", "loras", "previous-epoch", "ema")
 
 
 @dataclass
@@ -32,8 +33,9 @@ class TranslationWithTeacherConfig(TranslationConfig):
         default="checkpoint",
         metadata={
             "help": "what teaches: the checkpoint of --teacher-path; unigram, the frequencies of the training targets; "
-            "previous-epoch, the student as it was when the epoch began; ema, the moving average of its parameters "
-            "(with fairseq's --store-ema --ema-decay)"
+            "loras, a distribution of low rank for each gold token, learned beside the student; previous-epoch, the "
+            "student as it was when the epoch began; ema, the moving average of its parameters (with fairseq's "
+            "--store-ema --ema-decay)"
         },
     )
     teacher_path: Optional[str] = field(  # noqa: UP045  fairseq's parser reads Optional[...], not X | None
@@ -94,6 +96,8 @@ class TranslationWithTeacherTask(TranslationTask):
             raise UserError(f"--teacher-path and --teacher-source {source} are two teachers; give one of them")
         if source == "unigram":
             return UnigramTeacher(self.training_targets(), len(self.tgt_dict))
+        if source == "loras":
+            return Loras(len(self.tgt_dict))
         if source == "ema" and not self.cfg.store_ema:
             raise UserError("--teacher-source ema needs fairseq's moving average: add --store-ema --ema-decay 0.999")
         if source in ("ema", "previous-epoch"):

@@ -177,16 +177,6 @@ def test_killed_and_resumed(data: Path, teacher: cl.Run, tmp_path: Path):
     assert len(one["last_optimizer_state"]["state"]) > 0
 
 
-def two_workers(data: Path, folder: Path, *options) -> cl.Run:
-    """Two processes of fairseq-train, joined by gloo; the first one's log."""
-    address = ("--distributed-init-method", f"tcp://127.0.0.1:{cl.free_port()}", "--distributed-backend", "gloo")
-    world = ("--distributed-world-size", 2, "--distributed-no-spawn", "--ddp-backend", "legacy_ddp", *address)
-    runs = cl.together(
-        *[lambda rank=r: cl.train(data, folder, *options, *world, "--distributed-rank", rank) for r in (0, 1)]
-    )
-    return runs[0]
-
-
 def test_two_workers(data: Path, plain: cl.Run, tmp_path: Path):
     """Two workers and one with --update-freq 2 make the same parameters and log the same numbers; and two workers
     resume."""
@@ -195,7 +185,7 @@ def test_two_workers(data: Path, plain: cl.Run, tmp_path: Path):
     short = ("--max-tokens", 400, *WITHOUT_DROPOUT, "--disable-validation", *cl.KEEP_LAST)
     options = cl.distil(plain.path(), *short, *start, "--gate", "sentence", "--report-accuracy")
     one = cl.train(data, tmp_path / "one", *options, "--update-freq", 2, "--max-update", 5)
-    two = two_workers(data, tmp_path / "two", *options, "--max-update", 5)
+    two = cl.two_workers(data, tmp_path / "two", *options, "--max-update", 5)
     assert cl.differences(one.state()["model"], two.state()["model"]) == {}
     (single,), (double,) = one.result.logs("train"), two.result.logs("train")
     for name in ("loss", "nll_loss", "kd_loss", "teacher_share", "gap", "accuracy", "wpb", "bsz", "num_updates"):
@@ -203,7 +193,7 @@ def test_two_workers(data: Path, plain: cl.Run, tmp_path: Path):
     assert 0 < single["teacher_share"] < 1
 
     on = cl.train(data, tmp_path / "one", *options, "--update-freq", 2, "--max-update", 8)
-    resumed = two_workers(data, tmp_path / "two", *options, "--max-update", 8)
+    resumed = cl.two_workers(data, tmp_path / "two", *options, "--max-update", 8)
     assert "Loaded checkpoint" in resumed.result.output
     assert resumed.state()["optimizer_history"][-1]["num_updates"] == 8
     assert cl.differences(on.state()["model"], resumed.state()["model"]) == {}
