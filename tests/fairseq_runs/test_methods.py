@@ -25,6 +25,10 @@ PLAIN = {
     "soft": (TEACHER, "--gate", "soft", "--gate-sharpness", 2),
     "selective-batch": (TEACHER, "--gate", "selective-batch"),
     "virtual-teacher": (*SELF, "--gate", "virtual-teacher", "--kd-weight", 0.2),
+    "instance convex": (
+        *(TEACHER, "--gate", "instance", "--held-out", "test", "--refresh-interval", 2, "--weight-rule", "convex"),
+        *("--label-smoothing", 0.1, "--bf16"),
+    ),
     "unigram": (*SELF, "--teacher-source", "unigram", "--gate", "always", "--kd-weight", 0.1),
 }
 MEMORY = {
@@ -32,10 +36,6 @@ MEMORY = {
     "selective-global": (TEACHER, "--gate", "selective-global", "--gate-queue", 500),
     "soft-learned": (TEACHER, "--gate", "soft-learned"),
     "instance": (TEACHER, "--gate", "instance", "--held-out", 0.1, "--refresh-interval", 1),
-    "instance convex": (
-        *(TEACHER, "--gate", "instance", "--held-out", "test", "--refresh-interval", 2, "--weight-rule", "convex"),
-        *("--label-smoothing", 0.1, "--bf16"),
-    ),
     "loras": (*SELF, "--teacher-source", "loras", *SMOOTHING),
     "progressive": (*SELF, "--teacher-source", "previous-epoch", "--gate", "progressive"),
     "beta": (*SELF, "--teacher-source", "ema", "--store-ema", "--ema-decay", 0.9, "--gate", "beta"),

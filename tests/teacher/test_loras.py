@@ -49,6 +49,8 @@ def test_it_learns_what_stands_beside_what():
     torch.manual_seed(0)
     p = torch.tensor([[0.5, 0.4, 0.05, 0.05], [0.4, 0.5, 0.05, 0.05], [0.05, 0.05, 0.5, 0.4], [0.05, 0.05, 0.4, 0.5]])
     loras, target = Loras(4), torch.arange(4)
+    loras.eval().heads({"target": target[None]}, p.device, p.dtype)  # a validation comes first
+    loras.train()
     optimizer = torch.optim.Adam(loras.parameters(), lr=0.02)
     for _ in range(1000):
         loras.heads({"target": target[None]}, p.device, p.dtype)
