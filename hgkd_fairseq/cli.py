@@ -32,6 +32,13 @@ def gates(_args) -> int:
     return 0
 
 
+def weights(args) -> int:
+    from hgkd_fairseq.weight_table import report
+
+    report(args.checkpoint, args.output, args.compare, args.plot)
+    return 0
+
+
 def settings_of(args):
     from hgkd_fairseq.calibration.scores import Settings
 
@@ -207,6 +214,18 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("gates", help="list the answers to when to distil, the values of --gate")
     command.set_defaults(run=gates)
+
+    command = commands.add_parser("weights", help="the weights of training sentences that --gate instance has learned")
+    command.add_argument("checkpoint", metavar="CKPT", help="of fairseq-train")
+    command.add_argument(
+        "--output", type=output_file, metavar="FILE",
+        help="write a tab-separated row for each sentence: its number in the training data, from 0 on, and its weights",
+    )  # fmt: skip
+    command.add_argument(
+        "--compare", metavar="FILE", help="numbers of sentences, one a line: medians of those and of the others"
+    )
+    command.add_argument("--plot", type=output_file, metavar="FILE", help="histograms, .png or .svg; with matplotlib")
+    command.set_defaults(run=weights)
 
     calibration = commands.add_parser("calibration", help="measure the calibration of translation models")
     kinds = calibration.add_subparsers(required=True, metavar="KIND")

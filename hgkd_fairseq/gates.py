@@ -35,6 +35,7 @@ class TokenStatistics(NamedTuple):
     sentence_count: int  # S
     vocabulary: int = 0  # V
     progress: float = 0.0  # share of the training's updates that are made, 0 to 1
+    instance: Tensor | None = None  # (n,) int64, number of the token's sentence in the training set; None outside of it
 
 
 class GateWeights(NamedTuple):
@@ -91,6 +92,7 @@ class Gate:
 GATES: dict[str, Gate] = {}
 
 SCOPES = ("token", "sentence", "batch")
+WEIGHT_RULES = ("independent", "convex")
 HKD = "Lee et al., EMNLP 2022, arXiv:2210.12427"
 
 
@@ -320,6 +322,58 @@ class SoftLearned(torch.nn.Module):
         gap = statistics.student_logprob - statistics.teacher_logprob
         teacher = torch.sigmoid(self.offset.to(gap.dtype) + self.sharpness.to(gap.dtype) * gap)
         return GateWeights(data=1 - teacher, teacher=teacher)
+
+
+@register_gate(
+    "instance",
+    equation="data a_s, teacher b_s, learned for each training sentence s on sentences that are kept aside "
+    "(--held-out, --refresh-interval, --refresh-change, --weight-rule)",
+    source="ALM-KD, Sivasubramanian et al. 2022, with a step that is scaled to its gradient",
+    compares=False,
+)
+class Instance:
+    """A row of weights for each training sentence, constant between refreshes (instance_weights.py has the equations).
+
+    State: "data" and "teacher" (S,), "held_out" (S,) bool, the sentences that are kept aside, and "epoch", that of the
+    last refresh. A sentence of another set (validation) has the weights that all begin with.
+    """
+
+    DATA, TEACHER, LARGEST = 0.1, 0.9, 2.0
+
+    def __init__(
+        self,
+        *,
+        held_out: str = "0.02",
+        refresh_interval: int = 10,
+        refresh_change: float = 0.1,
+        weight_rule: str = "independent",
+    ):
+        if refresh_interval < 1:
+            raise GateError(f"{refresh_interval} is no number of epochs; the published one is 10", "refresh_interval")
+        if not 0 < refresh_change <= self.LARGEST:
+            raise GateError(
+                f"{refresh_change} is no change of weights between 0 and 2; 0.05 to 0.2 is usual", "refresh_change"
+            )
+        if weight_rule not in WEIGHT_RULES:
+            raise GateError(f'"{weight_rule}" is none of {", ".join(WEIGHT_RULES)}', "weight_rule")
+        self.held_out, self.interval, self.change, self.rule = held_out, refresh_interval, refresh_change, weight_rule
+        self.state: dict[str, Tensor] = {}
+
+    def begin(self, held_out: Tensor) -> None:
+        """Make the table; `held_out` (S,) bool says which sentences of the training set are kept aside."""
+        start = torch.ones(held_out.shape, device=held_out.device)
+        rows = {"data": self.DATA * start, "teacher": self.TEACHER * start}
+        self.state.update(rows, held_out=held_out, epoch=torch.zeros((), dtype=torch.int64))
+
+    def __call__(self, statistics: TokenStatistics) -> GateWeights:
+        student, index = statistics.student_logprob, statistics.instance
+        if index is None:
+            return GateWeights(torch.full_like(student, self.DATA), torch.full_like(student, self.TEACHER))
+        if not self.state:
+            raise GateError('gate "instance" has no table yet: call its begin() with the size of the training set')
+        if self.state["data"].device != student.device:  # once: the tables come from a checkpoint
+            self.state.update({name: value.to(student.device) for name, value in self.state.items()})
+        return GateWeights(*[self.state[name][index].to(student.dtype) for name in ("data", "teacher")])
 
 
 SELECTIVE = "Selective-KD, Wang et al., ACL 2021, arXiv:2105.12967"

@@ -143,6 +143,20 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def two_workers(data: Path, folder: Path, *options, logs: Path | None = None) -> Run:
+    """Two processes of fairseq-train, joined by gloo; the first one's log. Each has a TensorBoard folder in `logs`."""
+
+    def own(rank: int) -> tuple:
+        return ("--tensorboard-logdir", logs / str(rank)) if logs else ()
+
+    address = ("--distributed-init-method", f"tcp://127.0.0.1:{free_port()}", "--distributed-backend", "gloo")
+    world = ("--distributed-world-size", 2, "--distributed-no-spawn", "--ddp-backend", "legacy_ddp", *address)
+    runs = together(
+        *[lambda rank=r: train(data, folder, *options, *world, *own(rank), "--distributed-rank", rank) for r in (0, 1)]
+    )
+    return runs[0]
+
+
 def write_corpus(folder: Path, pairs: dict[str, int]) -> None:
     """Sentences of 3 to 9 of 30 words; the translation has one word for each, one of ten at random."""
     rng = random.Random(1)

@@ -55,6 +55,7 @@ WEIGHTS = {
     ("selective-batch", "gate_share", 0.0): [(1, 0)] * 10,
     ("selective-batch", "gate_share", 0.2, "kd_weight", 0.5): [(1, 0.5 * (p <= 0.1)) for p in P],
     ("selective-global",): [(1, 1)] * 10,  # an empty queue
+    ("instance",): [pytest.approx((0.1, 0.9))] * 10,  # sentences that are not of the training set
     # a = 1/2 and c = 6/11 at temperature 1 of 11 types: 12 to 1 odds, the others have 1/22 each. Half of that target is
     # 1/4 onehot + 1/4 uniform.
     ("virtual-teacher", "kd_weight", 0.5, "virtual_gold", 6 / 11, "virtual_temperature", 1.0): [(0.75, 0, 0.25)] * 10,
@@ -154,6 +155,22 @@ def test_the_queue_forgets_and_is_shared():
     assert [row[1] for row in rows(gate(statistics(torch.float32)))] == [p <= 0.5 for p in P]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_of_sentences(dtype: torch.dtype):
+    gate = get_gate("instance").weights
+    of_token = torch.tensor([2, 2, 0, 0, 3, 3, 1, 4, 4, 4])  # numbers in the training set
+    view = statistics(dtype)._replace(instance=of_token)
+    with pytest.raises(gates.GateError, match=r"no table yet: call its begin\(\)"):
+        gate(view)
+    gate.begin(torch.tensor([False] * 4 + [True]))
+    assert rows(gate(view)) == [pytest.approx((0.1, 0.9))] * 10
+    gate.state["data"], gate.state["teacher"] = torch.tensor([[0.0, 0.25, 0.5, 2.0, 1.0], [2.0, 1.5, 0.5, 0.0, 0.75]])
+    table = [(0.0, 2.0), (0.25, 1.5), (0.5, 0.5), (2.0, 0.0), (1.0, 0.75)]
+    assert rows(gate(view)) == [table[number] for number in of_token]
+    assert {part.dtype for part in gate(view)[:2]} == {dtype}
+    assert rows(gate(statistics(dtype))) == [pytest.approx((0.1, 0.9))] * 10
+
+
 @pytest.mark.parametrize("name", sorted(gates.GATES))
 def test_no_tokens(name: str):
     empty = torch.zeros(0)
@@ -196,9 +213,16 @@ def test_a_parameter_of_another_gate_is_refused():
 
 @pytest.mark.parametrize(
     ("name", "option", "value"),
-    [("always", "kd_weight", 1.5), ("annealed", "gate_share", -1.0), ("selective-global", "gate_queue", 0)],
+    [
+        ("always", "kd_weight", 1.5),
+        ("annealed", "gate_share", -1.0),
+        ("selective-global", "gate_queue", 0),
+        ("instance", "refresh_interval", 0),
+        ("instance", "refresh_change", 0.0),
+        ("instance", "weight_rule", "sum"),
+    ],
 )
-def test_a_parameter_out_of_its_range_is_refused(name: str, option: str, value: float):
+def test_a_parameter_out_of_its_range_is_refused(name: str, option: str, value: object):
     with pytest.raises(gates.GateError) as caught:
         get_gate(name, **{option: value})
     assert caught.value.option == option

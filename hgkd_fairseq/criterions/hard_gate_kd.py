@@ -4,7 +4,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import List, Optional  # noqa: UP035  fairseq's parser reads List[...]
 
 import torch
 from fairseq import utils
@@ -17,8 +17,10 @@ from omegaconf import II
 from hgkd_fairseq import features
 from hgkd_fairseq.calibration import CalibrationHistogram
 from hgkd_fairseq.errors import UserError
-from hgkd_fairseq.gates import GateError, get_gate
+from hgkd_fairseq.gates import GateError, Instance, get_gate
 from hgkd_fairseq.loss import IMPLEMENTATIONS, gated_distillation
+from hgkd_fairseq.refresh import Refresh
+from hgkd_fairseq.teacher.loras import Loras
 
 
 @dataclass
@@ -78,6 +80,25 @@ class HardGateKDConfig(FairseqDataclass):
     beta_shape: Optional[float] = field(  # noqa: UP045
         default=None, metadata={"help": "a of the gate beta's Beta(a, 1)"}
     )
+    held_out: Optional[str] = field(  # noqa: UP045
+        default=None,
+        metadata={
+            "help": "sentences by which the gate instance learns its weights: a share of the training sentences, which "
+            "is kept aside and not trained on, or the name of another subset in the data folder; never the one that "
+            "chooses the checkpoint"
+        },
+    )
+    refresh_interval: Optional[int] = field(  # noqa: UP045
+        default=None, metadata={"help": "the gate instance learns its weights anew in every N-th epoch"}
+    )
+    refresh_change: Optional[float] = field(  # noqa: UP045
+        default=None,
+        metadata={"help": "the gate instance scales its step so that the median weight goes this far in a refresh"},
+    )
+    weight_rule: Optional[str] = field(  # noqa: UP045
+        default=None,
+        metadata={"help": "weights of the gate instance: independent, each between 0 and 2, or convex, with sum 1"},
+    )
     distill_start_update: int = field(
         default=0, metadata={"help": "plain cross-entropy, without the teacher's forward pass, before this update"}
     )
@@ -92,6 +113,11 @@ class HardGateKDConfig(FairseqDataclass):
     ignore_prefix_size: int = field(default=0, metadata={"help": "ignore the first N tokens of each target"})
     sentence_avg: bool = II("optimization.sentence_avg")
     max_update: int = II("optimization.max_update")
+    lr: List[float] = II("optimization.lr")  # noqa: RUF009, UP006
+    max_tokens: Optional[int] = II("dataset.max_tokens")  # noqa: UP045
+    batch_size: Optional[int] = II("dataset.batch_size")  # noqa: UP045
+    valid_subset: str = II("dataset.valid_subset")
+    combine_valid_subsets: Optional[bool] = II("dataset.combine_valid_subsets")  # noqa: UP045
 
 
 GATE_OPTIONS = (
@@ -102,6 +128,10 @@ GATE_OPTIONS = (
     "virtual_gold",
     "virtual_temperature",
     "beta_shape",
+    "held_out",
+    "refresh_interval",
+    "refresh_change",
+    "weight_rule",
 )
 
 
@@ -136,13 +166,22 @@ class HardGateKDCriterion(FairseqCriterion):
         elif hasattr(self.gate.weights, "state") and not hasattr(task, "memory"):
             raise UserError(f"--gate {cfg.gate} remembers past batches: add --task translation_with_teacher")
         self.check_options()
+        if isinstance(self.gate.weights, Instance):
+            Refresh(self)  # the task calls it
         if self.gate.needs_teacher:
             if not hasattr(task, "load_teacher"):
                 raise UserError(
                     f"--criterion hard_gate_kd --gate {cfg.gate} needs a teacher, which the task {type(task).__name__} "
                     "does not have; add --task translation_with_teacher --teacher-path CHECKPOINT"
                 )
-            task.load_teacher()  # here, so that an unusable teacher stops the run before it starts
+            teacher = task.load_teacher()  # here, so that an unusable teacher stops the run before it starts
+            if isinstance(teacher, Loras):
+                self.learned_teacher = teacher  # a child, so that its parameters are trained and saved
+                if cfg.gate != "always" or cfg.teacher_temperature != 1 or cfg.teacher_temperature_start is not None:
+                    raise UserError(
+                        "--teacher-source loras is a label smoothing and learns with the gate always at temperature 1: "
+                        "add --gate always --kd-weight 0.1 --teacher-temperature 1"
+                    )
 
     def make_gate(self):
         given = {name: getattr(self.cfg, name) for name in GATE_OPTIONS if getattr(self.cfg, name) is not None}
@@ -232,8 +271,14 @@ class HardGateKDCriterion(FairseqCriterion):
             teacher_bias=[teacher.bias for teacher in teachers],
             top1=validating or self.cfg.report_accuracy,
             lengths=lengths,
+            instance=None if validating else sample["id"],
             implementation=self.cfg.loss_impl,
         )
+        loss = out.loss
+        if teachers and not validating and hasattr(self, "learned_teacher"):
+            kept = target != self.padding_idx
+            seen = student._replace(hidden=student.hidden[:, skip:][kept])
+            loss = loss + self.learned_teacher.objective(seen, target[kept])
         if not validating and hasattr(self.gate.weights, "observe"):
             # A batch that fairseq repeats only to keep the workers in step counts for nothing.
             idle = getattr(self.task, "ignore_grad", False)
@@ -257,7 +302,7 @@ class HardGateKDCriterion(FairseqCriterion):
             histogram = CalibrationHistogram()
             histogram.update(out.confidence[out.tokens_mask], out.correct[out.tokens_mask])
             logging_output["calibration"] = histogram.sums
-        return out.loss, sample_size, logging_output
+        return loss, sample_size, logging_output
 
     @classmethod
     def reduce_metrics(cls, logging_outputs) -> None:

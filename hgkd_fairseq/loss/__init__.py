@@ -64,6 +64,7 @@ def gated_distillation(
     teacher_bias: Tensor | Sequence[Tensor | None] | None = None,  # (V,), likewise
     top1: bool = False,
     lengths: Sequence[int] | None = None,
+    instance: Tensor | None = None,  # (B,) int64
     implementation: str = "auto",
 ) -> DistillationOutput:
     """Distillation gated token by token (hard-gate KD: Lee et al., EMNLP 2022, arXiv:2210.12427).
@@ -91,6 +92,7 @@ def gated_distillation(
         top1: also return the student's top-1 confidence and whether it is right.
         lengths: number of non-pad targets of each sentence, as host integers. Given, the host never waits for the
             device; otherwise it waits once, to count them.
+        instance: number of each sentence in the training set, for gates that know sentences (``gate="instance"``).
         implementation: "eager" (the oracle: full logits, autograd), "chunked" (chunks of tokens, gradients made in
             the forward pass, fp32 softmax and accumulation), "native" (chunked, with the rows in a C kernel, on the
             CPU), "triton" (chunked, with the rows in Triton kernels), or "auto": triton on a GPU and native on the CPU
@@ -128,19 +130,25 @@ def gated_distillation(
     student, *teachers = [_flat(head) for head in (student, *teachers)]
     gold = target.flatten()[kept_rows]
     sentence = _sentence_index(lengths, target.device)
+    if instance is not None:
+        instance = instance.to(target.device)[:, None].expand_as(target).flatten()[kept_rows]  # (N,)
     if row_step is None:
         student, *teachers = [head._replace(hidden=head.hidden[kept_rows]) for head in (student, *teachers)]
-        results = eager.token_results(student, teachers, gold, sentence, target.size(0), options)
+        results = eager.token_results(student, teachers, gold, sentence, target.size(0), options, instance)
     else:
-        results = chunked.token_results(student, teachers, kept_rows, gold, sentence, lengths, options, row_step)
+        flat = (student, teachers, kept_rows, gold, sentence, lengths, options)
+        results = chunked.token_results(*flat, instance, row_step)
     if options.gate.learned and torch.is_grad_enabled():
-        results = results._replace(loss=results.loss.sum() + _gate_gradient(results, sentence, options, student))
+        gate_gradient = _gate_gradient(results, sentence, instance, options, student)
+        results = results._replace(loss=results.loss.sum() + gate_gradient)
     return _output(results, kept)
 
 
-def _gate_gradient(results: TokenResults, sentence: Tensor, options: Options, student: Head) -> Tensor:
+def _gate_gradient(
+    results: TokenResults, sentence: Tensor, instance: Tensor | None, options: Options, student: Head
+) -> Tensor:
     """0, with the gradient of the loss in the gate's own parameters."""
-    view = (sentence, results.nll.numel(), student.vocabulary, options.progress)
+    view = (sentence, results.nll.numel(), student.vocabulary, options.progress, instance)
     weights = options.gate.weights(TokenStatistics(-results.nll, -results.nll - results.gap, *view))
     loss = (weights.data * results.data_term + weights.teacher * results.kl).sum()
     return loss - loss.detach()

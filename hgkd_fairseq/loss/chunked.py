@@ -64,6 +64,15 @@ def chunk_bounds(tokens: int, lengths: Sequence[int] | None, chunk_tokens: int) 
     return bounds
 
 
+def project(features: Tensor, head: Head, out: Tensor | None = None) -> Tensor:
+    """(C, V) logits of (C, D) features, in the inputs' dtype; those of a head without a weight are its features."""
+    if head.weight is None:
+        return features
+    if head.bias is None:
+        return torch.mm(features, head.weight.t(), out=out)
+    return torch.addmm(head.bias, features, head.weight.t(), out=out)
+
+
 class Rows(NamedTuple):
     """A head and the rows of its features that count, in order: all but the pads."""
 
@@ -75,11 +84,8 @@ class Rows(NamedTuple):
         return self.head.hidden.index_select(0, self.kept[start:end])
 
     def logits(self, features: Tensor, buffer: Tensor) -> Tensor:
-        """(C, V) logits of (C, D) features, in the inputs' dtype, in the first rows of `buffer`."""
-        out, weight = buffer[: features.size(0)], self.head.weight.t()
-        if self.head.bias is None:
-            return torch.mm(features, weight, out=out)
-        return torch.addmm(self.head.bias, features, weight, out=out)
+        """(C, V) logits of (C, D) features, in the first rows of `buffer`."""
+        return project(features, self.head, buffer[: features.size(0)])
 
 
 class Chunks:
@@ -211,6 +217,7 @@ def token_results(
     sentence: Tensor,  # (N,)
     lengths: Sequence[int],  # of the sentences, host integers, in order, summing to N
     options: Options,
+    instance: Tensor | None = None,  # (N,) int64, number of the token's sentence in the training set
     row_step: RowStep = rows.row_step,
 ) -> TokenResults:
     """As :func:`hgkd_fairseq.loss.eager.token_results`, but `loss` is the scalar sum. `row_step` does the rows."""
@@ -232,6 +239,8 @@ def token_results(
         some = sentence[start:end]
         # There are at most as many sentences as tokens.
         view = (some - some[:1], end - start, vocabulary, options.progress)
+        if instance is not None:
+            view = (*view, instance[start:end])
         return options.gate.weights(TokenStatistics(student_read, teacher_read, *view))
 
     def decide(start: int, end: int) -> Decide:

@@ -44,6 +44,7 @@ def token_results(
     sentence: Tensor,  # (N,) int64
     sentence_count: int,
     options: Options,
+    instance: Tensor | None = None,  # (N,) int64, number of the token's sentence in the training set
 ) -> TokenResults:
     z = logits(student)  # (N, V)
     logp = F.log_softmax(z, dim=-1)
@@ -74,7 +75,7 @@ def token_results(
         # Where q underflows to 0 its token contributes 0, whatever the difference of logarithms is.
         kl = torch.where(q > 0, q * (logq - logp), torch.zeros_like(q)).sum(1).to(gold.dtype)
 
-    view = (sentence, sentence_count, logp.size(1), options.progress)
+    view = (sentence, sentence_count, logp.size(1), options.progress, instance)
     weights = options.gate.weights(TokenStatistics(student_read, teacher_read, *view))
     loss = weights.data.detach() * data_term
     if options.gate.needs_teacher:

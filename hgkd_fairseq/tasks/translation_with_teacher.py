@@ -1,10 +1,13 @@
 """Task ``translation_with_teacher``: fairseq's translation task plus a teacher signal for the criterion."""
 
 # No `from __future__ import annotations` here: fairseq reads the types of the options at run time.
+import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Optional
 
+import numpy as np
 from fairseq import utils
 from fairseq.data import data_utils, indexed_dataset
 from fairseq.dataclass import ChoiceEnum
@@ -16,11 +19,14 @@ from omegaconf import II
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.teacher import TeacherSource
 from hgkd_fairseq.teacher.live import LiveTeacher
+from hgkd_fairseq.teacher.loras import Loras
 from hgkd_fairseq.teacher.past import PastTeacher
 from hgkd_fairseq.teacher.unigram import UnigramTeacher
 from hgkd_fairseq.tensorboard import write_reliability
 
-SOURCES = ("checkpoint", "unigram", "previous-epoch", "ema")
+logger = logging.getLogger(__name__)
+
+SOURCES = ("checkpoint", "unigram", "loras", "previous-epoch", "ema")
 
 
 @dataclass
@@ -29,8 +35,9 @@ class TranslationWithTeacherConfig(TranslationConfig):
         default="checkpoint",
         metadata={
             "help": "what teaches: the checkpoint of --teacher-path; unigram, the frequencies of the training targets; "
-            "previous-epoch, the student as it was when the epoch began; ema, the moving average of its parameters "
-            "(with fairseq's --store-ema --ema-decay)"
+            "loras, a distribution of low rank for each gold token, learned beside the student; previous-epoch, the "
+            "student as it was when the epoch began; ema, the moving average of its parameters (with fairseq's "
+            "--store-ema --ema-decay)"
         },
     )
     teacher_path: Optional[str] = field(  # noqa: UP045  fairseq's parser reads Optional[...], not X | None
@@ -75,6 +82,8 @@ class TranslationWithTeacherTask(TranslationTask):
         self.num_updates: int | None = None
         self.ignore_grad = False  # whether this step's batch is one that only keeps the workers in step
         self.validated = 0  # subsets, in the validation that is going on
+        self.held_out_share = 0.0  # share of the training sentences that are kept aside for what a gate learns
+        self.at_epoch_begin: list[Callable] = []  # called with (epoch, model) before each epoch of training
 
     def load_teacher(self) -> TeacherSource:
         """The teacher, loaded on the first call; on the CPU until it meets the first batch.
@@ -92,6 +101,8 @@ class TranslationWithTeacherTask(TranslationTask):
             raise UserError(f"--teacher-path and --teacher-source {source} are two teachers; give one of them")
         if source == "unigram":
             return UnigramTeacher(self.training_targets(), len(self.tgt_dict))
+        if source == "loras":
+            return Loras(len(self.tgt_dict))
         if source == "ema" and not self.cfg.store_ema:
             raise UserError("--teacher-source ema needs fairseq's moving average: add --store-ema --ema-decay 0.999")
         if source in ("ema", "previous-epoch"):
@@ -118,15 +129,38 @@ class TranslationWithTeacherTask(TranslationTask):
                 if indexed_dataset.dataset_exists(prefix, self.cfg.dataset_impl):
                     yield from data_utils.load_indexed_dataset(prefix, self.tgt_dict, self.cfg.dataset_impl)
 
+    def held_out(self, sentences: int) -> np.ndarray:
+        """(sentences,) bool, which of the training sentences are kept aside: the same ones in every run of a share."""
+        mask = np.zeros(sentences, dtype=bool)
+        if self.held_out_share:
+            count = max(round(self.held_out_share * sentences), 1)
+            mask[np.random.default_rng(1).permutation(sentences)[:count]] = True
+        return mask
+
+    def filter_indices_by_size(self, indices, dataset, max_positions=None, ignore_invalid_inputs=False):
+        """fairseq's filter, which every training sentence passes on its way to a batch, keeps the held-out ones aside
+        as well."""
+        indices = super().filter_indices_by_size(indices, dataset, max_positions, ignore_invalid_inputs)
+        if self.held_out_share and dataset is self.datasets.get(self.cfg.train_subset):
+            kept = indices[~self.held_out(len(dataset))[indices]]
+            logger.info("%d of %d training sentences are kept aside", len(indices) - len(kept), len(indices))
+            return kept
+        return indices
+
     @property
     def uses_ema(self) -> bool:
         """Whether fairseq's trainer shall hand its moving average to each step."""
         return self.cfg.teacher_source == "ema"
 
     def begin_epoch(self, epoch, model):
+        super().begin_epoch(epoch, model)
+        self.keep_previous_epoch(epoch, model)
+        for call in self.at_epoch_begin:
+            call(epoch, model)
+
+    def keep_previous_epoch(self, epoch, model):
         """Keep the student as it is, to teach in this epoch. It goes into the checkpoints: a run that is resumed in the
         middle of an epoch finds there what the epoch began with."""
-        super().begin_epoch(epoch, model)
         if self.cfg.teacher_source != "previous-epoch" or self.teacher is None or epoch < 2:
             return
         kept = self.memory.get("previous_epoch")

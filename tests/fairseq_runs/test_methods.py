@@ -1,13 +1,17 @@
 """Every answer to "when", trained through fairseq-train: the loss falls, and what a run remembers comes back."""
 
+import re
 from pathlib import Path
 
 import command_line as cl
 import pytest
+import torch
 
+from hgkd_fairseq import cli
 from hgkd_fairseq.gates import GATES
 
 SELF = ("--task", "translation_with_teacher", "--criterion", "hard_gate_kd", *cl.USER_DIR)
+SMOOTHING = ("--gate", "always", "--kd-weight", 0.1, "--teacher-temperature", 1)
 UPDATES, MIDDLE = 16, 8
 
 # What the command line of each run adds; TEACHER stands for a checkpoint. `MEMORY` remember something between steps.
@@ -21,12 +25,18 @@ PLAIN = {
     "soft": (TEACHER, "--gate", "soft", "--gate-sharpness", 2),
     "selective-batch": (TEACHER, "--gate", "selective-batch"),
     "virtual-teacher": (*SELF, "--gate", "virtual-teacher", "--kd-weight", 0.2),
+    "instance convex": (
+        *(TEACHER, "--gate", "instance", "--held-out", "test", "--refresh-interval", 2, "--weight-rule", "convex"),
+        *("--label-smoothing", 0.1, "--bf16"),
+    ),
     "unigram": (*SELF, "--teacher-source", "unigram", "--gate", "always", "--kd-weight", 0.1),
 }
 MEMORY = {
     "random": (TEACHER, "--gate", "random"),
     "selective-global": (TEACHER, "--gate", "selective-global", "--gate-queue", 500),
     "soft-learned": (TEACHER, "--gate", "soft-learned"),
+    "instance": (TEACHER, "--gate", "instance", "--held-out", 0.1, "--refresh-interval", 1),
+    "loras": (*SELF, "--teacher-source", "loras", *SMOOTHING),
     "progressive": (*SELF, "--teacher-source", "previous-epoch", "--gate", "progressive"),
     "beta": (*SELF, "--teacher-source", "ema", "--store-ema", "--ema-decay", 0.9, "--gate", "beta"),
 }
@@ -63,8 +73,10 @@ def test_the_loss_falls(name: str, runs: dict[str, cl.Run]):
     shares = [row["teacher_share"] for row in rows]
     if name in ("none", "virtual-teacher", "beta"):  # beta's teacher only gauges
         assert shares == [0] * len(rows)
-    elif name in ("always", "soft", "soft-learned", "unigram"):
+    elif name in ("always", "soft", "soft-learned", "unigram", "loras"):
         assert shares == [1] * len(rows)
+    elif name.startswith("instance"):
+        assert all(share > 0.9 for share in shares)
     elif name == "annealed":
         assert shares[0] == 1
         assert shares[-1] == 0
@@ -93,8 +105,79 @@ def test_resumed_in_the_middle_of_an_epoch(
     if name == "soft-learned":
         assert cl.differences(one["criterion"], other["criterion"]) == {}
         assert one["criterion"]["learned_gate.sharpness"] != 1.0
+    if name == "loras":
+        assert cl.differences(one["criterion"], other["criterion"]) == {}
+        assert (one["criterion"]["learned_teacher.embedding"] != 1).float().mean() > 0.5
     if name == "progressive":
         assert memory["previous_epoch"]["epoch"] > 1
+    if name == "instance":  # in each of the three epochs; the second time before the checkpoint
+        assert memory["gate"]["epoch"] == 3
+        assert resumed.result.output.count("sentences refreshed") == 1
+
+
+def refreshes(run: cl.Run) -> list[float]:
+    """Median change of the data and the teacher weight in each refresh."""
+    found = re.findall(r"refreshed in .* median change data (\S+), teacher (\S+);", run.result.output)
+    return [float(change) for row in found for change in row]
+
+
+def test_weights_of_sentences(runs: dict[str, cl.Run], tmp_path: Path, capsys: pytest.CaptureFixture):
+    independent, convex = (runs[name].state()["extra_state"] for name in ("instance", "instance convex"))
+    table, held_out = (independent["TranslationWithTeacherTask"]["gate"][key] for key in ("data", "held_out"))
+    assert len(table) == 600
+    assert held_out.sum() == 60
+    assert "60 of 600 training sentences are kept aside" in runs["instance"].result.output
+    assert torch.equal(table != torch.tensor(0.1), ~held_out)  # those that are kept aside, and no others, are as before
+    changes = refreshes(runs["instance"])
+    assert len(changes) == 6
+    assert all(0.02 < change < 0.2 for change in changes)
+
+    gate = convex["TranslationWithTeacherTask"]["gate"]
+    assert not gate["held_out"].any()
+    torch.testing.assert_close(gate["data"] + gate["teacher"], torch.ones(600))
+    assert (gate["teacher"] != torch.tensor(0.9)).float().mean() > 0.9
+    assert gate["epoch"] == 2
+
+    listed, output, figure = tmp_path / "some.txt", tmp_path / "weights.tsv", tmp_path / "weights.svg"
+    some = (~held_out).nonzero().flatten()[:9].tolist()
+    listed.write_text("".join(f"{number}\n" for number in some))
+    arguments = ["weights", runs["instance"].path(), "--compare", listed, "--output", output, "--plot", figure]
+    assert cli.main([str(argument) for argument in arguments]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"some: 9 sentences, median weight data {table[some].median():.4f}, teacher ")
+    assert second.startswith("others: 531 sentences")
+    lines = [line.split("\t") for line in output.read_text().splitlines()]
+    assert lines[0] == ["sentence", "data", "teacher"]
+    assert [int(line[0]) for line in lines[1:]] == (~held_out).nonzero().flatten().tolist()
+    assert [float(line[1]) for line in lines[1:]] == pytest.approx(table[~held_out].tolist(), rel=1e-5)
+    assert figure.read_text().count("</svg>") == 1
+    assert cli.main(["weights", str(runs["none"].path())]) == 1
+    assert "has no weights of sentences; name a checkpoint of a run with --gate instance" in capsys.readouterr().err
+
+
+def test_two_workers_refresh_as_one_does(data: Path, teacher: cl.Run, tmp_path: Path):
+    short = ("--max-tokens", 400, "--dropout", 0, "--attention-dropout", 0, "--disable-validation", *cl.KEEP_LAST)
+    gate = ("--gate", "instance", "--held-out", "test", "--refresh-interval", 1, "--max-update", 5)
+    options = cl.distil(teacher.path(), *gate, *short)
+    one = cl.train(data, tmp_path / "one", *options, "--update-freq", 2)
+    two = cl.two_workers(data, tmp_path / "two", *options)
+    tables = [run.state()["extra_state"]["TranslationWithTeacherTask"]["gate"] for run in (one, two)]
+    assert cl.differences(*tables) == {}
+    assert (tables[0]["teacher"] != torch.tensor(0.9)).float().mean() > 0.9
+    assert cl.differences(one.state()["model"], two.state()["model"]) == {}
+    assert len(refreshes(two)) == 2
+
+
+def test_resuming_with_other_sentences_kept_aside_is_refused(
+    runs: dict[str, cl.Run], data: Path, teacher: cl.Run, tmp_path: Path
+):
+    given = ("--gate", "instance", "--held-out", 0.2, "--restore-file", runs["instance"].path(), "--max-update", 99)
+    arguments = (data, *cl.SIZE, *cl.TIED, *cl.STEPS, *cl.LOGS, "--save-dir", tmp_path)
+    result = cl.fairseq("train", *arguments, *cl.distil(teacher.path(), *given))
+    assert result.errors() == [
+        "--held-out: the checkpoint has weights of 600 training sentences of which others are kept aside; "
+        "resume with the same data and the same --held-out"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -107,6 +190,10 @@ def test_resumed_in_the_middle_of_an_epoch(
         (("--gate", "progressive", "--max-epoch", 3), ["--gate progressive", "--max-update N"]),
         (("--gate", "beta", "--teacher-source", "ema"), ["--teacher-source ema", "--store-ema"]),
         (("--gate", "always"), ["--teacher-path CHECKPOINT"]),
+        (("--gate", "token", "--teacher-source", "loras"), ["--teacher-source loras", "--gate always --kd-weight 0.1"]),
+        (("--gate", "instance", "--held-out", 2), ["--held-out 2.0: a share of the training sentences"]),
+        (("--gate", "instance", "--held-out", "valid"), ["--held-out valid: --valid-subset chooses", "0.02"]),
+        (("--gate", "instance", "--held-out", "dev"), ["--held-out dev: there is no such subset in"]),
     ],
     ids=lambda value: " ".join(map(str, value[:4])),
 )

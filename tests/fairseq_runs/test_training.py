@@ -177,23 +177,6 @@ def test_killed_and_resumed(data: Path, teacher: cl.Run, tmp_path: Path):
     assert len(one["last_optimizer_state"]["state"]) > 0
 
 
-def two_workers(data: Path, folder: Path, *options, logs: Path | None = None) -> cl.Run:
-    """Two processes of fairseq-train, joined by gloo; the first one's log. Each has a TensorBoard folder in `logs`."""
-
-    def own(rank: int) -> tuple:
-        return ("--tensorboard-logdir", logs / str(rank)) if logs else ()
-
-    address = ("--distributed-init-method", f"tcp://127.0.0.1:{cl.free_port()}", "--distributed-backend", "gloo")
-    world = ("--distributed-world-size", 2, "--distributed-no-spawn", "--ddp-backend", "legacy_ddp", *address)
-    runs = cl.together(
-        *[
-            lambda rank=r: cl.train(data, folder, *options, *world, *own(rank), "--distributed-rank", rank)
-            for r in (0, 1)
-        ]
-    )
-    return runs[0]
-
-
 @pytest.fixture(scope="module")
 def workers(data: Path, plain: cl.Run, tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[cl.Run, tuple]]:
     """By the number of workers, a run of 5 updates and its options; one worker takes two batches an update."""
@@ -208,7 +191,7 @@ def workers(data: Path, plain: cl.Run, tmp_path_factory: pytest.TempPathFactory)
     )  # fmt: skip
     alone = (*options, "--update-freq", 2)
     one = cl.train(data, folder / "one", *alone, "--max-update", 5)
-    two = two_workers(data, folder / "two", *options, "--max-update", 5, logs=folder / "tensorboard")
+    two = cl.two_workers(data, folder / "two", *options, "--max-update", 5, logs=folder / "tensorboard")
     return {1: (one, alone), 2: (two, options)}
 
 
@@ -223,7 +206,7 @@ def test_two_workers(data: Path, workers):
     assert 0 < single["teacher_share"] < 1
 
     on = cl.train(data, one.folder, *alone, "--max-update", 8, "--disable-validation")
-    resumed = two_workers(data, two.folder, *options, "--max-update", 8, "--disable-validation")
+    resumed = cl.two_workers(data, two.folder, *options, "--max-update", 8, "--disable-validation")
     assert "Loaded checkpoint" in resumed.result.output
     assert resumed.state()["optimizer_history"][-1]["num_updates"] == 8
     assert cl.differences(on.state()["model"], resumed.state()["model"]) == {}

@@ -903,7 +903,9 @@ def test_works_where_fairseq_is_not_installed():
 # Every gate, with what else the loss can hold
 
 
-def autograd_of_the_equation(batch: Batch, gate: gates.Gate, penalty: float, progress: float) -> tuple[Tensor, list]:
+def autograd_of_the_equation(
+    batch: Batch, gate: gates.Gate, penalty: float, progress: float, instance: Tensor | None = None
+) -> tuple[Tensor, list]:
     """The loss and its gradients, written down from the equation alone: sums over the vocabulary, token by token."""
     kept = batch.target != PAD
     z = batch.hidden[kept] @ batch.weight.t() + batch.bias
@@ -912,7 +914,10 @@ def autograd_of_the_equation(batch: Batch, gate: gates.Gate, penalty: float, pro
     rows = torch.arange(len(gold))
     sentence = torch.arange(len(batch.target)).repeat_interleave(kept.sum(1))
     reads = p[rows, gold].log().detach(), (q if gate.needs_teacher else p)[rows, gold].log().detach()
-    weights = gate.weights(gates.TokenStatistics(*reads, sentence, len(batch.target), z.size(1), progress))
+    if instance is not None:
+        instance = instance[sentence]
+    view = (sentence, len(batch.target), z.size(1), progress, instance)
+    weights = gate.weights(gates.TokenStatistics(*reads, *view))
     entropy = -(p * p.log()).sum(1)
     loss = weights.data * (-p[rows, gold].log() - penalty * entropy)
     if gate.needs_teacher:
@@ -922,21 +927,45 @@ def autograd_of_the_equation(batch: Batch, gate: gates.Gate, penalty: float, pro
     return loss.sum(), gradients(loss.sum(), batch)
 
 
+def precision(implementation: str) -> tuple[torch.dtype, float, dict[str, float]]:
+    """(dtype to compute in, relative tolerance of the loss, tolerance of its gradients): native knows no fp64."""
+    if implementation == "native":
+        return torch.float32, 1e-5, {"rtol": 1e-4, "atol": 2e-6}
+    return torch.float64, 1e-12, {"rtol": 1e-10, "atol": 1e-12}
+
+
 @both
 @pytest.mark.parametrize("penalty", [0.0, 0.3])
 @pytest.mark.parametrize("name", sorted(gates.GATES))
 def test_gradient_of_every_gate(name: str, penalty: float, implementation: str, monkeypatch: pytest.MonkeyPatch):
     values = {"kd_weight": 0.3} if "kd_weight" in gates.parameters(name) else {}
-    dtype = torch.float32 if implementation == "native" else torch.float64  # its kernel knows no fp64
+    dtype, near, tolerance = precision(implementation)
     batch, gate = make(dtype=dtype), gates.get_gate(name, **values)
-    tolerance = {"rtol": 1e-4, "atol": 2e-6} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-12}
     if name != "random":  # drawn for the tokens in view
         monkeypatch.setitem(chunked.CHUNK_TOKENS, "cpu", 5)
     torch.manual_seed(0)
     loss, expected = autograd_of_the_equation(batch, gate, penalty, progress=0.4)
     torch.manual_seed(0)
     out = run(batch, implementation, gate=gate, confidence_penalty=penalty, progress=0.4)
-    assert out.loss.item() == pytest.approx(loss.item(), rel=1e-12 if dtype == torch.float64 else 1e-5)
+    assert out.loss.item() == pytest.approx(loss.item(), rel=near)
+    for got, wanted in zip(gradients(out.loss, batch), expected, strict=True):
+        torch.testing.assert_close(got, wanted, **tolerance)
+
+
+@both
+def test_gradient_with_weights_of_sentences(implementation: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(chunked.CHUNK_TOKENS, "cpu", 5)  # cuts sentences
+    dtype, near, tolerance = precision(implementation)
+    batch, gate = make((4, 0, 7, 1, 6), dtype=dtype), gates.get_gate("instance")  # one sentence is all pads
+    gate.weights.begin(torch.zeros(8, dtype=torch.bool))
+    for name in ("data", "teacher"):
+        gate.weights.state[name] = torch.rand(
+            8, dtype=torch.float64, generator=torch.Generator().manual_seed(len(name))
+        )
+    instance = torch.tensor([6, 2, 0, 7, 2])
+    loss, expected = autograd_of_the_equation(batch, gate, 0.3, 0.0, instance)
+    out = run(batch, implementation, gate=gate, confidence_penalty=0.3, instance=instance)
+    assert out.loss.item() == pytest.approx(loss.item(), rel=near)
     for got, wanted in zip(gradients(out.loss, batch), expected, strict=True):
         torch.testing.assert_close(got, wanted, **tolerance)
 

@@ -312,6 +312,27 @@ if INTERPRETED or torch.cuda.is_available():
         torch.testing.assert_close(got[0].loss, plain[0].loss, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(got[1], plain[1], rtol=1e-6, atol=1e-6)
 
+    def test_weights_of_sentences():
+        from hgkd_fairseq.loss import gated_distillation
+
+        gate = gates.get_gate("instance")
+        gate.weights.begin(torch.zeros(8, dtype=torch.bool))
+        generator = torch.Generator().manual_seed(0)
+        gate.weights.state["data"], gate.weights.state["teacher"] = torch.rand((2, 8), generator=generator) * 2
+        hidden, teacher = torch.randn((2, 3, 4, 9), generator=generator).to(DEVICE)
+        weight, teacher_weight = torch.randn((2, 123, 9), generator=generator).to(DEVICE)
+        target = torch.tensor([[5, 7, 122, 1], [1, 1, 1, 1], [0, 9, 4, 6]], device=DEVICE)  # pads are 1
+        results = []
+        for implementation, dtype in (("triton", FP32), ("eager", torch.float64)):
+            h, w, t, v = (x.to(dtype) for x in (hidden, weight, teacher, teacher_weight))
+            h.requires_grad_(), w.requires_grad_()
+            out = gated_distillation(
+                h, w, t, v, target, gate=gate, instance=torch.tensor([6, 2, 0]), implementation=implementation
+            )
+            results.append([out.loss.detach(), *torch.autograd.grad(out.loss, (h, w))])
+        for got, wanted in zip(*results, strict=True):
+            torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
+
     def test_usable():
         assert triton_rows.usable(DEVICE) is None
 

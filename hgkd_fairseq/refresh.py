@@ -1,0 +1,218 @@
+"""Refreshes the weights of training sentences (ALM-KD): the walk through fairseq's data sets, by all workers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+
+import numpy as np
+import torch
+from fairseq import utils
+from fairseq.data import data_utils, indexed_dataset
+from fairseq.distributed import utils as distributed_utils
+from torch import Tensor
+
+from hgkd_fairseq import features
+from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.gates import Instance
+from hgkd_fairseq.instance_weights import Group, meta_gradient, step, widen
+from hgkd_fairseq.loss import Options
+
+logger = logging.getLogger(__name__)
+
+GROUP = 2  # batches that look ahead together; the published number is 2 to 3
+REPETITIONS = 5  # steps of the weights of a group, against the same held-out batch
+LARGEST_SHARE = 0.5
+
+
+class Refresh:
+    """Calls `begin_epoch` at the beginning of each epoch; in every --refresh-interval-th it walks the training set.
+
+    Groups are independent of each other: every worker does its share of them and the table is put together, so that it
+    is the same whatever the number of workers is.
+
+    Args:
+        criterion: its options, task, teacher and gate "instance".
+
+    Raises:
+        UserError: held-out sentences that cannot be used.
+    """
+
+    def __init__(self, criterion):
+        self.criterion, self.cfg, self.task = criterion, criterion.cfg, criterion.task
+        self.subset: str | None = None
+        self.share = 0.0
+        held_out = self.gate().held_out
+        try:
+            self.share = float(held_out)
+        except ValueError:
+            self.subset = held_out
+        self.check()
+        self.task.held_out_share = self.share
+        self.task.at_epoch_begin.append(self.begin_epoch)
+
+    def gate(self) -> Instance:
+        return self.criterion.gate_in_use().weights
+
+    def check(self) -> None:
+        cfg, data = self.cfg, self.task.cfg
+        folders = utils.split_paths(data.data)
+        if len(folders) > 1:
+            raise UserError(
+                "--gate instance numbers the training sentences and needs them in one folder; join the data"
+            )
+        if cfg.teacher_temperature_start is not None:
+            raise UserError("--teacher-temperature-start: gate instance learns its weights at one temperature; drop it")
+        if self.subset is None:
+            if not 0 < self.share <= LARGEST_SHARE:
+                raise UserError(f"--held-out {self.share}: a share of the training sentences above 0, at most 0.5")
+            if data.upsample_primary > 1:
+                raise UserError("--held-out: with --upsample-primary copies of the sentences kept aside are trained on")
+            return
+        if self.subset == data.train_subset:
+            raise UserError(f"--held-out {self.subset}: that is trained on; name another subset, or a share as 0.02")
+        chooses = cfg.valid_subset.split(",")
+        if self.subset in chooses or (cfg.combine_valid_subsets and self.subset.startswith("valid")):
+            raise UserError(
+                f"--held-out {self.subset}: --valid-subset chooses the checkpoint by it; name another subset, or a "
+                "share of the training sentences as 0.02"
+            )
+        source, target = data.source_lang, data.target_lang
+        for pair in (f"{source}-{target}", f"{target}-{source}"):
+            prefix = os.path.join(folders[0], f"{self.subset}.{pair}.{target}")
+            if indexed_dataset.dataset_exists(prefix, data.dataset_impl):
+                return
+        raise UserError(
+            f"--held-out {self.subset}: there is no such subset in {folders[0]}, and it is no share as 0.02"
+        )
+
+    def begin_epoch(self, epoch: int, model: torch.nn.Module) -> None:
+        """Makes the table in the first epoch, refreshes it where it is time: once, also in a run that is resumed in the
+        middle of that epoch."""
+        gate = self.gate()
+        held_out = torch.from_numpy(self.task.held_out(len(self.training())))
+        if not gate.state:
+            if features.linear_output(model) is None:
+                raise UserError(
+                    "--gate instance needs a student with a linear output layer; use another --gate or --arch"
+                )
+            gate.begin(held_out)
+        elif not torch.equal(gate.state["held_out"].cpu(), held_out):
+            count = gate.state["held_out"].numel()
+            raise UserError(
+                f"--held-out: the checkpoint has weights of {count} training sentences of which others are kept aside; "
+                "resume with the same data and the same --held-out"
+            )
+        due = epoch % gate.interval == 0 and int(gate.state["epoch"]) != epoch
+        if due and self.task.load_teacher().ready:
+            self.walk(epoch, model)
+            gate.state["epoch"] = torch.tensor(epoch)
+
+    def training(self):
+        return self.task.dataset(self.task.cfg.train_subset)
+
+    def batches(self, dataset, indices: np.ndarray) -> list[np.ndarray]:
+        """Batches of the training's size, of numbers of sentences."""
+        if getattr(dataset, "supports_prefetch", False):
+            dataset.prefetch(indices)
+        return list(dataset.batch_by_size(indices, max_tokens=self.cfg.max_tokens, max_sentences=self.cfg.batch_size))
+
+    def plan(self, epoch: int, model: torch.nn.Module):
+        """The held-out data set and a list of groups: batches of training sentences, and the held-out batch."""
+        limit = utils.resolve_max_positions(self.task.max_positions(), model.max_positions(), self.cfg.max_tokens)
+        training = self.training()
+        if self.subset is None:
+            held_out = training
+        else:
+            if self.subset not in self.task.datasets:
+                self.task.load_dataset(self.subset)
+            held_out = self.task.dataset(self.subset)
+        with data_utils.numpy_seed(epoch):
+            trained, there = training.ordered_indices(), held_out.ordered_indices()
+        there, _ = held_out.filter_indices_by_size(there, limit)
+        if self.subset is None:
+            there = there[self.task.held_out(len(training))[there]]
+        if not len(there):
+            raise UserError(
+                f"--held-out {self.gate().held_out}: none of its sentences is short enough; keep more aside"
+            )
+        trained = self.task.filter_indices_by_size(trained, training, limit, ignore_invalid_inputs=True)
+        generator = np.random.default_rng(epoch)
+        # Held-out sentences of all lengths in each batch: those of one length would pull their own way.
+        batches, there = self.batches(training, trained), self.batches(held_out, generator.permutation(there))
+        order = generator.permutation(len(batches))
+        against = np.resize(generator.permutation(len(there)), len(batches))
+        groups = [
+            ([batches[i] for i in order[start : start + GROUP]], there[against[number]])
+            for number, start in enumerate(range(0, len(order), GROUP))
+        ]
+        return held_out, groups
+
+    def group(self, model, dataset, batches, with_teacher: bool) -> tuple[Group, Tensor]:
+        """Features of some batches, and the numbers (S,) of their sentences."""
+        device, skip = next(model.parameters()).device, self.cfg.ignore_prefix_size
+        students, teachers, targets, lengths, numbers = [], [], [], [], []
+        for batch in batches:
+            sample = dataset.collater([dataset[i] for i in batch])
+            if device.type == "cuda":
+                sample = utils.move_to_cuda(sample, device)
+            target = sample["target"][:, skip:]
+            kept = target != self.criterion.padding_idx
+            student = features.head(model, sample["net_input"])
+            heads = [student]
+            if with_teacher:
+                heads += self.task.load_teacher().heads(sample, device, student.hidden.dtype)
+            first, *others = [widen(head._replace(hidden=head.hidden[:, skip:][kept])) for head in heads]
+            students.append(first)
+            teachers.append(others)
+            targets.append(target[kept])
+            lengths += kept.sum(1).tolist()
+            numbers.append(sample["id"])
+
+        def joined(heads):
+            return heads[0]._replace(hidden=torch.cat([head.hidden for head in heads]))
+
+        ensemble = [joined(member) for member in zip(*teachers, strict=True)]
+        return Group(joined(students), ensemble, torch.cat(targets), lengths), torch.cat(numbers)
+
+    @torch.no_grad()
+    def walk(self, epoch: int, model: torch.nn.Module) -> None:
+        start, gate, training = time.perf_counter(), self.gate(), self.training()
+        workers = distributed_utils.get_data_parallel_group()
+        count = distributed_utils.get_world_size(workers)
+        rank = distributed_utils.get_rank(workers) if count > 1 else 0
+        cfg, device = self.cfg, next(model.parameters()).device
+        learning_rate = cfg.lr[min(epoch, len(cfg.lr)) - 1]
+        options = Options(
+            self.criterion.gate,
+            teacher_temperature=cfg.teacher_temperature,
+            label_smoothing=cfg.label_smoothing,
+            confidence_penalty=cfg.confidence_penalty,
+        )
+        before = torch.stack([gate.state["data"], gate.state["teacher"]], 1).to(device)  # (S, 2)
+        fresh, seen = torch.zeros_like(before), torch.zeros_like(before[:, 0])
+        was_training = model.training
+        model.eval()
+        held_out, groups = self.plan(epoch, model)
+        for batches, against in groups[rank::count]:
+            group, numbers = self.group(model, training, batches, with_teacher=True)
+            there, _ = self.group(model, held_out, [against], with_teacher=False)
+            divisor = len(numbers) if cfg.sentence_avg else group.target.numel()
+            weights = before[numbers]
+            for _ in range(REPETITIONS):
+                gradient = meta_gradient(group, weights, there, learning_rate / divisor, options)
+                weights = step(weights, gradient, gate.change / REPETITIONS, gate.rule)
+            fresh[numbers], seen[numbers] = weights, 1
+        model.train(was_training)
+        if count > 1:
+            distributed_utils.all_reduce(fresh, workers)
+            distributed_utils.all_reduce(seen, workers)
+        after = torch.where(seen[:, None] > 0, fresh, before)
+        gate.state["data"], gate.state["teacher"] = after.unbind(1)
+        moved = (after - before)[seen > 0]
+        data, teacher = moved.abs().median(0).values.tolist()
+        logger.info(
+            "weights of %d sentences refreshed in %.1f s: median change data %.3f, teacher %.3f; median now %.3f, %.3f",
+            len(moved), time.perf_counter() - start, data, teacher, *after[seen > 0].median(0).values.tolist(),
+        )  # fmt: skip

@@ -1,0 +1,57 @@
+"""A teacher that is learned beside the student: for each gold token a distribution of low rank (Loras)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hgkd_fairseq.loss import Head, chunked, rows
+
+RANK, DROPOUT, ENTROPY = 20, 0.4, 0.1  # as published
+
+
+class Loras(nn.Module):
+    """Low-rank adaptive label smoothing (Ghoshal et al., ICLR 2021): what is smoothed with follows the gold token y,
+
+        V_y = softmax(L_y L^T)       L (V, 20), learned, with dropout
+        sum over the tokens of  E_{V_y}[-log p] - eta H(V_y)        is what L minimises, eta = 0.1,
+
+    and the student learns from (1 - a) onehot(y) + a V_y: gate "always" with --kd-weight a. The equations are those of
+    the authors' laboratory's code (pytext.loss.AdaptiveRegularizer, which names them its equations 3 and 4). There L
+    begins with ones; the dropout makes its entries differ. The KL that the loss reports is E_{V_y}[-log p] - H(V_y).
+    """
+
+    ready = True
+
+    def __init__(self, vocabulary: int):
+        super().__init__()
+        self.embedding = nn.Parameter(torch.ones(vocabulary, RANK))
+        self.dropped: Tensor | None = None  # the embedding of this step
+
+    def heads(self, sample: dict, device: torch.device, dtype: torch.dtype) -> list[Head]:
+        training = self.training and torch.is_grad_enabled()
+        self.dropped = F.dropout(self.embedding.clone(), DROPOUT, training=training)  # never the parameter itself
+        fixed = self.dropped.detach()
+        return [Head(F.embedding(sample["target"], fixed), fixed)]
+
+    def objective(self, student: Head, target: Tensor) -> Tensor:
+        """0, with the gradient of what L minimises.
+
+        Args:
+            student: features (N, D) of the non-pad tokens and the output layer; nothing of it gets a gradient.
+            target: (N,) gold tokens.
+        """
+        assert self.dropped is not None
+        student = Head(*[None if x is None else x.detach() for x in student])
+        embedding = rows.widen(self.dropped.detach()).requires_grad_()
+        gradient = torch.zeros_like(embedding)
+        size = chunked.chunk_tokens(target.device, student.hidden.dtype)
+        for start, end in chunked.chunk_bounds(target.numel(), None, size):
+            logp = F.log_softmax(rows.widen(chunked.project(student.hidden[start:end], student)), dim=1)  # (C, V)
+            with torch.enable_grad():
+                logv = F.log_softmax(embedding[target[start:end]] @ embedding.t(), dim=1)
+                total = (logv.exp() * (ENTROPY * logv - logp)).sum()
+                gradient += torch.autograd.grad(total, embedding)[0]
+        value = (rows.widen(self.dropped) * gradient).sum()
+        return value - value.detach()

@@ -1,0 +1,106 @@
+"""The learned weights of training sentences in a checkpoint: as a table, as medians, as a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hgkd_fairseq.errors import UserError
+
+FORMATS = (".png", ".svg")
+
+
+class Weights(NamedTuple):
+    """Of S sentences that the checkpoint's run was trained on, in the data set's order."""
+
+    sentence: Tensor  # (S,) int64, number in the training data, from 0 on
+    data: Tensor  # (S,)
+    teacher: Tensor  # (S,)
+    epoch: int  # of the last refresh; 0: there was none yet, all rows are what they began with
+
+    def medians(self, rows: Tensor) -> str:
+        """One line on some rows (S,) bool."""
+        if not rows.any():
+            return "no sentence"
+        data, teacher = self.data[rows], self.teacher[rows]
+        share = (teacher / (data + teacher)).nanmedian()  # 0 / 0 where a sentence counts for nothing
+        return (
+            f"{int(rows.sum())} sentences, median weight data {data.median():.4f}, teacher {teacher.median():.4f}, "
+            f"median share of the teacher {share:.4f}"
+        )
+
+
+def read(checkpoint: str) -> Weights:
+    """The weights in a checkpoint of a run with ``--gate instance``; sentences that were kept aside have none.
+
+    Raises:
+        UserError: no such file, or none of such a run.
+    """
+    from fairseq import checkpoint_utils
+
+    if not Path(checkpoint).exists():
+        raise UserError(f"{checkpoint} does not exist; name a checkpoint of fairseq-train")
+    memory = checkpoint_utils.load_checkpoint_to_cpu(checkpoint).get("extra_state", {})
+    table = memory.get("TranslationWithTeacherTask", {}).get("gate", {})
+    if "held_out" not in table:
+        raise UserError(f"{checkpoint} has no weights of sentences; name a checkpoint of a run with --gate instance")
+    sentence = (~table["held_out"]).nonzero().squeeze(1)
+    return Weights(sentence, table["data"][sentence], table["teacher"][sentence], int(table["epoch"]))
+
+
+def numbers(file: str) -> Tensor:
+    """Numbers of sentences, one a line."""
+    try:
+        return torch.tensor([int(line) for line in Path(file).read_text().split()], dtype=torch.int64)
+    except FileNotFoundError:
+        raise UserError(f"--compare {file} does not exist") from None
+    except ValueError as error:
+        raise UserError(f"--compare {file}: {error}; give numbers of sentences, from 0 on, one a line") from None
+
+
+def report(checkpoint: str, output: str | None, compare: str | None, plot: str | None) -> None:
+    """Print medians of all sentences, or of those in the file `compare` and of the others; write what is asked for."""
+    if plot and Path(plot).suffix not in FORMATS:
+        raise UserError(f"--plot {plot}: name a file that ends in {' or '.join(FORMATS)}")
+    found = read(checkpoint)
+    groups = {"all": torch.ones_like(found.sentence, dtype=torch.bool)}
+    if compare:
+        listed = torch.isin(found.sentence, numbers(compare))
+        groups = {Path(compare).stem: listed, "others": ~listed}
+    for name, rows in groups.items():
+        print(f"{name}: {found.medians(rows)}")
+    if not found.epoch:
+        print("not refreshed yet: all weights are what they began with")
+    if output:
+        rows = zip(found.sentence.tolist(), found.data.tolist(), found.teacher.tolist(), strict=True)
+        lines = [
+            "sentence\tdata\tteacher",
+            *(f"{sentence}\t{data:.6g}\t{teacher:.6g}" for sentence, data, teacher in rows),
+        ]
+        Path(output).write_text("".join(f"{line}\n" for line in lines))
+    if plot:
+        draw(found, groups, plot)
+
+
+def draw(found: Weights, groups: dict[str, Tensor], output: str) -> None:
+    """Histograms of data and teacher weight, a line for each group, scaled to the group's size."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("figures need matplotlib: pip install 'hgkd-fairseq[report]'") from None
+    figure = Figure(figsize=(7.0, 3.2), layout="constrained")
+    axes: Sequence = figure.subplots(1, 2, sharey=True)
+    styles = ({"color": "#D55E00", "linestyle": "-"}, {"color": "#0072B2", "linestyle": "--"})
+    for axis, name, values in zip(axes, ("data", "teacher"), (found.data, found.teacher), strict=True):
+        top = max(float(values.max()), 1.0) if len(values) else 1.0
+        for (label, rows), style in zip(groups.items(), styles, strict=False):
+            counts = torch.histc(values[rows].float(), bins=50, min=0, max=top) / max(int(rows.sum()), 1)
+            axis.stairs((100 * counts).tolist(), torch.linspace(0, top, 51).tolist(), label=label, **style)
+        axis.set_xlabel(f"weight of the {name}")
+    axes[0].set_ylabel("sentences, %")
+    axes[1].legend(frameon=False)
+    figure.savefig(output, dpi=160, metadata={"Date": None} if output.endswith(".svg") else None)

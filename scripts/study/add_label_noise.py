@@ -1,0 +1,66 @@
+"""Label noise for a study: a share of the training targets is shuffled, so that they belong to other sources.
+
+    python scripts/study/add_label_noise.py TEXT NOISY --noise-share 0.3
+    bash scripts/prepare_data.sh NOISY data-bin/noisy
+
+TEXT holds train.LANG of two languages and whatever else get_data.sh writes; NOISY becomes a copy of it with another
+train.TARGET, and with noisy.txt: the numbers of the shuffled lines, from 0 on, one a line, as `hgkd weights --compare`
+reads them. (fairseq-preprocess keeps the lines' order and drops none: a line's number is the sentence's in the data.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import sys
+from pathlib import Path
+
+
+def shuffled(lines: list[str], share: float, seed: int) -> tuple[list[str], list[int]]:
+    """The lines with round(share * number) of them moved among each other, none to where it was; and their numbers in
+    ascending order. Fewer than two cannot be moved."""
+    rng = random.Random(seed)
+    chosen = rng.sample(range(len(lines)), round(share * len(lines)))
+    if len(chosen) < 2:
+        return list(lines), []
+    noisy = list(lines)
+    for here, there in zip(chosen, [*chosen[1:], chosen[0]], strict=True):  # a single cycle in random order
+        noisy[here] = lines[there]
+    return noisy, sorted(chosen)
+
+
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share; it must be between 0 and 1")
+    return value
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", type=Path, metavar="TEXT", help="folder of plain text")
+    parser.add_argument("noisy", type=Path, metavar="NOISY", help="folder to make")
+    parser.add_argument("--noise-share", type=share, default=0.3, metavar="R", help="of the targets (default: 0.3)")
+    parser.add_argument("--target", default="en", metavar="LANG", help="language that is shuffled (default: en)")
+    parser.add_argument("--seed", type=int, default=1, help="which ones, and where to (default: 1)")
+    args = parser.parse_args(argv)
+    file = args.text / f"train.{args.target}"
+    if not file.is_file():
+        parser.error(f"{file} does not exist; give a folder with train.{args.target}, or another --target")
+    if args.noisy.exists():
+        parser.error(f"{args.noisy} exists; give the name of a new folder")
+    lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    noisy, numbers = shuffled(lines, args.noise_share, args.seed)
+    partial = args.noisy.with_name(args.noisy.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(args.text, partial)
+    (partial / file.name).write_text("".join(f"{line}\n" for line in noisy), encoding="utf-8")
+    (partial / "noisy.txt").write_text("".join(f"{number}\n" for number in numbers))
+    partial.rename(args.noisy)  # last: a folder that exists is whole
+    print(f"{args.noisy}: {len(numbers)} of {len(lines)} targets belong to other sources")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Label noise: which targets are shuffled, that all stay, and what is refused."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "study" / "add_label_noise.py"
+LINES = [f"target {number}" for number in range(200)]
+
+
+def run(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, SCRIPT, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    (folder / "train.de").write_text("".join(f"Quelle {number}\n" for number in range(200)))
+    (folder / "train.en").write_text("".join(f"{line}\n" for line in LINES))
+    (folder / "valid.en").write_text("valid\n")
+    return folder
+
+
+def read(folder: Path) -> tuple[list[str], list[int]]:
+    numbers = [int(line) for line in (folder / "noisy.txt").read_text().splitlines()]
+    return (folder / "train.en").read_text().splitlines(), numbers
+
+
+def test_a_share_of_the_targets_changes_places(text: Path, tmp_path: Path):
+    done = run(text, tmp_path / "noisy", "--noise-share", 0.3)
+    assert done.returncode == 0, done.stderr
+    assert "60 of 200 targets belong to other sources" in done.stdout
+    lines, numbers = read(tmp_path / "noisy")
+    assert numbers == [number for number in range(200) if lines[number] != LINES[number]]
+    assert len(numbers) == 60
+    assert sorted(lines) == sorted(LINES)
+    for name in ("train.de", "valid.en"):
+        assert (tmp_path / "noisy" / name).read_text() == (text / name).read_text()
+
+
+def test_seeds(text: Path, tmp_path: Path):
+    for name, seed in (("one", 1), ("again", 1), ("other", 2)):
+        assert run(text, tmp_path / name, "--seed", seed).returncode == 0
+    assert read(tmp_path / "one") == read(tmp_path / "again")
+    assert read(tmp_path / "one")[1] != read(tmp_path / "other")[1]
+
+
+@pytest.mark.parametrize("share", [0, 0.005])
+def test_too_few_to_change_places(text: Path, tmp_path: Path, share: float):
+    assert run(text, tmp_path / "noisy", "--noise-share", share).returncode == 0
+    assert read(tmp_path / "noisy") == (LINES, [])
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (("--noise-share", 1.5), "1.5 is no share; it must be between 0 and 1"),
+        (("--target", "fr"), "train.fr does not exist; give a folder with train.fr, or another --target"),
+    ],
+)
+def test_refused(text: Path, tmp_path: Path, given: tuple, expected: str):
+    done = run(text, tmp_path / "noisy", *given)
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert not (tmp_path / "noisy").exists()
+
+
+def test_nothing_is_overwritten(text: Path):
+    done = run(text, text)
+    assert done.returncode == 2
+    assert "exists; give the name of a new folder" in done.stderr
