@@ -220,7 +220,7 @@ def compare(
     about = (
         f"BLEU `{bleu.get_signature()}`; ECE `{rows[0].ece.signature}`; speed: median of {repeats} passes over "
         f"{len(found[0]):,} sentences in batches of up to {max_tokens:,} pieces, beam {search.beam}, "
-        f"{torch.get_num_threads()} threads, {ours.device.type}."
+        f"threads: {torch.get_num_threads()}, {ours.device.type}."
     )
     return Comparison(rows, len(found[0]), about)
 
