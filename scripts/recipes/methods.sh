@@ -12,6 +12,7 @@ methods_table() {
 base|Base|--gate none
 ls-uniform|LS-Uniform|--gate none --label-smoothing 0.1
 ls-unigram|LS-Unigram|--teacher-source unigram --gate always --kd-weight 0.1 --teacher-temperature 1
+loras|Loras|--teacher-source loras --gate always --kd-weight 0.1 --teacher-temperature 1
 conf-pen|ConfPen|--gate none --confidence-penalty 0.1
 tf-kd|TF-KD|--gate virtual-teacher --kd-weight 0.1 --virtual-gold 0.9
 ps-kd|PS-KD|--teacher-source previous-epoch --gate progressive --kd-weight 0.8 --teacher-temperature 1
@@ -27,6 +28,7 @@ hkd-s-reversed|HKD-S reversed|--teacher-path TEACHER --gate sentence-reversed
 random|random gate|--teacher-path TEACHER --gate random
 selective-batch|Selective-KD, batch|--teacher-path TEACHER --gate selective-batch
 selective-global|Selective-KD, global|--teacher-path TEACHER --gate selective-global --gate-queue 30000
+alm-kd|ALM-KD|--teacher-path TEACHER --gate instance --weight-rule convex
 annealing|Annealing KD|--teacher-path TEACHER --gate annealed --gate-share 0.7 --teacher-temperature-start 10 --teacher-temperature 1
 soft|soft gate|--teacher-path TEACHER --gate soft --gate-sharpness 2
 soft-learned|learned soft gate|--teacher-path TEACHER --gate soft-learned

@@ -1,7 +1,7 @@
 """A study as its grid file describes it: the data, and cells that are each one training run and its scores.
 
-A grid is a .toml file, see multi30k.toml beside this one; methods.toml says what the methods' names mean. A study lives
-in one folder, whose commands run there with relative paths, so that it can be moved:
+A grid is a .toml file, see multi30k.toml beside this one; ../recipes/methods.sh says what the methods' names mean. A
+study lives in one folder, whose commands run there with relative paths, so that it can be moved:
 
     data.json  text/  data-bin/         the data, once
     SETTING/METHOD/seed-N/              a cell: cell.json (signature, commands), train.log, checkpoints, score.log,
@@ -11,8 +11,10 @@ in one folder, whose commands run there with relative paths, so that it can be m
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
+import subprocess
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,7 +24,7 @@ from typing import Any
 import hgkd_fairseq
 from hgkd_fairseq.errors import UserError
 
-HERE = Path(__file__).parent
+METHODS = Path(__file__).parents[1] / "recipes" / "methods.sh"
 PRECISIONS = {"fp32": [], "bf16": ["--bf16"], "fp16": ["--fp16"]}
 TEMPERATURE = 1.5  # of the teacher, the paper's
 
@@ -33,7 +35,7 @@ class Cell:
 
     folder: str  # in the study's: same/hkd-t/seed-1
     setting: str
-    method: str  # of methods.toml
+    method: str  # of methods.sh
     title: str  # the method's
     seed: int
     temperature: float | None  # of the teacher; None: there is none, or the method has its own
@@ -73,9 +75,8 @@ class Grid:
         UserError: no such file, or what it says makes no study.
     """
 
-    def __init__(self, file: Path, methods: Path = HERE / "methods.toml"):
+    def __init__(self, file: Path):
         self.file = file
-        self.methods = read_toml(methods)
         self.table = read_toml(file)
         for section in ("data", "training", "sizes", "settings", "teacher", "generation", "cells"):
             if section not in self.table:
@@ -109,7 +110,7 @@ class Grid:
                         yield self.cell(setting, method, seed, temperature, sizes["student"], sizes["teacher"])
 
     def known(self, kind: str, name: str) -> dict[str, Any]:
-        table = self.methods if kind == "methods" else self.table[kind]
+        table = methods() if kind == "methods" else self.table[kind]
         if name not in table:
             raise UserError(f"{self.file} names {name}, which is none of the {kind}: {', '.join(table)}")
         return table[name]
@@ -120,15 +121,16 @@ class Grid:
     def cell(self, setting, name, seed, temperature, size, teacher_size) -> Cell:
         method = self.known("methods", name)
         training = self.table["training"]
-        options = shlex.split(method["options"])
-        teacher = None
-        if not method.get("teacher"):
+        if name == "seq-kd":
+            raise UserError(f"{self.file}: seq-kd trains on translations, which a study does not make; take a recipe")
+        options, teacher = method["options"], None
+        if "--teacher-path" not in options:
             temperature = None
         else:
             if teacher_size is None:
                 raise UserError(f"{self.file}: [teacher] method {name} needs a teacher itself; take base")
             teacher = f"teacher/{teacher_size}/seed-{self.table['teacher']['seed']}"
-            options = ["--teacher-path", f"{teacher}/checkpoint_best.pt", *options]
+            options = [f"{teacher}/checkpoint_best.pt" if word == "TEACHER" else word for word in options]
             if "--teacher-temperature" in options:
                 temperature = None
             else:
@@ -167,6 +169,14 @@ class Grid:
         return Cell(
             folder, setting, name, method["title"], seed, temperature, updates, signature, train, score, teacher
         )
+
+
+@functools.cache
+def methods() -> dict[str, dict[str, Any]]:
+    """The table of methods.sh: by name its "title" and its "options" of fairseq-train, with TEACHER for a path."""
+    lines = subprocess.run(["bash", str(METHODS)], capture_output=True, text=True, check=True).stdout.splitlines()
+    rows = (line.split("\t") for line in lines)
+    return {name: {"title": title, "options": shlex.split(options)} for name, title, options in rows}
 
 
 def read_toml(file: Path) -> dict[str, Any]:

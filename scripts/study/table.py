@@ -19,7 +19,7 @@ from typing import Any
 
 from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
-from study import HERE, read_toml
+from study import methods
 
 from hgkd_fairseq.errors import UserError
 
@@ -51,14 +51,14 @@ class Study:
         self.unfinished = [str(path.relative_to(folder)) for path in found if path not in finished]
         self.cells = {str(path.relative_to(folder)): Cell(path) for path in finished}
         self.references = (folder / "text/test.en").read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        order = list(read_toml(HERE / "methods.toml"))
+        order = list(methods())
         self.order = {name: place for place, name in enumerate(order)}
 
     def settings(self) -> list[str]:
         return sorted({cell.about["setting"] for cell in self.cells.values()} - {TEACHER})
 
     def rows(self, setting: str) -> list[tuple[tuple[str, float | None], list[Cell]]]:
-        """((method, temperature), its cells by seed), in the order of methods.toml."""
+        """((method, temperature), its cells by seed), in the order of methods.sh."""
         groups: dict[tuple[str, float | None], list[Cell]] = {}
         for cell in self.cells.values():
             if cell.about["setting"] == setting:

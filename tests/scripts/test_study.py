@@ -199,6 +199,7 @@ def test_cells(tmp_path):
         ("updates = ", "epochs = ", "lacks 'updates'; multi30k.toml shows where it belongs"),
         ('text = "', 'words = "', r"\[data\] needs either corpus"),
         ('["base"]', '["bass"]', "names bass, which is none of the methods: base, "),
+        ('["base"]', '["seq-kd"]', "seq-kd trains on translations, which a study does not make; take a recipe"),
         ('method = "base"', 'method = "hkd-t"', r"\[teacher\] method hkd-t needs a teacher itself"),
         ("[data]", "[data", "is no TOML"),
     ],
@@ -255,7 +256,7 @@ def write_cell(study: Path, folder: str, bleu: float, ece: float, translations=N
     method = method.partition("-tau-")[0] if setting != "teacher" else "base"
     path = study / folder
     path.mkdir(parents=True)
-    about = {"setting": setting, "method": method, "title": table.read_toml(STUDY / "methods.toml")[method]["title"]}
+    about = {"setting": setting, "method": method, "title": table.methods()[method]["title"]}
     about |= {"teacher": "teacher/big/seed-0" if temperature else None, "seed": seed, "temperature": temperature}
     (path / "cell.json").write_text(json.dumps({**about, "signature": f"setting:{setting}|seed:{seed}|updates:40"}))
     if not done:
