@@ -69,6 +69,7 @@ class Gate:
             ``gate_temperature`` mean something.
         uniform: whether its weights have a `uniform` part.
         timed: whether it changes with `progress`, so that the length of the training must be known.
+        constant: whether its weights do not depend on the two log-probabilities, so that they are known beforehand.
         equation: one line, as ``hgkd gates`` prints it.
         source: the paper it comes from.
     """
@@ -80,6 +81,7 @@ class Gate:
     compares: bool = True
     uniform: bool = False
     timed: bool = False
+    constant: bool = False
     equation: str = ""
     source: str = ""
 
@@ -106,6 +108,7 @@ def register_gate(
     compares: bool = True,
     uniform: bool = False,
     timed: bool = False,
+    constant: bool = False,
 ):
     """Decorator: register a gate under ``name``, the value that ``--gate`` takes.
 
@@ -123,7 +126,9 @@ def register_gate(
     def register(made):
         if name in GATES:
             raise ValueError(f'a gate named "{name}" is registered already; choose another name')
-        GATES[name] = Gate(name, made, scope, needs_teacher, compares, uniform, timed, equation, source)
+        GATES[name] = Gate(
+            name, made, scope, needs_teacher, compares, uniform, timed, constant, equation=equation, source=source
+        )
         return made
 
     return register
@@ -195,7 +200,9 @@ def share(option: str, value: float) -> float:
 # ------------------------------------------------------------------------------------------------------ the data alone
 
 
-@register_gate("none", equation="data 1, teacher 0", source="cross-entropy", needs_teacher=False, compares=False)
+@register_gate(
+    "none", equation="data 1, teacher 0", source="cross-entropy", needs_teacher=False, compares=False, constant=True
+)
 def none(statistics: TokenStatistics) -> GateWeights:
     ones = torch.ones_like(statistics.student_logprob)
     return GateWeights(data=ones, teacher=torch.zeros_like(ones))
@@ -267,6 +274,7 @@ def mixed(statistics: TokenStatistics, weight: float) -> GateWeights:
     equation="data 1 - a, teacher a (--kd-weight a)",
     source="Word-KD, Kim and Rush, EMNLP 2016, arXiv:1606.07947; SD, Furlanello et al., ICML 2018, arXiv:1805.04770",
     compares=False,
+    constant=True,
 )
 def always(statistics: TokenStatistics, *, kd_weight: float = 1.0) -> GateWeights:
     return mixed(statistics, share("kd_weight", kd_weight))
@@ -277,6 +285,7 @@ def always(statistics: TokenStatistics, *, kd_weight: float = 1.0) -> GateWeight
     equation="data 1 - a u/U, teacher a u/U at update u of U (--kd-weight a)",
     source="PS-KD, Kim et al., ICCV 2021, arXiv:2006.12000, with updates in place of epochs",
     compares=False,
+    constant=True,
     timed=True,
 )
 def progressive(statistics: TokenStatistics, *, kd_weight: float = 0.8) -> GateWeights:
@@ -288,6 +297,7 @@ def progressive(statistics: TokenStatistics, *, kd_weight: float = 0.8) -> GateW
     equation="teacher 1, data 0 for a share of the updates (--gate-share), then data 1, teacher 0",
     source="Annealing KD, Jafari et al., EACL 2021, arXiv:2104.07163, with KL in place of a regression on logits",
     compares=False,
+    constant=True,
     timed=True,
 )
 def annealed(statistics: TokenStatistics, *, gate_share: float = 0.7) -> GateWeights:
@@ -330,6 +340,7 @@ class SoftLearned(torch.nn.Module):
     "(--held-out, --refresh-interval, --refresh-change, --weight-rule)",
     source="ALM-KD, Sivasubramanian et al. 2022, with a step that is scaled to its gradient",
     compares=False,
+    constant=True,
 )
 class Instance:
     """A row of weights for each training sentence, constant between refreshes (instance_weights.py has the equations).
@@ -451,6 +462,7 @@ def smoothed(data: Tensor, weight: float, gold: Tensor, vocabulary: int) -> Gate
     "virtual-teacher",
     needs_teacher=False,
     compares=False,
+    constant=True,
     uniform=True,
     equation="(1 - a) CE + a CE(q, p), q = c on gold, the rest even, tempered (--kd-weight a, --virtual-gold c, "
     "--virtual-temperature)",

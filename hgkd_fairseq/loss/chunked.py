@@ -244,7 +244,10 @@ def token_results(
         return options.gate.weights(TokenStatistics(student_read, teacher_read, *view))
 
     def decide(start: int, end: int) -> Decide:
-        return functools.partial(weights, start, end)
+        if not options.gate.constant:
+            return functools.partial(weights, start, end)
+        unread = target.new_zeros(end - start, dtype=rows.widen(student.hidden[:0]).dtype)
+        return weights(start, end, unread, unread)
 
     with torch.autocast(device.type, enabled=False):
         if options.gate.scope == "batch" and tokens:
@@ -252,7 +255,7 @@ def token_results(
             decided = _decide_whole_batch(chunks, target, weights, options, row_step)
 
             def decide(start: int, end: int) -> Decide:
-                return lambda *_: GateWeights(*[None if part is None else part[start:end] for part in decided])
+                return GateWeights(*[None if part is None else part[start:end] for part in decided])
 
         return TokenResults(*_Chunked.apply(*inputs, kept, views, target, bounds, decide, options, needs, row_step))
 

@@ -15,7 +15,8 @@
 #include <string.h>
 
 enum { FP32, BF16, FP16 };           /* dtype of the logits */
-enum { NO_GRADIENT, GIVEN, NONE, TOKEN }; /* where a row's weights come from */
+/* What to do: statistics; the gradient, from statistics and weights; both, with weights that are known; both, gate "token". */
+enum { STATISTICS_ALONE, GRADIENT_ALONE, WEIGHTED, TOKEN };
 
 /* Rows of `statistics`, (STATISTICS, rows); cpu_rows.py has the same order. */
 enum { STUDENT_MAX, STUDENT_SUM, TEACHER_MAX, TEACHER_SUM, STUDENT_READ, TEACHER_READ, GOLD, MEAN, ENTROPY, KL };
@@ -230,12 +231,12 @@ static void write_gradient(char *row, const void *teacher, const float *exponent
 
 /* 0, NO_MEMORY or NO_SUCH_TOKEN (a target outside the vocabulary). */
 int rows(
-    void *student,         /* (rows, V), contiguous; overwritten by the gradient unless mode is NO_GRADIENT */
+    void *student,         /* (rows, V), contiguous; overwritten by the gradient unless mode is STATISTICS_ALONE */
     const void *teacher,   /* (rows, V), contiguous, not tempered; NULL: none */
     const int64_t *target, /* (rows,) */
-    float *statistics,     /* (10, rows): written, but read in mode GIVEN */
+    float *statistics,     /* (10, rows): written, but read in mode GRADIENT_ALONE */
     uint8_t *correct,      /* (rows,) the argmax is the target; NULL: not asked for */
-    const float *data, const float *teacher_weight, /* (rows,) in mode GIVEN */
+    const float *data, const float *teacher_weight, /* (rows,) in modes GRADIENT_ALONE and WEIGHTED */
     const float *uniform,                           /* (rows,) or NULL */
     int64_t count, int64_t V, int dtype, int teacher_dtype, int mode, int threads, int read_argmax, int untempered_gate,
     float inverse_temperature, float gold_weight, float every_weight, float penalty, float scale
@@ -244,9 +245,9 @@ int rows(
     int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
-        float *z = mode == GIVEN ? NULL : aligned_alloc(64, buffer_bytes);
-        float *t = mode == GIVEN || !teacher ? NULL : aligned_alloc(64, buffer_bytes);
-        int problem = mode != GIVEN && (!z || (teacher && !t)) ? NO_MEMORY : 0;
+        float *z = mode == GRADIENT_ALONE ? NULL : aligned_alloc(64, buffer_bytes);
+        float *t = mode == GRADIENT_ALONE || !teacher ? NULL : aligned_alloc(64, buffer_bytes);
+        int problem = mode != GRADIENT_ALONE && (!z || (teacher && !t)) ? NO_MEMORY : 0;
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < count; row++) {
             int64_t gold = target[row], read = gold;
@@ -255,7 +256,7 @@ int rows(
             char *student_row = (char *)at(student, row * V, dtype);
             const void *teacher_row = teacher ? at(teacher, row * V, teacher_dtype) : NULL;
             float *found = statistics + row;
-            if (mode == GIVEN) {
+            if (mode == GRADIENT_ALONE) {
                 float m = found[STUDENT_MAX * count], M = found[TEACHER_MAX * count];
                 Factors by = factors(data[row], teacher ? teacher_weight[row] : 0, uniform ? uniform[row] : 0, m,
                                      found[STUDENT_SUM * count], found[TEACHER_SUM * count], found[ENTROPY * count],
@@ -289,10 +290,15 @@ int rows(
             found[MEAN * count] = (float)(sums.shifted / V) - log_l;
             found[ENTROPY * count] = entropy;
             found[KL * count] = teacher ? (float)(sums.difference / sums.teacher) - log_L + log_l : 0;
-            if (mode == NO_GRADIENT) continue;
-            /* Gate "token", strict: where both agree exactly the data teaches. Without a teacher gate "none". */
-            float to_teacher = mode == TOKEN && student_read > teacher_read;
-            Factors by = factors(1 - to_teacher, to_teacher, 0, m, l, L, entropy, gold_weight, every_weight, penalty,
+            if (mode == STATISTICS_ALONE) continue;
+            /* Gate "token", strict: where both agree exactly the data teaches. */
+            float to_teacher = student_read > teacher_read, to_data = 1 - to_teacher, to_uniform = 0;
+            if (mode == WEIGHTED) {
+                to_data = data[row];
+                to_teacher = teacher ? teacher_weight[row] : 0;
+                to_uniform = uniform ? uniform[row] : 0;
+            }
+            Factors by = factors(to_data, to_teacher, to_uniform, m, l, L, entropy, gold_weight, every_weight, penalty,
                                  scale, V);
             write_gradient(student_row, teacher_row, z, t, V, gold, m, M, inverse_temperature, by, dtype, teacher_dtype);
         }

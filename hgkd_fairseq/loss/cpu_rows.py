@@ -3,8 +3,8 @@
 cpu_kernels.c is compiled for the processor in hand on first use, by the C compiler of the machine (some tenths of a
 second), and kept in ``~/.cache/hgkd_fairseq``. `usable` says whether that works here.
 
-    gate "token" or "none"   one call: statistics, gate and gradient while a row is in the cache
-    any other gate           two, and the gate's torch function between them
+    gate "token", and weights that are known   one call: statistics, gate and gradient while a row is in the cache
+    any other gate                             two, and the gate's torch function between them
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hgkd_fairseq import gates
+from hgkd_fairseq.gates import GateWeights
 from hgkd_fairseq.loss import rows
-from hgkd_fairseq.loss.options import Decide, Options, TokenResults
+from hgkd_fairseq.loss.options import Decide, Options, TokenResults, decided
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
 # No flag that changes what nan and inf do: an overflow in the logits must reach fairseq's loss scaler as it is.
@@ -32,7 +34,7 @@ COMPILE_TIMEOUT_S = 60
 
 # The order of the kernel's enums.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NO_GRADIENT, GIVEN, NONE, TOKEN = range(4)
+STATISTICS_ALONE, GRADIENT_ALONE, WEIGHTED, TOKEN = range(4)
 STATISTICS = (
     *("student_max", "student_sum", "teacher_max", "teacher_sum"),
     *("student_read", "teacher_read", "gold", "mean", "entropy", "kl"),
@@ -161,14 +163,21 @@ def row_step(
         if failed == NO_SUCH_TOKEN:
             raise IndexError(f"a target is no token of the vocabulary of {vocabulary}")
 
-    fused = rows.fused_gate(options.gate)
-    if gradient_scale is None or not fused:
-        run(NO_GRADIENT)
+    def known(weights: GateWeights) -> tuple[Tensor | None, ...]:
+        return tuple(None if part is None else part.float().contiguous() for part in weights)
+
+    # Kept until the kernel has run.
+    weights = known(decide) if isinstance(decide, GateWeights) else None
+    token = options.gate.weights is gates.token
+    if gradient_scale is None or not (weights or token):
+        run(STATISTICS_ALONE)
+    elif weights:
+        run(WEIGHTED, weights)
     else:
-        run(TOKEN if options.gate.needs_teacher else NONE)
+        run(TOKEN)
     statistics = rows.RowStatistics(**dict(zip(STATISTICS, found, strict=True)), correct=correct)
-    weights = decide(statistics.student_read, statistics.teacher_read)
-    if gradient_scale is not None and not fused:
-        run(GIVEN, tuple(None if part is None else part.float().contiguous() for part in weights))
-    results = rows.row_results(statistics, weights, vocabulary, options)
+    given = decided(decide, statistics.student_read, statistics.teacher_read)
+    if gradient_scale is not None and not (weights or token):
+        run(GRADIENT_ALONE, known(given))
+    results = rows.row_results(statistics, given, vocabulary, options)
     return results, None if gradient_scale is None else student

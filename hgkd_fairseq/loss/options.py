@@ -12,8 +12,13 @@ from hgkd_fairseq.gates import Gate, GateWeights
 
 GATE_ON = ("gold", "argmax")
 
-# (log-probability of the token that the gate reads under the student, under the teacher), each (C,) -> its weights.
-Decide = Callable[[Tensor, Tensor], GateWeights]
+# A chunk's weights: known beforehand, or made from the log-probability of the token that the gate reads under the
+# student and under the teacher, each (C,).
+Decide = GateWeights | Callable[[Tensor, Tensor], GateWeights]
+
+
+def decided(decide: Decide, student_read: Tensor, teacher_read: Tensor) -> GateWeights:
+    return decide if isinstance(decide, GateWeights) else decide(student_read, teacher_read)
 
 
 class Head(NamedTuple):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hgkd_fairseq import gates
 from hgkd_fairseq.gates import Gate, GateWeights, TokenStatistics
-from hgkd_fairseq.loss.options import Decide, Options, TokenResults
+from hgkd_fairseq.loss.options import Decide, Options, TokenResults, decided
 
 
 class RowStatistics(NamedTuple):
@@ -176,7 +176,7 @@ def row_step(
     over `student_logits`.
     """
     statistics, p, q = row_statistics(student_logits, teacher_logits, target, 1 / options.teacher_temperature, options)
-    weights = decide(statistics.student_read, statistics.teacher_read)
+    weights = decided(decide, statistics.student_read, statistics.teacher_read)
     results = row_results(statistics, weights, p.size(1), options)
     if gradient_scale is None:
         return results, None

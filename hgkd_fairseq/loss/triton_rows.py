@@ -20,7 +20,7 @@ from torch import Tensor
 from hgkd_fairseq import gates
 from hgkd_fairseq.gates import GATES, Gate
 from hgkd_fairseq.loss import rows
-from hgkd_fairseq.loss.options import GATE_ON, Decide, Options, TokenResults
+from hgkd_fairseq.loss.options import GATE_ON, Decide, Options, TokenResults, decided
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WARP = 32
@@ -138,7 +138,7 @@ def row_step(
         else:
             statistics = torch.empty((8, tokens), dtype=torch.float32, device=student.device)
             _launch(steps[0], *outputs, statistics, *scalars)
-            weights = decide(statistics[0], statistics[1])
+            weights = decided(decide, statistics[0], statistics[1])
             data, teacher_weight = (weight.to(torch.float32).contiguous() for weight in weights[:2])
             _launch(steps[1], *outputs, statistics, data, teacher_weight, *scalars, scale)
             data_term = statistics[2]

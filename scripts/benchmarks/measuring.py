@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -64,15 +65,19 @@ def seconds(run: Callable[[], None], device: str) -> float:
 def interleaved(
     runs: dict[str, Callable[[], None]], repeats: int, device: str, before: Callable[[], None] = lambda: None
 ) -> dict[str, list[float]]:
-    """Seconds of each run in each round; all take turns, so that what disturbs a round disturbs all of it.
+    """Seconds of each run in each round; all take turns, so that what disturbs a round disturbs all of it. Their order
+    is another one in each round: what one leaves behind, in caches and in memory given back, falls on no other always.
 
     `before` is called before each run and not timed.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
+    order = list(runs)
+    shuffle = random.Random(0).shuffle
     for _ in range(repeats):
-        for name, run in runs.items():
+        shuffle(order)
+        for name in order:
             before()
-            times[name].append(seconds(run, device))
+            times[name].append(seconds(runs[name], device))
     return times
 
 

@@ -26,10 +26,11 @@ from itertools import islice
 from pathlib import Path
 from typing import IO
 
-from study import HERE, Cell, Grid, user_dir, write_json
+from study import Cell, Grid, user_dir, write_json
 
 from hgkd_fairseq.errors import UserError
 
+HERE = Path(__file__).parent
 SCRIPTS = HERE.parent
 BIN = Path(sys.executable).parent
 POLL_S = 1.0

@@ -17,11 +17,14 @@ from hgkd_fairseq.loss import cpu_rows, gated_distillation, rows
 from hgkd_fairseq.loss.options import Options
 
 ROOT = Path(__file__).parents[2]
-# The gates of the fused call, through the two calls of any other gate.
+# What one call does, through the two calls of any other gate.
 SPLIT = {
     "token": Gate("mine", lambda statistics: gates.token(statistics)),
     "none": Gate("mine", lambda statistics: gates.none(statistics), needs_teacher=False),
+    "always": Gate("mine", lambda statistics: gates.always(statistics, kd_weight=0.3)),
+    "virtual-teacher": Gate("mine", lambda s: gates.virtual_teacher(s), needs_teacher=False, uniform=True),
 }
+ONE = {**GATES, "always": gates.get_gate("always", kd_weight=0.3)}
 
 
 def step(row_step, student, teachers, target, options: Options, scale: float | None = 1.0):
@@ -29,7 +32,9 @@ def step(row_step, student, teachers, target, options: Options, scale: float | N
         sentence = torch.zeros_like(target)
         return options.gate.weights(TokenStatistics(student_read, teacher_read, sentence, 1, student.size(1)))
 
-    return row_step(student.clone(), [t.clone() for t in teachers], target, decide, options, scale)
+    unread = torch.zeros(len(target))
+    weights = decide(unread, unread) if options.gate.constant else decide
+    return row_step(student.clone(), [t.clone() for t in teachers], target, weights, options, scale)
 
 
 def logits(count: int, vocabulary: int, dtype=torch.float32, seed: int = 0):
@@ -65,12 +70,12 @@ def test_odd_shapes(count: int, vocabulary: int, seed: int):
 @pytest.mark.parametrize("dtype", cpu_rows.DTYPES)
 def test_one_call_and_two_agree(name: str, dtype: torch.dtype):
     student, teacher, target = logits(64, 1001, dtype)
-    teachers = [teacher] if name == "token" else []
-    fused, dz = step(cpu_rows.row_step, student, teachers, target, Options(GATES[name], label_smoothing=0.1))
+    teachers = [teacher] if ONE[name].needs_teacher else []
+    fused, dz = step(cpu_rows.row_step, student, teachers, target, Options(ONE[name], label_smoothing=0.1))
     split, dz_split = step(cpu_rows.row_step, student, teachers, target, Options(SPLIT[name], label_smoothing=0.1))
     torch.testing.assert_close(dz, dz_split, atol=1e-9, rtol=2 * torch.finfo(dtype).eps)
     assert torch.equal(fused.loss, split.loss)
-    assert 0 < fused.teacher_mask.sum() < 64 or name == "none"
+    assert 0 < fused.teacher_mask.sum() < 64 or name != "token"
 
 
 def test_student_and_teacher_of_different_dtypes():
