@@ -99,6 +99,16 @@ def test_hard_gates_are_exactly_0_or_1():
         assert {value for row in rows(get_gate(name).weights(statistics(torch.float32))) for value in row} <= {0.0, 1.0}
 
 
+@pytest.mark.parametrize("name", sorted(set(gates.GATES) - set(RANDOM)))
+def test_constant_gates_are_those_that_read_no_probability(name: str):
+    gate, seen = get_gate(name), statistics(torch.float32, progress=0.4)
+    if name == "selective-global":
+        gate.weights.state["threshold"] = torch.tensor(1.0)
+    unread = torch.zeros_like(seen.student_logprob)
+    blind = gate.weights(seen._replace(student_logprob=unread, teacher_logprob=unread))
+    assert gate.constant == (rows(blind) == rows(gate.weights(seen)))
+
+
 def test_random_shuffles_the_decisions_of_the_token_gate():
     torch.manual_seed(0)
     gate, seen = get_gate("random"), torch.zeros(len(TABLE))

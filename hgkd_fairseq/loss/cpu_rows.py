@@ -110,7 +110,7 @@ def usable(device: torch.device | str) -> str | None:
 def _usable() -> str | None:
     try:
         kernel()
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:  # RuntimeError: there is no home folder
         return f"the row kernel cannot be compiled or loaded: {error}"
     difference = rows.difference_of(row_step, torch.device("cpu"))
     if not difference < rows.LARGEST_DIFFERENCE:
