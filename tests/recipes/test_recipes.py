@@ -154,11 +154,15 @@ def test_trains_and_scores(name: str, trials: dict[str, Trial]):
     # Calibration as it is, and at the temperature that the validation set gives.
     assert len(re.findall(r"^ECE\|bins:20\|mode:forced\|eos:yes\|tok:bpe\|version", printed, re.MULTILINE)) == 1
     assert len(re.findall(r"^ECE\|bins:20\|mode:forced\|eos:yes\|tok:bpe\|temp:", printed, re.MULTILINE)) == 1
-    # One hypothesis for each reference, in the corpus' order.
+    # One hypothesis for each reference, in the corpus' order; fairseq cannot print a piece that training did not hold.
     folder = run.folder / student / "best"
     written = (folder / "generate-test.txt").read_text(encoding="utf-8")
     by_number = {int(number): text for number, text in re.findall(r"^T-(\d+)\t(.*)$", written, re.MULTILINE)}
-    assert [by_number[i] for i in range(expected.pairs[2])] == run.lines(f"text/test.{LANGUAGES[name][1]}")
+    told = [by_number[i] for i in range(expected.pairs[2])]
+    known = [(text, line) for text, line in zip(told, run.lines(f"text/test.{LANGUAGES[name][1]}"), strict=True)
+             if "<<unk>>" not in text]  # fmt: skip
+    assert len(known) >= len(told) - 1
+    assert all(text == line for text, line in known)
     by_number = {int(number): text for number, text in re.findall(r"^H-(\d+)\t\S+\t(.*)$", written, re.MULTILINE)}
     assert [by_number[i] for i in range(expected.pairs[2])] == [
         text.replace(" ##AT##-##AT## ", "-") for text in run.lines(f"{student}/best/test.hypothesis")
@@ -297,7 +301,7 @@ def test_every_method_of_the_table_is_one_that_fairseq_knows():
 
     table = subprocess.run(["bash", str(RECIPES / "methods.sh")], capture_output=True, text=True, check=True).stdout
     rows = [line.split("\t") for line in table.splitlines()]
-    assert len({name for name, _, _ in rows}) == len(rows) == 21
+    assert len({name for name, _, _ in rows}) == len(rows) == 23
     ours = ("--user-dir", str(cl.ROOT / "hgkd_fairseq"), "--task", "translation_with_teacher")
     for name, _, given in rows:
         one = ["bash", str(RECIPES / "methods.sh"), name, "/some/where & else.pt"]
