@@ -51,10 +51,10 @@ def row_statistics(
     student_logits: Tensor,  # (C, V)
     teacher_logits: list[Tensor],  # (C, V) each, not tempered
     target: Tensor,  # (C,) int64
-    inverse_temperature: Tensor | float,
+    inverse_temperature: float,
     options: Options,
 ) -> tuple[RowStatistics, Tensor, Tensor | None]:
-    """The statistics, p (C, V) and q (C, V) or None. Of `options` nothing that may change from step to step is read."""
+    """The statistics, p (C, V) and q (C, V) or None."""
     z = widen(student_logits)
     student_max = z.amax(1)
     shifted = z - student_max[:, None]
@@ -184,7 +184,7 @@ def row_step(
     return results, gradient.scatter_add_(1, target[:, None], gold[:, None]).to(student_logits.dtype)
 
 
-def mean_probability(logits: list[Tensor], inverse_temperature: Tensor | float, dtype: torch.dtype) -> Tensor:
+def mean_probability(logits: list[Tensor], inverse_temperature: float, dtype: torch.dtype) -> Tensor:
     """(C, V) mean over an ensemble of the tempered probabilities."""
     total = torch.softmax(widen(logits[0]).to(dtype) * inverse_temperature, dim=1)
     for z in logits[1:]:
