@@ -141,7 +141,7 @@ assert torch.allclose(a.loss, b.loss, rtol=1e-5), (a.loss, b.loss)
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
     return subprocess.run(
-        [sys.executable, "-c", start + code], env=environment, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", start + code], env=environment, capture_output=True, text=True, timeout=240, check=False
     )
 
 
