@@ -78,13 +78,39 @@ def test_one_call_and_two_agree(name: str, dtype: torch.dtype):
     assert 0 < fused.teacher_mask.sum() < 64 or name != "token"
 
 
-def test_student_and_teacher_of_different_dtypes():
+@pytest.mark.parametrize("gate", [GATES["token"], SPLIT["token"]], ids=["one call", "two"])
+def test_student_and_teacher_of_different_dtypes(gate: Gate):
     student, teacher, target = logits(8, 300)
-    expected, _ = step(rows.row_step, student.bfloat16(), [teacher], target, Options(GATES["token"]))
+    expected, dz_plain = step(rows.row_step, student.bfloat16(), [teacher], target, Options(gate))
     for wide in (teacher, teacher.double()):
-        ours, dz = step(cpu_rows.row_step, student.bfloat16(), [wide], target, Options(GATES["token"]))
+        ours, dz = step(cpu_rows.row_step, student.bfloat16(), [wide], target, Options(gate))
         torch.testing.assert_close(ours.kl, expected.kl, atol=1e-5, rtol=1e-5)
-        assert dz.dtype == torch.bfloat16
+        torch.testing.assert_close(dz, dz_plain, atol=1e-6, rtol=2**-7)
+
+
+def test_gradient_is_rounded_once_and_to_the_nearest():
+    student, teacher, target = logits(16, 300, torch.bfloat16)
+    for options in (Options(GATES["token"]), Options(SPLIT["token"])):
+        _, half = step(cpu_rows.row_step, student, [teacher], target, options)
+        _, full = step(cpu_rows.row_step, student.float(), [teacher.float()], target, options)
+        assert torch.equal(half, full.bfloat16())
+
+
+def test_a_tie_leaves_the_token_to_the_data():
+    student, _, target = logits(8, 300)
+    ours, dz = step(cpu_rows.row_step, student, [student], target, Options(GATES["token"], teacher_temperature=1.0))
+    _, of_data = step(cpu_rows.row_step, student, [], target, Options(GATES["none"]))
+    assert not ours.teacher_mask.any()
+    torch.testing.assert_close(dz, of_data, atol=1e-7, rtol=1e-6)
+
+
+def test_gate_that_reads_the_teacher_at_temperature_1():
+    student, teacher, target = logits(64, 300)
+    options = Options(GATES["token"], gate_on="argmax", teacher_temperature=2.0, gate_temperature=False)
+    ours, dz = step(cpu_rows.row_step, student, [teacher], target, options)
+    plain, dz_plain = step(rows.row_step, student, [teacher], target, options)
+    torch.testing.assert_close(ours.gap, plain.gap, atol=3e-6, rtol=1e-5)
+    torch.testing.assert_close(dz, dz_plain, atol=1e-6, rtol=1e-5)
 
 
 def test_equal_rows_have_no_divergence_and_no_gradient():
