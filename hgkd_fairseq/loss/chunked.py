@@ -24,7 +24,8 @@ from hgkd_fairseq.loss.options import Decide, Head, Options, TokenResults
 
 RowStep = Callable[..., tuple[TokenResults, Tensor | None]]  # with the signature of rows.row_step
 
-# Tokens a chunk, by device type.
+# Tokens a chunk, by device type. CPU: measured on 2 cores at hidden 512, vocabulary 10k and 32k; smaller ones make the
+# products slower, larger ones only take more memory.
 CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
 
 # Rows of a gradient that are added or converted at a time, where that needs a copy of them.
@@ -238,9 +239,8 @@ def token_results(
     def weights(start: int, end: int, student_read: Tensor, teacher_read: Tensor) -> GateWeights:
         some = sentence[start:end]
         # There are at most as many sentences as tokens.
-        view = (some - some[:1], end - start, vocabulary, options.progress)
-        if instance is not None:
-            view = (*view, instance[start:end])
+        numbers = None if instance is None else instance[start:end]
+        view = (some - some[:1], end - start, vocabulary, options.progress, numbers)
         return options.gate.weights(TokenStatistics(student_read, teacher_read, *view))
 
     def decide(start: int, end: int) -> Decide:

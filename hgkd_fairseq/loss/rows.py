@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hgkd_fairseq import gates
-from hgkd_fairseq.gates import Gate, GateWeights, TokenStatistics
+from hgkd_fairseq.gates import GateWeights, TokenStatistics
 from hgkd_fairseq.loss.options import Decide, Options, TokenResults, decided
 
 
@@ -192,13 +192,7 @@ def mean_probability(logits: list[Tensor], inverse_temperature: float, dtype: to
     return total / len(logits)
 
 
-# What a fused kernel needs to know, and how it is checked.
-
-
-def fused_gate(gate: Gate) -> bool:
-    """Whether the gate is one that the kernels know: by its function, for any gate may bear any name."""
-    return gate.weights in (gates.token, gates.none)
-
+# How a kernel that does the same is checked.
 
 LARGEST_DIFFERENCE = 1e-4  # of a kernel from plain torch, on logits of size 1
 

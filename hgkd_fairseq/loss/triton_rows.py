@@ -46,6 +46,11 @@ def launch_shape(vocabulary: int, itemsize: int) -> tuple[int, int, int]:
     return num_warps, vector, 2 if vector >= 4 else 4
 
 
+def fused(gate: Gate) -> bool:
+    """Whether the gate is one that the kernel knows: by its function, for any gate may bear any name."""
+    return gate.weights in (gates.token, gates.none)
+
+
 def variants(vocabulary: int, itemsize: int, options: Options, make_gradient: bool) -> list[Variant]:
     """The kernels that a step launches, in their order."""
     num_warps, vector, depth = launch_shape(vocabulary, itemsize)
@@ -60,7 +65,7 @@ def variants(vocabulary: int, itemsize: int, options: Options, make_gradient: bo
         "GATE_TEMPERATURE": not options.untempered_gate,
     }
     gradient = {"MAKE_GRADIENT": make_gradient}
-    if rows.fused_gate(options.gate):
+    if fused(options.gate):
         return [Variant("token_rows", shape | teacher | statistics | gradient, num_warps)]
     return [
         Variant("statistics_rows", shape | teacher | statistics, num_warps),
