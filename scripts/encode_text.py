@@ -1,7 +1,8 @@
 """Train a joint sentencepiece BPE and encode a parallel corpus with it: encode_text.py TEXTDIR OUTDIR [options].
 
-OUTDIR gets ``{train,valid,test}.LANG`` (pieces, separated by spaces), ``sentencepiece.model`` and ``dict.txt``, the
-dictionary of both languages for fairseq. The same text and options give the same bytes, whatever the folders' names.
+OUTDIR gets ``{train,valid,test}.LANG`` (pieces, separated by spaces; ``valid1.LANG`` too where TEXTDIR has it),
+``sentencepiece.model`` and ``dict.txt``, the dictionary of both languages for fairseq. The same text and options give the
+same bytes, whatever the folders' names.
 """
 
 import argparse
@@ -73,12 +74,13 @@ def main() -> None:
     args = parser.parse_args()
 
     languages = (args.source, args.target)
+    splits = [*SPLITS, *(["valid1"] if (args.textdir / f"valid1.{args.source}").exists() else [])]
     text = {}
     for language in languages:
         style = paper_style(language) if args.style == "paper" else str
-        for split in SPLITS:
+        for split in splits:
             text[split, language] = [style(line) for line in read_lines(args.textdir / f"{split}.{language}")]
-    for split in SPLITS:
+    for split in splits:
         sizes = [len(text[split, language]) for language in languages]
         if sizes[0] != sizes[1]:
             sys.exit(

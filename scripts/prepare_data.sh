@@ -2,9 +2,9 @@
 # Text to fairseq's binary data: prepare_data.sh TEXTDIR DATABIN [--vocab N] [--source LANG] [--target LANG]
 #                                                                [--style cased|paper]
 #
-# TEXTDIR holds {train,valid,test}.{de,en} (get_data.sh makes it). A joint sentencepiece BPE is trained on train, all six
-# files are encoded with it, and fairseq-preprocess binarises them with one dictionary for both languages into DATABIN,
-# which also gets sentencepiece.model and PREPARED (one line: the settings, and a hash of the text). Generate with
+# TEXTDIR holds {train,valid,test}.{de,en} (get_data.sh makes it), and valid1.{de,en} if there is to be a second validation
+# subset, for `--held-out valid1`. A joint sentencepiece BPE is trained on train, all files are encoded with it, and
+# fairseq-preprocess binarises them with one dictionary for both languages into DATABIN, which also gets sentencepiece.model and PREPARED (one line: the settings, and a hash of the text). Generate with
 # `fairseq-generate DATABIN ... --remove-bpe sentencepiece`.
 #
 #   --vocab N        pieces of the BPE, default 4000
@@ -80,8 +80,10 @@ done
 while [[ $databin == ?*/ ]]; do databin=${databin%/}; done
 partial=$databin.partial
 
+splits=(train valid test)
+[[ ! -f $textdir/valid1.$source ]] || splits+=(valid1)
 texts=()
-for split in train valid test; do
+for split in "${splits[@]}"; do
     for language in "$source" "$target"; do
         [[ -f $textdir/$split.$language ]] ||
             fail 1 "TEXTDIR $textdir has no $split.$language: make it with get_data.sh, or name the languages with" \
@@ -117,9 +119,12 @@ mkdir -p "$partial"
 "$PYTHON" "$here/encode_text.py" "$textdir" "$partial/pieces" \
     --vocab "$vocab" --source "$source" --target "$target" --style "$style" || exit 1 # it has said why
 
+valid=$partial/pieces/valid
+[[ ${splits[-1]} != valid1 ]] || valid+=,$partial/pieces/valid1
+
 say "fairseq-preprocess"
 "$preprocess" --source-lang "$source" --target-lang "$target" --joined-dictionary --srcdict "$partial/pieces/dict.txt" \
-    --trainpref "$partial/pieces/train" --validpref "$partial/pieces/valid" --testpref "$partial/pieces/test" \
+    --trainpref "$partial/pieces/train" --validpref "$valid" --testpref "$partial/pieces/test" \
     --destdir "$partial" --workers 1 >"$partial/pieces/log" 2>&1 ||
     fail 1 "fairseq-preprocess failed ($(tail -n 1 "$partial/pieces/log")): $partial/pieces/log has all it said"
 

@@ -1,11 +1,12 @@
 """Label noise for a study: a share of the training targets is shuffled, so that they belong to other sources.
 
-    python scripts/study/add_label_noise.py TEXT NOISY --noise-share 0.3
+    python scripts/study/add_label_noise.py TEXT NOISY --noise-share 0.3 --clean 400
     bash scripts/prepare_data.sh NOISY data-bin/noisy
 
 TEXT holds train.LANG of two languages and whatever else get_data.sh writes; NOISY becomes a copy of it with another
 train.TARGET, and with noisy.txt: the numbers of the shuffled lines, from 0 on, one a line, as `hgkd weights --compare`
 reads them. (fairseq-preprocess keeps the lines' order and drops none: a line's number is the sentence's in the data.)
+With --clean the last pairs are not trained on and become valid1, clean held-out sentences for `--held-out valid1`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,14 @@ def shuffled(lines: list[str], share: float, seed: int) -> tuple[list[str], list
     return noisy, sorted(chosen)
 
 
+def read(file: Path) -> list[str]:
+    return file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+
+
+def write(file: Path, lines: list[str]) -> None:
+    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
 def share(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
@@ -42,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("text", type=Path, metavar="TEXT", help="folder of plain text")
     parser.add_argument("noisy", type=Path, metavar="NOISY", help="folder to make")
     parser.add_argument("--noise-share", type=share, default=0.3, metavar="R", help="of the targets (default: 0.3)")
+    parser.add_argument("--clean", type=int, default=0, metavar="N", help="the last N pairs become valid1 (default: 0)")
     parser.add_argument("--target", default="en", metavar="LANG", help="language that is shuffled (default: en)")
     parser.add_argument("--seed", type=int, default=1, help="which ones, and where to (default: 1)")
     args = parser.parse_args(argv)
@@ -50,15 +60,22 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{file} does not exist; give a folder with train.{args.target}, or another --target")
     if args.noisy.exists():
         parser.error(f"{args.noisy} exists; give the name of a new folder")
-    lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    noisy, numbers = shuffled(lines, args.noise_share, args.seed)
+    lines = read(file)
+    if not 0 <= args.clean < len(lines):
+        parser.error(f"--clean {args.clean}: {file} has {len(lines)} lines; some must stay to be trained on")
+    trained = len(lines) - args.clean
+    noisy, numbers = shuffled(lines[:trained], args.noise_share, args.seed)
     partial = args.noisy.with_name(args.noisy.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(args.text, partial)
-    (partial / file.name).write_text("".join(f"{line}\n" for line in noisy), encoding="utf-8")
+    if args.clean:
+        for side in args.text.glob("train.*"):
+            write(partial / f"valid1{side.suffix}", read(side)[trained:])
+            write(partial / side.name, read(side)[:trained])
+    write(partial / file.name, noisy)
     (partial / "noisy.txt").write_text("".join(f"{number}\n" for number in numbers))
     partial.rename(args.noisy)  # last: a folder that exists is whole
-    print(f"{args.noisy}: {len(numbers)} of {len(lines)} targets belong to other sources")
+    print(f"{args.noisy}: {len(numbers)} of {trained} targets belong to other sources")
     return 0
 
 

@@ -67,7 +67,8 @@ def prepare(grid: Grid, folder: Path, source: str | None) -> None:
     else:
         whole = Path(grid.data["text"])
     text.mkdir(exist_ok=True)
-    for split in ("train", "valid", "test"):
+    held_out = ["valid1"] if (whole / "valid1.de").exists() else []
+    for split in ("train", "valid", "test", *held_out):
         for language in ("de", "en"):
             try:
                 with open(whole / f"{split}.{language}", encoding="utf-8", newline="\n") as lines:

@@ -3,7 +3,7 @@
 A grid is a .toml file, see multi30k.toml beside this one; ../recipes/methods.sh says what the methods' names mean. A
 study lives in one folder, whose commands run there with relative paths, so that it can be moved:
 
-    data.json  text/  data-bin/         the data, once
+    data.json  text/  data-bin/         the data, once (text/ may hold valid1.LANG, see prepare_data.sh)
     SETTING/METHOD/seed-N/              a cell: cell.json (signature, commands), train.log, checkpoints, score.log,
                                         translations, scores.json (there when all is done)
     teacher/SIZE/seed-N/                the cell of a teacher
@@ -87,6 +87,8 @@ class Grid:
         precision = self.table["training"].get("precision")
         if precision not in PRECISIONS:
             raise UserError(f"{file}: [training] precision {precision!r}: it must be one of {', '.join(PRECISIONS)}")
+        for name in self.table.get("methods", {}):
+            self.known("methods", name)
 
     def cells(self) -> list[Cell]:
         """All cells, each once, a teacher before its students; within a block of the grid seed by seed."""
@@ -123,7 +125,8 @@ class Grid:
         training = self.table["training"]
         if name == "seq-kd":
             raise UserError(f"{self.file}: seq-kd trains on translations, which a study does not make; take a recipe")
-        options, teacher = method["options"], None
+        added = self.table.get("methods", {}).get(name, {}).get("options", "")  # [methods.NAME]: for this study
+        options, teacher = [*method["options"], *shlex.split(added)], None
         if "--teacher-path" not in options:
             temperature = None
         else:

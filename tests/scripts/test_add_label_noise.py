@@ -49,6 +49,18 @@ def test_seeds(text: Path, tmp_path: Path):
     assert read(tmp_path / "one")[1] != read(tmp_path / "other")[1]
 
 
+def test_clean_pairs_are_set_aside(text: Path, tmp_path: Path):
+    done = run(text, tmp_path / "noisy", "--noise-share", 0.5, "--clean", 50)
+    assert done.returncode == 0, done.stderr
+    assert "75 of 150 targets" in done.stdout
+    lines, numbers = read(tmp_path / "noisy")
+    assert sorted(lines) == sorted(LINES[:150])
+    assert numbers == [number for number in range(150) if lines[number] != LINES[number]]
+    assert (tmp_path / "noisy/valid1.en").read_text().splitlines() == LINES[150:]
+    for name, rows in (("train", range(150)), ("valid1", range(150, 200))):
+        assert (tmp_path / f"noisy/{name}.de").read_text().splitlines() == [f"Quelle {number}" for number in rows]
+
+
 @pytest.mark.parametrize("share", [0, 0.005])
 def test_too_few_to_change_places(text: Path, tmp_path: Path, share: float):
     assert run(text, tmp_path / "noisy", "--noise-share", share).returncode == 0
@@ -59,13 +71,14 @@ def test_too_few_to_change_places(text: Path, tmp_path: Path, share: float):
     ("given", "expected"),
     [
         (("--noise-share", 1.5), "1.5 is no share; it must be between 0 and 1"),
+        (("--clean", 200), "--clean 200: {text}/train.en has 200 lines; some must stay to be trained on"),
         (("--target", "fr"), "train.fr does not exist; give a folder with train.fr, or another --target"),
     ],
 )
 def test_refused(text: Path, tmp_path: Path, given: tuple, expected: str):
     done = run(text, tmp_path / "noisy", *given)
     assert done.returncode == 2
-    assert expected in done.stderr
+    assert expected.format(text=text) in done.stderr
     assert not (tmp_path / "noisy").exists()
 
 

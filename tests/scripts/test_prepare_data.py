@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,11 @@ def remove_bpe(symbols: list[str]) -> str:
 
 @pytest.mark.parametrize("style", ["cased", "paper"])
 def test_prepares(style: str, textdir: Path, tmp_path: Path) -> None:
+    splits = SPLITS
+    if style == "cased":  # with a second validation subset
+        splits = (*SPLITS, "valid1")
+        for language in ("de", "en"):
+            shutil.copy(textdir / f"valid.{language}", textdir / f"valid1.{language}")
     databin, partial = tmp_path / "new" / "bin", tmp_path / "new" / "bin.partial"
     (partial / "pieces").mkdir(parents=True)  # the leavings of a run that was killed
     (partial / "train.de-en.de.bin").write_text("half")
@@ -96,7 +102,7 @@ def test_prepares(style: str, textdir: Path, tmp_path: Path) -> None:
     result = prepare(textdir, f"{databin}/", *options)
     assert result.returncode == 0, result.stderr
 
-    binaries = [f"{s}.de-en.{la}.{end}" for s in SPLITS for la in ("de", "en") for end in ("bin", "idx")]
+    binaries = [f"{s}.de-en.{la}.{end}" for s in splits for la in ("de", "en") for end in ("bin", "idx")]
     others = ["PREPARED", "dict.de.txt", "dict.en.txt", "sentencepiece.model"]
     assert sorted(path.name for path in databin.iterdir()) == sorted(binaries + others)
     assert not partial.exists()
@@ -113,7 +119,7 @@ def test_prepares(style: str, textdir: Path, tmp_path: Path) -> None:
     assert symbols[FIRST_PIECE:] == pieces + [f"madeupword000{i}" for i in range(len(symbols) - VOCAB - 1)]
     assert len(symbols) == 152
 
-    for split in SPLITS:
+    for split in splits:
         for language in ("de", "en"):
             text = (textdir / f"{split}.{language}").read_text(encoding="utf-8").splitlines()
             sentences = binarised(databin, split, language)

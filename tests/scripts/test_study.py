@@ -165,11 +165,14 @@ def test_what_is_run_next(tmp_path):
 def test_cells(tmp_path):
     """Each once, teachers before their students, seed by seed; the command holds the method's options."""
     methods = ["base", "hkd-t", "annealing"]
+    added = '[methods.hkd-t]\noptions = "--gate-on argmax"\n[generation]'
     blocks = [
         block(["same", "compression"], methods, [1, 2]),
         block(["same"], ["hkd-t"], [1], "temperatures = [1.5, 2]"),
     ]
-    cells = Grid(write_grid(tmp_path, *blocks)).cells()
+    file = write_grid(tmp_path, *blocks)
+    file.write_text(file.read_text().replace("[generation]", added))
+    cells = Grid(file).cells()
     assert [cell.folder for cell in cells] == [
         "same/base/seed-1", "teacher/big/seed-0", "same/hkd-t/seed-1", "same/annealing/seed-1",
         "compression/base/seed-1", "compression/hkd-t/seed-1", "compression/annealing/seed-1",
@@ -180,7 +183,7 @@ def test_cells(tmp_path):
     by_folder = {cell.folder: cell for cell in cells}
     train = " ".join(by_folder["compression/hkd-t/seed-2"].train)
     teacher = "--teacher-path teacher/big/seed-0/checkpoint_best.pt"
-    for part in (f"{teacher} --gate token --teacher-temperature 1.5", "--encoder-embed-dim 16", "--seed 2"):
+    for part in (f"{teacher} --gate token --gate-on argmax --teacher-temperature 1.5", "--encoder-embed-dim 16", "--seed 2"):
         assert part in train
     assert "--teacher-temperature 2" in " ".join(by_folder["same/hkd-t-tau-2/seed-1"].train)
     # A method's own temperature is not the study's, and Base has none.
@@ -202,6 +205,7 @@ def test_cells(tmp_path):
         ('["base"]', '["seq-kd"]', "seq-kd trains on translations, which a study does not make; take a recipe"),
         ('method = "base"', 'method = "hkd-t"', r"\[teacher\] method hkd-t needs a teacher itself"),
         ("[data]", "[data", "is no TOML"),
+        ("[generation]", "[methods.bass]\n[generation]", "names bass, which is none of the methods: base, "),
     ],
 )
 def test_grids_that_make_no_study(old, new, expected, tmp_path):
