@@ -1,8 +1,8 @@
 """Train a joint sentencepiece BPE and encode a parallel corpus with it: encode_text.py TEXTDIR OUTDIR [options].
 
 OUTDIR gets ``{train,valid,test}.LANG`` (pieces, separated by spaces; ``valid1.LANG`` too where TEXTDIR has it),
-``sentencepiece.model`` and ``dict.txt``, the dictionary of both languages for fairseq. The same text and options give the
-same bytes, whatever the folders' names.
+``sentencepiece.model`` and ``dict.txt``, the dictionary of both languages for fairseq. The same text and options give
+the same bytes, whatever the folders' names.
 """
 
 import argparse

@@ -182,8 +182,8 @@ def test_cells(tmp_path):
     ]  # fmt: skip
     by_folder = {cell.folder: cell for cell in cells}
     train = " ".join(by_folder["compression/hkd-t/seed-2"].train)
-    teacher = "--teacher-path teacher/big/seed-0/checkpoint_best.pt"
-    for part in (f"{teacher} --gate token --gate-on argmax --teacher-temperature 1.5", "--encoder-embed-dim 16", "--seed 2"):
+    teacher = "--teacher-path teacher/big/seed-0/checkpoint_best.pt --gate token --gate-on argmax"
+    for part in (f"{teacher} --teacher-temperature 1.5", "--encoder-embed-dim 16", "--seed 2"):
         assert part in train
     assert "--teacher-temperature 2" in " ".join(by_folder["same/hkd-t-tau-2/seed-1"].train)
     # A method's own temperature is not the study's, and Base has none.
