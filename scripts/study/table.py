@@ -25,6 +25,8 @@ from hgkd_fairseq.errors import UserError
 
 TEACHER = "teacher"  # the setting of the teachers' cells
 ABSENT = ""
+GATED = ("hkd-t", "hkd-s")
+CONTROLS = ("ls-uniform", "word-kd", "always", "hkd-t-reversed", "hkd-s-reversed", "random", "selective-batch")
 
 
 class Cell:
@@ -125,8 +127,12 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], "|---" * len(header) + "|", *lines[1:], ""]
 
 
-def over_base(study: Study, cells: Sequence[Cell], bases: dict[int, Cell]) -> list[str]:
-    """Mean difference in BLEU from Base of the same seeds, and p of each of these seeds."""
+def by_seed(cells: Sequence[Cell]) -> dict[int, Cell]:
+    return {cell.about["seed"]: cell for cell in cells}
+
+
+def over(study: Study, cells: Sequence[Cell], bases: dict[int, Cell]) -> list[str]:
+    """Mean difference in BLEU from `bases` of the same seeds, and p of each of these seeds."""
     pairs = [(cell, bases[cell.about["seed"]]) for cell in cells if cell.about["seed"] in bases]
     if not pairs:
         return [ABSENT, ABSENT]
@@ -152,7 +158,7 @@ def main_rows(study: Study, setting: str) -> list[list[Cell]]:
 def setting_tables(study: Study, setting: str) -> list[str]:
     """Scores, training, and where there are several the teacher's temperatures."""
     rows = main_rows(study, setting)
-    bases = {cell.about["seed"]: cell for cells in rows for cell in cells if cell.about["method"] == "base"}
+    bases = by_seed([cell for cells in rows for cell in cells if cell.about["method"] == "base"])
     teacher = study.teacher([cell for cells in rows for cell in cells])
     above = [("teacher", [teacher])] if teacher else []
     named = [(cells[0].about["title"], cells) for cells in rows]
@@ -161,7 +167,7 @@ def setting_tables(study: Study, setting: str) -> list[str]:
     for title, cells in above + named:
         compared = [ABSENT, ABSENT]
         if title != "teacher" and cells[0].about["method"] != "base":
-            compared = over_base(study, cells, bases)
+            compared = over(study, cells, bases)
         scores.append([title, *[show(cells) for show in SCORES.values()], *compared])
         if cells[0].about["method"] == "base" and title != "teacher":
             # The control of METHOD's claims of calibration, as a row of its own.
@@ -175,7 +181,21 @@ def setting_tables(study: Study, setting: str) -> list[str]:
     training = [[title, *[show(cells) for show in TRAINING.values()]] for title, cells in above + named]
     lines = [f"### {setting}", "", *markdown(["method", *SCORES, "BLEU over Base", "p, each seed"], scores)]
     lines += markdown(["method", *TRAINING], training)
-    return lines + temperatures(study, setting)
+    return lines + against_controls(study, rows) + temperatures(study, setting)
+
+
+def against_controls(study: Study, rows: Sequence[Sequence[Cell]]) -> list[str]:
+    """What the hard gates have over their controls, in BLEU, on the seeds that both have."""
+    by_method = {cells[0].about["method"]: cells for cells in rows}
+    gated = [method for method in GATED if method in by_method]
+    controls = [method for method in CONTROLS if method in by_method]
+    header, lines = ["BLEU over"], []
+    for method in gated:
+        header += [by_method[method][0].about["title"], "p, each seed"]
+    for control in controls:
+        compared = [over(study, by_method[method], by_seed(by_method[control])) for method in gated]
+        lines.append([by_method[control][0].about["title"], *[text for pair in compared for text in pair]])
+    return markdown(header, lines) if gated and controls else []
 
 
 def temperatures(study: Study, setting: str) -> list[str]:
@@ -206,7 +226,7 @@ def how(study: Study) -> list[str]:
     text = []
     for key, name in names.items():
         text += [f"{name} `{one}`" for one in sorted({cell.scores["signatures"][key] for cell in cells})]
-    text.append(f"p: paired bootstrap against Base of the same seed, `{study.bootstrap_signature(cells[0])}`")
+    text.append(f"p: paired bootstrap between cells of one seed, `{study.bootstrap_signature(cells[0])}`")
     parts = [cell.about["signature"].split("|") for cell in cells]
     common = [part for part in parts[0] if all(part in other for other in parts)]
     lines = [

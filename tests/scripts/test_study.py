@@ -284,6 +284,7 @@ def test_tables_by_hand(tmp_path, monkeypatch, capsys):
     write_cell(study, "same/base/seed-2", 22, 0.12)
     write_cell(study, "same/hkd-t/seed-1", 23, 0.06, translations=REFERENCES, temperature=1.5)
     write_cell(study, "same/hkd-t/seed-2", 23, 0.06, temperature=1.5)  # the translations of Base
+    write_cell(study, "same/random/seed-2", 22.5, 0.09, temperature=1.5)
     write_cell(study, "same/hkd-t-tau-2/seed-1", 25, 0.03, temperature=2.0)
     write_cell(study, "same/hkd-s/seed-1", 0, 0, temperature=1.5, done=False)
 
@@ -303,6 +304,9 @@ def test_tables_by_hand(tmp_path, monkeypatch, capsys):
     assert f"{hkd} | +2.0 | 0.001, 1.000 |" in lines
     training = "| HKD-T | 3.500 ± 0.000 | 20 ± 0 | 4.000 ± 0.000 | 10.00 ± 0.00 | 0.50 ± 0.00 | 1.25 ± 0.00"
     assert f"{training} | 1,234 | 2.0 ± 0.0 |" in lines
+    # HKD-T against its control, on the seed that both have; of HKD-S no cell is finished.
+    assert "| BLEU over | HKD-T | p, each seed |" in lines
+    assert "| random gate | +0.5 | 1.000 |" in lines
     assert [line for line in lines if line.startswith(("| HKD-T | 1.5", "| HKD-T | 2 | 1"))] == [
         "| HKD-T | 1.5 | 1 | 23.0 | 46.0 | 6.00 | 3.000 | 0.50 |",
         "| HKD-T | 2 | 1 | 25.0 | 50.0 | 3.00 | 3.000 | 0.50 |",
