@@ -67,7 +67,9 @@ make_pieces() {
     fi
 }
 
-# Wu et al. 2021: on 29,000 short sentences a tiny model beats the usual sizes. 4 + 4 layers of 128.
+# Wu et al. 2021: on 29,000 short sentences a tiny model beats the usual sizes. 4 + 4 layers of 128. This and the rates,
+# sizes and averaging below are those of the authors' repository (LividWo/Revisit-MMT, transformer_tiny), whose text-only
+# model has 41.0 BLEU in the other direction, En-De.
 model=(--arch transformer_iwslt_de_en --share-all-embeddings
     --encoder-layers 4 --encoder-embed-dim 128 --encoder-ffn-embed-dim 256 --encoder-attention-heads 4
     --decoder-layers 4 --decoder-embed-dim 128 --decoder-ffn-embed-dim 256 --decoder-attention-heads 4)
@@ -77,9 +79,9 @@ training=(
     --lr 5e-3 --lr-scheduler inverse_sqrt --warmup-updates 2000 --warmup-init-lr 1e-7 # a tiny model stands a high rate
     --dropout 0.3
 )
-batch_tokens=4096 gpu_tokens=4096
-updates=8000 # about 80 epochs
-average=10   # as Wu et al.
+batch_tokens=8192 gpu_tokens=4096 # they train on two GPUs
+updates=8000                      # about 150 epochs; they stop where 10 epochs bring nothing
+average=10
 generation=(--batch-size 128 --beam 5)
 
 recipe "$@"
