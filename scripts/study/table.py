@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -251,22 +252,27 @@ def draw(study: Study, key: str, label: str, file: Path) -> None:
     figure = Figure(figsize=(5.2 * len(settings) + 1.8, 4.2), layout="constrained")
     panels = figure.subplots(1, len(settings), sharey=True, squeeze=False)[0]
     lines: dict[str, Any] = {}
+    lowest = math.inf
     for panel, setting in zip(panels, settings, strict=True):
         for cells in main_rows(study, setting):
             curves = [{point["updates"]: point.get(key) for point in cell.scores["curve"]} for cell in cells]
             updates = sorted(set.intersection(*[{at for at, y in curve.items() if y is not None} for curve in curves]))
             values = [[curve[at] for curve in curves] for at in updates]
-            if key == "teacher_share" and not any(map(any, values)):
-                continue  # a method that never asks the teacher
+            seen = {round(value, 2) for point in values[1:] for value in point}
+            if key == "teacher_share" and seen in ({0.0}, {1.0}):
+                continue  # a method that asks the teacher about no token, or about every one
+            lowest = min(lowest, *seen)
             title = cells[0].about["title"]
             place = study.order.get(cells[0].about["method"], len(study.order))
-            style = {"color": f"C{place % 10}", "linestyle": ("-", "--", "-.", ":")[place % 4]}
+            style = {"color": f"C{place % 10}", "linestyle": ("-", "--", ":")[place // 10 % 3]}
             (lines[title],) = panel.plot(updates, [statistics.fmean(point) for point in values], linewidth=1.5, **style)
             if len(cells) > 1:
                 low, high = ([end(point) for point in values] for end in (min, max))
                 panel.fill_between(updates, low, high, color=style["color"], alpha=0.15, linewidth=0)
         panel.set(title=setting, xlabel="updates")
         panel.grid(color="0.9", linewidth=0.6)
+    if key == "valid_nll":
+        panels[0].set_ylim(top=1.4 * lowest)  # the fall in the first epochs would hide all else
     panels[0].set_ylabel(label)
     figure.legend(list(lines.values()), list(lines), loc="outside right center", fontsize=9, frameon=False)
     with matplotlib.rc_context({"svg.hashsalt": "study"}):
