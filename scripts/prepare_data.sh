@@ -4,7 +4,8 @@
 #
 # TEXTDIR holds {train,valid,test}.{de,en} (get_data.sh makes it), and valid1.{de,en} if there is to be a second validation
 # subset, for `--held-out valid1`. A joint sentencepiece BPE is trained on train, all files are encoded with it, and
-# fairseq-preprocess binarises them with one dictionary for both languages into DATABIN, which also gets sentencepiece.model and PREPARED (one line: the settings, and a hash of the text). Generate with
+# fairseq-preprocess binarises them with one dictionary for both languages into DATABIN, which also gets
+# sentencepiece.model and PREPARED (one line: the settings, and a hash of the text). Generate with
 # `fairseq-generate DATABIN ... --remove-bpe sentencepiece`.
 #
 #   --vocab N        pieces of the BPE, default 4000
@@ -80,8 +81,10 @@ done
 while [[ $databin == ?*/ ]]; do databin=${databin%/}; done
 partial=$databin.partial
 
-splits=(train valid test)
-[[ ! -f $textdir/valid1.$source ]] || splits+=(valid1)
+splits=(train valid test) valid=$partial/pieces/valid
+if [[ -f $textdir/valid1.$source ]]; then
+    splits+=(valid1) valid+=,$partial/pieces/valid1
+fi
 texts=()
 for split in "${splits[@]}"; do
     for language in "$source" "$target"; do
@@ -118,9 +121,6 @@ rm -rf "$partial" # quick to make again: nothing of a run that was killed is use
 mkdir -p "$partial"
 "$PYTHON" "$here/encode_text.py" "$textdir" "$partial/pieces" \
     --vocab "$vocab" --source "$source" --target "$target" --style "$style" || exit 1 # it has said why
-
-valid=$partial/pieces/valid
-[[ ${splits[-1]} != valid1 ]] || valid+=,$partial/pieces/valid1
 
 say "fairseq-preprocess"
 "$preprocess" --source-lang "$source" --target-lang "$target" --joined-dictionary --srcdict "$partial/pieces/dict.txt" \

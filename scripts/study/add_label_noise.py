@@ -70,8 +70,9 @@ def main(argv: list[str] | None = None) -> int:
     shutil.copytree(args.text, partial)
     if args.clean:
         for side in args.text.glob("train.*"):
-            write(partial / f"valid1{side.suffix}", read(side)[trained:])
-            write(partial / side.name, read(side)[:trained])
+            pairs = read(side)
+            write(partial / f"valid1{side.suffix}", pairs[trained:])
+            write(partial / side.name, pairs[:trained])
     write(partial / file.name, noisy)
     (partial / "noisy.txt").write_text("".join(f"{number}\n" for number in numbers))
     partial.rename(args.noisy)  # last: a folder that exists is whole
