@@ -258,10 +258,10 @@ def draw(study: Study, key: str, label: str, file: Path) -> None:
             curves = [{point["updates"]: point.get(key) for point in cell.scores["curve"]} for cell in cells]
             updates = sorted(set.intersection(*[{at for at, y in curve.items() if y is not None} for curve in curves]))
             values = [[curve[at] for curve in curves] for at in updates]
-            seen = {round(value, 2) for point in values[1:] for value in point}
-            if key == "teacher_share" and seen in ({0.0}, {1.0}):
+            later = {round(value, 2) for point in values[1:] or values for value in point}  # PS-KD begins without one
+            if key == "teacher_share" and later in ({0.0}, {1.0}):
                 continue  # a method that asks the teacher about no token, or about every one
-            lowest = min(lowest, *seen)
+            lowest = min([lowest, *map(min, values)])
             title = cells[0].about["title"]
             place = study.order.get(cells[0].about["method"], len(study.order))
             style = {"color": f"C{place % 10}", "linestyle": ("-", "--", ":")[place // 10 % 3]}

@@ -218,6 +218,21 @@ def test_grids_that_make_no_study(old, new, expected, tmp_path):
             Grid(file).cells()
 
 
+def test_data(tmp_path, monkeypatch):
+    """The first pairs of the training part alone; a held-out subset valid1 where the text has one."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    sizes = {"train": 400, "valid": 32, "test": 24, "valid1": 16}
+    cl.write_corpus(tmp_path, sizes)
+    study = tmp_path / "study"
+    study.mkdir()
+    runner.prepare(Grid(write_grid(tmp_path, block(["same"], ["base"], [1]), pairs=300)), study, None)
+    for split, size in {**sizes, "train": 300}.items():
+        for language in ("de", "en"):
+            given = (tmp_path / f"{split}.{language}").read_text().splitlines()
+            assert (study / f"text/{split}.{language}").read_text().splitlines() == given[:size]
+            assert (study / f"data-bin/{split}.de-en.{language}.bin").exists()
+
+
 def test_a_cell_is_worked_on_once(tmp_path):
     """The lock outlives the runner with the training that it started."""
     lock = runner.claim(tmp_path)
@@ -275,10 +290,17 @@ def write_cell(study: Path, folder: str, bleu: float, ece: float, translations=N
     (path / "translations.txt").write_text("".join(f"{line}\n" for line in translations))
 
 
+def make_tables(folder: Path, study: Path, monkeypatch) -> Path:
+    """Run table.py; the folder of what it wrote."""
+    (study / "text").mkdir(parents=True, exist_ok=True)
+    (study / "text/test.en").write_text("".join(f"{line}\n" for line in REFERENCES))
+    monkeypatch.setattr(sys, "argv", ["table.py", str(study), "--output", str(folder / "out")])
+    assert table.main() == 0
+    return folder / "out"
+
+
 def test_tables_by_hand(tmp_path, monkeypatch, capsys):
     study = tmp_path / "study"
-    (study / "text").mkdir(parents=True)
-    (study / "text/test.en").write_text("".join(f"{line}\n" for line in REFERENCES))
     write_cell(study, "teacher/big/seed-0", 26, 0.08)
     write_cell(study, "same/base/seed-1", 20, 0.10)
     write_cell(study, "same/base/seed-2", 22, 0.12)
@@ -288,9 +310,8 @@ def test_tables_by_hand(tmp_path, monkeypatch, capsys):
     write_cell(study, "same/hkd-t-tau-2/seed-1", 25, 0.03, temperature=2.0)
     write_cell(study, "same/hkd-s/seed-1", 0, 0, temperature=1.5, done=False)
 
-    monkeypatch.setattr(sys, "argv", ["table.py", str(study), "--output", str(tmp_path / "out")])
-    assert table.main() == 0
-    lines = (tmp_path / "out/tables.md").read_text().splitlines()
+    out = make_tables(tmp_path, study, monkeypatch)
+    lines = (out / "tables.md").read_text().splitlines()
     assert capsys.readouterr().out.splitlines() == lines
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in reversed(lines) if line.startswith("| ")}
     assert rows["teacher"] == "| teacher | 1 | 26.0 | 52.0 | 8.00 | 2.00 | 20.00 | 3.000 |  |  |"
@@ -316,8 +337,19 @@ def test_tables_by_hand(tmp_path, monkeypatch, capsys):
     assert "bs:1000" in lines[-3]
     assert lines[-3].endswith("All cells: `updates:40`.")
     assert lines[-1] == "Not finished, and not in the tables: same/hkd-s/seed-1."
-    for name in ("teacher_share.svg", "validation_nll.svg"):
-        assert "<svg" in (tmp_path / "out" / name).read_text()
+    # matplotlib writes a text of its figures as a comment too. Base never asks the teacher.
+    share, nll = ((out / name).read_text() for name in ("teacher_share.svg", "validation_nll.svg"))
+    assert ("<!-- HKD-T -->" in share, "<!-- Base -->" in share) == (True, False)
+    assert ("<!-- HKD-T -->" in nll, "<!-- Base -->" in nll) == (True, True)
+
+
+def test_figures_of_a_single_epoch(tmp_path, monkeypatch):
+    study = tmp_path / "study"
+    write_cell(study, "same/base/seed-1", 20, 0.10)
+    file = study / "same/base/seed-1/scores.json"
+    scores = json.loads(file.read_text())
+    file.write_text(json.dumps({**scores, "curve": scores["curve"][:1]}))
+    assert "<!-- Base -->" in (make_tables(tmp_path, study, monkeypatch) / "validation_nll.svg").read_text()
 
 
 def test_no_study(tmp_path):
