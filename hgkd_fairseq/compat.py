@@ -45,6 +45,7 @@ def apply() -> None:
     broadcast_checkpoints_to_workers()
     copy_checkpoints_in_one_step()
     same_batches_after_resume()
+    same_patience_after_resume()
     native_bf16()
 
 
@@ -198,6 +199,38 @@ def same_batches_after_resume() -> None:
         return iterator
 
     FairseqTask.get_batch_iterator = get_batch_iterator
+
+
+def same_patience_after_resume() -> None:
+    """fairseq-train counts the validations that bring nothing, for --patience, in attributes of a function, and saves
+    them nowhere: a resumed run would wait as long again. Kept beside its best score, and restored where that is."""
+    from fairseq import checkpoint_utils
+    from fairseq.trainer import Trainer
+
+    save, load = Trainer.save_checkpoint, checkpoint_utils.load_checkpoint
+    consequence = "a resumed run counts --patience anew"
+    known = written_for(save, 'state_dict["extra_state"].update(extra_state)', consequence)
+    if not (written_for(load, 'save_checkpoint.best = extra_state["best"]', consequence) and known):
+        return
+
+    def count() -> dict[str, Any]:
+        names = ("fairseq_cli.train", "__main__")
+        functions = [getattr(sys.modules.get(name), "should_stop_early", None) for name in names]
+        return next((vars(function) for function in functions if function), {})
+
+    @functools.wraps(save)
+    def save_checkpoint(self, filename, extra_state):
+        return save(self, filename, {**extra_state, "patience": dict(count())})
+
+    @functools.wraps(load)
+    def load_checkpoint(*args, **kwargs):
+        extra_state, iterator = load(*args, **kwargs)
+        if extra_state is not None and hasattr(checkpoint_utils.save_checkpoint, "best"):
+            count().update(extra_state.get("patience", {}))
+        return extra_state, iterator
+
+    Trainer.save_checkpoint = save_checkpoint
+    checkpoint_utils.load_checkpoint = load_checkpoint
 
 
 def native_bf16() -> None:

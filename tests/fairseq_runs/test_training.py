@@ -177,6 +177,17 @@ def test_killed_and_resumed(data: Path, teacher: cl.Run, tmp_path: Path):
     assert len(one["last_optimizer_state"]["state"]) > 0
 
 
+def test_patience_is_counted_over_a_resume(data: Path, tmp_path: Path):
+    """A learning rate that changes nothing: the first epoch is the best one and the third after it ends the run, also
+    where it is resumed after the first of them."""
+    options = (*cl.USER_DIR, "--criterion", "hard_gate_kd", "--gate", "none", "--lr", 1e-30, "--patience", 3)
+    first = cl.train(data, tmp_path, *options, "--max-epoch", 2)
+    assert [row["epoch"] for row in first.result.logs("valid")] == [1, 2]
+    resumed = cl.train(data, tmp_path, *options, "--max-epoch", 9)
+    assert [row["epoch"] for row in resumed.result.logs("valid")] == [3, 4]
+    assert "early stop since valid performance hasn't improved for last 3 runs" in resumed.result.output
+
+
 @pytest.fixture(scope="module")
 def workers(data: Path, plain: cl.Run, tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[cl.Run, tuple]]:
     """By the number of workers, a run of 5 updates and its options; one worker takes two batches an update."""
