@@ -49,7 +49,7 @@ interruption: it goes on where it was.
   --gpus N        of this machine (default: all that are visible; 0: the CPU)
   --nodes N       machines of a Slurm job, each with --gpus N (default 1); see slurm.sh
   --torchrun      start several GPUs with torchrun instead of fairseq's own launcher
-  --precision P   fp16 (default on a GPU), bf16, fp32
+  --precision P   fp16 (default on a GPU), bf16, fp32 (default on the CPU)
   --average N     score the average of the last N epochs (default $average; 0: the best checkpoint; at most $keep)
   --max-update N  cut training short, for a trial (default $updates)
   --until STEP    stop after the step data or training (default: scores)
@@ -162,11 +162,12 @@ place() {
     launch=() device=() placement=(--max-tokens "$tokens" --update-freq "$turns")
     if ((gpus == 0)); then
         device=(--cpu)
+        precision=${precision:-fp32}
     else
         placement+=(--distributed-world-size "$workers")
-        device=("--${precision:-fp16}")
-        [[ $precision != fp32 ]] || device=()
+        precision=${precision:-fp16}
     fi
+    [[ $precision == fp32 ]] || device+=("--$precision")
     if ((torchrun && workers > 1)); then
         # --distributed-world-size above must be given: by default it is the number of visible GPUs, and where that is 1
         # fairseq never looks at what torchrun tells its workers.
@@ -385,9 +386,12 @@ train() {
     ((dry_run)) || touch "$run/trained"
 }
 
-# Plain cross-entropy WITHOUT label smoothing: a smoothed teacher distils much worse (Mueller et al. 2019).
+# Plain cross-entropy WITHOUT label smoothing: a smoothed teacher distils much worse (Mueller et al. 2019). Ours, which
+# is fairseq's to the rounding and takes less time and memory; fairseq's own task, so that any fairseq loads the teacher.
+teacher_settings() { set_settings 1 --criterion hard_gate_kd --gate none; }
+
 train_teacher() {
-    set_settings 1 --criterion label_smoothed_cross_entropy --label-smoothing 0
+    teacher_settings
     train teacher
 }
 
@@ -397,7 +401,7 @@ need_teacher() {
     [[ -z $teacher ]] || return 0
     teacher=$dir/teacher/checkpoint_best.pt
     if [[ -f $dir/teacher/trained ]]; then
-        set_settings 1 --criterion label_smoothed_cross_entropy --label-smoothing 0
+        teacher_settings
         wanted=$(printf '%s\n' "${settings[@]}")
         [[ $(<"$dir/teacher/settings")$'\n' == "$wanted"$'\n'* ]] ||
             fail 1 "$dir/teacher was trained with other settings: remove it, or choose another --dir"

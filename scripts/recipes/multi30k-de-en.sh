@@ -78,9 +78,10 @@ training=(
     --clip-norm 0.0
     --lr 5e-3 --lr-scheduler inverse_sqrt --warmup-updates 2000 --warmup-init-lr 1e-7 # a tiny model stands a high rate
     --dropout 0.3
+    --patience 10 # epochs that bring nothing end the training; their averages are of those 10
 )
 batch_tokens=8192 gpu_tokens=4096 # they train on two GPUs
-updates=8000                      # 129 epochs; they stop where 10 epochs bring nothing
+updates=8000                      # at most: 129 epochs
 average=10
 generation=(--batch-size 128 --beam 5)
 

@@ -180,8 +180,11 @@ def test_dry_run_says_what_runs(name: str, trials: dict[str, Trial]):
 
 def test_a_teacher_is_plain_cross_entropy_and_taught_the_student(trials: dict[str, Trial]):
     run = trials["multi30k-de-en"]
-    teacher = run.lines("teacher/settings")
-    assert teacher[teacher.index("--label-smoothing") + 1] == "0"
+    settings = run.lines("teacher/settings")
+    assert settings[settings.index("--gate") + 1] == "none"
+    teacher = cl.load(run.folder / "teacher" / "checkpoint_best.pt")["cfg"]
+    assert (teacher["criterion"]["label_smoothing"], teacher["criterion"]["confidence_penalty"]) == (0, 0)
+    assert teacher["task"]["_name"] == "translation"  # any fairseq loads it
     student = run.lines("hkd-t-1/settings")
     assert student[student.index("--teacher-path") + 1] == str(run.folder / "teacher" / "checkpoint_best.pt")
     assert "teacher_share" in (run.folder / "hkd-t-1" / "train.log").read_text()
@@ -291,6 +294,8 @@ def test_launchers():
     assert " --max-tokens 2048 --update-freq 1 --distributed-world-size 16 --distributed-port 29500 --fp16 " in nodes
     assert " --bf16 " in started("--gpus", 1, "--precision", "bf16")
     assert not re.search("--(fp16|bf16)", started("--gpus", 1, "--precision", "fp32"))
+    assert " --cpu --bf16 " in started("--gpus", 0, "--precision", "bf16")
+    assert not re.search("--(fp16|bf16)", started("--gpus", 0))
 
 
 def test_every_method_of_the_table_is_one_that_fairseq_knows():
