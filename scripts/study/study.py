@@ -123,6 +123,7 @@ class Grid:
     def cell(self, setting, name, seed, temperature, size, teacher_size) -> Cell:
         method = self.known("methods", name)
         training = self.table["training"]
+        updates = self.table["settings"].get(setting, {}).get("updates", training["updates"])
         if name == "seq-kd":
             raise UserError(f"{self.file}: seq-kd trains on translations, which a study does not make; take a recipe")
         added = self.table.get("methods", {}).get(name, {}).get("options", "")  # [methods.NAME]: for this study
@@ -146,7 +147,7 @@ class Grid:
             *shlex.split(self.known("sizes", size)["options"]),
             *shlex.split(training["options"]),
             *PRECISIONS[training["precision"]],
-            *("--max-update", str(training["updates"]), "--seed", str(seed)),
+            *("--max-update", str(updates), "--seed", str(seed)),
             # Every sentence counts; batches are made in this process, which leaves a core to another cell.
             *("--required-batch-size-multiple", "1", "--num-workers", "0"),
             # Chosen by plain cross-entropy, which means the same for every method.
@@ -162,13 +163,12 @@ class Grid:
             "teacher": teacher_size if teacher else None,
             "temp": temperature,
             "seed": seed,
-            "updates": training["updates"],
+            "updates": updates,
             "precision": training["precision"],
             "pairs": self.data.get("pairs", "all"),
             "vocabulary": self.data["vocabulary"],
         }
         signature = "|".join(f"{key}:{value}" for key, value in parts.items() if value is not None)
-        updates = training["updates"]
         return Cell(
             folder, setting, name, method["title"], seed, temperature, updates, signature, train, score, teacher
         )

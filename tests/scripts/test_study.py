@@ -171,7 +171,8 @@ def test_cells(tmp_path):
         block(["same"], ["hkd-t"], [1], "temperatures = [1.5, 2]"),
     ]
     file = write_grid(tmp_path, *blocks)
-    file.write_text(file.read_text().replace("[generation]", added))
+    longer = "[settings.compression]\nupdates = 320"
+    file.write_text(file.read_text().replace("[generation]", added).replace("[settings.compression]", longer))
     cells = Grid(file).cells()
     assert [cell.folder for cell in cells] == [
         "same/base/seed-1", "teacher/big/seed-0", "same/hkd-t/seed-1", "same/annealing/seed-1",
@@ -183,8 +184,11 @@ def test_cells(tmp_path):
     by_folder = {cell.folder: cell for cell in cells}
     train = " ".join(by_folder["compression/hkd-t/seed-2"].train)
     teacher = "--teacher-path teacher/big/seed-0/checkpoint_best.pt --gate token --gate-on argmax"
-    for part in (f"{teacher} --teacher-temperature 1.5", "--encoder-embed-dim 16", "--seed 2"):
+    for part in (f"{teacher} --teacher-temperature 1.5", "--encoder-embed-dim 16", "--seed 2", "--max-update 320"):
         assert part in train
+    # A setting's own updates, or the study's.
+    assert {cell.updates for cell in cells if cell.setting == "compression"} == {320}
+    assert {cell.updates for cell in cells if cell.setting != "compression"} == {UPDATES}
     assert "--teacher-temperature 2" in " ".join(by_folder["same/hkd-t-tau-2/seed-1"].train)
     # A method's own temperature is not the study's, and Base has none.
     assert " ".join(by_folder["same/annealing/seed-1"].train).count("--teacher-temperature ") == 1
