@@ -22,6 +22,7 @@ from hgkd_fairseq.calibration.inference import Translation
 from hgkd_fairseq.calibration.pieces import join, mark
 from hgkd_fairseq.calibration.scores import Score, Settings
 from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.generated import read_references
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,10 @@ class CTranslate2Model:
         self.search = search
         self.megabytes = sum(file.stat().st_size for file in Path(path).iterdir()) / 1e6
         device = "cuda" if torch.cuda.is_available() and not cpu else "cpu"
-        self.translator = ctranslate2.Translator(path, device=device, intra_threads=torch.get_num_threads())
+        try:
+            self.translator = ctranslate2.Translator(path, device=device, intra_threads=torch.get_num_threads())
+        except RuntimeError as error:
+            raise UserError(f"{path} is no model of CTranslate2 ({error}); name a folder that it wrote") from error
 
     def translate(self, batch: Batch) -> list[Hypothesis]:
         found = self.translator.translate_batch(
@@ -178,30 +182,32 @@ def compare(
 
     Raises:
         UserError: a model that cannot be loaded, no checkpoint of fairseq among them, a subset that is missing,
-            references that do not fit.
+            references that do not fit; all before anything is translated.
     """
     search = search or Search()
+    if all(os.path.isdir(path) for path in paths):
+        raise UserError(
+            "name at least one fairseq checkpoint beside the CTranslate2 folders: it knows the dictionaries"
+        )
+    references = read_references(reference_file) if reference_file else None
     models: list[Model] = [
         CTranslate2Model(path, search, cpu) if os.path.isdir(path) else FairseqModel(path, data, search, cpu)
         for path in paths
     ]
-    ours = next((model for model in models if isinstance(model, FairseqModel)), None)
-    if ours is None:
-        raise UserError(
-            "name at least one fairseq checkpoint beside the CTranslate2 folders: it knows the dictionaries"
-        )
+    ours = next(model for model in models if isinstance(model, FairseqModel))
     samples = [
         make_batch(ours, sample, search) for sample in forced.batches(ours.task, ours.models, subset, max_tokens)
     ]
+    sentences = sum(len(batch.sources) for batch in samples)
+    if references is not None and len(references) != sentences:
+        raise UserError(
+            f"{reference_file} has {len(references)} lines and subset {subset} {sentences} sentences; name the "
+            "references of this subset"
+        )
     found, seconds = translate_all(models, samples, repeats)
 
-    references = [" ".join(join(row.reference, mark([row.reference]))) for row in found[0]]
-    if reference_file:
-        references = Path(reference_file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        if len(references) != len(found[0]):
-            raise UserError(
-                f"{reference_file} has {len(references)} lines for {len(found[0])} translations of {subset}"
-            )
+    if references is None:
+        references = [" ".join(join(row.reference, mark([row.reference]))) for row in found[0]]
     bleu = BLEU()
     rows = []
     for path, model, translations, times in zip(paths, models, found, seconds, strict=True):
@@ -213,16 +219,16 @@ def compare(
                 bleu=bleu.corpus_score(texts, [references]).score,
                 ece=inference.score(translations, path, settings=Settings())["ece"],
                 megabytes=model.megabytes,
-                speed=len(translations) / statistics.median(times),
+                speed=sentences / statistics.median(times),
                 same=sum(one.tokens == other.tokens for one, other in zip(translations, found[0], strict=True)),
             )
         )
     about = (
         f"BLEU `{bleu.get_signature()}`; ECE `{rows[0].ece.signature}`; speed: median of {repeats} passes over "
-        f"{len(found[0]):,} sentences in batches of up to {max_tokens:,} pieces, beam {search.beam}, "
+        f"{sentences:,} sentences in batches of up to {max_tokens:,} pieces, beam {search.beam}, "
         f"threads: {torch.get_num_threads()}, {ours.device.type}."
     )
-    return Comparison(rows, len(found[0]), about)
+    return Comparison(rows, sentences, about)
 
 
 def make_batch(model: FairseqModel, sample: dict, search: Search) -> Batch:

@@ -145,7 +145,7 @@ def load(data: str, path: str, cpu: bool = False):
         raise UserError(f"{data} is no folder; name the one that fairseq-preprocess wrote")
     for file in utils.split_paths(path):
         if not os.path.exists(file):
-            raise UserError(f"--path names {file}, which does not exist; name a fairseq checkpoint")
+            raise UserError(f"{file} does not exist; name a fairseq checkpoint")
     files = utils.split_paths(path)
     first = checkpoint_utils.load_checkpoint_to_cpu(files[0])
     cfg = first.get("cfg")
