@@ -112,7 +112,7 @@ def test_forced_calibration_refuses(data, plain, tmp_path):
     checkpoint = plain.path("checkpoint_best.pt")
     torch.save({"model": {}}, tmp_path / "no_model.pt")
     cases = [
-        ((data, "--path", tmp_path / "gone.pt"), "gone.pt, which does not exist"),
+        ((data, "--path", tmp_path / "gone.pt"), "gone.pt does not exist; name a fairseq checkpoint"),
         ((data, "--path", tmp_path / "no_model.pt"), "no fairseq checkpoint"),
         ((tmp_path / "no_data", "--path", checkpoint), "is no folder"),
         ((data, "--path", checkpoint, "--gen-subset", "dev"), "no subset dev"),
