@@ -209,8 +209,11 @@ def same_patience_after_resume() -> None:
 
     save, load = Trainer.save_checkpoint, checkpoint_utils.load_checkpoint
     consequence = "a resumed run counts --patience anew"
-    known = written_for(save, 'state_dict["extra_state"].update(extra_state)', consequence)
-    if not (written_for(load, 'save_checkpoint.best = extra_state["best"]', consequence) and known):
+    known = [
+        written_for(save, 'state_dict["extra_state"].update(extra_state)', consequence),
+        written_for(load, 'save_checkpoint.best = extra_state["best"]', consequence),
+    ]
+    if not all(known):
         return
 
     def count() -> dict[str, Any]:

@@ -4,8 +4,9 @@
 #   --style paper   tokenised and lowercased, BPE of 10,000 merges: as the text-only results of multimodal translation
 #   --style cased   the text as it is, sentencepiece of 8,000 pieces: what a user wants, scored by sacreBLEU alone
 #
-# Time: on 2 cores of a CPU, --precision bf16, the teacher took 61 minutes (63 epochs), HKD-T 76 (75 epochs). Not measured on
-# a GPU; the model is tiny (2.6M parameters): an estimate is minutes on any, below 4 GB.
+# Time: on 2 cores of a CPU, with --precision bf16 and the three MALLOC_ settings at the head of quickstart.sh, the
+# teacher took 61 minutes (63 epochs; other work ran beside its first ones), HKD-T 76 (75 epochs). Not measured on a
+# GPU; the model is tiny (2.6M parameters): an estimate is minutes on any, below 4 GB.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 title="Multi30K German-English" terms="for research and education, non-commercial"

@@ -28,6 +28,7 @@ import hgkd_fairseq
 from hgkd_fairseq.calibration import forced, inference, temperature
 from hgkd_fairseq.calibration.pieces import join, mark
 from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.generated import read_references
 
 PACKAGES = ("torch", "ve-fairseq", "sacrebleu")
 
@@ -127,8 +128,8 @@ def main() -> int:
     parser.add_argument("--generate", default="--beam 5", metavar="OPTIONS", help="search options (default: --beam 5)")
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
     args = parser.parse_args()
-    references = args.reference.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     try:
+        references = read_references(args.reference)
         write_json(args.run / "scores.json", score(args.run, args.data, references, args.generate, args.cpu))
     except UserError as error:
         print(f"score.py: error: {error}", file=sys.stderr)

@@ -23,6 +23,7 @@ from sacrebleu.significance import PairedTest
 from study import methods
 
 from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.generated import read_references
 
 TEACHER = "teacher"  # the setting of the teachers' cells
 ABSENT = ""
@@ -53,7 +54,7 @@ class Study:
             raise UserError(f"{folder} holds no finished cell of a study; run.py makes them")
         self.unfinished = [str(path.relative_to(folder)) for path in found if path not in finished]
         self.cells = {str(path.relative_to(folder)): Cell(path) for path in finished}
-        self.references = (folder / "text/test.en").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        self.references = read_references(folder / "text/test.en")
         order = list(methods())
         self.order = {name: place for place, name in enumerate(order)}
 
