@@ -163,6 +163,8 @@ place() {
     if ((gpus == 0)); then
         device=(--cpu)
         precision=${precision:-fp32}
+        # fairseq looks for a GPU where an update overflows, and the first ones do.
+        [[ $precision != fp16 ]] || fail 2 "--precision fp16: needs a GPU; give bf16 or fp32"
     else
         placement+=(--distributed-world-size "$workers")
         precision=${precision:-fp16}
