@@ -109,9 +109,12 @@ def search_of(args):
 
 def export(args) -> int:
     from hgkd_fairseq import export as exporting
+    from hgkd_fairseq.generated import read_references
 
     if args.ctranslate2:
         exporting.check_conversion(args.path, args.ctranslate2, args.data)
+        if args.reference:
+            read_references(args.reference)  # for what it refuses: before the work, not after it
     elif args.quantization:
         raise UserError("--quantization is of the CTranslate2 model: add --ctranslate2 DIR")
     exporting.export(args.path, args.output, args.ema)

@@ -161,6 +161,7 @@ def test_refusals(data, student, teacher, tmp_path, capsys, monkeypatch):
         ((checkpoint, out, "--ctranslate2", tmp_path / "empty"), "empty exists; name another"),
         ((tmp_path / "lstm.pt", tmp_path / "l.pt", "--ctranslate2", folder), "does not convert this model: "),
         ((checkpoint, out, "--ctranslate2", folder, "--data", tmp_path / "empty"), "no dictionaries"),
+        ((checkpoint, out, "--ctranslate2", folder, "--reference", tmp_path / "none.en"), "none.en does not exist"),
     ]
     for arguments, expected in cases:
         capsys.readouterr()
