@@ -181,7 +181,8 @@ def setting_tables(study: Study, setting: str) -> list[str]:
             control = [only[name](cells) if name in only else ABSENT for name in SCORES]
             scores.append([f"{title} + temperature", *control, ABSENT, ABSENT])
     training = [[title, *[show(cells) for show in TRAINING.values()]] for title, cells in above + named]
-    lines = [f"### {setting}", "", *markdown(["method", *SCORES, "BLEU over Base", "p, each seed"], scores)]
+    lines = [f"### {setting}", "", f"All its cells: {signature([cell for cells in rows for cell in cells])}.", ""]
+    lines += markdown(["method", *SCORES, "BLEU over Base", "p, each seed"], scores)
     lines += markdown(["method", *TRAINING], training)
     return lines + against_controls(study, rows) + temperatures(study, setting)
 
@@ -221,6 +222,12 @@ def temperatures(study: Study, setting: str) -> list[str]:
     return markdown(header, rows) if rows else []
 
 
+def signature(cells: Sequence[Cell]) -> str:
+    """What the signatures of all these cells say."""
+    parts = [cell.about["signature"].split("|") for cell in cells]
+    return f"`{'|'.join(part for part in parts[0] if all(part in other for other in parts))}`"
+
+
 def how(study: Study) -> list[str]:
     """The signatures, and what all cells have in common."""
     cells = list(study.cells.values())
@@ -229,12 +236,10 @@ def how(study: Study) -> list[str]:
     for key, name in names.items():
         text += [f"{name} `{one}`" for one in sorted({cell.scores["signatures"][key] for cell in cells})]
     text.append(f"p: paired bootstrap between cells of one seed, `{study.bootstrap_signature(cells[0])}`")
-    parts = [cell.about["signature"].split("|") for cell in cells]
-    common = [part for part in parts[0] if all(part in other for other in parts)]
     lines = [
         "Mean ± standard deviation over seeds; checkpoints chosen by validation NLL; scores on the test set. "
         + "; ".join(text)
-        + f". All cells: `{'|'.join(common)}`.",
+        + f". All cells and their teachers: {signature(cells)}.",
     ]
     if study.unfinished:
         lines += ["", f"Not finished, and not in the tables: {', '.join(study.unfinished)}."]

@@ -281,7 +281,9 @@ def write_cell(study: Path, folder: str, bleu: float, ece: float, translations=N
     path.mkdir(parents=True)
     about = {"setting": setting, "method": method, "title": table.methods()[method]["title"]}
     about |= {"teacher": "teacher/big/seed-0" if temperature else None, "seed": seed, "temperature": temperature}
-    (path / "cell.json").write_text(json.dumps({**about, "signature": f"setting:{setting}|seed:{seed}|updates:40"}))
+    updates = 30 if setting == "teacher" else 40
+    signature = f"setting:{setting}|seed:{seed}|updates:{updates}|precision:fp32"
+    (path / "cell.json").write_text(json.dumps({**about, "signature": signature}))
     if not done:
         return
     share = 0.5 if temperature else 0.0
@@ -339,7 +341,8 @@ def test_tables_by_hand(tmp_path, monkeypatch, capsys):
     assert sum(line.startswith("| HKD-T | ") for line in lines) == 4  # one in each of the other tables
     assert "BLEU `bleu|by:hand`" in lines[-3]
     assert "bs:1000" in lines[-3]
-    assert lines[-3].endswith("All cells: `updates:40`.")
+    assert lines[2] == "All its cells: `setting:same|updates:40|precision:fp32`."
+    assert lines[-3].endswith("All cells and their teachers: `precision:fp32`.")
     assert lines[-1] == "Not finished, and not in the tables: same/hkd-s/seed-1."
     # matplotlib writes a text of its figures as a comment too. Base never asks the teacher.
     share, nll = ((out / name).read_text() for name in ("teacher_share.svg", "validation_nll.svg"))
