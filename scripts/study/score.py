@@ -3,7 +3,8 @@
 
 RUN is fairseq-train's --save-dir, with its output (--log-format json) in train.log. Its checkpoint_best.pt is scored on
 the test set. Written to RUN: generate-test.txt (fairseq-generate's), translations.txt (words, in the corpus' order),
-forced.json, inference.json, temperature.json and scaled.json (hgkd calibration's), and last scores.json.
+translations-lenpen.txt (the same at a length penalty chosen on the validation set), forced.json, inference.json,
+temperature.json and scaled.json (hgkd calibration's), and last scores.json.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import json
 import re
 import shlex
 import sys
+import tempfile
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -26,17 +29,19 @@ from study import write_json
 
 import hgkd_fairseq
 from hgkd_fairseq.calibration import forced, inference, temperature
+from hgkd_fairseq.calibration.inference import Translation
 from hgkd_fairseq.calibration.pieces import join, mark
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.generated import read_references
 
 PACKAGES = ("torch", "ve-fairseq", "sacrebleu")
+LENGTH_PENALTIES = (0.5, 1.0, 1.5, 2.0, 3.0)
 
 
-def translate(run: Path, data: str, how: str, cpu: bool) -> list[str]:
-    """The translations of the test set in words, in the corpus' order; with pieces and scores in generate-test.txt."""
+def translate(run: Path, data: str, how: str, cpu: bool, subset: str, results: Path) -> list[Translation]:
+    """The translations of a subset, in its order; fairseq-generate's own file stays in `results`."""
     arguments = [
-        *(data, "--path", str(run / "checkpoint_best.pt"), "--gen-subset", "test", "--results-path", str(run)),
+        *(data, "--path", str(run / "checkpoint_best.pt"), "--gen-subset", subset, "--results-path", str(results)),
         *("--required-batch-size-multiple", "1", "--max-tokens", "4000", "--no-progress-bar"),
         *(["--cpu"] if cpu else []),
         *shlex.split(how),
@@ -44,9 +49,41 @@ def translate(run: Path, data: str, how: str, cpu: bool) -> list[str]:
     parser = options.get_generation_parser()
     with contextlib.redirect_stdout(sys.stderr):
         generate.main(options.parse_args_and_arch(parser, input_args=arguments))
-    rows = inference.read(str(run / "generate-test.txt"))
-    marked = mark(row.tokens for row in rows)
-    return [" ".join(join(row.tokens, marked)) for row in rows]
+    return inference.read(str(results / f"generate-{subset}.txt"))
+
+
+def texts(sentences: Iterable[Sequence[str]]) -> list[str]:
+    """Pieces joined to words."""
+    sentences = list(sentences)
+    marked = mark(sentences)
+    return [" ".join(join(tokens, marked)) for tokens in sentences]
+
+
+def translate_test(run: Path, data: str, how: str, cpu: bool, results: Path, count: int, file: str) -> list[str]:
+    """The test set's translations in words, which are as many as references; kept in `file` of RUN."""
+    translations = texts(row.tokens for row in translate(run, data, how, cpu, "test", results))
+    if len(translations) != count:
+        counts = f"{len(translations)} translations for {count} references"
+        raise UserError(f"{run}: {counts}; name the text that the data was made from")
+    (run / file).write_text("".join(f"{line}\n" for line in translations), encoding="utf-8")
+    return translations
+
+
+def score_lengths(run: Path, data: str, references: list[str], how: str, cpu: bool) -> dict[str, float]:
+    """The control of BLEU, as a fitted temperature is that of ECE: the test set translated with the --lenpen of
+    LENGTH_PENALTIES that has the highest BLEU on the validation set (against the references in the data)."""
+    with tempfile.TemporaryDirectory() as folder:
+        valid = {}
+        for penalty in LENGTH_PENALTIES:
+            rows = translate(run, data, f"{how} --lenpen {penalty}", cpu, "valid", Path(folder))
+            gold = texts(row.reference for row in rows)
+            valid[penalty] = BLEU().corpus_score(texts(row.tokens for row in rows), [gold]).score
+        best = max(valid, key=lambda penalty: valid[penalty])
+        translations = translate_test(
+            run, data, f"{how} --lenpen {best}", cpu, Path(folder), len(references), "translations-lenpen.txt"
+        )
+    bleu = BLEU().corpus_score(translations, [references])
+    return {"lenpen": best, "lenpen_bleu": bleu.score, "lenpen_brevity_penalty": bleu.bp}
 
 
 def curve(log: str) -> list[dict[str, float]]:
@@ -68,15 +105,14 @@ def curve(log: str) -> list[dict[str, float]]:
 
 def score(run: Path, data: str, references: list[str], how: str, cpu: bool) -> dict:
     best = str(run / "checkpoint_best.pt")
-    translations = translate(run, data, how, cpu)
-    if len(translations) != len(references):
-        count = f"{len(translations)} translations for {len(references)} references"
-        raise UserError(f"{run}: {count}; name the text that the data was made from")
-    (run / "translations.txt").write_text("".join(f"{line}\n" for line in translations), encoding="utf-8")
+    translations = translate_test(run, data, how, cpu, run, len(references), "translations.txt")
     bleu, chrf = BLEU(), CHRF()
+    scored = bleu.corpus_score(translations, [references])
     found = {
-        "bleu": bleu.corpus_score(translations, [references]).score,
+        "bleu": scored.score,
+        "brevity_penalty": scored.bp,
         "chrf": chrf.corpus_score(translations, [references]).score,
+        **score_lengths(run, data, references, how, cpu),
     }
     own = inference.evaluate(str(run / "generate-test.txt"))
     own.write(str(run / "inference.json"))

@@ -31,13 +31,19 @@ GATED = ("hkd-t", "hkd-s")
 CONTROLS = ("ls-uniform", "word-kd", "always", "hkd-t-reversed", "hkd-s-reversed", "random", "selective-batch")
 
 
+# Which translations of a cell the score is of: those of the grid's search, or those at a length penalty of its own.
+TRANSLATIONS = {"bleu": "translations.txt", "lenpen_bleu": "translations-lenpen.txt"}
+
+
 class Cell:
     """A finished cell, as its folder holds it."""
 
     def __init__(self, folder: Path):
         self.about: dict[str, Any] = json.loads((folder / "cell.json").read_text())
         self.scores: dict[str, Any] = json.loads((folder / "scores.json").read_text())
-        self.translations = (folder / "translations.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        if "lenpen" not in self.scores:
+            raise UserError(f"{folder} was scored by an earlier score.py; remove its scores.json and run it again")
+        self.translations = {key: read_references(folder / file) for key, file in TRANSLATIONS.items()}
 
 
 class Study:
@@ -76,15 +82,15 @@ class Study:
         names = [cell.about["teacher"] for cell in cells if cell.about["teacher"]]
         return self.cells.get(names[0]) if names else None
 
-    def p_value(self, cell: Cell, base: Cell) -> float:
-        if cell.translations == base.translations:
+    def p_value(self, cell: Cell, base: Cell, key: str) -> float:
+        if cell.translations[key] == base.translations[key]:
             return 1.0  # sacreBLEU, which counts the resamples above the observed difference, has 0.001 here
-        systems = [("base", base.translations), ("other", cell.translations)]
+        systems = [("base", base.translations[key]), ("other", cell.translations[key])]
         _, found = PairedTest(systems, {"BLEU": BLEU()}, [self.references], test_type="bs")()
         return found["BLEU"][1].p_value
 
     def bootstrap_signature(self, cell: Cell) -> str:
-        systems = [("base", cell.translations), ("other", cell.translations)]
+        systems = [("base", cell.translations["bleu"]), ("other", cell.translations["bleu"])]
         return str(PairedTest(systems, {"BLEU": BLEU()}, [self.references], test_type="bs")()[0]["BLEU"])
 
 
@@ -124,6 +130,15 @@ TRAINING: dict[str, Callable[[Sequence[Cell]], str]] = {
 }
 
 
+LENGTHS: dict[str, Callable[[Sequence[Cell]], str]] = {
+    "seeds": seeds,
+    "brevity penalty": column("brevity_penalty", 3),
+    "length penalties chosen": lambda cells: ", ".join(f"{cell.scores['lenpen']:g}" for cell in cells),
+    "brevity penalty then": column("lenpen_brevity_penalty", 3),
+    "BLEU then": column("lenpen_bleu", 1),
+}
+
+
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
     return [lines[0], "|---" * len(header) + "|", *lines[1:], ""]
@@ -133,13 +148,13 @@ def by_seed(cells: Sequence[Cell]) -> dict[int, Cell]:
     return {cell.about["seed"]: cell for cell in cells}
 
 
-def over(study: Study, cells: Sequence[Cell], bases: dict[int, Cell]) -> list[str]:
-    """Mean difference in BLEU from `bases` of the same seeds, and p of each of these seeds."""
+def over(study: Study, cells: Sequence[Cell], bases: dict[int, Cell], key: str = "bleu") -> list[str]:
+    """Mean difference in BLEU (`key` of TRANSLATIONS) from `bases` of the same seeds, and p of each of these seeds."""
     pairs = [(cell, bases[cell.about["seed"]]) for cell in cells if cell.about["seed"] in bases]
     if not pairs:
         return [ABSENT, ABSENT]
-    difference = statistics.fmean(cell.scores["bleu"] - base.scores["bleu"] for cell, base in pairs)
-    return [f"{difference:+.1f}", ", ".join(f"{study.p_value(cell, base):.3f}" for cell, base in pairs)]
+    difference = statistics.fmean(cell.scores[key] - base.scores[key] for cell, base in pairs)
+    return [f"{difference:+.1f}", ", ".join(f"{study.p_value(cell, base, key):.3f}" for cell, base in pairs)]
 
 
 def default_temperatures(rows) -> dict[str, float | None]:
@@ -158,18 +173,21 @@ def main_rows(study: Study, setting: str) -> list[list[Cell]]:
 
 
 def setting_tables(study: Study, setting: str) -> list[str]:
-    """Scores, training, and where there are several the teacher's temperatures."""
+    """Scores, training, BLEU at a length penalty of each cell's own, and where there are several the teacher's
+    temperatures."""
     rows = main_rows(study, setting)
     bases = by_seed([cell for cells in rows for cell in cells if cell.about["method"] == "base"])
     teacher = study.teacher([cell for cells in rows for cell in cells])
     above = [("teacher", [teacher])] if teacher else []
     named = [(cells[0].about["title"], cells) for cells in rows]
 
+    def over_base(title: str, cells: Sequence[Cell], key: str) -> list[str]:
+        compared = title != "teacher" and cells[0].about["method"] != "base"
+        return over(study, cells, bases, key) if compared else [ABSENT, ABSENT]
+
     scores = []
     for title, cells in above + named:
-        compared = [ABSENT, ABSENT]
-        if title != "teacher" and cells[0].about["method"] != "base":
-            compared = over(study, cells, bases)
+        compared = over_base(title, cells, "bleu")
         scores.append([title, *[show(cells) for show in SCORES.values()], *compared])
         if cells[0].about["method"] == "base" and title != "teacher":
             # The control of METHOD's claims of calibration, as a row of its own.
@@ -184,19 +202,26 @@ def setting_tables(study: Study, setting: str) -> list[str]:
     lines = [f"### {setting}", "", f"All its cells: {signature([cell for cells in rows for cell in cells])}.", ""]
     lines += markdown(["method", *SCORES, "BLEU over Base", "p, each seed"], scores)
     lines += markdown(["method", *TRAINING], training)
-    return lines + against_controls(study, rows) + temperatures(study, setting)
+    lengths = [
+        [title, *[show(cells) for show in LENGTHS.values()], *over_base(title, cells, "lenpen_bleu")]
+        for title, cells in above + named
+    ]
+    lines += against_controls(study, rows, "BLEU over", "bleu")
+    lines += markdown(["method", *LENGTHS, "BLEU over Base then", "p, each seed"], lengths)
+    lines += against_controls(study, rows, "BLEU then, over", "lenpen_bleu")
+    return lines + temperatures(study, setting)
 
 
-def against_controls(study: Study, rows: Sequence[Sequence[Cell]]) -> list[str]:
-    """What the hard gates have over their controls, in BLEU, on the seeds that both have."""
+def against_controls(study: Study, rows: Sequence[Sequence[Cell]], corner: str, key: str) -> list[str]:
+    """What the hard gates have over their controls, in BLEU (`key` of TRANSLATIONS), on the seeds that both have."""
     by_method = {cells[0].about["method"]: cells for cells in rows}
     gated = [method for method in GATED if method in by_method]
     controls = [method for method in CONTROLS if method in by_method]
-    header, lines = ["BLEU over"], []
+    header, lines = [corner], []
     for method in gated:
         header += [by_method[method][0].about["title"], "p, each seed"]
     for control in controls:
-        compared = [over(study, by_method[method], by_seed(by_method[control])) for method in gated]
+        compared = [over(study, by_method[method], by_seed(by_method[control]), key) for method in gated]
         lines.append([by_method[control][0].about["title"], *[text for pair in compared for text in pair]])
     return markdown(header, lines) if gated and controls else []
 
@@ -238,6 +263,7 @@ def how(study: Study) -> list[str]:
     text.append(f"p: paired bootstrap between cells of one seed, `{study.bootstrap_signature(cells[0])}`")
     lines = [
         "Mean ± standard deviation over seeds; checkpoints chosen by validation NLL; scores on the test set. "
+        "Length penalties chosen: of each seed, fairseq's --lenpen that has the highest BLEU on the validation set. "
         + "; ".join(text)
         + f". All cells and their teachers: {signature(cells)}.",
     ]

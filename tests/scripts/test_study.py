@@ -13,6 +13,7 @@ from pathlib import Path
 
 import command_line as cl
 import pytest
+from sacrebleu.metrics import BLEU
 
 from hgkd_fairseq.errors import UserError
 
@@ -90,8 +91,21 @@ def stamps(folder: Path) -> dict[str, int]:
     return {str(file): file.stat().st_mtime_ns for file in sorted(folder.iterdir())}
 
 
+def translations(study: Path, cell: Path, subset: str, penalty: float) -> list[str]:
+    """fairseq-generate's, in words, with this --lenpen."""
+    result = cl.fairseq(
+        *("generate", study / "data-bin", "--path", cell / "checkpoint_best.pt", "--gen-subset", subset, "--cpu"),
+        *("--beam", "2", "--max-len-b", "20", "--lenpen", penalty, "--required-batch-size-multiple", "1"),
+        *("--max-tokens", "4000", "--post-process", "sentencepiece", "--user-dir", cl.ROOT / "hgkd_fairseq"),
+    )
+    assert result.code == 0, result.output
+    found = {int(number): text for number, text in re.findall(r"^D-(\d+)\t\S+\t(.*)$", result.output, re.MULTILINE)}
+    return [found[number] for number in range(len(found))]
+
+
 def test_killed_and_restarted(tmp_path):
-    """A run that is killed ends with the scores of one that was not, and trains no finished teacher again."""
+    """A run that is killed ends with the scores of one that was not, and trains no finished teacher again. Its length
+    penalty is the one with which fairseq-generate has the highest BLEU on the validation set."""
     cl.write_corpus(tmp_path, {"train": 400, "valid": 32, "test": 32})
     grid = write_grid(tmp_path, block(["same"], ["hkd-t"], [1]))
     study, moved = tmp_path / "study", tmp_path / "moved"
@@ -120,6 +134,16 @@ def test_killed_and_restarted(tmp_path):
     assert 0 < found["teacher_share"] < 1
     assert found["valid_nll_best"] == min(point["valid_nll"] for point in found["curve"])
     assert len((study / "text/train.de").read_text().splitlines()) == 300
+    gold = {name: (study / f"text/{name}.en").read_text().splitlines() for name in ("valid", "test")}
+    valid = {
+        penalty: BLEU().corpus_score(translations(moved, cell, "valid", penalty), [gold["valid"]]).score
+        for penalty in score.LENGTH_PENALTIES
+    }
+    assert valid[found["lenpen"]] == max(valid.values()) > min(valid.values())
+    own = translations(moved, cell, "test", found["lenpen"])
+    assert (cell / "translations-lenpen.txt").read_text().splitlines() == own
+    bleu = BLEU().corpus_score(own, [gold["test"]])
+    assert (found["lenpen_bleu"], found["lenpen_brevity_penalty"]) == (bleu.score, bleu.bp)
     assert json.loads((cell / "cell.json").read_text())["signature"] == (
         f"setting:same|method:hkd-t|size:big|teacher:big|temp:1.5|seed:1|updates:{UPDATES}|precision:fp32|pairs:300|"
         "vocabulary:36"
@@ -273,7 +297,10 @@ REFERENCES = [f"the cat number {i} sat on mat number {i + 1}" for i in range(12)
 NOISE = ["x"] * len(REFERENCES)
 
 
-def write_cell(study: Path, folder: str, bleu: float, ece: float, translations=NOISE, temperature=None, done=True):
+def write_cell(study: Path, folder: str, bleu: float, ece: float, **more) -> None:
+    """`more`: translations, those at the cell's own length penalty (lenpen), temperature, whether it is done."""
+    translations, lenpen = more.get("translations", NOISE), more.get("lenpen", NOISE)
+    temperature, done = more.get("temperature"), more.get("done", True)
     setting, method, _ = folder.split("/")
     seed = int(folder.rpartition("-")[2])
     method = method.partition("-tau-")[0] if setting != "teacher" else "base"
@@ -292,8 +319,10 @@ def write_cell(study: Path, folder: str, bleu: float, ece: float, translations=N
     numbers |= {"scaled_nll": 2.5, "valid_nll_best": 3.5, "valid_nll_last": 4.0, "best_updates": 20, "last_updates": 40}
     numbers |= {"teacher_share": share, "parameters": 1234, "minutes": 2.0, "curve": curve}
     numbers["signatures"] = {key: f"{key}|by:hand" for key in ("bleu", "chrf", "ece", "inference_ece")}
+    numbers |= {"brevity_penalty": 0.9, "lenpen": seed + 0.5, "lenpen_bleu": bleu + seed, "lenpen_brevity_penalty": 1}
     (path / "scores.json").write_text(json.dumps({"bleu": bleu, "ece": ece, **numbers}))
     (path / "translations.txt").write_text("".join(f"{line}\n" for line in translations))
+    (path / "translations-lenpen.txt").write_text("".join(f"{line}\n" for line in lenpen))
 
 
 def make_tables(folder: Path, study: Path, monkeypatch) -> Path:
@@ -311,7 +340,7 @@ def test_tables_by_hand(tmp_path, monkeypatch, capsys):
     write_cell(study, "same/base/seed-1", 20, 0.10)
     write_cell(study, "same/base/seed-2", 22, 0.12)
     write_cell(study, "same/hkd-t/seed-1", 23, 0.06, translations=REFERENCES, temperature=1.5)
-    write_cell(study, "same/hkd-t/seed-2", 23, 0.06, temperature=1.5)  # the translations of Base
+    write_cell(study, "same/hkd-t/seed-2", 23, 0.06, lenpen=REFERENCES, temperature=1.5)  # else the text of Base
     write_cell(study, "same/random/seed-2", 22.5, 0.09, temperature=1.5)
     write_cell(study, "same/hkd-t-tau-2/seed-1", 25, 0.03, temperature=2.0)
     write_cell(study, "same/hkd-s/seed-1", 0, 0, temperature=1.5, done=False)
@@ -334,11 +363,15 @@ def test_tables_by_hand(tmp_path, monkeypatch, capsys):
     # HKD-T against its control, on the seed that both have; of HKD-S no cell is finished.
     assert "| BLEU over | HKD-T | p, each seed |" in lines
     assert "| random gate | +0.5 | 1.000 |" in lines
+    # The same at the length penalties that the cells chose.
+    assert "| HKD-T | 2 | 0.900 ± 0.000 | 1.5, 2.5 | 1.000 ± 0.000 | 24.5 ± 0.7 | +2.0 | 1.000, 0.001 |" in lines
+    assert "| BLEU then, over | HKD-T | p, each seed |" in lines
+    assert "| random gate | +0.5 | 0.001 |" in lines
     assert [line for line in lines if line.startswith(("| HKD-T | 1.5", "| HKD-T | 2 | 1"))] == [
         "| HKD-T | 1.5 | 1 | 23.0 | 46.0 | 6.00 | 3.000 | 0.50 |",
         "| HKD-T | 2 | 1 | 25.0 | 50.0 | 3.00 | 3.000 | 0.50 |",
     ]
-    assert sum(line.startswith("| HKD-T | ") for line in lines) == 4  # one in each of the other tables
+    assert sum(line.startswith("| HKD-T | ") for line in lines) == 5  # one in each of the other tables
     assert "BLEU `bleu|by:hand`" in lines[-3]
     assert "bs:1000" in lines[-3]
     assert lines[2] == "All its cells: `setting:same|updates:40|precision:fp32`."
@@ -361,4 +394,15 @@ def test_figures_of_a_single_epoch(tmp_path, monkeypatch):
 
 def test_no_study(tmp_path):
     with pytest.raises(UserError, match=r"holds no finished cell of a study; run\.py makes them"):
+        table.Study(tmp_path)
+
+
+def test_cell_of_an_earlier_score(tmp_path):
+    write_cell(tmp_path, "same/base/seed-1", 20, 0.10)
+    file = tmp_path / "same/base/seed-1/scores.json"
+    scores = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in scores.items() if key != "lenpen"}))
+    with pytest.raises(
+        UserError, match=r"same/base/seed-1 was scored by an earlier score\.py; remove its scores\.json"
+    ):
         table.Study(tmp_path)
