@@ -112,6 +112,7 @@ def seeds(cells: Sequence[Cell]) -> str:
 SCORES: dict[str, Callable[[Sequence[Cell]], str]] = {
     "seeds": seeds,
     "BLEU": column("bleu", 1),
+    "BLEU at its own length penalty": column("lenpen_bleu", 1),
     "chrF": column("chrf", 1),
     "ECE, %": column("ece", 2, 100),
     "ECE at its own temperature, %": column("scaled_ece", 2, 100),
@@ -135,7 +136,7 @@ LENGTHS: dict[str, Callable[[Sequence[Cell]], str]] = {
     "brevity penalty": column("brevity_penalty", 3),
     "length penalties chosen": lambda cells: ", ".join(f"{cell.scores['lenpen']:g}" for cell in cells),
     "brevity penalty then": column("lenpen_brevity_penalty", 3),
-    "BLEU then": column("lenpen_bleu", 1),
+    "BLEU then": SCORES["BLEU at its own length penalty"],
 }
 
 
