@@ -43,6 +43,7 @@ def translate(run: Path, data: str, how: str, cpu: bool, subset: str, results: P
     arguments = [
         *(data, "--path", str(run / "checkpoint_best.pt"), "--gen-subset", subset, "--results-path", str(results)),
         *("--required-batch-size-multiple", "1", "--max-tokens", "4000", "--no-progress-bar"),
+        *("--num-workers", "0"),  # torch may wait 5 s for the end of a worker, as long as the whole translation
         *(["--cpu"] if cpu else []),
         *shlex.split(how),
     ]
