@@ -233,6 +233,7 @@ def temperatures(study: Study, setting: str) -> list[str]:
     for (method, temperature), cells in study.rows(setting):
         if temperature is not None:
             methods.setdefault(method, {})[temperature] = cells
+    scores = ("seeds", "BLEU", "BLEU at its own length penalty", "chrF", "ECE, %", "NLL, bits")
     rows = []
     for by_temperature in methods.values():
         common = set.intersection(*[{cell.about["seed"] for cell in cells} for cells in by_temperature.values()])
@@ -240,11 +241,11 @@ def temperatures(study: Study, setting: str) -> list[str]:
             continue
         for temperature, cells in sorted(by_temperature.items()):
             cells = [cell for cell in cells if cell.about["seed"] in common]
-            shown = [SCORES[name](cells) for name in ("seeds", "BLEU", "chrF", "ECE, %", "NLL, bits")]
+            shown = [SCORES[name](cells) for name in scores]
             rows.append(
                 [cells[0].about["title"], f"{temperature:g}", *shown, TRAINING["teacher share at the end"](cells)]
             )
-    header = ["method", "teacher's temperature", "seeds", "BLEU", "chrF", "ECE, %", "NLL, bits", "teacher share"]
+    header = ["method", "teacher's temperature", *scores, "teacher share"]
     return markdown(header, rows) if rows else []
 
 

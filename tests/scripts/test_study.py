@@ -368,8 +368,8 @@ def test_tables_by_hand(tmp_path, monkeypatch, capsys):
     assert "| BLEU then, over | HKD-T | p, each seed |" in lines
     assert "| random gate | +0.5 | 0.001 |" in lines
     assert [line for line in lines if line.startswith(("| HKD-T | 1.5", "| HKD-T | 2 | 1"))] == [
-        "| HKD-T | 1.5 | 1 | 23.0 | 46.0 | 6.00 | 3.000 | 0.50 |",
-        "| HKD-T | 2 | 1 | 25.0 | 50.0 | 3.00 | 3.000 | 0.50 |",
+        "| HKD-T | 1.5 | 1 | 23.0 | 24.0 | 46.0 | 6.00 | 3.000 | 0.50 |",
+        "| HKD-T | 2 | 1 | 25.0 | 26.0 | 50.0 | 3.00 | 3.000 | 0.50 |",
     ]
     assert sum(line.startswith("| HKD-T | ") for line in lines) == 5  # one in each of the other tables
     assert "BLEU `bleu|by:hand`" in lines[-3]
