@@ -286,7 +286,7 @@ def draw(study: Study, key: str, label: str, file: Path) -> None:
     figure = Figure(figsize=(5.2 * len(settings) + 1.8, 4.2), layout="constrained")
     panels = figure.subplots(1, len(settings), sharey=True, squeeze=False)[0]
     lines: dict[str, Any] = {}
-    lowest = math.inf
+    lowest, last = math.inf, 0.0
     for panel, setting in zip(panels, settings, strict=True):
         for cells in main_rows(study, setting):
             curves = [{point["updates"]: point.get(key) for point in cell.scores["curve"]} for cell in cells]
@@ -295,7 +295,7 @@ def draw(study: Study, key: str, label: str, file: Path) -> None:
             later = {round(value, 2) for point in values[1:] or values for value in point}  # PS-KD begins without one
             if key == "teacher_share" and later in ({0.0}, {1.0}):
                 continue  # a method that asks the teacher about no token, or about every one
-            lowest = min([lowest, *map(min, values)])
+            lowest, last = min([lowest, *map(min, values)]), max([last, *map(max, values[-1:])])
             title = cells[0].about["title"]
             place = study.order.get(cells[0].about["method"], len(study.order))
             style = {"color": f"C{place % 10}", "linestyle": ("-", "--", ":")[place // 10 % 3]}
@@ -306,7 +306,7 @@ def draw(study: Study, key: str, label: str, file: Path) -> None:
         panel.set(title=setting, xlabel="updates")
         panel.grid(color="0.9", linewidth=0.6)
     if key == "valid_nll":
-        panels[0].set_ylim(top=1.4 * lowest)  # the fall in the first epochs would hide all else
+        panels[0].set_ylim(top=max(1.2 * lowest, 1.02 * last))  # the fall in the first epochs would hide all else
     panels[0].set_ylabel(label)
     figure.legend(list(lines.values()), list(lines), loc="outside right center", fontsize=9, frameon=False)
     with matplotlib.rc_context({"svg.hashsalt": "study"}):
