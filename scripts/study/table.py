@@ -308,6 +308,7 @@ def draw(study: Study, key: str, label: str, file: Path) -> None:
     if key == "valid_nll":
         panels[0].set_ylim(top=max(1.2 * lowest, 1.02 * last))  # the fall in the first epochs would hide all else
     panels[0].set_ylabel(label)
+    figure.set_figheight(max(4.2, 0.2 * len(lines) + 0.4))  # the legend's
     figure.legend(list(lines.values()), list(lines), loc="outside right center", fontsize=9, frameon=False)
     with matplotlib.rc_context({"svg.hashsalt": "study"}):
         figure.savefig(file, metadata={"Date": None})
