@@ -16,7 +16,6 @@ import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -29,17 +28,16 @@ from study import write_json
 
 import hgkd_fairseq
 from hgkd_fairseq.calibration import forced, inference, temperature
-from hgkd_fairseq.calibration.inference import Translation
-from hgkd_fairseq.calibration.pieces import join, mark
 from hgkd_fairseq.errors import UserError
-from hgkd_fairseq.generated import read_references
+from hgkd_fairseq.generated import read_lines, read_references, texts, translations
 
 PACKAGES = ("torch", "ve-fairseq", "sacrebleu")
 LENGTH_PENALTIES = (0.5, 1.0, 1.5, 2.0, 3.0)
 
 
-def translate(run: Path, data: str, how: str, cpu: bool, subset: str, results: Path) -> list[Translation]:
-    """The translations of a subset, in its order; fairseq-generate's own file stays in `results`."""
+def translate(run: Path, data: str, how: str, cpu: bool, subset: str, results: Path) -> tuple[list[str], list[str]]:
+    """The translations of a subset and the references in the data, in words and the subset's order; fairseq-generate's
+    own file stays in `results`."""
     arguments = [
         *(data, "--path", str(run / "checkpoint_best.pt"), "--gen-subset", subset, "--results-path", str(results)),
         *("--required-batch-size-multiple", "1", "--max-tokens", "4000", "--no-progress-bar"),
@@ -50,24 +48,19 @@ def translate(run: Path, data: str, how: str, cpu: bool, subset: str, results: P
     parser = options.get_generation_parser()
     with contextlib.redirect_stdout(sys.stderr):
         generate.main(options.parse_args_and_arch(parser, input_args=arguments))
-    return inference.read(str(results / f"generate-{subset}.txt"))
-
-
-def texts(sentences: Iterable[Sequence[str]]) -> list[str]:
-    """Pieces joined to words."""
-    sentences = list(sentences)
-    marked = mark(sentences)
-    return [" ".join(join(tokens, marked)) for tokens in sentences]
+    lines = read_lines(results / f"generate-{subset}.txt")
+    found, gold = translations(lines), texts(lines["T"])
+    return [found[index] for index in sorted(found)], [gold[index] for index in sorted(found)]
 
 
 def translate_test(run: Path, data: str, how: str, cpu: bool, results: Path, count: int, file: str) -> list[str]:
     """The test set's translations in words, which are as many as references; kept in `file` of RUN."""
-    translations = texts(row.tokens for row in translate(run, data, how, cpu, "test", results))
-    if len(translations) != count:
-        counts = f"{len(translations)} translations for {count} references"
+    found, _ = translate(run, data, how, cpu, "test", results)
+    if len(found) != count:
+        counts = f"{len(found)} translations for {count} references"
         raise UserError(f"{run}: {counts}; name the text that the data was made from")
-    (run / file).write_text("".join(f"{line}\n" for line in translations), encoding="utf-8")
-    return translations
+    (run / file).write_text("".join(f"{line}\n" for line in found), encoding="utf-8")
+    return found
 
 
 def score_lengths(run: Path, data: str, references: list[str], how: str, cpu: bool) -> dict[str, float]:
@@ -76,14 +69,13 @@ def score_lengths(run: Path, data: str, references: list[str], how: str, cpu: bo
     with tempfile.TemporaryDirectory() as folder:
         valid = {}
         for penalty in LENGTH_PENALTIES:
-            rows = translate(run, data, f"{how} --lenpen {penalty}", cpu, "valid", Path(folder))
-            gold = texts(row.reference for row in rows)
-            valid[penalty] = BLEU().corpus_score(texts(row.tokens for row in rows), [gold]).score
+            found, gold = translate(run, data, f"{how} --lenpen {penalty}", cpu, "valid", Path(folder))
+            valid[penalty] = BLEU().corpus_score(found, [gold]).score
         best = max(valid, key=lambda penalty: valid[penalty])
-        translations = translate_test(
+        chosen = translate_test(
             run, data, f"{how} --lenpen {best}", cpu, Path(folder), len(references), "translations-lenpen.txt"
         )
-    bleu = BLEU().corpus_score(translations, [references])
+    bleu = BLEU().corpus_score(chosen, [references])
     return {"lenpen": best, "lenpen_bleu": bleu.score, "lenpen_brevity_penalty": bleu.bp}
 
 
@@ -106,13 +98,13 @@ def curve(log: str) -> list[dict[str, float]]:
 
 def score(run: Path, data: str, references: list[str], how: str, cpu: bool) -> dict:
     best = str(run / "checkpoint_best.pt")
-    translations = translate_test(run, data, how, cpu, run, len(references), "translations.txt")
+    words = translate_test(run, data, how, cpu, run, len(references), "translations.txt")
     bleu, chrf = BLEU(), CHRF()
-    scored = bleu.corpus_score(translations, [references])
+    scored = bleu.corpus_score(words, [references])
     found = {
         "bleu": scored.score,
         "brevity_penalty": scored.bp,
-        "chrf": chrf.corpus_score(translations, [references]).score,
+        "chrf": chrf.corpus_score(words, [references]).score,
         **score_lengths(run, data, references, how, cpu),
     }
     own = inference.evaluate(str(run / "generate-test.txt"))

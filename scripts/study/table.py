@@ -149,7 +149,7 @@ def by_seed(cells: Sequence[Cell]) -> dict[int, Cell]:
     return {cell.about["seed"]: cell for cell in cells}
 
 
-def over(study: Study, cells: Sequence[Cell], bases: dict[int, Cell], key: str = "bleu") -> list[str]:
+def over(study: Study, cells: Sequence[Cell], bases: dict[int, Cell], key: str) -> list[str]:
     """Mean difference in BLEU (`key` of TRANSLATIONS) from `bases` of the same seeds, and p of each of these seeds."""
     pairs = [(cell, bases[cell.about["seed"]]) for cell in cells if cell.about["seed"] in bases]
     if not pairs:
@@ -177,8 +177,9 @@ def setting_tables(study: Study, setting: str) -> list[str]:
     """Scores, training, BLEU at a length penalty of each cell's own, and where there are several the teacher's
     temperatures."""
     rows = main_rows(study, setting)
-    bases = by_seed([cell for cells in rows for cell in cells if cell.about["method"] == "base"])
-    teacher = study.teacher([cell for cells in rows for cell in cells])
+    every = [cell for cells in rows for cell in cells]
+    bases = by_seed([cell for cell in every if cell.about["method"] == "base"])
+    teacher = study.teacher(every)
     above = [("teacher", [teacher])] if teacher else []
     named = [(cells[0].about["title"], cells) for cells in rows]
 
@@ -200,7 +201,7 @@ def setting_tables(study: Study, setting: str) -> list[str]:
             control = [only[name](cells) if name in only else ABSENT for name in SCORES]
             scores.append([f"{title} + temperature", *control, ABSENT, ABSENT])
     training = [[title, *[show(cells) for show in TRAINING.values()]] for title, cells in above + named]
-    lines = [f"### {setting}", "", f"All its cells: {signature([cell for cells in rows for cell in cells])}.", ""]
+    lines = [f"### {setting}", "", f"All its cells: {signature(every)}.", ""]
     lines += markdown(["method", *SCORES, "BLEU over Base", "p, each seed"], scores)
     lines += markdown(["method", *TRAINING], training)
     lengths = [
