@@ -27,7 +27,10 @@ LARGEST = 2**63
 NUMBERS = frozenset(("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"))
 FAIRSEQ_ONES = "name a checkpoint of fairseq-train"
 # Of weights; quantized ones are others.
-DTYPES = {getattr(torch, name) for name in "float16 bfloat16 float32 float64 uint8 int8 int16 int32 int64 bool".split()}
+DTYPES = {
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
+}
 ZIP = b"PK\x03\x04"
 
 
@@ -223,7 +226,8 @@ METERS = ("AverageMeter", "TimeMeter", "StopwatchMeter")
 ALLOWED: list[Any] = [
     Namespace,
     (Number, "numpy.dtype"),
-    *((Array, f"numpy{name}") for name in (".ndarray", ".core.multiarray._reconstruct", "._core.multiarray._reconstruct")),
+    (Array, "numpy.ndarray"),
+    *((Array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
     *((OldMeter, f"fairseq.{module}.{name}") for module in ("meters", "logging.meters") for name in METERS),
 ]  # fmt: skip
 
@@ -242,8 +246,7 @@ def unpickle(file: BinaryIO) -> Any:
         raise damaged()
     shown = ", ".join(name[:80] for name in names[:5]) + (", ..." if len(names) > 5 else "")
     raise Refused(
-        f"is refused and nothing of it was run: it wants to import {shown}; "
-        "use a checkpoint that fairseq-train wrote"
+        f"is refused and nothing of it was run: it wants to import {shown}; use a checkpoint that fairseq-train wrote"
     )
 
 
@@ -278,7 +281,7 @@ def without_stand_ins(found: Any, seen: dict[int, Any]) -> Any:
 
 
 def without_arrays(value: Any) -> Any:
-    """A copy of what is to be saved, with tensors and Python's numbers for those of numpy, in dicts, lists and tuples."""
+    """A copy of what is to be saved, with tensors and Python's numbers for numpy's."""
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value.copy())
     if isinstance(value, np.generic):
@@ -367,6 +370,20 @@ def check_model(model: dict[str, Tensor], size: int) -> None:
     for name, tensor in model.items():
         if not bool(torch.isfinite(tensor).all()):
             raise Refused(f"holds nan or infinity in {name[:80]}: its training has diverged; name an earlier one")
+
+
+def check_weights(path: str, weights: Any) -> None:
+    """The checks of a checkpoint's model, on other weights in it.
+
+    Raises:
+        UserError: they are no dense tensors, not whole or not finite.
+    """
+    try:
+        if not isinstance(weights, dict):
+            raise damaged("its weights are none")
+        check_model(weights, os.path.getsize(path))
+    except Refused as error:
+        raise UserError(f"checkpoint {path} {error}") from None
 
 
 def upgrade(state: dict[str, Any], overrides: Mapping[str, Any] | None) -> dict[str, Any]:

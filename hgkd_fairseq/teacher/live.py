@@ -51,9 +51,7 @@ class LiveTeacher:
         self.paths = list(paths)
         self.dtype = dtype
         given = parse_overrides(overrides)
-        self.models = [
-            load_model(path, source_dictionary, target_dictionary, languages, given) for path in self.paths
-        ]
+        self.models = [load_model(path, source_dictionary, target_dictionary, languages, given) for path in self.paths]
         for path, model in zip(self.paths, self.models, strict=True):
             logger.info("teacher %s: %s, %d parameters", path, type(model).__name__, count_parameters(model))
 
@@ -76,8 +74,8 @@ class LiveTeacher:
                 longest = int(sizes[sizes <= limit].max(initial=0))
                 if longest > positions:
                     raise UserError(
-                        f"{split} has a {side} sentence of {longest} tokens, and the teacher {path} takes {positions} at "
-                        f"most; leave longer ones out with --max-{side}-positions {positions} "
+                        f"{split} has a {side} sentence of {longest} tokens, and the teacher {path} takes {positions} "
+                        f"at most; leave longer ones out with --max-{side}-positions {positions} "
                         "--skip-invalid-size-inputs-valid-test, or name another teacher"
                     )
 
