@@ -158,8 +158,6 @@ def load(data: str, path: str, cpu: bool = False):
             f"{data} is no data for {path}: {error}; name the folder that fairseq-preprocess wrote"
         ) from error
     models = [checkpoints.build(checkpoint, task) for checkpoint in found]
-    for model in models:
-        features.check_translates(model, path)
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
     for model in models:
         model.to(device).eval()

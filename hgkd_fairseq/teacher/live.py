@@ -109,12 +109,12 @@ def load_model(
 ) -> torch.nn.Module:
     """The model of one checkpoint, frozen and in eval mode, on the CPU."""
     checkpoint = checkpoints.read(path, overrides)
+    checkpoints.model_class(checkpoint)
     check_task(path, checkpoint.options("task"), source_dictionary, target_dictionary, languages)
     # The plain task, with no --eval-bleu: building a model through the student's own task would hand its validation
     # the TEACHER to translate with.
     task = TranslationTask(TranslationConfig(), source_dictionary, target_dictionary)
     model = checkpoints.build(checkpoint, task)
-    features.check_translates(model, path)
     model.eval()
     model.requires_grad_(False)
     return model
@@ -131,7 +131,7 @@ def check_task(
     folder = (split_paths(str(task.get("data") or "")) or [""])[0]
     languages = (task.get("source_lang"), task.get("target_lang"))
     if None in languages and os.path.isdir(folder):  # the teacher's run left them to fairseq, which reads file names
-        languages = data_utils.infer_language_pair(folder)
+        languages = tuple(data_utils.infer_language_pair(folder))
     if None not in (*languages, *student) and languages != student:
         raise UserError(
             f"the teacher {path} translates from {languages[0]} to {languages[1]}, the student from {student[0]} to "
