@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from hgkd_fairseq import files
 from hgkd_fairseq.calibration import pieces
 from hgkd_fairseq.errors import UserError
 
@@ -18,16 +19,10 @@ def read_lines(file: str | Path) -> dict[str, dict[int, str]]:
         UserError: a file that is missing, no text, or holds no translations.
     """
     lines: dict[str, dict[int, str]] = {"T": {}, "H": {}, "D": {}, "P": {}}
-    try:
-        with open(file, encoding="utf-8", newline="\n") as stream:
-            for line in stream:
-                found = re.match(r"([THDP])-(\d+)\t(.*)", line.rstrip("\n"), flags=re.DOTALL)
-                if found:  # the first of --nbest is the best
-                    lines[found[1]].setdefault(int(found[2]), found[3])
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist; name what fairseq-generate wrote") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is no text; name what fairseq-generate wrote") from None
+    for line in files.read_lines(file, "name what fairseq-generate wrote"):
+        found = re.match(r"([THDP])-(\d+)\t(.*)", line, flags=re.DOTALL)
+        if found:  # the first of --nbest is the best
+            lines[found[1]].setdefault(int(found[2]), found[3])
     if not lines["H"]:
         raise UserError(
             f"{file} holds no translations (lines with H-); name what fairseq-generate wrote, run without --quiet"
@@ -41,12 +36,7 @@ def read_references(file: str | Path) -> list[str]:
     Raises:
         UserError: a file that is missing or no text.
     """
-    try:
-        return Path(file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist; name a text file with a reference a line") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is no text; name a text file with a reference a line") from None
+    return list(files.read_lines(file, "name a text file with a reference a line"))
 
 
 def split(line: str) -> list[str]:

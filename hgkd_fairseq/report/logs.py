@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hgkd_fairseq.errors import UserError
+from hgkd_fairseq import files
 
 # "2026-01-31 12:00:00 | INFO | valid | epoch ..."; fairseq-generate writes "INFO:fairseq_cli.generate:..."
 MESSAGE = re.compile(r"(?:\| INFO \| |^INFO:)(\S+?)(?: \| |:)(.*)")
@@ -33,14 +33,10 @@ def read(file: Path) -> Log:
         UserError: the file is no text.
     """
     log = Log()
-    try:
-        with file.open(encoding="utf-8", newline="\n") as stream:
-            for line in stream:
-                found = MESSAGE.search(line)
-                if found:
-                    take(log, found[1], found[2].rstrip())
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is no text; keep there what fairseq printed") from None
+    for line in files.read_lines(file, "keep there what fairseq printed"):
+        found = MESSAGE.search(line)
+        if found:
+            take(log, found[1], found[2].rstrip())
     if "train_inner" in log.curves:  # many points an epoch; without it one an epoch
         log.curves["teacher_share"] = log.curves["train_inner"]
     return Log(log.settings, {name: log.curves[name] for name in (*CURVES, "teacher_share") if name in log.curves})
