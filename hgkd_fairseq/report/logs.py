@@ -1,5 +1,5 @@
-"""fairseq's own logs, of fairseq-train, fairseq-hydra-train and fairseq-generate: the settings that they begin with, and the
-numbers that come after, in --log-format simple and json (tqdm writes simple where it is no terminal).
+"""fairseq's own logs, of fairseq-train, fairseq-hydra-train and fairseq-generate: the settings that they begin with,
+and the numbers that come after, in --log-format simple and json (tqdm writes simple where it is no terminal).
 
 A log is data: what stands in it is read by the few rules below, whatever it is, and nothing of it is run.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hgkd_fairseq.errors import UserError
+from hgkd_fairseq import files
 
 # A message of a logger, behind whatever a progress bar left on its line. Each takes time linear in the line's length.
 FORMS = (
@@ -56,17 +56,13 @@ def read(file: Path) -> Log:
     """Read the log of a run and, where it was stopped and resumed, of its resumptions, one after the other.
 
     Raises:
-        UserError: the file is no text.
+        UserError: the file is no text, or cannot be read.
     """
     log = Log()
-    try:
-        with file.open(encoding="utf-8", newline="\n") as stream:
-            for line in stream:
-                found = next((found for form in FORMS if (found := form.search(line))), None)
-                if found:
-                    take(log, found[1], found[2].rstrip())
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is no text; keep there what fairseq printed") from None
+    for line in files.read_lines(file, "keep there what fairseq printed"):
+        found = next((found for form in FORMS if (found := form.search(line))), None)
+        if found:
+            take(log, found[1], found[2].rstrip())
     if "train_inner" in log.curves:  # many points an epoch; without it one an epoch
         log.curves["teacher_share"] = log.curves["train_inner"]
     return Log(log.settings, {name: log.curves[name] for name in (*CURVES, "teacher_share") if name in log.curves})
