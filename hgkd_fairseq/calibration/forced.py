@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hgkd_fairseq import features
 from hgkd_fairseq.calibration.distribution import brier, weighted_tables
+from hgkd_fairseq.calibration.pieces import gold as gold_piece
 from hgkd_fairseq.calibration.scores import Mean, Predictions, Results, Settings
 from hgkd_fairseq.calibration.token_table import TokenTable
 from hgkd_fairseq.errors import UserError
@@ -234,7 +235,7 @@ def token_rows(batch: Batch, scores: TokenScores, dictionary) -> dict[str, list]
     """Columns of the table of tokens."""
     return {
         "sentence": batch.sentence.tolist(),
-        "token": [dictionary[index] for index in batch.target.tolist()],
+        "token": [gold_piece(dictionary, index) for index in batch.target.tolist()],
         "predicted": [dictionary[index] for index in scores.top.tolist()],
         "confidence": scores.confidence.tolist(),
         "correct": scores.correct.int().tolist(),
