@@ -13,6 +13,7 @@ import logging
 import os
 import pickle
 import re
+import shutil
 import sys
 from importlib.util import find_spec
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hgkd_fairseq import files
 from hgkd_fairseq.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -171,8 +173,8 @@ def copy_checkpoints_in_one_step() -> None:
     def copy(src_path, dst_path, overwrite=False):
         if not PathManager.supports_rename(dst_path):
             return original(src_path, dst_path, overwrite=overwrite)
-        original(src_path, dst_path + ".tmp", overwrite=True)
-        os.replace(dst_path + ".tmp", dst_path)
+        with open(src_path, "rb") as source, files.writing(dst_path, "wb") as copied:
+            shutil.copyfileobj(source, copied)
         return dst_path
 
     PathManager.copy = staticmethod(copy)

@@ -19,7 +19,7 @@ from hgkd_fairseq import features
 from hgkd_fairseq.calibration.distribution import brier, weighted_tables
 from hgkd_fairseq.calibration.pieces import gold as gold_piece
 from hgkd_fairseq.calibration.scores import Mean, Predictions, Results, Settings
-from hgkd_fairseq.calibration.token_table import TokenTable
+from hgkd_fairseq.calibration.token_table import TokenTable, opened
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.loss.eager import mean_logprobs
 from hgkd_fairseq.loss.options import Head
@@ -76,9 +76,9 @@ def evaluate(
         UserError: a file that is missing or cannot be used, a subset that is missing or empty, a model that
             predicts NaN.
     """
-    table = TokenTable(tokens_file) if tokens_file else None
-    models, task, device = load(data, path, cpu)
-    found = measure(models, task, device, subset, max_tokens, settings or Settings(), temperature, table)
+    with opened(tokens_file) as table:
+        models, task, device = load(data, path, cpu)
+        found = measure(models, task, device, subset, max_tokens, settings or Settings(), temperature, table)
     found.about["path"] = path
     return found
 
@@ -120,8 +120,6 @@ def measure(
         sentences.update(batch.sentence.tolist())
         if table is not None:
             table.write(token_rows(batch, scores, dictionary))
-    if table is not None:
-        table.close()
     return Results(
         about={
             "mode": "forced",
@@ -183,12 +181,19 @@ def batches(task, models, subset: str, max_tokens: int):
         raise UserError(
             f"subset {subset} of {task.cfg.data} is empty or damaged ({error}); name another with --gen-subset"
         ) from error
-    itr = task.get_batch_iterator(
-        task.dataset(subset),
-        max_tokens=max_tokens,
-        max_positions=utils.resolve_max_positions(task.max_positions(), *[model.max_positions() for model in models]),
-        ignore_invalid_inputs=True,
-    ).next_epoch_itr(shuffle=False)
+    try:
+        itr = task.get_batch_iterator(
+            task.dataset(subset),
+            max_tokens=max_tokens,
+            max_positions=utils.resolve_max_positions(
+                task.max_positions(), *[model.max_positions() for model in models]
+            ),
+            ignore_invalid_inputs=True,
+        ).next_epoch_itr(shuffle=False)
+    except AssertionError:  # fairseq's, of a sentence that fits into no batch
+        raise UserError(
+            f"--max-tokens {max_tokens} is less than the longest sentence of subset {subset} has; give more"
+        ) from None
     if not len(itr):
         raise UserError(f"every sentence of subset {subset} of {task.cfg.data} is too long for the model")
     return progress_bar.progress_bar(itr, log_format="none" if not os.isatty(2) else "tqdm")

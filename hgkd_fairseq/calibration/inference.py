@@ -16,7 +16,7 @@ from tqdm import tqdm
 from hgkd_fairseq.calibration.labels import ter_labels
 from hgkd_fairseq.calibration.pieces import join, mark, spans_words, text, words
 from hgkd_fairseq.calibration.scores import Predictions, Results, Score, Settings
-from hgkd_fairseq.calibration.token_table import TokenTable
+from hgkd_fairseq.calibration.token_table import TokenTable, opened
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.generated import read_lines, read_references, split
 
@@ -99,8 +99,8 @@ def evaluate(
     Raises:
         UserError: as of these two.
     """
-    table = TokenTable(tokens_file) if tokens_file else None
-    return score(read(file, reference_file), file, options, settings, table)
+    with opened(tokens_file) as table:
+        return score(read(file, reference_file), file, options, settings, table)
 
 
 def score(
@@ -154,8 +154,6 @@ def score(
         if table is not None:
             columns = {"token": [*units, EOS], "confidence": confidence.tolist(), "correct": labels.int().tolist()}
             table.write({"sentence": sentence.tolist(), **columns})
-    if table is not None:
-        table.close()
     return Results(
         about={"mode": "inference", "path": name, "tokens": tokens, "sentences": len(translations)},
         settings=settings,

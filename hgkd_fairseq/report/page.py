@@ -152,9 +152,8 @@ def reliability(runs: Sequence[Run]) -> str:
         for number, run in enumerate(runs):
             found = getattr(run, key)
             if found is not None:
-                caption = (
-                    f"<b>{escape(run.name)}</b> <span>ECE {100 * found['ece']:.2f} %, {found['tokens']:,} tokens</span>"
-                )
+                error = "no ECE" if found["ece"] is None else f"ECE {100 * found['ece']:.2f} %"  # None: of no tokens
+                caption = f"<b>{escape(run.name)}</b> <span>{error}, {found['tokens']:,} tokens</span>"
                 drawn = figures.reliability(run, found, number, f"{key}-{number}")
                 cards.append(f"<figure><figcaption>{caption}</figcaption>{drawn}</figure>")
         if cards:

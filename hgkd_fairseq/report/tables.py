@@ -254,6 +254,8 @@ def difference(first: dict[str, Any] | None, second: dict[str, Any] | None, kind
     if first is None or second is None or not resampled_alike(first, second):
         return None
     one, other = (resamples(found, kind.which) for found in (first, second))
+    if None in (first[kind.key], second[kind.key]) or (one + other).isnan().all():  # of no tokens
+        return None
     return paired(one, other, second[kind.key] - first[kind.key])
 
 
