@@ -301,10 +301,8 @@ class HardGateKDCriterion(FairseqCriterion):
             logging_output["n_correct"] = out.correct.sum()
         if validating:
             # Unlike the histogram's update, this takes NaN: of a run that has diverged fairseq logs nan and goes on.
-            tables = tabulate(
-                out.confidence[out.tokens_mask], out.correct[out.tokens_mask], CalibrationHistogram().bins
-            )
-            logging_output["calibration"] = tables[0]
+            rows, bins = out.tokens_mask, CalibrationHistogram().bins
+            logging_output["calibration"] = tabulate(out.confidence[rows], out.correct[rows], bins)[0]
         return loss, sample_size, logging_output
 
     @classmethod

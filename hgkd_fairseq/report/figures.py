@@ -93,7 +93,8 @@ def curve(runs: Sequence[Run], key: str) -> str:
         axes = figure.subplots()
         for run, style in zip(runs, diagram.STYLES, strict=False):
             if drawn[run.name]:
-                plot(axes, *zip(*drawn[run.name], strict=True), style)
+                x, y = zip(*drawn[run.name], strict=True)
+                plot(axes, x, y, style)
         axes.set(xlabel="updates")
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.grid(color="0.9", linewidth=0.5)

@@ -288,9 +288,7 @@ def quality_notes(runs: Sequence[Run], signatures: dict[str, str]) -> list[str]:
                 f"{run.name} diverged: its NLL on validation is no number from update {run.log.diverged:,} on."
             )
         if "train.log" not in run.missing and run.log.empty:
-            notes.append(
-                f"No settings and no numbers of fairseq-train in train.log of {run.name}: `{FILES['train.log']}`."
-            )
+            notes.append(f"Nothing of fairseq-train's in train.log of {run.name}: `{FILES['train.log']}`.")
     return notes + missing(runs, ("checkpoint_best.pt", "checkpoint_last.pt", GENERATED, "forced.json"))
 
 
