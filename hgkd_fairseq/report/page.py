@@ -12,7 +12,7 @@ from typing import Any
 
 import hgkd_fairseq
 from hgkd_fairseq.calibration import diagram
-from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.errors import UserError, printable
 from hgkd_fairseq.report import commands, figures
 from hgkd_fairseq.report.runs import FILES, Run
 from hgkd_fairseq.report.tables import Report, Table, missing
@@ -97,7 +97,7 @@ def html(report: Report) -> str:
 
 
 def escape(value: Any) -> str:
-    return escaping.escape(str(value))
+    return escaping.escape(printable(str(value)))
 
 
 def prose(text: str) -> str:
@@ -211,8 +211,8 @@ def how(runs: Sequence[Run]) -> str:
     for run in runs:
         lines = [line for line in commands_of(run) if line]
         if lines:
-            text = "\n\n".join(lines)
-            blocks.append(f"<details><summary>{escape(run.name)}</summary><pre>{escape(text)}</pre></details>")
+            text = "\n\n".join(map(escape, lines))
+            blocks.append(f"<details><summary>{escape(run.name)}</summary><pre>{text}</pre></details>")
     about = (
         "Commands of fairseq with the options that are not at their defaults, out of the settings in its logs; "
         "commands of hgkd as they were typed."

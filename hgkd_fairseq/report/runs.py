@@ -128,23 +128,13 @@ def read(folder: Path, name: str) -> Run:
 
 
 def translations(file: Path) -> tuple[list[str], list[str] | None]:
-    """The translations of a subset and its references, as text, in order.
-
-    Raises:
-        UserError: sentences are missing.
-    """
+    """The translations of a subset and its references, as text, in order."""
     lines = generated.read_lines(file)
     found, references = generated.translations(lines), generated.texts(lines["T"])
-    count = max(found) + 1
-    missing = next((index for index in range(count) if index not in found), None)
-    if missing is not None:
-        raise UserError(
-            f"{file} has {len(found)} translations of {count} sentences (first one missing: {missing}); run "
-            "fairseq-generate again, with --required-batch-size-multiple 1"
-        )
-    if references.keys() != found.keys():
-        return [found[index] for index in range(count)], None
-    return [found[index] for index in range(count)], [references[index] for index in range(count)]
+    order = sorted(found)
+    return [found[index] for index in order], (
+        [references[index] for index in order] if references.keys() == found.keys() else None
+    )
 
 
 def progress(run: Run, file: str) -> tuple[int | None, float | None]:

@@ -14,7 +14,7 @@ from fairseq.data import Dictionary, data_utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
-from hgkd_fairseq import features
+from hgkd_fairseq import binarised, features
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.loss import Head
 
@@ -122,7 +122,7 @@ def check_dictionaries(path: str, task, source_dictionary: Dictionary, target_di
                 f"the {side} dictionary of the teacher {path}, {file}, does not exist and cannot be compared with "
                 "the student's; give its folder with --teacher-model-overrides \"{'data': 'DIR'}\""
             )
-        difference = dictionary_difference(Dictionary.load(file), student)
+        difference = dictionary_difference(binarised.dictionary(file), student)
         if difference:
             raise UserError(
                 f"the {side} dictionaries of the teacher {path} and of the student differ: {difference}; "
