@@ -43,7 +43,7 @@ class Table:
     notes: list[str] = field(default_factory=list)  # what is under it, in markdown
 
     def markdown(self) -> str:
-        lines = [self.header, ["---"] * len(self.header), *self.rows]
+        lines: list[list] = [self.header, ["---"] * len(self.header), *self.rows]
         table = "\n".join("| " + " | ".join(printable(str(cell)) for cell in line) + " |" for line in lines)
         return "\n\n".join([table, *map(printable, self.notes)])
 
