@@ -229,9 +229,10 @@ class OldMeter:
 
 
 METERS = ("AverageMeter", "TimeMeter", "StopwatchMeter")
-# Beside tensors and plain values; each name stands for what is made in its place.
+# Beside tensors and plain values; each name stands for what is made in its place. Pairs all, also for Namespace: torch
+# takes out of its list what was put there for a while, and compat.py puts Namespace there for good.
 ALLOWED: list[Any] = [
-    Namespace,
+    (Namespace, "argparse.Namespace"),
     (Number, "numpy.dtype"),
     (Array, "numpy.ndarray"),
     *((Array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
