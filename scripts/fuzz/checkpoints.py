@@ -79,7 +79,7 @@ def odd(rng: random.Random, depth: int = 0) -> Any:
     if kind == "deep":
         value: Any = []
         for _ in range(rng.choice((10, 60, 200))):
-            value = [value] * rng.choice((1, 2))
+            value = rng.choice((list, tuple))([value] * rng.choice((1, 2)))
         return value
     return {"none": None, "set": {1}, "bytes": b"a"}[kind]
 
