@@ -16,7 +16,7 @@ from pathlib import Path
 
 import hgkd_fairseq
 from hgkd_fairseq import files
-from hgkd_fairseq.errors import UserError, printable
+from hgkd_fairseq.errors import UserError, in_one_line, printable
 
 MOST_RESAMPLED = 20_000_000  # bins x replicates: 1.5 GB of sums
 
@@ -431,22 +431,6 @@ def tell(error: UserError) -> None:
     """One line on standard error, where anybody reads it."""
     with contextlib.suppress(OSError):
         print(f"hgkd: error: {error}", file=sys.stderr, flush=True)
-
-
-def in_one_line(error: BaseException) -> UserError:
-    """What a command did not foresee."""
-    if isinstance(error, UserError):
-        return error
-    if isinstance(error, BrokenPipeError) and error.filename is None:
-        return UserError("standard output was closed before everything was written")
-    if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename is not None else "a file cannot be read or written: "
-        return UserError(f"{where}{error.strerror or error}")
-    if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
-        return UserError(
-            "not enough memory; give a smaller --max-tokens, --bins or --replicates, or use another machine"
-        )
-    return UserError(f"unforeseen {type(error).__name__}: {str(error)[:300]}; --debug shows where")
 
 
 def discard_output() -> None:

@@ -208,9 +208,13 @@ def write_json(file: str | Path, content: Any) -> None:
     """As :func:`writing` does.
 
     Raises:
-        ValueError: NaN or an infinity, which JSON does not have.
+        UserError: also for NaN and infinities, which JSON does not have.
     """
-    write_text(file, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    try:
+        text = json.dumps(content, indent=1, allow_nan=False)
+    except ValueError:
+        raise UserError(f"{file} is not written: a number in it is NaN or infinite, which JSON does not have") from None
+    write_text(file, text + "\n")
 
 
 def figure_format(option: str, file: str | Path) -> str:
@@ -333,7 +337,7 @@ def mismatch(value: Any, schema: Any, where: str = "") -> str | None:
             pairs = [(key.removesuffix("?"), one) for key, one in schema.items() if key[-1] != "?" or key[:-1] in value]
         for key, one in pairs:
             if key not in value:
-                return f"{name} has no {key}"
+                return f"{name} lacks {key!r}"
             found = mismatch(value[key], one, f"{where}.{key}" if where else key)
             if found:
                 return found

@@ -40,11 +40,9 @@ def read(checkpoint: str) -> Weights:
     Raises:
         UserError: no such file, or none of such a run.
     """
-    from fairseq import checkpoint_utils
+    from hgkd_fairseq.plugin import checkpoints
 
-    if not Path(checkpoint).exists():
-        raise UserError(f"{checkpoint} does not exist; name a checkpoint of fairseq-train")
-    memory = checkpoint_utils.load_checkpoint_to_cpu(checkpoint).get("extra_state", {})
+    memory = checkpoints.read(checkpoint, model=False).state["extra_state"]
     table = memory.get("TranslationWithTeacherTask", {}).get("gate", {})
     if "held_out" not in table:
         raise UserError(f"{checkpoint} has no weights of sentences; name a checkpoint of a run with --gate instance")

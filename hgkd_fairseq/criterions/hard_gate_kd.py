@@ -324,7 +324,7 @@ class HardGateKDCriterion(FairseqCriterion):
             metrics.log_scalar("accuracy", 100 * total("n_correct") / max(tokens, 1), tokens, round=3)
         if any("calibration" in log for log in logging_outputs):
             # Sums per bin, added up by the meter; ECE is derived from them when it is printed.
-            metrics.log_scalar("_calibration", total("calibration").cpu().numpy())
+            metrics.log_scalar("_calibration", total("calibration").cpu())
             metrics.log_derived(
                 "ece", lambda meters: round(CalibrationHistogram(sums=meters["_calibration"].sum).ece(), 4)
             )

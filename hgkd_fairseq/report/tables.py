@@ -43,9 +43,8 @@ class Table:
     notes: list[str] = field(default_factory=list)  # what is under it, in markdown
 
     def markdown(self) -> str:
-        rows = [[str(cell) for cell in row] for row in self.rows]
-        lines = [self.header, ["---"] * len(self.header), *rows]
-        table = "\n".join("| " + " | ".join(map(printable, line)) + " |" for line in lines)
+        lines: list[list] = [self.header, ["---"] * len(self.header), *self.rows]
+        table = "\n".join("| " + " | ".join(printable(str(cell)) for cell in line) + " |" for line in lines)
         return "\n\n".join([table, *map(printable, self.notes)])
 
 

@@ -118,7 +118,13 @@ class TranslationWithTeacherTask(TranslationTask):
             self.tgt_dict,
             dtype=self.cfg.teacher_dtype,
             overrides=self.cfg.teacher_model_overrides,
+            languages=(self.cfg.source_lang, self.cfg.target_lang),
         )
+
+    def load_dataset(self, split, epoch=1, combine=False, **kwargs):
+        super().load_dataset(split, epoch, combine, **kwargs)
+        if isinstance(self.teacher, LiveTeacher):
+            self.teacher.check_lengths(split, self.datasets[split], self.max_positions())
 
     def training_targets(self):
         """The sentences (length,) of the target side of the training data."""

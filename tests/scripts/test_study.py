@@ -168,7 +168,7 @@ def test_what_is_run_next(tmp_path):
         return cell and cell.folder, lock is not None
 
     def finish_cell(folder: str) -> None:
-        (tmp_path / folder / "scores.json").touch()
+        (tmp_path / folder / "scores.json").write_text(json.dumps(numbers(20, 0.1, 1)))
 
     locks: list = []
     assert next_cell() == ("teacher/big/seed-0", True)
@@ -297,6 +297,17 @@ REFERENCES = [f"the cat number {i} sat on mat number {i + 1}" for i in range(12)
 NOISE = ["x"] * len(REFERENCES)
 
 
+def numbers(bleu: float, ece: float, seed: int, share: float = 0.0) -> dict:
+    """What a scores.json holds."""
+    curve = [{"updates": at, "valid_nll": 4.0, "valid_ece": 0.1, "teacher_share": share} for at in (20, 40)]
+    found = {"chrf": 2 * bleu, "nll": 3.0, "inference_ece": 0.2, "temperature": 1.25, "scaled_ece": ece / 4}
+    found |= {"scaled_nll": 2.5, "valid_nll_best": 3.5, "valid_nll_last": 4.0, "best_updates": 20, "last_updates": 40}
+    found |= {"teacher_share": share, "parameters": 1234, "minutes": 2.0, "curve": curve}
+    found["signatures"] = {key: f"{key}|by:hand" for key in ("bleu", "chrf", "ece", "inference_ece")}
+    found |= {"brevity_penalty": 0.9, "lenpen": seed + 0.5, "lenpen_bleu": bleu + seed, "lenpen_brevity_penalty": 1}
+    return {"bleu": bleu, "ece": ece, **found}
+
+
 def write_cell(study: Path, folder: str, bleu: float, ece: float, **more) -> None:
     """`more`: translations, those at the cell's own length penalty (lenpen), temperature, whether it is done."""
     translations, lenpen = more.get("translations", NOISE), more.get("lenpen", NOISE)
@@ -313,14 +324,8 @@ def write_cell(study: Path, folder: str, bleu: float, ece: float, **more) -> Non
     (path / "cell.json").write_text(json.dumps({**about, "signature": signature}))
     if not done:
         return
-    share = 0.5 if temperature else 0.0
-    curve = [{"updates": at, "valid_nll": 4.0, "valid_ece": 0.1, "teacher_share": share} for at in (20, 40)]
-    numbers = {"chrf": 2 * bleu, "nll": 3.0, "inference_ece": 0.2, "temperature": 1.25, "scaled_ece": ece / 4}
-    numbers |= {"scaled_nll": 2.5, "valid_nll_best": 3.5, "valid_nll_last": 4.0, "best_updates": 20, "last_updates": 40}
-    numbers |= {"teacher_share": share, "parameters": 1234, "minutes": 2.0, "curve": curve}
-    numbers["signatures"] = {key: f"{key}|by:hand" for key in ("bleu", "chrf", "ece", "inference_ece")}
-    numbers |= {"brevity_penalty": 0.9, "lenpen": seed + 0.5, "lenpen_bleu": bleu + seed, "lenpen_brevity_penalty": 1}
-    (path / "scores.json").write_text(json.dumps({"bleu": bleu, "ece": ece, **numbers}))
+    scores = numbers(bleu, ece, seed, share=0.5 if temperature else 0.0)
+    (path / "scores.json").write_text(json.dumps(scores))
     (path / "translations.txt").write_text("".join(f"{line}\n" for line in translations))
     (path / "translations-lenpen.txt").write_text("".join(f"{line}\n" for line in lenpen))
 
