@@ -93,7 +93,7 @@ def read_scores(folder: Path) -> dict[str, Any]:
 
 
 def diverged(folder: Path) -> int | None:
-    """The update from which on the NLL on validation of a cell was no number; None where it is one, or none is logged."""
+    """The update from which on a cell's NLL on validation was no number; None where it is one, or none is logged."""
     return logs.read(folder / "train.log").diverged if (folder / "train.log").exists() else None
 
 
