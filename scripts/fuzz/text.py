@@ -141,7 +141,7 @@ def read_train_log(path: str | Path) -> None:
         commands.command(program, log.settings)
     for key in figures.CURVES:
         figures.points(run, key)
-    if next(TURN) % 500 == 0:
+    if next(TURN) % 500 == 499:
         report = tables.measure([run])
         (report.markdown() + page.html(report)).encode()
 

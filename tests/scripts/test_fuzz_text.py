@@ -1,4 +1,4 @@
-"""A bounded part of scripts/fuzz/text.py: readers of text that others wrote answer with content or one error message."""
+"""A bounded part of scripts/fuzz/text.py: text that others wrote is answered with its content or one error message."""
 
 import sys
 from pathlib import Path
