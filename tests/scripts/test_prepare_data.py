@@ -95,9 +95,8 @@ def test_prepares(style: str, textdir: Path, tmp_path: Path) -> None:
         for language in ("de", "en"):
             shutil.copy(textdir / f"valid.{language}", textdir / f"valid1.{language}")
     databin, partial = tmp_path / "new" / "bin", tmp_path / "new" / "bin.partial"
-    (partial / "pieces").mkdir(parents=True)  # the leavings of a run that was killed
-    (partial / "train.de-en.de.bin").write_text("half")
-    (partial / "stale").write_text("old")
+    partial.mkdir(parents=True)  # of the user
+    (partial / "train.de-en.de.bin").write_text("mine")
     options = ["--vocab", VOCAB] + (["--style", style] if style == "paper" else [])
     result = prepare(textdir, f"{databin}/", *options)
     assert result.returncode == 0, result.stderr
@@ -105,7 +104,8 @@ def test_prepares(style: str, textdir: Path, tmp_path: Path) -> None:
     binaries = [f"{s}.de-en.{la}.{end}" for s in splits for la in ("de", "en") for end in ("bin", "idx")]
     others = ["PREPARED", "dict.de.txt", "dict.en.txt", "sentencepiece.model"]
     assert sorted(path.name for path in databin.iterdir()) == sorted(binaries + others)
-    assert not partial.exists()
+    assert [path.read_text() for path in partial.iterdir()] == ["mine"]
+    assert sorted(path.name for path in databin.parent.iterdir()) == ["bin", "bin.partial"]
     prepared = (databin / "PREPARED").read_text()
     assert prepared.startswith(f"vocab={VOCAB} source=de target=en style={style} text=")
     assert prepared.count("\n") == 1
@@ -205,7 +205,7 @@ def test_failing_preprocess_leaves_no_folder(textdir: Path, tmp_path: Path) -> N
     python = fake_python(tmp_path / "fake", 'printf "%s\\n" "$@"; echo no space left; exit 1')
     result = prepare(textdir, tmp_path / "bin", "--vocab", VOCAB, PYTHON=python)
     assert result.returncode == 1
-    log = tmp_path / "bin.partial" / "pieces" / "log"
+    (log,) = tmp_path.glob("bin.*/pieces/log")
     assert last_line(result) == f"prepare_data.sh: fairseq-preprocess failed (no space left): {log} has all it said"
     assert "--joined-dictionary" in log.read_text().splitlines()
     assert not (tmp_path / "bin").exists()
