@@ -3,10 +3,13 @@ and believes them, so that one that is cut short or of another data set would fa
 
 from __future__ import annotations
 
+import glob
 import os
+import struct
 
+import numpy as np
 from fairseq import utils
-from fairseq.data import Dictionary
+from fairseq.data import Dictionary, indexed_dataset
 
 from hgkd_fairseq.errors import UserError
 
@@ -39,6 +42,35 @@ def dictionary(file: str) -> Dictionary:
         raise UserError(f"{file} is no dictionary of fairseq-preprocess ({error}); {ANEW}") from error
 
 
+MAGIC = indexed_dataset.MMapIndexedDataset.Index._HDR_MAGIC
+HEAD = struct.Struct("<QBQ")  # behind it: version, type of the ids, sentences
+
+
+def check_index(prefix: str) -> None:
+    """Whether PREFIX.idx fits PREFIX.bin, in fairseq's mmap format (another is left to fairseq): the sentences lie one
+    behind another and fill the file.
+
+    Raises:
+        ValueError, OSError: they do not.
+    """
+    start = len(MAGIC) + HEAD.size
+    with open(f"{prefix}.idx", "rb") as stream:
+        head = stream.read(start)
+    if head and not head.startswith(MAGIC[: len(head)]):
+        return
+    version, code, count = HEAD.unpack(head[len(MAGIC) :]) if len(head) == start else (0, 0, 0)
+    kind = indexed_dataset._code_to_dtype.get(code)
+    if version != 1 or kind is None or os.path.getsize(f"{prefix}.idx") != start + 12 * count:
+        raise ValueError(f"{prefix}.idx is cut short or damaged")
+    sizes = np.fromfile(f"{prefix}.idx", "<i4", count=count, offset=start).astype(np.int64)
+    places = np.fromfile(f"{prefix}.idx", "<i8", count=count, offset=start + 4 * count)
+    ends = np.cumsum(sizes * np.dtype(kind).itemsize)
+    if not count or (sizes < 1).any() or places[0] or (places[1:] != ends[:-1]).any():
+        raise ValueError(f"{prefix}.idx holds no sentences, or is damaged")
+    if ends[-1] != os.path.getsize(f"{prefix}.bin"):
+        raise ValueError(f"{prefix}.bin has {os.path.getsize(f'{prefix}.bin')} bytes and not {ends[-1]}")
+
+
 def subset(task, name: str, max_positions=None):
     """A subset of a translation task's data, all of whose sentences can be read.
 
@@ -52,6 +84,9 @@ def subset(task, name: str, max_positions=None):
     """
     where = f"subset {name} of {task.cfg.data}"
     try:
+        if task.cfg.dataset_impl in (None, "mmap"):
+            for prefix in glob.glob(f"{glob.escape(first_shard(task.cfg.data))}/{glob.escape(name)}.*-*.*.idx"):
+                check_index(prefix.removesuffix(".idx"))
         task.load_dataset(name)
         dataset = task.dataset(name)
         sides = {"source": (dataset.src, dataset.src_dict), "target": (dataset.tgt, dataset.tgt_dict)}

@@ -173,7 +173,7 @@ def check_conversion(path: str, folder: str, data: str | None) -> None:
     checkpoint = checkpoints.read(split_paths(path)[0], model=False)
     check_options(checkpoint)
     task = checkpoint.options("task")
-    language_pair(data or str(task.get("data")), task)
+    language_pair(split_paths(data or str(task.get("data")))[0], task)
 
 
 def check_options(checkpoint: checkpoints.Checkpoint) -> None:
@@ -218,7 +218,7 @@ def to_ctranslate2(checkpoint: str, folder: str, data: str | None = None, quanti
     found = checkpoints.read(checkpoint)
     check_options(found)
     task, model = found.options("task"), found.options("model")
-    data = data or str(task.get("data"))
+    data = split_paths(data or str(task.get("data")))[0]  # of several shards the first has the dictionaries
     source, target = language_pair(data, task)
     # The converter reads fairseq's options of old, as attributes, which is why it cannot read the exported file itself.
     options = {**task, **model, "task": "translation", "arch": model.get("arch") or model["_name"]}

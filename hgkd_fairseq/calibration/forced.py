@@ -168,9 +168,8 @@ def batches(task, models, subset: str, max_tokens: int):
     limits = utils.resolve_max_positions(task.max_positions(), *[model.max_positions() for model in models])
     dataset = binarised.subset(task, subset, limits)
     try:
-        itr = task.get_batch_iterator(dataset, max_tokens=max_tokens, max_positions=limits).next_epoch_itr(
-            shuffle=False
-        )
+        found = task.get_batch_iterator(dataset, max_tokens=max_tokens, max_positions=limits)
+        itr = found.next_epoch_itr(shuffle=False)
     except AssertionError:  # fairseq's, of a sentence that fits into no batch
         raise UserError(
             f"--max-tokens {max_tokens} is less than the longest sentence of subset {subset} has; give more"

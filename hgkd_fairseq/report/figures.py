@@ -99,7 +99,7 @@ def curve(runs: Sequence[Run], key: str) -> str:
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.grid(color="0.9", linewidth=0.5)
         axes.set_axisbelow(True)
-        axes.set_xlim(left=0, right=1.03 * axes.dataLim.x1)  # room for the last marker
+        axes.set_xlim(left=0, right=max(1.03 * axes.dataLim.x1, 1))  # room for the last marker
         if key != "nll_loss":
             axes.set_ylim(bottom=0)
         return svg(figure, f"curve-{key}", f"{CURVES[key]}, over the updates, of each run")

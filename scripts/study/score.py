@@ -26,7 +26,7 @@ from fairseq import options
 from fairseq.checkpoint_utils import load_checkpoint_to_cpu
 from fairseq_cli import generate
 from sacrebleu.metrics import BLEU, CHRF
-from study import SCORES
+from study import SCORES, diverged
 
 import hgkd_fairseq
 from hgkd_fairseq import files
@@ -103,6 +103,9 @@ def curve(log: str) -> list[dict[str, float]]:
 
 
 def score(run: Path, data: str, references: list[str], how: str, cpu: bool) -> dict:
+    since = diverged(run)
+    if since is not None:
+        raise UserError(f"{run} has diverged: from update {since} on its NLL on validation is no number; train it anew")
     best = str(run / "checkpoint_best.pt")
     words = translate_test(run, data, how, cpu, run, len(references), "translations.txt")
     bleu, chrf = BLEU(), CHRF()

@@ -25,6 +25,7 @@ import hgkd_fairseq
 from hgkd_fairseq import files
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.files import Within
+from hgkd_fairseq.report import logs
 
 METHODS = Path(__file__).parents[1] / "recipes" / "methods.sh"
 PRECISIONS = {"fp32": [], "bf16": ["--bf16"], "fp16": ["--fp16"]}
@@ -89,6 +90,11 @@ def read_scores(folder: Path) -> dict[str, Any]:
     return files.read_json(
         folder / "scores.json", SCORES, "file of score.py; remove it, and run.py scores the cell again"
     )
+
+
+def diverged(folder: Path) -> int | None:
+    """The update from which on a cell's NLL on validation was no number; None where it is one, or none is logged."""
+    return logs.read(folder / "train.log").diverged if (folder / "train.log").exists() else None
 
 
 def read_about(folder: Path, **more: Any) -> dict[str, Any]:

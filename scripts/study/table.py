@@ -19,7 +19,7 @@ from typing import Any
 
 from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
-from study import methods, read_about, read_scores
+from study import diverged, methods, read_about, read_scores
 
 from hgkd_fairseq import files
 from hgkd_fairseq.calibration import diagram
@@ -59,7 +59,9 @@ class Study:
         finished = [path for path in found if (path / "scores.json").exists()]
         if not finished:
             raise UserError(f"{folder} holds no finished cell of a study; run.py makes them")
-        self.unfinished = [str(path.relative_to(folder)) for path in found if path not in finished]
+        others = {str(path.relative_to(folder)): diverged(path) for path in found if path not in finished}
+        self.diverged = {name: since for name, since in others.items() if since is not None}
+        self.unfinished = [name for name in others if name not in self.diverged]
         self.cells = {str(path.relative_to(folder)): Cell(path) for path in finished}
         self.references = read_references(folder / "text/test.en")
         for name, cell in self.cells.items():
@@ -280,6 +282,11 @@ def how(study: Study) -> list[str]:
     ]
     if study.unfinished:
         lines += ["", f"Not finished, and not in the tables: {', '.join(study.unfinished)}."]
+    for name, since in study.diverged.items():
+        lines += [
+            "",
+            f"Diverged, and not in the tables: {name}, whose NLL on validation is no number from update {since} on.",
+        ]
     return lines
 
 

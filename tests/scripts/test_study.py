@@ -349,6 +349,13 @@ def test_tables_by_hand(tmp_path, monkeypatch, capsys):
     write_cell(study, "same/random/seed-2", 22.5, 0.09, temperature=1.5)
     write_cell(study, "same/hkd-t-tau-2/seed-1", 25, 0.03, temperature=2.0)
     write_cell(study, "same/hkd-s/seed-1", 0, 0, temperature=1.5, done=False)
+    write_cell(study, "same/always/seed-1", 0, 0, temperature=1.5, done=False)
+    logged = [
+        {"valid_num_updates": "20", "valid_nll_loss": "4.5"},
+        {"valid_num_updates": "40", "valid_nll_loss": "nan"},
+    ]
+    start = "2026-01-31 12:00:00 | INFO | valid | "
+    (study / "same/always/seed-1/train.log").write_text("".join(f"{start}{json.dumps(row)}\n" for row in logged))
 
     out = make_tables(tmp_path, study, monkeypatch)
     lines = (out / "tables.md").read_text().splitlines()
@@ -377,6 +384,11 @@ def test_tables_by_hand(tmp_path, monkeypatch, capsys):
         "| HKD-T | 2 | 1 | 25.0 | 26.0 | 50.0 | 3.00 | 3.000 | 0.50 |",
     ]
     assert sum(line.startswith("| HKD-T | ") for line in lines) == 5  # one in each of the other tables
+    assert lines[-1].startswith(
+        "Diverged, and not in the tables: same/always/seed-1, whose NLL on validation is no number"
+    )
+    assert lines[-1].endswith("from update 40 on.")
+    lines = lines[:-2]
     assert "BLEU `bleu|by:hand`" in lines[-3]
     assert "bs:1000" in lines[-3]
     assert lines[2] == "All its cells: `setting:same|updates:40|precision:fp32`."
