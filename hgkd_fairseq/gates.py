@@ -16,7 +16,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -52,6 +52,20 @@ class GateError(ValueError):
     def __init__(self, message: str, option: str = "gate"):
         super().__init__(message)
         self.option = option
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """A gate that sees what came of each training step."""
+
+    def observe(self, output, gather: Callable[[Tensor], Tensor]) -> None:
+        """Called after each training step of a worker.
+
+        Args:
+            output: the :class:`hgkd_fairseq.loss.DistillationOutput` of the worker's batch. Where the batch was only
+                repeated to keep the workers in step, its `tokens_mask` is False everywhere.
+            gather: joins one tensor of the same size from each data-parallel worker, along the first dimension.
+        """
 
 
 @dataclass(frozen=True)
@@ -113,9 +127,9 @@ def register_gate(
     """Decorator: register a gate under ``name``, the value that ``--gate`` takes.
 
     On a function ``TokenStatistics -> GateWeights``, whose keyword-only arguments are the gate's parameters; or on a
-    class that is made from its parameters once for a run and is called like that function. Such an object may have
-    ``observe(output)``, called after each training step with the DistillationOutput, and ``state``, a dict of tensors
-    that is saved with the checkpoints; where it is an nn.Module its parameters are trained with the student's.
+    class that is made from its parameters once for a run and is called like that function. Such an object may be an
+    `Observer`, and may have ``state``, a dict of tensors that is saved with the checkpoints; where it is an nn.Module
+    its parameters are trained with the student's.
 
     Raises:
         ValueError: the name is taken, or the scope is none of "token", "sentence" and "batch".

@@ -17,7 +17,7 @@ from omegaconf import II
 from hgkd_fairseq import features
 from hgkd_fairseq.calibration import CalibrationHistogram
 from hgkd_fairseq.errors import UserError
-from hgkd_fairseq.gates import GateError, Instance, get_gate
+from hgkd_fairseq.gates import GateError, Instance, Observer, get_gate
 from hgkd_fairseq.loss import IMPLEMENTATIONS, gated_distillation
 from hgkd_fairseq.refresh import Refresh
 from hgkd_fairseq.teacher.loras import Loras
@@ -244,8 +244,11 @@ class HardGateKDCriterion(FairseqCriterion):
         """Returns the summed loss, the sample size that divides its gradient, and log outputs that can be summed."""
         skip = self.cfg.ignore_prefix_size
         target = sample["target"][:, skip:]
-        # Counted before anything of this batch is queued on the device: the host waits for nothing but the last step.
-        lengths = (target != self.padding_idx).sum(1).tolist()
+        # The task translation_with_teacher counts them while they are on the host. Elsewhere they are counted here,
+        # before anything of this batch is queued on the device: the host waits for nothing but the last step.
+        lengths = None if skip else sample.get("target_lengths")
+        if lengths is None:
+            lengths = (target != self.padding_idx).sum(1).tolist()
         student = features.head(model, sample["net_input"])
         teachers = []
         if self.distils():
@@ -279,7 +282,7 @@ class HardGateKDCriterion(FairseqCriterion):
             kept = target != self.padding_idx
             seen = student._replace(hidden=student.hidden[:, skip:][kept])
             loss = loss + self.learned_teacher.objective(seen, target[kept])
-        if not validating and hasattr(self.gate.weights, "observe"):
+        if not validating and isinstance(self.gate.weights, Observer):
             # A batch that fairseq repeats only to keep the workers in step counts for nothing.
             idle = getattr(self.task, "ignore_grad", False)
             seen = dataclasses.replace(out, tokens_mask=torch.zeros_like(out.tokens_mask)) if idle else out

@@ -84,9 +84,11 @@ class TokenResults(NamedTuple):
 
     loss: Tensor  # (N,) or, where an implementation sums as it goes, a scalar sum
     nll: Tensor  # (N,) nats, plain -log p(gold)
-    data_term: Tensor | None  # (N,) nats, what the gate's data weight multiplies; may be missing unless it is learned
-    kl: Tensor  # (N,) nats, KL(teacher || student), of tokens whose teacher weight is 0 it may be missing (0)
+    data_term: Tensor  # (N,) nats, what the gate's data weight multiplies
+    kl: Tensor  # (N,) nats, KL(teacher || student) of every token, whatever its weight; 0 without a teacher
+    uniform_term: Tensor | None  # (N,) nats, the cross-entropy with the uniform distribution; of a gate that weights it
+    student_read: Tensor  # (N,) nats, log p of the token the gate reads
+    teacher_read: Tensor  # (N,) nats, log q of it; that of the student without a teacher
     teacher_mask: Tensor  # (N,) bool, teacher weight > 0
-    gap: Tensor  # (N,) nats, log p - log q of the token the gate reads; 0 without a teacher
     confidence: Tensor | None  # (N,) probability of the student's argmax
     correct: Tensor | None  # (N,) bool, the student's argmax is the gold token

@@ -1,6 +1,7 @@
 """Task ``translation_with_teacher``: fairseq's translation task plus a teacher signal for the criterion."""
 
 # No `from __future__ import annotations` here: fairseq reads the types of the options at run time.
+import functools
 import logging
 import os
 from collections.abc import Callable
@@ -27,6 +28,15 @@ from hgkd_fairseq.tensorboard import write_reliability
 logger = logging.getLogger(__name__)
 
 SOURCES = ("checkpoint", "unigram", "loras", "previous-epoch", "ema")
+
+
+def with_target_lengths(collater: Callable[..., dict], pad: int, samples, **options) -> dict:
+    """A batch that also says how many tokens each target has, as host integers: to count them on a GPU the host would
+    have to wait for it in every step."""
+    batch = collater(samples, **options)
+    if batch.get("target") is not None:
+        batch["target_lengths"] = batch["target"].ne(pad).sum(1).tolist()
+    return batch
 
 
 @dataclass
@@ -120,6 +130,11 @@ class TranslationWithTeacherTask(TranslationTask):
             overrides=self.cfg.teacher_model_overrides,
         )
 
+    def load_dataset(self, split, epoch=1, combine=False, **kwargs):
+        super().load_dataset(split, epoch, combine, **kwargs)
+        dataset = self.datasets[split]
+        dataset.collater = functools.partial(with_target_lengths, dataset.collater, self.tgt_dict.pad())
+
     def training_targets(self):
         """The sentences (length,) of the target side of the training data."""
         source, target = self.cfg.source_lang, self.cfg.target_lang
@@ -161,7 +176,7 @@ class TranslationWithTeacherTask(TranslationTask):
     def keep_previous_epoch(self, epoch, model):
         """Keep the student as it is, to teach in this epoch. It goes into the checkpoints: a run that is resumed in the
         middle of an epoch finds there what the epoch began with."""
-        if self.cfg.teacher_source != "previous-epoch" or self.teacher is None or epoch < 2:
+        if self.cfg.teacher_source != "previous-epoch" or not isinstance(self.teacher, PastTeacher) or epoch < 2:
             return
         kept = self.memory.get("previous_epoch")
         if kept is not None and kept["epoch"] == epoch:
@@ -200,5 +215,5 @@ class TranslationWithTeacherTask(TranslationTask):
         return super().valid_step(sample, model, criterion)
 
     def watch(self, ema_model) -> None:
-        if ema_model is not None and self.teacher is not None:
+        if ema_model is not None and isinstance(self.teacher, PastTeacher):
             self.teacher.watch(ema_model)
