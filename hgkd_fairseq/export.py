@@ -43,11 +43,10 @@ def export(path: str, output: str, ema: bool = False) -> None:
             them, an output that exists or cannot be written.
     """
     refuse_existing(output)
-    states = [load(file) for file in utils.split_paths(path)]
-    first = states[0]
-    models = [parameters(state, file, ema) for state, file in zip(states, utils.split_paths(path), strict=True)]
-    cfg = without_plugin(first["cfg"])
-    history = dict(first["optimizer_history"][-1])
+    found = [checkpoints.read(file) for file in split_paths(path)]
+    models = [parameters(checkpoint, ema) for checkpoint in found]
+    cfg = without_plugin(found[0])
+    history = dict(found[0].state["optimizer_history"][-1])
     if cfg["criterion"]["_name"] == "cross_entropy":
         history["criterion_name"] = "CrossEntropyCriterion"
     state = {
@@ -69,15 +68,6 @@ def refuse_existing(output: str) -> None:
         raise UserError(f"there is no folder {Path(output).parent} to write {Path(output).name} to; make it first")
 
 
-def load(file: str) -> dict[str, Any]:
-    if not os.path.exists(file):
-        raise UserError(f"{file} does not exist; name a fairseq checkpoint")
-    state = checkpoint_utils.load_checkpoint_to_cpu(file)
-    if state.get("cfg") is None or "model" not in state:
-        raise UserError(f"{file} is no fairseq model; name a checkpoint of fairseq-train")
-    return state
-
-
 def save(state: dict[str, Any], output: str) -> None:
     """In one step: a file that exists is whole."""
     partial = f"{output}.partial"
@@ -85,12 +75,14 @@ def save(state: dict[str, Any], output: str) -> None:
     os.replace(partial, output)
 
 
-def parameters(state: dict[str, Any], file: str, ema: bool) -> dict[str, Tensor]:
+def parameters(checkpoint: checkpoints.Checkpoint, ema: bool) -> dict[str, Tensor]:
     if not ema:
-        return state["model"]
-    if "ema" not in state["extra_state"]:
-        raise UserError(f"{file} holds no moving average; it was trained without --store-ema, so drop --ema")
-    return state["extra_state"]["ema"]
+        return checkpoint.model
+    if "ema" not in checkpoint.state["extra_state"]:
+        raise UserError(f"{checkpoint.path} holds no moving average; it was trained without --store-ema, so drop --ema")
+    average = checkpoint.state["extra_state"]["ema"]
+    checkpoints.check_weights(checkpoint.path, average)
+    return average
 
 
 def average(models: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -116,12 +108,12 @@ def average(models: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return result
 
 
-def without_plugin(cfg) -> dict[str, Any]:
+def without_plugin(checkpoint: checkpoints.Checkpoint) -> dict[str, Any]:
     """The configuration in plain dicts, as of a model that fairseq's own task and criterion trained."""
-    found: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)  # type: ignore[assignment]
+    found = {section: checkpoint.options(section) for section in checkpoint.cfg if checkpoint.cfg[section] is not None}
+    found |= {section: checkpoint.options(section) for section in ("model", "task", "criterion", "common")}
     model = found["model"]
-    found["model"] = model = dict(vars(model)) if isinstance(model, Namespace) else model
-    model["_name"] = model.get("_name") or model["arch"]
+    model["_name"] = model.get("_name") or model.get("arch")
     if is_ours(found["task"], TASK_DATACLASS_REGISTRY):
         known = {field.name for field in fields(TranslationConfig)}
         found["task"] = {key: value for key, value in found["task"].items() if key in known} | {"_name": "translation"}

@@ -372,8 +372,9 @@ class SoftLearned(torch.nn.Module):
 class Instance:
     """A row of weights for each training sentence, constant between refreshes (instance_weights.py has the equations).
 
-    State: "data" and "teacher" (S,), "held_out" (S,) bool, the sentences that are kept aside, and "epoch", that of the
-    last refresh. A sentence of another set (validation) has the weights that all begin with.
+    State: "data" and "teacher" (S,), "held_out" (S,) bool, the sentences that are kept aside, "learned" (S,) bool,
+    those whose weights were learned in some refresh, and "epoch", that of the last one. A sentence of another set
+    (validation) has the weights that all begin with.
     """
 
     DATA, TEACHER, LARGEST = 0.1, 0.9, 2.0
@@ -391,11 +392,19 @@ class Instance:
         self.held_out, self.interval, self.change, self.rule = held_out, refresh_interval, refresh_change, weight_rule
         self.state: dict[str, Tensor] = {}
 
+    @classmethod
+    def learned_rows(cls, table: Mapping[str, Tensor]) -> Tensor:
+        """(S,) bool, the rows of a state that a refresh has learned: not those of sentences that were kept aside or too
+        long to train on. A state without that column is of an older version: rows that moved."""
+        moved = (table["data"] != cls.DATA) | (table["teacher"] != cls.TEACHER)
+        return table.get("learned", moved)
+
     def begin(self, held_out: Tensor) -> None:
         """Make the table; `held_out` (S,) bool says which sentences of the training set are kept aside."""
         start = torch.ones(held_out.shape, device=held_out.device)
         rows = {"data": self.DATA * start, "teacher": self.TEACHER * start}
-        self.state.update(rows, held_out=held_out, epoch=torch.zeros((), dtype=torch.int64))
+        learned = torch.zeros_like(held_out)
+        self.state.update(rows, held_out=held_out, learned=learned, epoch=torch.zeros((), dtype=torch.int64))
 
     def __call__(self, statistics: TokenStatistics) -> GateWeights:
         student, index = statistics.student_logprob, statistics.instance

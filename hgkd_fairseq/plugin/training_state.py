@@ -1,8 +1,8 @@
 """What a training has learned and remembers beside its model: compared with what is asked for, and put back.
 
-fairseq-train restores the criterion's parameters and the task's memory when it resumes, whatever run they belong to, and
-fairseq-validate restores neither. `prepare` looks at a checkpoint before fairseq-train takes it up, `keep` and `restore`
-bring it back in fairseq-validate.
+fairseq-train restores the criterion's parameters and the task's memory when it resumes, whatever run they are of, and
+fairseq-validate restores neither. `prepare` looks at a checkpoint before fairseq-train takes it up, `keep` and
+`restore` bring it back in fairseq-validate.
 """
 
 from __future__ import annotations
