@@ -256,8 +256,8 @@ class HardGateKDCriterion(FairseqCriterion):
         known = type(task).__module__.startswith(("fairseq.", "hgkd_fairseq."))  # another's task may log more
         if known and not cfg.disable_validation and cfg.best_checkpoint_metric not in logged:
             raise UserError(
-                f"--best-checkpoint-metric {cfg.best_checkpoint_metric}: name one of {', '.join(sorted(logged))}, which "
-                "validation logs (accuracy comes with --report-accuracy, bleu with --eval-bleu)"
+                f"--best-checkpoint-metric {cfg.best_checkpoint_metric}: name one of {', '.join(sorted(logged))}, "
+                "which validation logs (accuracy comes with --report-accuracy, bleu with --eval-bleu)"
             )
 
     def check_model(self, model) -> None:

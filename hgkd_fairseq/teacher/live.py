@@ -145,7 +145,7 @@ def check_task(
     folder = (split_paths(str(task.get("data") or "")) or [""])[0]
     languages = (task.get("source_lang"), task.get("target_lang"))
     if None in languages and os.path.isdir(folder):  # the teacher's run left them to fairseq, which reads file names
-        languages = data_utils.infer_language_pair(folder)
+        languages = tuple(data_utils.infer_language_pair(folder))
     if None not in (*languages, *student) and languages != student:
         raise UserError(
             f"the teacher {path} translates from {languages[0]} to {languages[1]}, the student from {student[0]} to "
