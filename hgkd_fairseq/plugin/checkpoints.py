@@ -3,6 +3,8 @@ or one error message."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import pickle
 import re
@@ -11,7 +13,7 @@ import warnings
 import zipfile
 from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -372,6 +374,19 @@ def check_model(model: dict[str, Tensor], size: int) -> None:
             raise Refused(f"holds nan or infinity in {name[:80]}: its training has diverged; name an earlier one")
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what fairseq and hydra log and warn of while they bring options of old to their present form."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
 def check_weights(path: str, weights: Any) -> None:
     """The checks of a checkpoint's model, on other weights in it.
 
@@ -393,14 +408,15 @@ def upgrade(state: dict[str, Any], overrides: Mapping[str, Any] | None) -> dict[
     from omegaconf import OmegaConf
 
     try:
-        if state.get("args") is not None:
-            for name, value in (overrides or {}).items():
-                setattr(state["args"], name, value)
-        if state.get("cfg") is not None:
-            state["cfg"] = OmegaConf.create(state["cfg"], flags={"allow_objects": True})
-            if overrides:
-                overwrite_args_by_name(state["cfg"], overrides)
-        return _upgrade_state_dict(state)
+        with quiet():
+            if state.get("args") is not None:
+                for name, value in (overrides or {}).items():
+                    setattr(state["args"], name, value)
+            if state.get("cfg") is not None:
+                state["cfg"] = OmegaConf.create(state["cfg"], flags={"allow_objects": True})
+                if overrides:
+                    overwrite_args_by_name(state["cfg"], overrides)
+            return _upgrade_state_dict(state)
     except Exception as error:  # fairseq reads options of a dozen years and checks none of them
         given = " with the overrides that were given" if overrides else ""
         raise Refused(f"is no fairseq checkpoint{given} ({error!r}); {FAIRSEQ_ONES}") from None

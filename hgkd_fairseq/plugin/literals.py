@@ -37,13 +37,13 @@ def value(node: ast.expr) -> Any:
     if not isinstance(node, ast.BinOp):
         return ast.literal_eval(node)
     left, right = value(node.left), value(node.right)
-    if isinstance(node.op, ast.Add) and isinstance(left, list | tuple) and type(left) is type(right):
-        if len(left) + len(right) <= LONGEST:
-            return left + right
-    elif isinstance(node.op, ast.Mult) and isinstance(left, list | tuple) and type(right) is int:
-        if len(left) * right <= LONGEST:
-            return left * right
-    return ast.literal_eval(node)  # a complex number, or refused
+    added = isinstance(node.op, ast.Add) and type(left) is type(right) and len(left) + len(right) <= LONGEST
+    repeated = isinstance(node.op, ast.Mult) and type(right) is int and len(left) * right <= LONGEST
+    if isinstance(left, list | tuple) and added:
+        return left + right
+    if isinstance(left, list | tuple) and repeated:
+        return left * right
+    raise ValueError
 
 
 def replace_eval(packages: tuple[str, ...] = ("fairseq", "fairseq_cli")) -> None:
