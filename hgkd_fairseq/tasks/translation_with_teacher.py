@@ -258,7 +258,7 @@ class TranslationWithTeacherTask(TranslationTask):
         return {type(self).__name__: {**utils.move_to_cpu(self.memory), **kept}}
 
     def set_checkpoint_dict(self, memory: dict) -> None:
-        self.memory = {name: kept for name, kept in memory.items() if name not in ("method", "updates", "teacher")}
+        self.memory |= {name: kept for name, kept in memory.items() if name not in ("method", "updates", "teacher")}
         self.num_updates = memory.get("updates")
 
     def fingerprint(self) -> str | None:
@@ -272,7 +272,9 @@ class TranslationWithTeacherTask(TranslationTask):
 
     def valid_step(self, sample, model, criterion, ema_model=None):
         self.watch(model, ema_model)
-        return super().valid_step(sample, model, criterion)
+        # What a gate draws at random is the same whenever this batch is validated, in training and in fairseq-validate.
+        with utils.set_torch_seed(sample["ntokens"]):
+            return super().valid_step(sample, model, criterion)
 
     def watch(self, model, ema_model) -> None:
         """Give a teacher that is the student's past its model: fairseq's moving average, or outside of training what
