@@ -182,7 +182,7 @@ def get_gate(gate: str | Gate, **values) -> Gate:
         value = values[option]
         span = kind.ranges.get(option, FINITE if isinstance(value, float) else None)
         if span and (problem := span.problem(value)):
-            raise GateError(f"{value} with gate {gate}: {problem}", option)
+            raise GateError(f"{value} is {span.otherwise}; with gate {gate} {problem}", option)
     made: Any = kind.weights
     if inspect.isclass(made):
         made = made(**values)

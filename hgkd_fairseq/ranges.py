@@ -10,6 +10,7 @@ class Range(NamedTuple):
     low: float  # both ends belong to it
     high: float
     text: str  # what follows "it must be"
+    otherwise: str = "out of range"  # what a number is that is not in it
 
     def problem(self, value: object) -> str | None:
         """None for a number in the range; otherwise what is wrong with it."""
@@ -20,7 +21,7 @@ class Range(NamedTuple):
 
 LARGEST = 1e6  # far above anything useful, far below what overflows in single precision
 
-SHARE = Range(0, 1, "a share, between 0 and 1")
+SHARE = Range(0, 1, "between 0 and 1", "no share")
 BELOW_1 = Range(0, math.nextafter(1, 0), "at least 0 and below 1")
 WEIGHT = Range(0, LARGEST, "at least 0 and finite (at most 1e6)")
 POSITIVE = Range(1 / LARGEST, LARGEST, "above 0 and finite (1e-6 to 1e6)")

@@ -20,7 +20,12 @@ logger = logging.getLogger(__name__)
 CRITERION = "hard_gate_kd"
 TASK = "TranslationWithTeacherTask"  # under whose name checkpoints without a "method" keep their memory
 # Which sentences are kept aside is compared where the data are at hand, and on the sentences themselves.
-ELSEWHERE = ("held_out",)
+SENTENCES = "held_out"
+# What a run may go on with otherwise than it began, as with another learning rate; a warning says so.
+FREE = (
+    *("gate_on", "teacher_temperature", "teacher_temperature_start", "untempered_gate", "label_smoothing"),
+    *("confidence_penalty", "distill_start_update", "refresh_interval", "refresh_change"),
+)
 
 
 def method(criterion_cfg: Any, teacher_source: str) -> dict[str, Any]:
@@ -29,7 +34,7 @@ def method(criterion_cfg: Any, teacher_source: str) -> dict[str, Any]:
     found: dict[str, Any] = {"gate": name}
     for parameter, default in (gates.parameters(name) if name in gates.GATES else {}).items():
         given = getattr(criterion_cfg, parameter, None)
-        if parameter not in ELSEWHERE:
+        if parameter != SENTENCES and parameter not in FREE:
             found[parameter] = default if given is None else given
     if name not in gates.GATES or gates.GATES[name].needs_teacher:
         found["teacher_source"] = teacher_source
@@ -53,6 +58,10 @@ def method_of(state: dict) -> dict[str, Any] | None:
     return kept or method(criterion, str(getattr(task, "teacher_source", "checkpoint")))
 
 
+def options_of(criterion_cfg: Any) -> dict[str, Any]:
+    return {name: getattr(criterion_cfg, name, None) for name in FREE}
+
+
 def differences(asked: dict[str, Any], held: dict[str, Any]) -> str:
     """What is asked for and what a checkpoint holds, in words; "" where they are the same."""
     names = [name for name in {**asked, **held} if asked.get(name) != held.get(name)]
@@ -60,8 +69,8 @@ def differences(asked: dict[str, Any], held: dict[str, Any]) -> str:
         names = [name for name in names if name in ("gate", "teacher_source")]  # the rest follows from it
 
     def words(values: dict[str, Any]) -> str:
-        given = [f"--{name.replace('_', '-')} {values[name]}" for name in names if name in values]
-        return " ".join(given) or "no teacher"
+        given = [f"--{name.replace('_', '-')} {values[name]}" for name in names if values.get(name) is not None]
+        return " ".join(given) or "the default"
 
     return f"{words(asked)} is asked for, and {words(held)} made it" if names else ""
 
@@ -96,6 +105,10 @@ def prepare(state: dict, path: str, task, criterion, new_run: bool) -> None:
             problem = "another teacher taught its student, or its training data were others"
     if problem and not new_run:
         raise UserError(f"{path} is of another run: {problem}; {remedy}")
+    if held is not None and not new_run:
+        changes = differences(options_of(criterion.cfg), options_of(state["cfg"].criterion))
+        if changes:
+            logger.warning("%s is resumed with other options: %s", path, changes)
     learned = criterion.state_dict()
     if learned and (problem or not same_shapes(learned, state.get("criterion"))):
         if not new_run:

@@ -144,7 +144,11 @@ def test_validated_as_in_training(name: str, runs: dict[str, cl.Run], validated:
 @pytest.mark.parametrize(
     ("name", "given", "expected"),
     [
-        ("none", ("--gate", "selective-global"), "--gate selective-global is asked for, and --gate none made it"),
+        (
+            "none",
+            ("--gate", "selective-global"),
+            "--gate selective-global --teacher-source checkpoint is asked for, and --gate none made it",
+        ),
         ("soft", ("--gate", "soft-learned"), "--gate soft-learned is asked for, and --gate soft made it"),
         ("beta", ("--gate", "beta", "--teacher-source", "previous-epoch"), "--teacher-source previous-epoch is asked"),
     ],

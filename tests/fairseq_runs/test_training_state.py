@@ -32,7 +32,7 @@ def build(data: Path, *options):
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        (("--gate", gate, option, value), f"{option}: {float(value)} with gate {gate}: it must be ")
+        (("--gate", gate, option, value), f"{option}: {float(value)} is ")
         for gate, option in (
             ("always", "--kd-weight"),
             ("selective-batch", "--kd-weight"),
@@ -56,7 +56,10 @@ def build(data: Path, *options):
     ]
     + [
         (("--teacher-temperature-start", "inf", "--max-update", 9), "--teacher-temperature-start inf: it must be"),
-        (("--gate", "selective-global", "--gate-queue", 10**9), "--gate-queue: 1000000000 with gate selective-global"),
+        (
+            ("--gate", "selective-global", "--gate-queue", 10**9),
+            "--gate-queue: 1000000000 is out of range; with gate selective-global it must be a number of tokens",
+        ),
         (("--gate", "instance", "--held-out", "nan"), "--held-out nan: a share"),
         (("--gate", "instance", "--held-out", "train1"), "--held-out train1: that is trained on"),
         (("--distill-start-update", 9, "--max-update", 9), "--distill-start-update 9: the training ends before"),
