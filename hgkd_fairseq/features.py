@@ -6,14 +6,13 @@ import functools
 import inspect
 import logging
 
-import torch
 from fairseq.models import BaseFairseqModel, FairseqDecoder
 from fairseq.models.transformer import TransformerDecoderBase
 from torch import nn
 
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.loss import Head
-from hgkd_fairseq.plugin.checkpoints import needs_more
+from hgkd_fairseq.plugin.checkpoints import check_translates
 
 logger = logging.getLogger(__name__)
 
@@ -49,21 +48,27 @@ def head(model: nn.Module, net_input: dict) -> Head:
     """
     output = linear_output(model)
     if output is not None:
-        refuse_unused_parameters(model, output)
         features, _ = model(**net_input, features_only=True)
         return Head(features, output.weight, output.bias)
-    if torch.is_grad_enabled() and getattr(getattr(unwrap(model), "decoder", None), "adaptive_softmax", None):
-        raise UserError(  # fairseq's own log-probabilities of it are made in place: there is no gradient through them
-            "a student with --adaptive-softmax-cutoff cannot be distilled: train it without; a teacher may have one"
-        )
-    if missing := needs_more(type(unwrap(model))):
-        raise UserError(
-            f"a student that is a {type(unwrap(model)).__name__} cannot be distilled: it does not translate from left "
-            f"to right (it asks for {missing}); choose another --arch"
-        )
     warn_once(f"{type(unwrap(model)).__name__} has no plain linear output layer: using its full log-probabilities")
     net_output = model(**net_input)
     return Head(unwrap(model).get_normalized_probs(net_output, log_probs=True), None)
+
+
+def check_student(model: nn.Module) -> None:
+    """Refuse a model that cannot be trained with this loss, before it is.
+
+    Raises:
+        UserError: it does not translate from left to right, has no gradient, or is wrapped in a way that loses it.
+    """
+    check_translates(type(unwrap(model)), "the student")
+    output = linear_output(model)
+    if output is not None:
+        refuse_unused_parameters(model, output)
+    elif getattr(unwrap(model).decoder, "adaptive_softmax", None):
+        raise UserError(  # fairseq's own log-probabilities of it are made in place: there is no gradient through them
+            "a student with --adaptive-softmax-cutoff cannot be distilled: train it without; a teacher may have one"
+        )
 
 
 def refuse_unused_parameters(model: nn.Module, output: nn.Linear) -> None:

@@ -34,13 +34,11 @@ NEGLIGIBLE = tl.constexpr(1e-20)
 MINUS_INF = tl.constexpr(float("-inf"))
 NAN = tl.constexpr(float("nan"))
 
-# Rows of `results` (5, C) fp32, of `flags` (2, C) int8 and of `statistics` (8, C) fp32. One base pointer each: the
+# Rows of `results` (7, C) fp32, of `flags` (2, C) int8 and of `statistics` (4, C) fp32. One base pointer each: the
 # address of a row of an odd number of tokens would be aligned or not, and either would be compiled.
-LOSS, NLL, KD, GAP, CONFIDENCE = (tl.constexpr(i) for i in range(5))
+LOSS, NLL, DATA_TERM, KL, STUDENT_READ, TEACHER_READ, CONFIDENCE = (tl.constexpr(i) for i in range(7))
 TEACHER, CORRECT = (tl.constexpr(i) for i in range(2))
-STUDENT_READ, TEACHER_READ, DATA_TERM, KL, STUDENT_MAX, STUDENT_SUM, TEACHER_MAX, TEACHER_SUM = (
-    tl.constexpr(i) for i in range(8)
-)
+STUDENT_MAX, STUDENT_SUM, TEACHER_MAX, TEACHER_SUM = (tl.constexpr(i) for i in range(4))
 
 # Integers and addresses that change from chunk to chunk: not worth a compilation for those divisible by 16.
 _UNSPECIALIZED = {
@@ -246,7 +244,6 @@ def _finish_row(
     if HAS_TEACHER:
         loss += teacher * kl
     tl.store(results + LOSS * rows + row, loss)
-    tl.store(results + KD * rows + row, tl.where(teacher > 0, kl, 0.0))
     tl.store(flags + TEACHER * rows + row, (teacher > 0).to(tl.int8))
     if MAKE_GRADIENT:
         data *= gradient_scale
@@ -278,7 +275,7 @@ def token_rows(
     student_logits,  # (C, V), overwritten by dz where MAKE_GRADIENT
     teacher_logits,  # (C, V)
     target,  # (C,) int64
-    results,  # (5, C) fp32
+    results,  # (7, C) fp32
     flags,  # (2, C) int8
     rows,  # C
     inverse_temperature,
@@ -309,7 +306,10 @@ def token_rows(
     )  # fmt: skip
     teacher = tl.where(student_read > teacher_read, 1.0, 0.0)  # strict: where both agree exactly the data teaches
     tl.store(results + NLL * rows + row, -gold)
-    tl.store(results + GAP * rows + row, student_read - teacher_read)
+    tl.store(results + DATA_TERM * rows + row, data_term)
+    tl.store(results + KL * rows + row, kl)
+    tl.store(results + STUDENT_READ * rows + row, student_read)
+    tl.store(results + TEACHER_READ * rows + row, teacher_read)
     if ARGMAX:
         tl.store(results + CONFIDENCE * rows + row, 1.0 / student_sum)
         tl.store(flags + CORRECT * rows + row, (argmax == gold_token).to(tl.int8))
@@ -325,9 +325,9 @@ def statistics_rows(
     student_logits,  # (C, V)
     teacher_logits,  # (C, V)
     target,  # (C,) int64
-    results,  # (5, C) fp32: NLL, GAP and CONFIDENCE are written
+    results,  # (7, C) fp32: all but LOSS are written
     flags,  # (2, C) int8: CORRECT is written
-    statistics,  # (8, C) fp32
+    statistics,  # (4, C) fp32
     rows,  # C
     inverse_temperature,
     gold_weight,
@@ -354,14 +354,13 @@ def statistics_rows(
         )
     )  # fmt: skip
     tl.store(results + NLL * rows + row, -gold)
-    tl.store(results + GAP * rows + row, student_read - teacher_read)
+    tl.store(results + DATA_TERM * rows + row, data_term)
+    tl.store(results + KL * rows + row, kl)
+    tl.store(results + STUDENT_READ * rows + row, student_read)
+    tl.store(results + TEACHER_READ * rows + row, teacher_read)
     if ARGMAX:
         tl.store(results + CONFIDENCE * rows + row, 1.0 / student_sum)
         tl.store(flags + CORRECT * rows + row, (argmax == gold_token).to(tl.int8))
-    tl.store(statistics + STUDENT_READ * rows + row, student_read)
-    tl.store(statistics + TEACHER_READ * rows + row, teacher_read)
-    tl.store(statistics + DATA_TERM * rows + row, data_term)
-    tl.store(statistics + KL * rows + row, kl)
     tl.store(statistics + STUDENT_MAX * rows + row, student_max)
     tl.store(statistics + STUDENT_SUM * rows + row, student_sum)
     tl.store(statistics + TEACHER_MAX * rows + row, teacher_max)
@@ -373,9 +372,9 @@ def gradient_rows(
     student_logits,  # (C, V), overwritten by dz where MAKE_GRADIENT
     teacher_logits,  # (C, V)
     target,  # (C,) int64
-    results,  # (5, C) fp32: LOSS and KD are written
+    results,  # (7, C) fp32: LOSS is written, DATA_TERM and KL are read
     flags,  # (2, C) int8: TEACHER is written
-    statistics,  # (8, C) fp32
+    statistics,  # (4, C) fp32
     data_weight,  # (C,) fp32
     teacher_weight,  # (C,) fp32
     rows,  # C
@@ -402,8 +401,8 @@ def gradient_rows(
         tl.load(target + row).to(tl.int32),
         tl.load(data_weight + row),
         tl.load(teacher_weight + row),
-        tl.load(statistics + DATA_TERM * rows + row),
-        tl.load(statistics + KL * rows + row),
+        tl.load(results + DATA_TERM * rows + row),
+        tl.load(results + KL * rows + row),
         tl.load(statistics + STUDENT_MAX * rows + row),
         tl.load(statistics + STUDENT_SUM * rows + row),
         tl.load(statistics + TEACHER_MAX * rows + row),

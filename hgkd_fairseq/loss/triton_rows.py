@@ -130,28 +130,26 @@ def row_step(
         teacher = rows.mean_probability(teacher_logits, 1 / temperature, torch.float32).log_()
         temperature = 1.0
 
-    results = torch.empty((5, tokens), dtype=torch.float32, device=student.device)
+    results = torch.empty((7, tokens), dtype=torch.float32, device=student.device)
     flags = torch.empty((2, tokens), dtype=torch.int8, device=student.device)
     steps = variants(vocabulary, student.element_size(), options, gradient_scale is not None)
     scale = 0.0 if gradient_scale is None else float(gradient_scale)
     outputs = (student, teacher, target.contiguous(), results, flags)
     scalars = (tokens, 1 / temperature, *options.gold_weight(vocabulary))
-    data_term = None
     with torch.cuda.device_of(student):
         if len(steps) == 1:
             _launch(steps[0], *outputs, *scalars, scale)
         else:
-            statistics = torch.empty((8, tokens), dtype=torch.float32, device=student.device)
+            statistics = torch.empty((4, tokens), dtype=torch.float32, device=student.device)
             _launch(steps[0], *outputs, statistics, *scalars)
-            weights = decided(decide, statistics[0], statistics[1])
+            weights = decided(decide, results[4], results[5])  # what the gate reads
             data, teacher_weight = (weight.to(torch.float32).contiguous() for weight in weights[:2])
             _launch(steps[1], *outputs, statistics, data, teacher_weight, *scalars, scale)
-            data_term = statistics[2]
 
-    loss, nll, kl, gap, confidence = results.unbind()
+    loss, nll, data_term, kl, student_read, teacher_read, confidence = results.unbind()
     teacher_mask, correct = flags.view(torch.bool).unbind()
     top = (confidence, correct) if options.needs_argmax else (None, None)
-    found = TokenResults(loss, nll, data_term, kl, teacher_mask, gap, *top)
+    found = TokenResults(loss, nll, data_term, kl, None, student_read, teacher_read, teacher_mask, *top)
     return found, None if gradient_scale is None else student
 
 

@@ -450,23 +450,34 @@ def model_class(checkpoint: Checkpoint) -> type[nn.Module]:
     Raises:
         UserError: fairseq has none of that name, or it does not translate from left to right.
     """
-    from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY, FairseqEncoderModel, FairseqLanguageModel
+    from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 
     options = checkpoint.options("model")
     name = options.get("_name") or options.get("arch")
     found = (ARCH_MODEL_REGISTRY.get(name) or MODEL_REGISTRY.get(name)) if isinstance(name, str) else None
     if found is None:
         raise UserError(f"{checkpoint.path} has the architecture {str(name)[:80]!r}, which this fairseq does not know")
-    if issubclass(found, FairseqLanguageModel | FairseqEncoderModel):
-        raise UserError(
-            f"{checkpoint.path} is no translation model but a {found.__name__}; name one with an encoder and a decoder"
-        )
-    if missing := needs_more(found):
-        raise UserError(
-            f"{checkpoint.path} is a {found.__name__}, which does not translate from left to right (it asks for "
-            f"{missing}); name an autoregressive model"
-        )
+    check_translates(found, checkpoint.path)
     return found
+
+
+def check_translates(kind: type[nn.Module], name: str) -> None:
+    """Refuse a class of models that do not give the probability of each target token after those before it.
+
+    Raises:
+        UserError: a language model, an encoder alone, a non-autoregressive model.
+    """
+    from fairseq.models import FairseqEncoderModel, FairseqLanguageModel
+
+    if issubclass(kind, FairseqLanguageModel | FairseqEncoderModel):
+        raise UserError(
+            f"{name} is no translation model but a {kind.__name__}; name one with an encoder and a decoder"
+        )
+    if missing := needs_more(kind):
+        raise UserError(
+            f"{name} is a {kind.__name__}, which does not translate from left to right (it asks for {missing}); name "
+            "an autoregressive model"
+        )
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Sequence
@@ -52,6 +53,7 @@ class LiveTeacher:
         self.dtype = dtype
         given = parse_overrides(overrides)
         self.models = [load_model(path, source_dictionary, target_dictionary, languages, given) for path in self.paths]
+        self.fingerprint = fingerprint(self.models)
         for path, model in zip(self.paths, self.models, strict=True):
             logger.info("teacher %s: %s, %d parameters", path, type(model).__name__, count_parameters(model))
 
@@ -84,6 +86,18 @@ class LiveTeacher:
         for model in self.models:
             model.to(device=device, dtype=DTYPES.get(self.dtype, dtype))  # moves on the first batch, then does nothing
         return [features.head(model, sample["net_input"]) for model in self.models]
+
+
+def fingerprint(models: Sequence[torch.nn.Module]) -> str:
+    """A hash of all weights of some models: the same wherever their files lie, in whichever order."""
+    found = []
+    for model in models:
+        digest = hashlib.sha256()
+        for name, tensor in model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        found.append(digest.hexdigest())
+    return " ".join(sorted(found))
 
 
 def count_parameters(model: torch.nn.Module) -> int:
