@@ -46,10 +46,27 @@ def read(checkpoint: str) -> Weights:
 
     memory = checkpoints.read(checkpoint, model=False).state["extra_state"]
     table = training_state.memory_in(memory).get("gate", {})
-    if "held_out" not in table:
+    if not is_table(table):
         raise UserError(f"{checkpoint} has no weights of sentences; name a checkpoint of a run with --gate instance")
     sentence = Instance.learned_rows(table).nonzero().squeeze(1)
     return Weights(sentence, table["data"][sentence], table["teacher"][sentence], int(table["epoch"]))
+
+
+def is_table(table: object) -> bool:
+    """Whether it is what the gate saves: of each sentence whether it was kept aside, and its two weights."""
+    if not isinstance(table, dict):
+        return False
+    rows = [table.get(name) for name in ("held_out", "data", "teacher")]
+    rows.append(table.get("learned", rows[0]))  # older versions have none
+    dense = all(isinstance(row, Tensor) and row.dim() == 1 and row.layout is torch.strided for row in rows)
+    if not dense or len({(row.shape, row.device.type) for row in rows}) > 1 or rows[0].device.type != "cpu":
+        return False
+    epoch = table.get("epoch")
+    if isinstance(epoch, Tensor):
+        whole = epoch.numel() == 1 and epoch.dtype in (torch.int64, torch.int32) and epoch.device.type == "cpu"
+    else:
+        whole = type(epoch) is int and 0 <= epoch < files.LARGEST
+    return whole and all(row.is_floating_point() for row in rows[1:3]) and rows[0].dtype is rows[3].dtype is torch.bool
 
 
 def numbers(file: str) -> Tensor:

@@ -182,7 +182,9 @@ def transformer() -> tuple[TranslationTask, dict[str, Any]]:
         dictionary.add_symbol(name)
     task = TranslationTask(TranslationConfig(), dictionary, dictionary)
     sizes = dict.fromkeys(("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads"), 1)
-    sizes |= dict.fromkeys((f"{side}_{part}_dim" for side in ("encoder", "decoder") for part in ("embed", "ffn_embed")), 4)
+    sizes |= dict.fromkeys(
+        (f"{side}_{part}_dim" for side in ("encoder", "decoder") for part in ("embed", "ffn_embed")), 4
+    )
     options = Namespace(arch="transformer", _name="transformer", **sizes)
     model = models.build_model(options, task)  # which fills the options in
     return task, {**state(), "cfg": {**state()["cfg"], "model": options}, "model": model.state_dict()}
@@ -194,7 +196,9 @@ def transformers(rng: random.Random) -> Iterator[bytes]:
     while True:
         options = vars(found["cfg"]["model"]).copy()
         for name in rng.sample(list(options), rng.choice((1, 1, 1, 2, 4))):
-            options[name] = rng.choice((*STRINGS, *NUMBERS, None, [1], {"a": 1}, "lstm", "fconv", "[(4, 3)] * 9", 10**5, 3))
+            options[name] = rng.choice(
+                (*STRINGS, *NUMBERS, None, [1], {"a": 1}, "lstm", "fconv", "[(4, 3)] * 9", 10**5, 3)
+            )
         with contextlib.suppress(RuntimeError, UnicodeEncodeError):  # torch does not save everything
             yield saved({**found, "cfg": {**found["cfg"], "model": Namespace(**options)}}, zipped=True)
 
