@@ -290,9 +290,8 @@ def test_meters_of_old(tmp_path: Path):
 
 def test_memory_without_end(tmp_path: Path):
     """Outside the options it takes no time."""
-    extra = checkpoints.read(saved(tmp_path / "a.pt", extra_state={"a": laughs(tuple), "b": laughs()})).state[
-        "extra_state"
-    ]
+    file = saved(tmp_path / "a.pt", extra_state={"a": laughs(tuple), "b": laughs()})
+    extra = checkpoints.read(file).state["extra_state"]
     assert extra["a"][0] is extra["a"][1]
     assert extra["b"][0] is extra["b"][1]
 
