@@ -19,7 +19,10 @@ pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
-if not INTERPRETED:
+if DEVICE == "cuda" and torch.cuda.is_available():
+    pytestmark = pytest.mark.cuda  # all that is below: the cases run on the GPU itself, and nothing is interpreted
+
+elif not INTERPRETED:
 
     def test_in_a_process_of_the_interpreter():
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-rP", __file__]
