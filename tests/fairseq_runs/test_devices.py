@@ -1,4 +1,4 @@
-"""Training on the device in hand, through fairseq: every precision, resumed and generated from; what waits and what not.
+"""Training on the device in hand through fairseq: every precision, resumed and generated from; what makes it wait.
 
 The same functions run on the CPU and, marked `cuda`, on a GPU, where the teacher is too.
 """
