@@ -178,13 +178,19 @@ def measure(setting: Setting, device: str, dtype: str, rungs: Sequence[str], rep
 
 
 def peak(trainer: Trainer, batch: dict) -> float:
-    """MiB that a step takes at most, beyond what is allocated before it."""
+    """MiB that forward and backward pass take at most, beyond what is allocated before them. (fairseq's own step sets
+    the allocator's peak back before it ends.)"""
+    sample, _ = trainer._prepare_sample(batch)
+    trainer.model.train()
+    trainer.zero_grad()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    trainer.train_step([batch])
+    trainer.criterion(trainer.model, sample)[0].backward()
     torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+    found = (torch.cuda.max_memory_allocated() - before) / 2**20
+    trainer.zero_grad()
+    return found
 
 
 def take_turns(

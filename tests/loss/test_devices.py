@@ -86,6 +86,7 @@ LARGE = [
         for dtype in DTYPES
         for gate in ("token", "sentence")
     ),
+    *(Case(v, dtype) for v in (10153, 32006) for dtype in DTYPES),
     Case(32000, BF16, "none"),
     Case(32000, BF16, "token", "argmax", False, 0.0, False),
 ]
@@ -283,6 +284,8 @@ def test_the_host_never_waits(gate: str, implementation: str, monkeypatch: pytes
     """Forward and backward of every gate under torch's detector of synchronisations."""
     monkeypatch.setitem(chunked.CHUNK_TOKENS, "cuda", 32)
     batch, made = moved(make(LENGTHS, max(LENGTHS), dtype=BF16), "cuda"), gates.get_gate(gate)
+    if made.learned:
+        made.weights.cuda()  # as the criterion's other parameters
     for waiting in ("warm", "error"):
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error" if waiting == "error" else "default")
