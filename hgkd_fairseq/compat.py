@@ -11,16 +11,16 @@ import functools
 import inspect
 import logging
 import os
-import pickle
 import re
 import sys
 from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
 import torch
 
 from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.plugin import checkpoints, training_state
+from hgkd_fairseq.plugin.literals import replace_eval
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +40,18 @@ def apply() -> None:
     # Imported with every fairseq command, it advises to install tensorboardX whatever the command is.
     logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
     show_user_errors_as_one_sentence()
-    allow_fairseq_checkpoints()
-    refuse_other_checkpoints()
+    allow_fairseq_options()
+    evaluate_literals_only()
+    one_loader_of_checkpoints()
+    paths_with_colons()
+    plain_checkpoints()
     broadcast_checkpoints_to_workers()
     copy_checkpoints_in_one_step()
     same_batches_after_resume()
     same_patience_after_resume()
+    same_run_after_resume()
+    what_was_learned_is_validated()
+    nan_gradients_are_said()
     native_bf16()
 
 
@@ -72,7 +78,8 @@ def written_for(function, expected: str, consequence: str) -> bool:
 
 
 def show_user_errors_as_one_sentence() -> None:
-    """A mistake in an option deserves a sentence, not fairseq's call stack."""
+    """A mistake in an option deserves a sentence, not fairseq's call stack; hydra would print it before the hook."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     previous = sys.excepthook
 
     def excepthook(kind, error, traceback):
@@ -84,58 +91,82 @@ def show_user_errors_as_one_sentence() -> None:
     sys.excepthook = excepthook
 
 
-def allow_fairseq_checkpoints() -> None:
-    """torch >= 2.6 refuses what fairseq itself writes: its options, and the n-gram counts of --eval-bleu as arrays."""
-    reconstruct: Any = np.ndarray(0).__reduce__()[0]  # numpy.core.multiarray._reconstruct, under numpy 2 in numpy._core
-    torch.serialization.add_safe_globals(
-        [
-            argparse.Namespace,
-            np.ndarray,
-            np.dtype,
-            reconstruct,
-            (reconstruct, "numpy.core.multiarray._reconstruct"),
-            *{type(np.dtype(name)) for name in ("int32", "int64", "float32", "float64")},
-        ]
-    )
+def allow_fairseq_options() -> None:
+    """torch >= 2.6 refuses the argparse.Namespace in what fairseq itself writes, for CTranslate2's converter too. What
+    else a checkpoint may hold, only its loader allows. It passes weights_only=True, and a variable of the environment
+    that would switch that off for the other files which fairseq loads is taken out."""
+    torch.serialization.add_safe_globals([argparse.Namespace])
+    if os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None) is not None:
+        logger.warning("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD has no effect: with hgkd_fairseq no file runs code")
 
 
-def refuse_other_checkpoints() -> None:
-    """Say what a refused checkpoint wanted to import. torch's own message advises to load it all the same."""
+def evaluate_literals_only() -> None:
+    """fairseq passes options of a checkpoint to eval (eval_str_list, eval_bool, fconv's layers, adam's betas): code in
+    them would run."""
+    from fairseq import utils
+
+    if written_for(utils.eval_str_dict, "x = eval(x)", "code in options may run"):
+        replace_eval()
+
+
+def one_loader_of_checkpoints() -> None:
+    """fairseq's loader believes what is in a file, and torch's own message on what it refuses advises to load it all
+    the same. Its place takes ours, for resuming, generating, validating and all else that fairseq does."""
     from fairseq import checkpoint_utils
 
-    original = checkpoint_utils.load_checkpoint_to_cpu
-    if not written_for(original, "torch.load(f, map_location", "a refused checkpoint is reported in torch's words"):
+    load, ensemble = checkpoint_utils.load_checkpoint_to_cpu, checkpoint_utils.load_model_ensemble_and_task
+    consequence = "checkpoints are read with fewer checks"
+    known = [
+        written_for(load, "state = torch.load(f, map_location=torch.device", consequence),
+        written_for(ensemble, "state = load_checkpoint_to_cpu(filename, arg_overrides)", consequence),
+    ]
+    if not all(known):
+        return
+
+    @functools.wraps(load)
+    def load_checkpoint_to_cpu(path, arg_overrides=None, load_on_all_ranks=False):
+        return checkpoints.read(path, arg_overrides).state
+
+    @functools.wraps(ensemble)
+    def load_model_ensemble_and_task(filenames, *args, **kwargs):
+        replace_eval()  # in what was imported since
+        try:
+            return ensemble(filenames, *args, **kwargs)
+        except UserError:
+            raise
+        except FileNotFoundError as error:
+            raise UserError(f"{error}; name a fairseq checkpoint") from None
+        except OSError as error:
+            raise UserError(f"{error}; name a fairseq checkpoint") from error
+        except Exception as error:  # whatever the options of a file lead to
+            raise checkpoints.unfit(", ".join(filenames), error) from error
+
+    checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu
+    checkpoint_utils.load_model_ensemble_and_task = load_model_ensemble_and_task
+
+
+def paths_with_colons() -> None:
+    """fairseq takes each ':' for the end of a path, also where a file's name holds it."""
+    from fairseq import utils
+
+    if written_for(utils.split_paths, "paths.split(separator)", "a ':' divides paths"):
+        utils.split_paths = checkpoints.split_paths
+
+
+def plain_checkpoints() -> None:
+    """fairseq logs the n-gram counts of --eval-bleu as numpy arrays, and so saves them: torch >= 2.6 then refuses the
+    checkpoint unless numpy is allowed, which is not safe. They are saved as tensors."""
+    from fairseq import checkpoint_utils
+
+    original = checkpoint_utils.torch_persistent_save
+    if not written_for(original, "_torch_persistent_save(obj, f)", "checkpoints with --eval-bleu hold numpy arrays"):
         return
 
     @functools.wraps(original)
-    def load_checkpoint_to_cpu(path, *args, **kwargs):
-        if os.path.isdir(path):
-            raise UserError(f"{path} is a folder, not a checkpoint; name the .pt file in it")
-        try:
-            return original(path, *args, **kwargs)
-        except pickle.UnpicklingError as error:
-            raise UserError(refusal(path, str(error))) from None
-        except (KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{path} is no fairseq checkpoint ({error!r}); name one of fairseq-train's") from error
-        except (EOFError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
-                raise
-            raise UserError(f"checkpoint {path} cannot be read: it is cut short or damaged; copy it again") from None
+    def torch_persistent_save(obj, *args, **kwargs):
+        return original({**obj, "extra_state": checkpoints.without_arrays(obj["extra_state"])}, *args, **kwargs)
 
-    checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu
-
-
-def refusal(path: str, message: str) -> str:
-    """One sentence on a checkpoint that is not made of tensors and plain options only."""
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # whatever is wrong with the file, the refusal itself must not fail
-        names = re.findall(r"GLOBAL (\S+)", message)
-    wanted = ", ".join(sorted(set(names))) or "something other than tensors and options"
-    return (
-        f"checkpoint {path} is refused and nothing of it was run: it wants to import {wanted}; "
-        "use a checkpoint that fairseq-train wrote"
-    )
+    checkpoint_utils.torch_persistent_save = torch_persistent_save
 
 
 def broadcast_checkpoints_to_workers() -> None:
@@ -234,6 +265,124 @@ def same_patience_after_resume() -> None:
 
     Trainer.save_checkpoint = save_checkpoint
     checkpoint_utils.load_checkpoint = load_checkpoint
+
+
+def same_run_after_resume() -> None:
+    """fairseq takes up a checkpoint whatever run wrote it: with another --gate the memory of the old one, or its
+    optimizer's state. The checkpoint is compared with what is asked for when it is read, on the worker that reads it;
+    and what a criterion says about the model and the data stops the run before the first step."""
+    from fairseq import checkpoint_utils
+    from fairseq.trainer import Trainer
+
+    resume, load = Trainer.load_checkpoint, checkpoint_utils.load_checkpoint
+    consequence = "a run can be resumed as another one"
+    known = [
+        written_for(resume, "state = checkpoint_utils.load_checkpoint_to_cpu(", consequence),
+        written_for(load, "extra_state = trainer.load_checkpoint(", consequence),
+    ]
+    if not all(known):
+        return
+
+    @functools.wraps(resume)
+    def load_checkpoint(self, filename, reset_optimizer=False, *args, **kwargs):
+        criterion, read = self.get_criterion(), checkpoint_utils.load_checkpoint_to_cpu
+        if hasattr(criterion, "check_model"):
+            criterion.check_model(self.model)
+
+        def read_and_compare(path, *arguments, **options):
+            state = read(path, *arguments, **options)
+            if path == filename:
+                training_state.prepare(state, path, self.task, criterion, new_run=reset_optimizer)
+            return state
+
+        checkpoint_utils.load_checkpoint_to_cpu = read_and_compare
+        try:
+            return resume(self, filename, reset_optimizer, *args, **kwargs)
+        finally:
+            checkpoint_utils.load_checkpoint_to_cpu = read
+
+    @functools.wraps(load)
+    def load_and_begin(cfg, trainer, *args, **kwargs):
+        extra_state, iterator = load(cfg, trainer, *args, **kwargs)
+        if hasattr(trainer.task, "begin_training"):
+            trainer.task.begin_training(iterator.next_epoch_idx, trainer.model)
+        return extra_state, iterator
+
+    Trainer.load_checkpoint = load_checkpoint
+    checkpoint_utils.load_checkpoint = load_and_begin
+
+
+def what_was_learned_is_validated() -> None:
+    """fairseq-validate builds the criterion anew and leaves its parameters and the task's memory in the checkpoint:
+    it would report the loss of another gate, or of another teacher, than the training had."""
+    from fairseq import checkpoint_utils
+    from fairseq.tasks import FairseqTask
+
+    load, build = checkpoint_utils.load_model_ensemble_and_task, FairseqTask.build_criterion
+    consequence = "fairseq-validate does not know what a gate or teacher has learned"
+    known = [
+        written_for(load, "state = load_checkpoint_to_cpu(filename, arg_overrides)", consequence),
+        written_for(build, "criterions.build_criterion(cfg, self", consequence),
+    ]
+    if not all(known):
+        return
+
+    @functools.wraps(load)
+    def load_model_ensemble_and_task(filenames, arg_overrides=None, task=None, *args, **kwargs):
+        given, state = task, kwargs.get("state")
+        if given is None and state is None and len(filenames) == 1 and kwargs.get("num_shards", 1) == 1 and not args:
+            suffix = kwargs.get("suffix", "")
+            path = checkpoint_utils.get_maybe_sharded_checkpoint_filename(filenames[0], suffix, 0, 1)
+            if os.path.exists(path):
+                state = kwargs["state"] = checkpoint_utils.load_checkpoint_to_cpu(path, arg_overrides)
+        models, cfg, task = load(filenames, arg_overrides, task, *args, **kwargs)
+        if given is None and state is not None:
+            training_state.keep(task, filenames[0], state)
+        return models, cfg, task
+
+    @functools.wraps(build)
+    def build_criterion(self, *args, **kwargs):
+        criterion = build(self, *args, **kwargs)
+        if getattr(self, "loaded", None) is not None:
+            training_state.restore(self, criterion)
+        return criterion
+
+    checkpoint_utils.load_model_ensemble_and_task = load_model_ensemble_and_task
+    FairseqTask.build_criterion = build_criterion
+
+
+def nan_gradients_are_said() -> None:
+    """Where a gradient is nan fairseq runs the step again to find the module, with hooks of a kind that torch calls
+    with a dict of the encoder's, and ends in a StopIteration. They are left out, and the reason is said."""
+    from fairseq.nan_detector import NanDetector
+    from fairseq.trainer import Trainer
+
+    hooks, step = NanDetector.add_hooks, Trainer.train_step
+    consequence = "a nan gradient ends in a StopIteration"
+    known = [
+        written_for(hooks, "module.register_backward_hook(self.bhook_fn)", consequence),
+        written_for(step, "with NanDetector(self.get_model()):", consequence),
+    ]
+    if not all(known):
+        return
+
+    @functools.wraps(hooks)
+    def add_hooks(self, module):
+        if self.forward:
+            self.fhooks.append(module.register_forward_hook(self.fhook_fn))
+
+    @functools.wraps(step)
+    def train_step(self, *args, **kwargs):
+        try:
+            return step(self, *args, **kwargs)
+        except FloatingPointError as error:  # fairseq's: of gradients, and of an fp16 loss scale that gets too small
+            raise UserError(
+                f"update {self.get_num_updates() + 1}: {error}: the training has diverged; lower --lr, add --clip-norm "
+                "or more --warmup-updates, and look at the data; the state before it is in crash.pt of the --save-dir"
+            ) from error
+
+    NanDetector.add_hooks = add_hooks
+    Trainer.train_step = train_step
 
 
 def native_bf16() -> None:

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 
 
 class Problem(Exception):
-    """What is wrong and how to mend it."""
+    """What is wrong and how to fix it."""
 
 
 def python() -> str:
@@ -70,7 +70,7 @@ def cuda() -> str:
     if torch.version.cuda is None:
         return "none: this torch is built for the CPU"
     if not torch.cuda.is_available():
-        raise Problem(f"torch is built for CUDA {torch.version.cuda} but sees no GPU; check nvidia-smi, or use --cpu")
+        return f"none: torch is built for CUDA {torch.version.cuda} and sees no GPU; give fairseq --cpu"
     return f"{torch.version.cuda}, {torch.cuda.get_device_name()}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import tempfile
@@ -12,18 +13,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fairseq import checkpoint_utils, utils
 from fairseq.criterions import CRITERION_DATACLASS_REGISTRY
 from fairseq.data import data_utils
+from fairseq.dataclass.utils import gen_parser_from_dataclass
+from fairseq.models.transformer import TransformerConfig
 from fairseq.tasks import TASK_DATACLASS_REGISTRY
 from fairseq.tasks.translation import TranslationConfig
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.plugin import checkpoints
+from hgkd_fairseq.plugin.checkpoints import split_paths
 
 PACKAGE = __name__.partition(".")[0]
 QUANTIZATIONS = ("int8", "int8_float16", "float16")
+CONVERTED_MODELS = ("transformer", "transformer_align", "bart")
+# Options of fairseq's transformer that CTranslate2's converter reads, refuses itself or finds in the weights, and those
+# that matter in training only. With any other one in use the converted model may be another.
+CONVERTED_OPTIONS = {
+    *("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads"),
+    *("encoder_embed_dim", "decoder_embed_dim", "encoder_ffn_embed_dim", "decoder_ffn_embed_dim"),
+    *("encoder_normalize_before", "decoder_normalize_before", "activation_fn", "layernorm_embedding"),
+    *("encoder_learned_pos", "decoder_learned_pos", "no_token_positional_embeddings", "no_scale_embedding"),
+    *("share_decoder_input_output_embed", "share_all_embeddings", "merge_src_tgt_embed"),
+    *("decoder_output_dim", "max_source_positions", "max_target_positions"),
+    *("encoder_embed_path", "decoder_embed_path"),
+    *("dropout", "attention_dropout", "activation_dropout", "relu_dropout", "adaptive_softmax_dropout"),
+    *("encoder_layerdrop", "decoder_layerdrop", "quant_noise_pq", "quant_noise_pq_block_size"),
+    *("checkpoint_activations", "offload_activations", "min_params_to_wrap", "export"),
+}
 
 
 def export(path: str, output: str, ema: bool = False) -> None:
@@ -43,11 +62,10 @@ def export(path: str, output: str, ema: bool = False) -> None:
             them, an output that exists or cannot be written.
     """
     refuse_existing(output)
-    states = [load(file) for file in utils.split_paths(path)]
-    first = states[0]
-    models = [parameters(state, file, ema) for state, file in zip(states, utils.split_paths(path), strict=True)]
-    cfg = without_plugin(first["cfg"])
-    history = dict(first["optimizer_history"][-1])
+    found = [checkpoints.read(file) for file in split_paths(path)]
+    models = [parameters(checkpoint, ema) for checkpoint in found]
+    cfg = without_plugin(found[0])
+    history = dict(found[0].state["optimizer_history"][-1])
     if cfg["criterion"]["_name"] == "cross_entropy":
         history["criterion_name"] = "CrossEntropyCriterion"
     state = {
@@ -69,15 +87,6 @@ def refuse_existing(output: str) -> None:
         raise UserError(f"there is no folder {Path(output).parent} to write {Path(output).name} to; make it first")
 
 
-def load(file: str) -> dict[str, Any]:
-    if not os.path.exists(file):
-        raise UserError(f"{file} does not exist; name a fairseq checkpoint")
-    state = checkpoint_utils.load_checkpoint_to_cpu(file)
-    if state.get("cfg") is None or "model" not in state:
-        raise UserError(f"{file} is no fairseq model; name a checkpoint of fairseq-train")
-    return state
-
-
 def save(state: dict[str, Any], output: str) -> None:
     """In one step: a file that exists is whole."""
     partial = f"{output}.partial"
@@ -85,12 +94,14 @@ def save(state: dict[str, Any], output: str) -> None:
     os.replace(partial, output)
 
 
-def parameters(state: dict[str, Any], file: str, ema: bool) -> dict[str, Tensor]:
+def parameters(checkpoint: checkpoints.Checkpoint, ema: bool) -> dict[str, Tensor]:
     if not ema:
-        return state["model"]
-    if "ema" not in state["extra_state"]:
-        raise UserError(f"{file} holds no moving average; it was trained without --store-ema, so drop --ema")
-    return state["extra_state"]["ema"]
+        return checkpoint.model
+    if "ema" not in checkpoint.state["extra_state"]:
+        raise UserError(f"{checkpoint.path} holds no moving average; it was trained without --store-ema, so drop --ema")
+    average = checkpoint.state["extra_state"]["ema"]
+    checkpoints.check_weights(checkpoint.path, average)
+    return average
 
 
 def average(models: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -116,12 +127,13 @@ def average(models: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return result
 
 
-def without_plugin(cfg) -> dict[str, Any]:
+def without_plugin(checkpoint: checkpoints.Checkpoint) -> dict[str, Any]:
     """The configuration in plain dicts, as of a model that fairseq's own task and criterion trained."""
-    found: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)  # type: ignore[assignment]
+    found: dict[str, Any] = OmegaConf.to_container(checkpoint.cfg, resolve=False, enum_to_str=True)  # type: ignore
+    found = {key: dict(vars(value)) if isinstance(value, Namespace) else value for key, value in found.items()}
+    found |= {section: checkpoint.options(section) for section in ("model", "task", "criterion", "common")}
     model = found["model"]
-    found["model"] = model = dict(vars(model)) if isinstance(model, Namespace) else model
-    model["_name"] = model.get("_name") or model["arch"]
+    model["_name"] = model.get("_name") or model.get("arch")
     if is_ours(found["task"], TASK_DATACLASS_REGISTRY):
         known = {field.name for field in fields(TranslationConfig)}
         found["task"] = {key: value for key, value in found["task"].items() if key in known} | {"_name": "translation"}
@@ -152,15 +164,41 @@ def our_options() -> set[str]:
 
 def data_of(path: str) -> str:
     """The folder of the data that the model was trained on."""
-    return load(utils.split_paths(path)[0])["cfg"]["task"]["data"]
+    return str(checkpoints.read(split_paths(path)[0], model=False).options("task").get("data"))
 
 
 def check_conversion(path: str, folder: str, data: str | None) -> None:
     """Refuse what :func:`to_ctranslate2` would refuse, as far as it can be told before the export."""
     import_converters()
     refuse_existing(folder)
-    task = load(utils.split_paths(path)[0])["cfg"]["task"]
-    language_pair(data or task["data"], task)
+    checkpoint = checkpoints.read(split_paths(path)[0], model=False)
+    check_options(checkpoint)
+    task = checkpoint.options("task")
+    language_pair(data or str(task.get("data")), task)
+
+
+def check_options(checkpoint: checkpoints.Checkpoint) -> None:
+    """Refuse a model with an option in use that CTranslate2's converter does not look at: it would convert, and
+    translate otherwise."""
+    from fairseq.models import ARCH_MODEL_NAME_REGISTRY
+
+    model, task = checkpoint.options("model"), checkpoint.options("task")
+    name = ARCH_MODEL_NAME_REGISTRY.get(model.get("arch") or model.get("_name"))
+    if name not in CONVERTED_MODELS:
+        raise UserError(
+            f"CTranslate2 does not convert this model: {checkpoint.path} is a {name or 'model unknown to fairseq'}, "
+            f"known to convert are {', '.join(CONVERTED_MODELS)}; leave --ctranslate2 out"
+        )
+    parser = argparse.ArgumentParser()
+    gen_parser_from_dataclass(parser, TransformerConfig(), with_prefix="")
+    defaults = {action.dest: action.default for action in parser._actions} | {"append_source_id": False}
+    for option, default in defaults.items():
+        value = model.get(option, task.get(option))
+        if option not in CONVERTED_OPTIONS and value not in (None, False, 0, default):
+            raise UserError(
+                f"CTranslate2 would convert {checkpoint.path} to another model: its converter does not know "
+                f"--{option.replace('_', '-')} {value}; leave --ctranslate2 out"
+            )
 
 
 def to_ctranslate2(checkpoint: str, folder: str, data: str | None = None, quantization: str | None = None) -> None:
@@ -178,16 +216,16 @@ def to_ctranslate2(checkpoint: str, folder: str, data: str | None = None, quanti
     """
     converters = import_converters()
     refuse_existing(folder)
-    state = load(checkpoint)
-    cfg: dict[str, Any] = OmegaConf.to_container(state["cfg"], resolve=True)  # type: ignore[assignment]
-    task, model = cfg["task"], cfg["model"]
-    data = data or task["data"]
+    found = checkpoints.read(checkpoint)
+    check_options(found)
+    task, model = found.options("task"), found.options("model")
+    data = data or str(task.get("data"))
     source, target = language_pair(data, task)
     # The converter reads fairseq's options of old, as attributes, which is why it cannot read the exported file itself.
     options = {**task, **model, "task": "translation", "arch": model.get("arch") or model["_name"]}
     with tempfile.TemporaryDirectory() as temporary:
         file = f"{temporary}/model.pt"
-        torch.save({"args": Namespace(**options), "model": state["model"]}, file)
+        torch.save({"args": Namespace(**options), "model": found.model}, file)
         converter = converters.FairseqConverter(file, data, source_lang=source, target_lang=target)
         partial = f"{folder}.partial"
         shutil.rmtree(partial, ignore_errors=True)
@@ -196,7 +234,7 @@ def to_ctranslate2(checkpoint: str, folder: str, data: str | None = None, quanti
         except RuntimeError as error:  # torch's, for tensors of another size
             reason = str(error).splitlines()[-1].strip()
             raise UserError(f"{checkpoint} does not fit the dictionaries in {data}: {reason}; name others") from error
-        except (ValueError, AttributeError, NotImplementedError) as error:
+        except Exception as error:  # the converter's own, and whatever a model that it does not know leads to
             reason = " ".join(str(error).split())
             raise UserError(f"CTranslate2 does not convert this model: {reason}; leave --ctranslate2 out") from error
     os.replace(partial, folder)
@@ -212,7 +250,7 @@ def import_converters():
 
 def language_pair(data: str, task) -> tuple[str, str]:
     """(source, target), whose dictionaries are in `data`."""
-    source, target = task["source_lang"], task["target_lang"]
+    source, target = task.get("source_lang"), task.get("target_lang")
     if os.path.isdir(data) and (source is None or target is None):
         source, target = data_utils.infer_language_pair(data)
     for language in (source, target):

@@ -7,12 +7,14 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import NamedTuple
 
 import torch
-from fairseq import checkpoint_utils, tasks, utils
+from fairseq import utils
 from fairseq.logging import progress_bar
-from omegaconf import open_dict
+from fairseq.tasks.translation import TranslationConfig, TranslationTask
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from hgkd_fairseq import features
@@ -22,6 +24,8 @@ from hgkd_fairseq.calibration.token_table import TokenTable
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.loss.eager import mean_logprobs
 from hgkd_fairseq.loss.options import Head
+from hgkd_fairseq.plugin import checkpoints
+from hgkd_fairseq.plugin.checkpoints import split_paths
 
 logger = logging.getLogger(__name__)
 
@@ -143,29 +147,19 @@ def load(data: str, path: str, cpu: bool = False):
     """(models, task, device): the checkpoints of `path` in eval mode under the plain translation task on `data`."""
     if not os.path.isdir(data):
         raise UserError(f"{data} is no folder; name the one that fairseq-preprocess wrote")
-    for file in utils.split_paths(path):
-        if not os.path.exists(file):
-            raise UserError(f"{file} does not exist; name a fairseq checkpoint")
-    files = utils.split_paths(path)
-    first = checkpoint_utils.load_checkpoint_to_cpu(files[0])
-    cfg = first.get("cfg")
-    if cfg is None or "task" not in cfg or "model" not in first:
-        raise UserError(f"{path} is no fairseq model; name a checkpoint of fairseq-train")
-    with open_dict(cfg):
-        cfg.task._name, cfg.task.data, cfg.task.eval_bleu = "translation", data, False
+    found = [checkpoints.read(file) for file in split_paths(path)]
+    known = {field.name for field in fields(TranslationConfig)}
+    options = {key: value for key, value in found[0].options("task").items() if key in known}
+    options |= {"_name": "translation", "data": data, "eval_bleu": False}
     try:
-        task = tasks.setup_task(cfg.task, from_checkpoint=True)
+        task = TranslationTask.setup_task(OmegaConf.merge(TranslationConfig, options))
     except Exception as error:  # fairseq's own, for an unknown language pair
         raise UserError(
             f"{data} is no data for {path}: {error}; name the folder that fairseq-preprocess wrote"
         ) from error
-    try:
-        models, _ = checkpoint_utils.load_model_ensemble(files, task=task, state=first if len(files) == 1 else None)
-    except RuntimeError as error:
-        raise UserError(
-            f"{path} does not fit the dictionaries in {data}: {str(error).splitlines()[-1].strip()}; "
-            "name the data the model was trained on"
-        ) from error
+    models = [checkpoints.build(checkpoint, task) for checkpoint in found]
+    for model in models:
+        features.check_translates(model, path)
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
     for model in models:
         model.to(device).eval()

@@ -17,7 +17,7 @@ from hgkd_fairseq.gates import Gate, TokenStatistics, get_gate
 from hgkd_fairseq.loss import chunked, cpu_rows, eager, rows
 from hgkd_fairseq.loss.options import Head, Options, TokenResults
 
-__all__ = ["IMPLEMENTATIONS", "DistillationOutput", "Head", "Options", "gated_distillation"]
+__all__ = ["IMPLEMENTATIONS", "DistillationOutput", "Head", "Options", "gated_distillation", "unusable"]
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +180,11 @@ def _kernel(implementation: str, device: torch.device) -> tuple[str | None, chun
     from hgkd_fairseq.loss import triton_rows
 
     return triton_rows.usable(device), triton_rows.row_step
+
+
+def unusable(implementation: str, device: torch.device | str) -> str | None:
+    """Why an implementation cannot be used on a device; None where it can. (Some need linear heads besides.)"""
+    return _kernel(implementation, torch.device(device))[0] if implementation in ("native", "triton") else None
 
 
 @functools.cache

@@ -149,15 +149,14 @@ def translations(file: Path) -> tuple[list[str], list[str] | None]:
 
 def progress(run: Run, file: str) -> tuple[int | None, float | None]:
     """(updates, minutes of training) that a checkpoint was saved after."""
-    from fairseq.checkpoint_utils import load_checkpoint_to_cpu
+    from hgkd_fairseq.plugin import checkpoints
 
     if file in run.missing:
         return None, None
-    state = load_checkpoint_to_cpu(str(run.folder / file))
+    found = checkpoints.read(run.folder / file, model=False)
     try:
-        updates = state["optimizer_history"][-1]["num_updates"]
-        return updates, state["extra_state"]["previous_training_time"] / 60
-    except (KeyError, IndexError, TypeError):
+        return found.updates, found.state["extra_state"]["previous_training_time"] / 60
+    except (KeyError, TypeError):
         raise UserError(f"{run.folder / file} is no checkpoint of fairseq-train; name a run of it") from None
 
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import ast
+import hashlib
 import logging
 import os
-from argparse import Namespace
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-from fairseq import checkpoint_utils
-from fairseq.data import Dictionary, data_utils
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.data import Dictionary, LanguagePairDataset, data_utils
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 from hgkd_fairseq import features
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.loss import Head
+from hgkd_fairseq.plugin import checkpoints
+from hgkd_fairseq.plugin.checkpoints import split_paths
+from hgkd_fairseq.plugin.literals import literal
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +32,10 @@ class LiveTeacher:
         source_dictionary, target_dictionary: the student's.
         dtype: "auto" (the student's), "fp32", "fp16" or "bf16".
         overrides: a dict literal, as fairseq's ``--model-overrides``.
+        languages: the student's source and target; None: not known.
 
     Raises:
-        UserError: a file that is missing, refused or no translation model; dictionaries that differ.
+        UserError: a file that is missing, refused or no translation model; languages or dictionaries that differ.
     """
 
     ready = True
@@ -45,17 +47,39 @@ class LiveTeacher:
         target_dictionary: Dictionary,
         dtype: str = "auto",
         overrides: str = "{}",
+        languages: tuple[str | None, str | None] = (None, None),
     ):
         self.paths = list(paths)
         self.dtype = dtype
-        self.models = [
-            load_model(path, source_dictionary, target_dictionary, parse_overrides(overrides)) for path in self.paths
-        ]
+        given = parse_overrides(overrides)
+        self.models = [load_model(path, source_dictionary, target_dictionary, languages, given) for path in self.paths]
+        self.fingerprint = fingerprint(self.models)
         for path, model in zip(self.paths, self.models, strict=True):
             logger.info("teacher %s: %s, %d parameters", path, type(model).__name__, count_parameters(model))
 
     def __repr__(self):
         return f"LiveTeacher({':'.join(self.paths)}, dtype={self.dtype})"
+
+    def check_lengths(self, split: str, dataset: LanguagePairDataset, limits: tuple[int, int]) -> None:
+        """Refuse data with sentences that a model has no positions for, though the student has.
+
+        Args:
+            split: the data's name.
+            limits: tokens of the longest source and the longest target that the student takes; fairseq leaves out, or
+                refuses, what is longer.
+        """
+        for path, model in zip(self.paths, self.models, strict=True):
+            for side, sizes, positions, limit in zip(
+                ("source", "target"), (dataset.src_sizes, dataset.tgt_sizes), model.max_positions(), limits, strict=True
+            ):
+                sizes = np.asarray([] if sizes is None else sizes)
+                longest = int(sizes[sizes <= limit].max(initial=0))
+                if longest > positions:
+                    raise UserError(
+                        f"{split} has a {side} sentence of {longest} tokens, and the teacher {path} takes {positions} "
+                        f"at most; leave longer ones out with --max-{side}-positions {positions} "
+                        "--skip-invalid-size-inputs-valid-test, or name another teacher"
+                    )
 
     @torch.no_grad()
     def heads(self, sample: dict, device: torch.device, dtype: torch.dtype) -> list[Head]:
@@ -64,70 +88,92 @@ class LiveTeacher:
         return [features.head(model, sample["net_input"]) for model in self.models]
 
 
+def fingerprint(models: Sequence[torch.nn.Module]) -> str:
+    """A hash of all weights of some models: the same wherever their files lie, in whichever order."""
+    found = []
+    for model in models:
+        digest = hashlib.sha256()
+        for name, tensor in model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        found.append(digest.hexdigest())
+    return " ".join(sorted(found))
+
+
 def count_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def parse_overrides(text: str) -> dict:
     try:
-        overrides = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+        overrides = literal(text)
+    except UserError:
         overrides = None
-    if not isinstance(overrides, dict):
+    if not isinstance(overrides, dict) or not all(isinstance(name, str) for name in overrides):
         raise UserError(f"--teacher-model-overrides {text!r} is not a dict; write it as \"{{'data': 'DIR'}}\"")
     return overrides
 
 
 def load_model(
-    path: str, source_dictionary: Dictionary, target_dictionary: Dictionary, overrides: dict
+    path: str,
+    source_dictionary: Dictionary,
+    target_dictionary: Dictionary,
+    languages: tuple[str | None, str | None],
+    overrides: dict,
 ) -> torch.nn.Module:
     """The model of one checkpoint, frozen and in eval mode, on the CPU."""
-    if not os.path.exists(path):
-        raise UserError(f"--teacher-path names {path}, which does not exist; name a fairseq checkpoint")
-    state = checkpoint_utils.load_checkpoint_to_cpu(path, dict(overrides))
-    cfg = state.get("cfg")
-    if cfg is None and isinstance(state.get("args"), Namespace):
-        cfg = convert_namespace_to_omegaconf(state["args"])
-    if cfg is None or "model" not in state:
-        raise UserError(f"--teacher-path names {path}, which is no fairseq model; name a checkpoint of fairseq-train")
-    check_dictionaries(path, cfg.task, source_dictionary, target_dictionary)
+    checkpoint = checkpoints.read(path, overrides)
+    check_task(path, checkpoint.options("task"), source_dictionary, target_dictionary, languages)
     # The plain task, with no --eval-bleu: building a model through the student's own task would hand its validation
     # the TEACHER to translate with.
     task = TranslationTask(TranslationConfig(), source_dictionary, target_dictionary)
-    try:
-        model = task.build_model(cfg.model, from_checkpoint=True)
-        model.load_state_dict(state["model"], strict=True, model_cfg=cfg.model)
-    except RuntimeError as error:
-        raise UserError(
-            f"the weights in --teacher-path {path} do not fit its own architecture with the student's dictionaries: "
-            f"{str(error).splitlines()[-1].strip()}"
-        ) from error
+    model = checkpoints.build(checkpoint, task)
+    features.check_translates(model, path)
     model.eval()
     model.requires_grad_(False)
     return model
 
 
-def check_dictionaries(path: str, task, source_dictionary: Dictionary, target_dictionary: Dictionary) -> None:
-    """Refuse a teacher whose dictionaries differ from the student's: its token 17 would be another word."""
-    folder = str(getattr(task, "data", "") or "").split(os.pathsep)[0]
+def check_task(
+    path: str,
+    task: dict,
+    source_dictionary: Dictionary,
+    target_dictionary: Dictionary,
+    student: tuple[str | None, str | None],
+) -> None:
+    """Refuse a teacher of other languages, or of other dictionaries: its token 17 would be another word."""
+    folder = (split_paths(str(task.get("data") or "")) or [""])[0]
     languages = (task.get("source_lang"), task.get("target_lang"))
     if None in languages and os.path.isdir(folder):  # the teacher's run left them to fairseq, which reads file names
-        languages = data_utils.infer_language_pair(folder)
-    for side, language, student in zip(
+        languages = tuple(data_utils.infer_language_pair(folder))
+    if None not in (*languages, *student) and languages != student:
+        raise UserError(
+            f"the teacher {path} translates from {languages[0]} to {languages[1]}, the student from {student[0]} to "
+            f"{student[1]}; name a teacher of the student's languages, or where only their names differ say so with "
+            f"--teacher-model-overrides \"{{'source_lang': '{student[0]}', 'target_lang': '{student[1]}'}}\""
+        )
+    for side, language, dictionary in zip(
         ("source", "target"), languages, (source_dictionary, target_dictionary), strict=True
     ):
         file = os.path.join(folder, f"dict.{language}.txt")
-        if not os.path.exists(file):
+        if not os.path.isfile(file):
             raise UserError(
                 f"the {side} dictionary of the teacher {path}, {file}, does not exist and cannot be compared with "
                 "the student's; give its folder with --teacher-model-overrides \"{'data': 'DIR'}\""
             )
-        difference = dictionary_difference(Dictionary.load(file), student)
+        difference = dictionary_difference(load_dictionary(file), dictionary)
         if difference:
             raise UserError(
                 f"the {side} dictionaries of the teacher {path} and of the student differ: {difference}; "
                 "preprocess the student's data with the teacher's dictionaries (fairseq-preprocess --srcdict --tgtdict)"
             )
+
+
+def load_dictionary(file: str) -> Dictionary:
+    try:
+        return Dictionary.load(file)
+    except Exception as error:  # fairseq's own, of several kinds
+        raise UserError(f"{file} is no dictionary of fairseq-preprocess: {error}; copy it again") from error
 
 
 def dictionary_difference(teacher: Dictionary, student: Dictionary) -> str | None:

@@ -1,0 +1,1 @@
+"""What stands between fairseq and the rest: reading its checkpoints."""

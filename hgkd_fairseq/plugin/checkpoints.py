@@ -1,0 +1,447 @@
+"""The one loader of checkpoints. A checkpoint is a file from a stranger: what comes of it is tensors and plain options,
+or one error message."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+import re
+import stat
+import warnings
+import zipfile
+from argparse import Namespace
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hgkd_fairseq.errors import UserError
+
+MOST_OPTIONS = 100_000  # values in the options of a checkpoint; fairseq's have about 1,500
+DEEPEST = 50
+LARGEST = 2**63
+NUMBERS = frozenset(("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"))
+FAIRSEQ_ONES = "name a checkpoint of fairseq-train"
+# Of weights; quantized ones are others.
+DTYPES = {
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
+}
+ZIP = b"PK\x03\x04"
+
+
+class Refused(Exception):
+    """Why a file is no checkpoint; the caller adds the file's name."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What :func:`read` found.
+
+    Attributes:
+        path: the file.
+        state: the dict that fairseq's load_checkpoint_to_cpu returns. Its "cfg" is an OmegaConf configuration whose
+            values are plain: no interpolation, no object but a Namespace; "model" maps names to dense tensors on the
+            CPU; "optimizer_history" ends with a dict that holds "num_updates", an int; "extra_state" is a dict.
+    """
+
+    path: str
+    state: dict[str, Any]
+
+    @property
+    def cfg(self):
+        """fairseq's configuration."""
+        if self.state.get("cfg") is None:
+            raise UserError(f"{self.path} is no fairseq model: it holds no options; {FAIRSEQ_ONES}")
+        return self.state["cfg"]
+
+    def options(self, section: str) -> dict[str, Any]:
+        """The options of a section of the configuration ("task", "model", ...) in plain values.
+
+        Raises:
+            UserError: there is no such section.
+        """
+        from omegaconf import OmegaConf
+
+        found = self.cfg.get(section)
+        if OmegaConf.is_config(found):
+            found = OmegaConf.to_container(found, resolve=False, enum_to_str=True)
+        found = dict(vars(found)) if isinstance(found, Namespace) else found
+        if not isinstance(found, dict):
+            raise UserError(f"{self.path} is no fairseq model: it holds no options of its {section}; {FAIRSEQ_ONES}")
+        return found
+
+    @property
+    def model(self) -> dict[str, Tensor]:
+        return self.state["model"]
+
+    @property
+    def updates(self) -> int:
+        """Updates that the checkpoint was saved after."""
+        return self.state["optimizer_history"][-1]["num_updates"]
+
+
+def split_paths(text: str) -> list[str]:
+    """The paths of an ensemble or of several data folders, with ':' between them. Where the names of files hold a ':'
+    themselves, the longest one that exists is taken each time."""
+    if "://" in text:
+        return text.split("|")  # fairseq's rule for remote paths
+    parts, found = text.split(os.pathsep), []
+    while parts:
+        lengths = range(len(parts), 1, -1)
+        length = next((size for size in lengths if os.path.exists(os.pathsep.join(parts[:size]))), 1)
+        found.append(os.pathsep.join(parts[:length]))
+        parts = parts[length:]
+    return found
+
+
+def read(path: str | os.PathLike, overrides: Mapping[str, Any] | None = None, model: bool = True) -> Checkpoint:
+    """Read a checkpoint that fairseq-train, or a command of this package, wrote.
+
+    Args:
+        path: the file.
+        overrides: options that take the place of those in the file, as fairseq's --model-overrides.
+        model: whether the model's weights are needed, and so must be whole and finite.
+
+    Raises:
+        UserError: a file that does not exist, may not be read, is damaged, holds anything but tensors and plain
+            values, or is no checkpoint of fairseq.
+    """
+    path = os.fspath(path)
+    try:
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            check_format(file, size)
+            state = without_stand_ins(unpickle(file), {})
+        check_state(state)
+        if model:
+            check_model(state["model"], size)
+        return Checkpoint(path, upgrade(state, overrides))
+    except Refused as error:
+        raise UserError(f"checkpoint {path} {error}") from None
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"checkpoint {path} cannot be read: {error.strerror or error}") from None
+    except (MemoryError, RecursionError) as error:
+        raise UserError(f"checkpoint {path} cannot be read: {type(error).__name__}; copy it again") from None
+
+
+def open_file(path: str) -> BinaryIO:
+    """Of a file on this machine; fairseq's PathManager, where iopath is installed, brings others here first."""
+    from fairseq.file_io import PathManager
+
+    try:
+        path = PathManager.get_local_path(path)
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        raise UserError(f"{path} does not exist; name a fairseq checkpoint") from None
+    if stat.S_ISDIR(mode):
+        raise UserError(f"{path} is a folder, not a checkpoint; name the .pt file in it")
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path} is no regular file; name a fairseq checkpoint")
+    return open(path, "rb")
+
+
+def damaged(reason: str = "") -> Refused:
+    return Refused(f"cannot be read: it is cut short or damaged{f' ({reason})' if reason else ''}; copy it again")
+
+
+def check_format(file: BinaryIO, size: int) -> None:
+    """Whether the file is what torch.save writes. In its zip format every record has a checksum, which torch does not
+    look at."""
+    if not size:
+        raise Refused("is empty; copy it again")
+    head = file.read(512)
+    file.seek(0)
+    if not head.startswith(ZIP):
+        if head[257:262] == b"ustar":
+            raise Refused(f"is a tar file; {FAIRSEQ_ONES}")
+        return
+    try:
+        with zipfile.ZipFile(file) as records:
+            entries = records.infolist()
+            if any(entry.filename.rpartition("/")[2] == "constants.pkl" for entry in entries):
+                raise Refused(f"is a TorchScript program; {FAIRSEQ_ONES}")
+            # torch.save compresses nothing, so that a small file cannot fill the memory.
+            if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > size:
+                raise Refused(f"is a compressed archive; {FAIRSEQ_ONES}")
+            wrong = records.testzip()
+    except Refused:
+        raise
+    except Exception:  # zipfile raises a dozen kinds on bytes that make no sense
+        raise damaged() from None
+    if wrong is not None:
+        raise damaged(f"wrong checksum of {wrong}")
+    file.seek(0)
+
+
+class Number:
+    """A numpy dtype in a checkpoint: a number of fixed size in either byte order, and nothing else. numpy's own would
+    make an array of pointers out of a file's bytes."""
+
+    def __init__(self, code, align=False, copy=True):
+        if code not in NUMBERS:
+            raise Refused("is refused and nothing of it was run: it holds an array of what is no number")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state):
+        version, order, parts, names, fields, size, alignment, *flags = state
+        plain = (parts, names, fields, size, alignment) == (None, None, None, -1, -1) and not any(flags)
+        if version not in (3, 4) or order not in ("<", ">", "|", "=") or not plain:
+            raise Refused("is refused and nothing of it was run: it holds an array of what is no number")
+        self.dtype = self.dtype.newbyteorder(order)
+
+
+class Array:
+    """A numpy array in a checkpoint, as fairseq logs the n-gram counts of --eval-bleu; it becomes a tensor."""
+
+    def __init__(self, *_):
+        self.tensor = torch.zeros(0)
+
+    def __setstate__(self, state):
+        _, shape, dtype, fortran, raw = state
+        if type(dtype) is not Number or type(raw) is not bytes:
+            raise Refused("is refused and nothing of it was run: it holds an array of what is no number")
+        values = np.frombuffer(raw, dtype.dtype).reshape(shape, order="F" if fortran else "C")
+        self.tensor = torch.from_numpy(values.astype(dtype.dtype.newbyteorder("="), order="C"))
+
+
+class OldMeter:
+    """A meter of fairseq before 0.9, which pickled the object: nothing needs it any more, so nothing of it is kept."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+METERS = ("AverageMeter", "TimeMeter", "StopwatchMeter")
+# Beside tensors and plain values; each name stands for what is made in its place.
+ALLOWED: list[Any] = [
+    Namespace,
+    (Number, "numpy.dtype"),
+    (Array, "numpy.ndarray"),
+    *((Array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    *((OldMeter, f"fairseq.{module}.{name}") for module in ("meters", "logging.meters") for name in METERS),
+]  # fmt: skip
+
+
+def unpickle(file: BinaryIO) -> Any:
+    """What the file holds, on the CPU. weights_only stands here so that no environment variable switches it off."""
+    with torch.serialization.safe_globals(ALLOWED), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return torch.load(file, map_location=torch.device("cpu"), weights_only=True)
+        except (Refused, MemoryError):
+            raise
+        except Exception as error:  # of any kind, for bytes that make no sense
+            names = wanted(file, str(error)) if isinstance(error, pickle.UnpicklingError) else []
+    if not names:
+        raise damaged()
+    shown = ", ".join(name[:80] for name in names[:5]) + (", ..." if len(names) > 5 else "")
+    raise Refused(
+        f"is refused and nothing of it was run: it wants to import {shown}; use a checkpoint that fairseq-train wrote"
+    )
+
+
+def wanted(file: BinaryIO, message: str) -> list[str]:
+    """What a refused checkpoint wanted to import."""
+    try:
+        file.seek(0)
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+    except Exception:  # whatever is wrong with the file, the refusal itself must not fail
+        return sorted(set(re.findall(r"GLOBAL (\S+)", message)))
+
+
+def without_stand_ins(found: Any, seen: dict[int, Any]) -> Any:
+    """The same with tensors for arrays and None for meters. `seen`: by id, for what stands in several places."""
+    if isinstance(found, Array):
+        return found.tensor
+    if isinstance(found, OldMeter | Number | type):
+        return None
+    if type(found) is tuple:
+        return tuple(without_stand_ins(item, seen) for item in found)
+    if id(found) in seen:
+        return found
+    seen[id(found)] = found
+    if type(found) in (dict, OrderedDict):
+        for key, value in found.items():
+            found[key] = without_stand_ins(value, seen)
+    elif type(found) is list:
+        found[:] = [without_stand_ins(item, seen) for item in found]
+    elif type(found) is Namespace:
+        without_stand_ins(vars(found), seen)
+    return found
+
+
+def without_arrays(value: Any) -> Any:
+    """A copy of what is to be saved, with tensors and Python's numbers for numpy's."""
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) in (dict, OrderedDict):
+        return type(value)((key, without_arrays(item)) for key, item in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(without_arrays(item) for item in value)
+    return value
+
+
+def check_state(state: Any) -> None:
+    """Refuse what is no checkpoint of fairseq, and make its options plain."""
+
+    def refuse(reason: str):
+        raise Refused(f"is no fairseq checkpoint: {reason}; {FAIRSEQ_ONES}")
+
+    if not isinstance(state, dict):
+        refuse(f"it holds {type(state).__name__}")
+    for name, kind in (("model", dict), ("cfg", dict), ("args", Namespace)):
+        if state.get(name) is not None and not isinstance(state[name], kind):
+            refuse(f"its {name} is {type(state[name]).__name__}")
+    if not isinstance(state.get("model"), dict):
+        refuse("it holds no model")
+    if state.get("cfg") is None and state.get("args") is None:
+        refuse("it holds no options")
+    count = [0]
+    for name in ("cfg", "args"):
+        if state.get(name) is not None:
+            state[name] = plain(state[name], name, count)
+    if not isinstance(state.setdefault("extra_state", {}), dict):
+        refuse("its extra_state is no dict")
+    history = state.get("optimizer_history", [{}])
+    if not isinstance(history, list) or not history or not all(isinstance(entry, dict) for entry in history):
+        refuse("it has no history of optimizers")
+    updates = history[-1].get("num_updates", 0)
+    if type(updates) is not int or not 0 <= updates < LARGEST:
+        refuse("its number of updates is none")
+
+
+def plain(value: Any, name: str, count: list[int], depth: int = 0) -> Any:
+    """A copy of options in plain values. OmegaConf would resolve ``${oc.env:NAME}`` wherever it finds it, and what it
+    finds would go into the next file that is written.
+
+    Args:
+        name: of the option, for messages.
+        count: of the values so far; a list in a list in a list, each twice, is more than any memory holds.
+    """
+    count[0] += 1
+    if count[0] > MOST_OPTIONS or depth > DEEPEST:
+        raise Refused(f"is refused: its options are more than {MOST_OPTIONS:,} or nested too deeply")
+    if isinstance(value, str):
+        if "${" in value:
+            raise Refused(f"is refused: its option {name} is to be replaced by another value ({value[:80]!r})")
+        return value
+    if value is None or type(value) in (bool, float) or (type(value) is int and abs(value) < LARGEST):
+        return value
+    if isinstance(value, list | tuple):
+        return type(value)(plain(item, f"{name}[{place}]", count, depth + 1) for place, item in enumerate(value))
+    if isinstance(value, Namespace):
+        return Namespace(**plain(vars(value), name, count, depth))
+    if isinstance(value, dict):
+        if not all(type(key) is str and "${" not in key for key in value):
+            raise Refused(f"is refused: an option of its {name} has a name that is no plain string")
+        return {key: plain(item, f"{name}.{key}"[:80], count, depth + 1) for key, item in value.items()}
+    raise Refused(f"is refused: its option {name} is {type(value).__name__}, no plain value")
+
+
+def check_model(model: dict[str, Tensor], size: int) -> None:
+    """Refuse weights that are no dense tensors, that are not all in the file of `size` bytes, or not finite."""
+    if not model:
+        raise Refused(f"is no fairseq checkpoint: its model is empty; {FAIRSEQ_ONES}")
+    storages = {}
+    for name, tensor in model.items():
+        if not isinstance(name, str):
+            raise Refused(f"is no fairseq checkpoint: the name of a weight is {type(name).__name__}; {FAIRSEQ_ONES}")
+        dense = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+        if not dense or tensor.dtype not in DTYPES or tensor.device.type != "cpu":
+            raise Refused(f"is no fairseq checkpoint: {name[:80]} in its model is no tensor; {FAIRSEQ_ONES}")
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        if tensor.numel() * tensor.element_size() > storage.nbytes():
+            raise damaged(f"{name[:80]} is not all there")
+    if sum(storages.values()) > size:
+        raise damaged("its weights are not all there")
+    for name, tensor in model.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise Refused(f"holds nan or infinity in {name[:80]}: its training has diverged; name an earlier one")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what fairseq and hydra log and warn of while they bring options of old to their present form."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def check_weights(path: str, weights: Any) -> None:
+    """The checks of a checkpoint's model, on other weights in it.
+
+    Raises:
+        UserError: they are no dense tensors, not whole or not finite.
+    """
+    try:
+        if not isinstance(weights, dict):
+            raise damaged("its weights are none")
+        check_model(weights, os.path.getsize(path))
+    except Refused as error:
+        raise UserError(f"checkpoint {path} {error}") from None
+
+
+def upgrade(state: dict[str, Any], overrides: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What fairseq's load_checkpoint_to_cpu does with a state: overrides, and options of old in their present form."""
+    from fairseq.checkpoint_utils import _upgrade_state_dict
+    from fairseq.dataclass.utils import overwrite_args_by_name
+    from omegaconf import OmegaConf
+
+    try:
+        with quiet():
+            if state.get("args") is not None:
+                for name, value in (overrides or {}).items():
+                    setattr(state["args"], name, value)
+            if state.get("cfg") is not None:
+                state["cfg"] = OmegaConf.create(state["cfg"], flags={"allow_objects": True})
+                if overrides:
+                    overwrite_args_by_name(state["cfg"], overrides)
+            return _upgrade_state_dict(state)
+    except Exception as error:  # fairseq reads options of a dozen years and checks none of them
+        given = " with the overrides that were given" if overrides else ""
+        raise Refused(f"is no fairseq checkpoint{given} ({error!r}); {FAIRSEQ_ONES}") from None
+
+
+def build(checkpoint: Checkpoint, task) -> nn.Module:
+    """The model of a checkpoint, under a task of fairseq, on the CPU.
+
+    Raises:
+        UserError: its options do not make a model of its weights under this task.
+    """
+    try:
+        model = task.build_model(checkpoint.cfg.model, from_checkpoint=True)
+        model.load_state_dict(checkpoint.model, strict=True, model_cfg=checkpoint.cfg.model)
+    except UserError as error:
+        raise UserError(f"{checkpoint.path} is refused: {error}") from None
+    except Exception as error:  # whatever the options of a file lead to
+        raise unfit(checkpoint.path, error) from error
+    return model
+
+
+def unfit(path: str, error: Exception) -> UserError:
+    """The message on weights that do not go together with their own options or the dictionaries in hand."""
+    reason = (str(error).strip().splitlines() or [""])[-1].strip()
+    return UserError(
+        f"{path} does not fit the dictionaries of the data, or its own options: {type(error).__name__}: "
+        f"{reason[:300]}; name the data that the model was trained on, or another checkpoint"
+    )

@@ -1,0 +1,213 @@
+"""Damaged, odd and hostile checkpoints, and the loader that must answer each with tensors or one error message.
+
+    python scripts/fuzz/checkpoints.py [INPUTS [SEED]]
+
+prints how many were read and refused, and the slowest (seconds of the CPU); exit status 1 where another error than UserError came out or
+one took more than 2 s.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+import sys
+import tempfile
+import time
+import traceback
+import zipfile
+from argparse import Namespace
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.plugin import checkpoints
+from hgkd_fairseq.plugin.literals import literal
+
+SLOWEST_S = 2.0
+STRINGS = ("", "x", "${a}", "${oc.env:HOME}", "???", "\x1b[2J", "\ud800", "a" * 5000, "é", "True", "[1]", "print(1)")
+NUMBERS = (0, 1, -1, 2**31, 2**63, 10**500, True, 0.5, float("nan"), float("inf"), -1e308, 1e-320)
+PIECES = (*"[](){}*+-,:19a. ", "**", "0.5", "'a'", "None", "lambda")
+
+
+def state() -> dict[str, Any]:
+    """As fairseq-train saves one, without its size."""
+    options = {"data": "bin", "source_lang": "de", "target_lang": "en", "arch": "transformer", "encoder_layers": 1}
+    options |= {"adam_betas": "(0.9, 0.98)", "lr": [0.1], "max_source_positions": 1024, "share_all_embeddings": True}
+    counts = {"val": np.arange(4), "sum": np.arange(4.0), "count": 1, "round": None}
+    return {
+        "args": None,
+        "cfg": {"model": Namespace(**options), "task": {"_name": "translation", **options}, "common": {"seed": 1}},
+        "model": OrderedDict(w=torch.ones(3, 2), half=torch.ones(2).half(), version=torch.tensor([3])),
+        "criterion": None,
+        "optimizer_history": [{"optimizer_name": "A", "lr_scheduler_state": {"best": None}, "num_updates": 3}],
+        "extra_state": {"train_iterator": {"epoch": 1}, "metrics": [("valid", [("_bleu_counts", counts)])]},
+        "last_optimizer_state": {"state": {0: {"step": 1, "exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 0.1}]},
+    }
+
+
+def odd(rng: random.Random, depth: int = 0) -> Any:
+    """A value that fairseq would not expect."""
+    kinds = ["string", "number", "tensor", "array", "none", "set", "bytes", "list", "dict", "namespace", "deep"]
+    kind = rng.choice(kinds[:7] if depth > 2 else kinds)
+    if kind == "string":
+        return rng.choice(STRINGS)
+    if kind == "number":
+        return rng.choice(NUMBERS)
+    if kind == "tensor":
+        dtypes = (torch.float32, torch.float16, torch.bool, torch.int64, torch.complex64)
+        tensor = torch.zeros([rng.randrange(3) for _ in range(rng.randrange(3))], dtype=rng.choice(dtypes))
+        return rng.choice((tensor, tensor.to("meta"), tensor[None].expand(9, *tensor.shape), torch.eye(2).to_sparse()))
+    if kind == "array":
+        return np.zeros(rng.randrange(3), rng.choice(("i8", "O", "S3", "U2", "M8[s]", "c16", ">f4", [("a", "i4")])))
+    if kind == "list":
+        return rng.choice((list, tuple))(odd(rng, depth + 1) for _ in range(rng.randrange(4)))
+    if kind in ("dict", "namespace"):
+        found = {rng.choice(STRINGS): odd(rng, depth + 1) for _ in range(rng.randrange(4))}
+        return found if kind == "dict" else Namespace(**found)
+    if kind == "deep":
+        value: Any = []
+        for _ in range(rng.choice((10, 60, 200))):
+            value = [value] * rng.choice((1, 2))
+        return value
+    return {"none": None, "set": {1}, "bytes": b"a"}[kind]
+
+
+def changed(value: Any, rng: random.Random) -> Any:
+    """The same with an odd value in one place, or without it, or under an odd name."""
+    if isinstance(value, Namespace) and vars(value):
+        return Namespace(**changed(vars(value), rng))
+    if isinstance(value, dict) and value:
+        found, key = value.copy(), rng.choice(list(value))
+        chance = rng.random()
+        if chance < 0.1:
+            del found[key]
+        elif chance < 0.2:
+            found[rng.choice(STRINGS)] = found.pop(key)
+        else:
+            found[key] = odd(rng) if chance < 0.4 else changed(found[key], rng)
+        return found
+    if isinstance(value, list | tuple) and value:
+        place = rng.randrange(len(value))
+        return type(value)(changed(item, rng) if index == place else item for index, item in enumerate(value))
+    return odd(rng)
+
+
+def saved(content: Any, zipped: bool) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer, _use_new_zipfile_serialization=zipped)
+    return buffer.getvalue()
+
+
+def bytes_changed(content: bytes, rng: random.Random) -> bytes:
+    """Some bytes replaced, inserted, left out or repeated, or the end cut off."""
+    found = bytearray(content)
+    for _ in range(rng.choice((1, 1, 2, 5, 30))):
+        place = rng.randrange(len(found) + 1)
+        length = rng.choice((1, 1, 4, 100))
+        kind = rng.randrange(5)
+        if kind == 0:
+            found[place : place + 1] = bytes([rng.randrange(256)])
+        elif kind == 1:
+            found[place:place] = rng.randbytes(length)
+        elif kind == 2:
+            del found[place : place + length]
+        elif kind == 3:
+            found[place:place] = found[place : place + length]
+        elif rng.random() < 0.2:
+            del found[place:]
+    return bytes(found)
+
+
+def pickle_changed(content: bytes, rng: random.Random) -> bytes:
+    """A zip whose data.pkl has other bytes, with all checksums right, so that it reaches the unpickler."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(buffer, "w") as new:
+        for entry in old.infolist():
+            record = old.read(entry)
+            new.writestr(entry.filename, bytes_changed(record, rng) if entry.filename.endswith(".pkl") else record)
+    return buffer.getvalue()
+
+
+def cases(rng: random.Random) -> Iterator[bytes]:
+    """Contents of files, without end."""
+    formats = [saved(state(), zipped) for zipped in (True, False)]
+    while True:
+        kind = rng.randrange(5)
+        if kind == 0:
+            yield bytes_changed(rng.choice(formats), rng)
+        elif kind == 1:
+            yield pickle_changed(formats[0], rng)
+        elif kind == 2:
+            yield bytes_changed(formats[1], rng)
+        else:
+            content = state()
+            for _ in range(rng.choice((1, 1, 2, 4))):
+                content = changed(content, rng)
+            try:
+                yield saved(content, zipped=rng.random() < 0.7)
+            except (RuntimeError, NotImplementedError, UnicodeEncodeError):  # torch does not save everything
+                continue
+
+
+def read(path: str | Path) -> None:
+    """What the commands do with a checkpoint before a model is built of it.
+
+    Raises:
+        UserError: as it must for a file that is none.
+    """
+    checkpoints.read(path, model=False)
+    found = checkpoints.read(path, {"data": "x"})
+    found.options("task")
+    found.options("model")
+
+
+def literals(rng: random.Random) -> Iterator[bytes]:
+    """Option values."""
+    while True:
+        yield "".join(rng.choices(PIECES, k=rng.randrange(1, 40))).encode()
+
+
+def read_literal(path: str | Path) -> None:
+    literal(Path(path).read_text())
+
+
+def fuzz(inputs: int, seed: int, make=cases, reader=read) -> tuple[Counter, float]:
+    """Counts of outcomes, and the CPU seconds of the slowest input."""
+    counts: Counter = Counter()
+    slowest = 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "input"
+        for _, content in zip(range(inputs), make(random.Random(seed)), strict=False):
+            path.write_bytes(content)
+            start = time.process_time()
+            try:
+                reader(path)
+                counts["read"] += 1
+            except UserError as error:
+                counts["refused"] += 1
+                if not str(error).isprintable():
+                    counts["not printable"] += 1
+            except Exception as error:
+                counts[f"{type(error).__name__}: {error}"[:200]] += 1
+                traceback.print_exc()
+            slowest = max(slowest, time.process_time() - start)
+    return counts, slowest
+
+
+def main() -> int:
+    inputs, seed = (int(text) for text in [*sys.argv[1:], *("20000", "1")[len(sys.argv) - 1 :]])
+    bad = False
+    for make, reader in ((cases, read), (literals, read_literal)):
+        counts, slowest = fuzz(inputs, seed, make, reader)
+        print(reader.__name__, dict(counts), f"slowest {slowest:.2f} s")
+        bad |= not counts.keys() <= {"read", "refused"} or slowest > SLOWEST_S
+    return int(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,373 @@
+"""The loader of checkpoints: what fairseq writes is read, anything else is one error message and runs nothing."""
+
+import io
+import os
+import pickle
+import re
+import struct
+import tarfile
+import zipfile
+from argparse import Namespace
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.plugin import checkpoints
+from hgkd_fairseq.plugin.literals import literal
+
+CUT = "cannot be read: it is cut short or damaged"
+
+
+def state(**changes) -> dict:
+    """As fairseq-train saves one; `changes` take the place of its parts."""
+    options = {"model": Namespace(arch="transformer", encoder_layers=1), "criterion": {"_name": "cross_entropy"}}
+    options |= {"task": {"_name": "translation", "data": "bin"}, "common": {"seed": 1}}
+    history = [{"criterion_name": "X", "optimizer_name": "Y", "lr_scheduler_state": {}, "num_updates": 7}]
+    model = OrderedDict(w=torch.arange(6.0).view(2, 3), n=torch.tensor([3]))
+    extra = {"train_iterator": {"epoch": 2}, "previous_training_time": 60.0}
+    return {
+        "args": None, "cfg": options, "model": model, "optimizer_history": history, "extra_state": extra, **changes
+    }  # fmt: skip
+
+
+def saved(path: Path, **changes) -> Path:
+    torch.save(state(**changes), path)
+    return path
+
+
+def old_format(path: Path, **changes) -> Path:
+    torch.save(state(**changes), path, _use_new_zipfile_serialization=False)
+    return path
+
+
+class Code:
+    """Unpickling an instance makes a file."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.file}",)
+
+
+class Named:
+    """Unpickling an instance imports a name that a terminal would obey."""
+
+    def __reduce__(self):
+        return Named, ()
+
+
+def named(path: Path) -> Path:
+    saved(path, extra=Named())
+    name = f"{Named.__module__}\nNamed\n".encode()
+    return rewritten(path, lambda content: content.replace(name, name.replace(b"Named", b"\x1b[2J\x07x")))
+
+
+def rewritten(path: Path, change) -> Path:
+    """The same zip with another data.pkl, all checksums right."""
+    with zipfile.ZipFile(path) as file:
+        records = {entry.filename: file.read(entry) for entry in file.infolist()}
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in records.items():
+            file.writestr(name, change(content) if name.endswith("/data.pkl") else content)
+    return path
+
+
+def flipped(path: Path) -> Path:
+    """One bit of one weight."""
+    content = bytearray(saved(path).read_bytes())
+    place = content.index(struct.pack("<6f", *range(6)))
+    content[place + 5] ^= 0x40
+    path.write_bytes(content)
+    return path
+
+
+def cut(path: Path, share: float, write=saved) -> Path:
+    content = write(path).read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    return path
+
+
+def archive(path: Path, compression: int) -> Path:
+    with zipfile.ZipFile(path, "w", compression) as file:
+        file.writestr("archive/data.pkl", pickle.dumps({}, protocol=2))
+        file.writestr("archive/zeros", bytes(10**6))
+    return path
+
+
+def torchscript(path: Path) -> Path:
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(1, 1), torch.zeros(1)), path)
+    return path
+
+
+def tar(path: Path) -> Path:
+    with tarfile.open(path, "w") as file:
+        entry = tarfile.TarInfo("pickle")
+        content = pickle.dumps({})
+        entry.size = len(content)
+        file.addfile(entry, io.BytesIO(content))
+    return path
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def pipe(path: Path) -> Path:
+    os.mkfifo(path)
+    return path
+
+
+def laughs() -> list:
+    """2^64 lists in 64."""
+    value: list = []
+    for _ in range(64):
+        value = [value, value]
+    return value
+
+
+def loop() -> list:
+    value: list = []
+    value.append(value)
+    return value
+
+
+def larger_than_its_file(path: Path) -> Path:
+    """A tensor of 2 x 3 that says it is 2,000,000 x 3."""
+    saved(path)
+    return rewritten(path, lambda content: content.replace(b"K\x02K\x03\x86", b"J\x80\x84\x1e\x00K\x03\x86"))
+
+
+def options(**values) -> dict:
+    return {"cfg": {**state()["cfg"], "model": Namespace(arch="transformer", **values)}}
+
+
+REFUSED = {
+    "missing": (lambda p: p, "a.pt does not exist; name a fairseq checkpoint"),
+    "below a file": (lambda p: saved(p) / "b.pt", "does not exist"),
+    "a folder": (folder, "is a folder, not a checkpoint; name the .pt file in it"),
+    "a pipe": (pipe, "is no regular file"),
+    "empty": (lambda p: write(p, b""), "is empty"),
+    "zeros": (lambda p: write(p, bytes(1000)), CUT),
+    "text": (lambda p: write(p, b"hello\n" * 200), CUT),
+    "half a zip": (lambda p: cut(p, 0.5), CUT),
+    "a zip without its end": (lambda p: cut(p, 0.98), CUT),
+    "half, old format": (lambda p: cut(p, 0.9, old_format), CUT),
+    "the first bytes": (lambda p: cut(p, 0.01), CUT),
+    "a flipped bit": (flipped, "damaged (wrong checksum of a/data/0)"),
+    "TorchScript": (torchscript, "is a TorchScript program; name a checkpoint of fairseq-train"),
+    "tar": (tar, "is a tar file"),
+    "a zip bomb": (lambda p: archive(p, zipfile.ZIP_DEFLATED), "is a compressed archive"),
+    "another zip": (lambda p: archive(p, zipfile.ZIP_STORED), CUT),
+    "control characters": (named, r"wants to import test_checkpoints.\x1b[2J\x07x; use a checkpoint"),
+    "a tensor": (lambda p: torch.save(torch.zeros(3), p) or p, "no fairseq checkpoint: it holds Tensor"),
+    "no model": (lambda p: saved(p, model=None), "it holds no model"),
+    "an empty model": (lambda p: saved(p, model={}), "its model is empty"),
+    "no options": (lambda p: saved(p, cfg=None), "it holds no options"),
+    "options of another kind": (lambda p: saved(p, cfg=3), "its cfg is int"),
+    "no history": (lambda p: saved(p, optimizer_history=[]), "no history of optimizers"),
+    "updates in words": (lambda p: saved(p, optimizer_history=[{"num_updates": "a"}]), "its number of updates is none"),
+    "a weight that is a string": (lambda p: saved(p, model={"w": "x"}), "w in its model is no tensor"),
+    "a weight without a name": (lambda p: saved(p, model={3: torch.ones(1)}), "the name of a weight is int"),
+    "a sparse weight": (lambda p: saved(p, model={"w": torch.eye(3).to_sparse()}), "w in its model is no tensor"),
+    "a weight on no device": (lambda p: saved(p, model={"w": torch.ones(2, device="meta")}), "is no tensor"),
+    "a weight that is not there": (lambda p: saved(p, model={"w": torch.ones(1).expand(9)}), "w is not all there"),
+    "a weight larger than the file": (larger_than_its_file, CUT),
+    "nan": (lambda p: saved(p, model={"w": torch.tensor([1.0, torch.nan])}), "nan or infinity in w: its training"),
+    "inf": (lambda p: saved(p, model={"w": torch.tensor([torch.inf]).half()}), "holds nan or infinity in w"),
+    "an interpolation": (lambda p: saved(p, **options(a="x${oc.env:HOME}")), "option cfg.model.a is to be replaced"),
+    "an interpolation in a name": (lambda p: saved(p, **options(a={"${oc.env:HOME}": 1})), "no plain string"),
+    "an interpolation in a list": (lambda p: saved(p, **options(a=[{"b": "${a}"}])), "cfg.model.a[0].b is to be"),
+    "an interpolation of old": (lambda p: saved(p, cfg=None, args=Namespace(a="${a}")), "args.a is to be replaced"),
+    "a tensor for an option": (lambda p: saved(p, **options(a=torch.ones(1))), "cfg.model.a is Tensor, no plain value"),
+    "a number without end": (lambda p: saved(p, **options(a=10**600)), "cfg.model.a is int, no plain value"),
+    "options without end": (lambda p: saved(p, **options(a=laughs())), "nested too deeply"),
+    "options in themselves": (lambda p: saved(p, **options(a=loop())), "nested too deeply"),
+    "an array of objects": (lambda p: saved(p, extra=np.array([{}])), "it holds an array of what is no number"),
+    "an array of strings": (lambda p: saved(p, extra=np.array(["a"])), "an array of what is no number"),
+    "an array of dates": (lambda p: saved(p, extra=np.array(["2026"], "M8[s]")), "an array of what is no number"),
+    "an array of records": (lambda p: saved(p, extra=np.zeros(2, [("a", "i4")])), "an array of what is no number"),
+    "a dtype of parts": (lambda p: saved(p, extra=np.dtype(("i8", 2))), "an array of what is no number"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str, tmp_path: Path):
+    make, expected = REFUSED[name]
+    with pytest.raises(UserError) as caught:
+        checkpoints.read(make(tmp_path / "a.pt"))
+    message = str(caught.value)
+    assert expected in message
+    assert message.isprintable()
+    assert str(tmp_path) in message
+    assert "weights_only" not in message
+
+
+@pytest.mark.parametrize("part", ["sub-dtype", "fields", "size", "flags"])
+def test_a_dtype_that_would_follow_pointers(part: str, tmp_path: Path):
+    """numpy's dtype("i8") whose state says that it is an array of objects: nothing is made of the bytes."""
+    start, number = b"(K\x03X\x01\x00\x00\x00<", b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00t"
+    objects = b"cnumpy\ndtype\nX\x01\x00\x00\x00O\x89\x88\x87R"
+    states = {
+        "sub-dtype": start + objects + b"K\x01\x86NN" + number,
+        "fields": start + b"NX\x01\x00\x00\x00a\x85}X\x01\x00\x00\x00a" + objects + b"K\x00\x86s" + number,
+        "size": start + b"NNNK\x08K\x08K\x00t",
+        "flags": start + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x3ft",
+    }
+    saved(tmp_path / "a.pt", extra=np.full(3, 0x41414141, "i8"))
+    plain = re.compile(rb"\(K\x03(q.|r....)?X\x01\x00\x00\x00<(q.|r....)?NNN" + re.escape(number), re.DOTALL)
+    count = 0
+
+    def change(content: bytes) -> bytes:
+        nonlocal count
+        content, count = plain.subn(lambda _: states[part], content)
+        return content
+
+    rewritten(tmp_path / "a.pt", change)
+    assert count == 1
+    with pytest.raises(UserError, match="an array of what is no number"):
+        checkpoints.read(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("write", [saved, old_format])
+def test_code_is_not_run(write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also where torch's variable says to run it: the usual remedy for fairseq under torch 2.6."""
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    file = tmp_path / "code_has_run"
+    write(tmp_path / "a.pt", extra=Code(file))
+    with pytest.raises(UserError, match=rf"wants to import {os.system.__module__}\.system"):
+        checkpoints.read(tmp_path / "a.pt")
+    assert not file.exists()
+    torch.load(tmp_path / "a.pt")  # it is there to be run
+    assert file.exists()
+
+
+ARRAYS = ["b1", "i1", "i2", "i4", "i8", "u1", "f2", "f4", "f8", ">i4", ">f8"]
+
+
+@pytest.mark.parametrize("write", [saved, old_format])
+def test_read(write, tmp_path: Path):
+    """Weights and options as they were; arrays of numbers become tensors, meters of old nothing."""
+    arrays = {code: (np.arange(6).reshape(2, 3) % 2).astype(code) for code in ARRAYS}
+    arrays["fortran"] = np.asfortranarray(np.arange(6.0).reshape(2, 3))
+    found = checkpoints.read(write(tmp_path / "a.pt", extra_state={"arrays": [arrays], "previous_training_time": 1.0}))
+    assert found.updates == 7
+    assert list(found.model) == ["w", "n"]
+    assert torch.equal(found.model["w"], torch.arange(6.0).view(2, 3))
+    assert found.options("model") == {"arch": "transformer", "encoder_layers": 1}
+    assert found.options("task") == {"_name": "translation", "data": "bin"}
+    with pytest.raises(UserError, match="it holds no options of its optimizer"):
+        found.options("optimizer")
+    ((read,),) = [found.state["extra_state"]["arrays"]]
+    for code, array in arrays.items():
+        assert type(read[code]) is torch.Tensor
+        assert np.array_equal(read[code].numpy(), array), code
+    assert read["f2"].dtype == torch.float16
+
+
+def test_meters_of_old(tmp_path: Path):
+    """fairseq before 0.9 pickled the objects under fairseq.meters."""
+    for module in (b"fairseq.meters", b"fairseq.logging.meters"):
+        saved(tmp_path / "a.pt", extra_state={"train_meters": OrderedDict(a=Named()), "val_loss": 4.0})
+        names = f"{Named.__module__}\nNamed\n".encode(), module + b"\nAverageMeter\n"
+        rewritten(tmp_path / "a.pt", lambda content, names=names: content.replace(*names))
+        extra = checkpoints.read(tmp_path / "a.pt").state["extra_state"]
+        assert extra["train_meters"] == {"a": None}
+        assert extra["val_loss"] == 4.0
+
+
+def test_of_a_diverged_run_without_its_weights(tmp_path: Path):
+    """What a report needs is there all the same."""
+    file = saved(tmp_path / "a.pt", model={"w": torch.tensor([torch.nan])})
+    assert checkpoints.read(file, model=False).updates == 7
+
+
+def test_overrides(tmp_path: Path):
+    file = saved(tmp_path / "a.pt")
+    found = checkpoints.read(file, {"data": "there", "encoder_layers": 2})
+    assert found.options("task")["data"] == "there"
+    assert found.options("model")["encoder_layers"] == 2
+    with pytest.raises(UserError, match="with the overrides that were given"):
+        checkpoints.read(file, {"task": {"nothing": {"a": 1}}, "cfg": 3, "common": {"seed": {"a": object()}}})
+
+
+def test_without_arrays():
+    """What is saved holds no array; the rest is as it was, and what is in use is not touched."""
+    inside = OrderedDict(a=np.arange(3), b=[np.float64(2.5), (np.int32(1), "x")], c=torch.ones(1))
+    found = checkpoints.without_arrays({"x": inside, "n": None})["x"]
+    assert type(found) is OrderedDict
+    assert torch.equal(found["a"], torch.arange(3))
+    assert found["b"] == [2.5, (1, "x")]
+    assert [type(value) for value in (found["b"][0], found["b"][1][0])] == [float, int]
+    assert found["c"] is inside["c"]
+    assert type(inside["a"]) is np.ndarray
+
+
+@pytest.mark.parametrize(
+    ("names", "text", "expected"),
+    [
+        ([], "a:b", ["a", "b"]),
+        ([], "a", ["a"]),
+        (["a:b"], "a:b", ["a:b"]),
+        (["a:b/c", "d"], "a:b/c:d", ["a:b/c", "d"]),
+        (["a:b/c", "d:e"], "d:e:a:b/c:x", ["d:e", "a:b/c", "x"]),
+        ([], "s3://a:b|s3://c", ["s3://a:b", "s3://c"]),
+    ],
+)
+def test_split_paths(names, text, expected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for name in names:
+        Path(name).parent.mkdir(exist_ok=True, parents=True)
+        Path(name).touch()
+    assert checkpoints.split_paths(text) == expected
+
+
+LITERALS = {
+    "0.5": 0.5,
+    "-1e-3": -1e-3,
+    "True": True,
+    "None": None,
+    "(0.9, 0.98)": (0.9, 0.98),
+    "0.9, 0.98": (0.9, 0.98),
+    " [3, 7]": [3, 7],
+    "{'a': [1]}": {"a": [1]},
+    "[(512, 3)] * 2": [(512, 3), (512, 3)],
+    "[(512, 10)] + [(512, 3)] * 2": [(512, 10), (512, 3), (512, 3)],
+}
+
+
+@pytest.mark.parametrize("text", LITERALS)
+def test_literals(text: str):
+    found = literal(text)
+    assert found == LITERALS[text]
+    assert type(found) is type(LITERALS[text])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "a", "print(1)", "__import__('os').getcwd()", "[x for x in (1,)]", "(lambda: 1)()", "1 if 1 else 2",
+        "f'{1}'", "9**9", "1+1", "'a'*9", "[0]*1000000", "[[0]*9999]+[0]*9999", "(" * 5000, "[" * 5000, "0" * 20000,
+        "[]*'a'", "{[]: 1}", "a.b", "a[0]", "\0", "1;2", "[1].append(2)",
+    ],
+)  # fmt: skip
+def test_no_literals(text: str):
+    with pytest.raises(UserError, match="is no Python literal, and fairseq would run it as code"):
+        literal(text)
+
+
+@pytest.mark.parametrize("value", [True, 1, None, b"1", compile("1", "", "eval")])
+def test_no_strings(value):
+    """As eval: fairseq's eval_bool counts on it."""
+    with pytest.raises(TypeError):
+        literal(value)
