@@ -12,12 +12,14 @@ import inspect
 import logging
 import os
 import re
+import shutil
 import sys
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
+from hgkd_fairseq import files
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.plugin import checkpoints, training_state
 from hgkd_fairseq.plugin.literals import replace_eval
@@ -202,8 +204,8 @@ def copy_checkpoints_in_one_step() -> None:
     def copy(src_path, dst_path, overwrite=False):
         if not PathManager.supports_rename(dst_path):
             return original(src_path, dst_path, overwrite=overwrite)
-        original(src_path, dst_path + ".tmp", overwrite=True)
-        os.replace(dst_path + ".tmp", dst_path)
+        with open(src_path, "rb") as source, files.writing(dst_path, "wb") as copied:
+            shutil.copyfileobj(source, copied)
         return dst_path
 
     PathManager.copy = staticmethod(copy)

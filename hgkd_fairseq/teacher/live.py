@@ -12,7 +12,7 @@ import torch
 from fairseq.data import Dictionary, LanguagePairDataset, data_utils
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
-from hgkd_fairseq import features
+from hgkd_fairseq import binarised, features
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.loss import Head
 from hgkd_fairseq.plugin import checkpoints
@@ -161,19 +161,12 @@ def check_task(
                 f"the {side} dictionary of the teacher {path}, {file}, does not exist and cannot be compared with "
                 "the student's; give its folder with --teacher-model-overrides \"{'data': 'DIR'}\""
             )
-        difference = dictionary_difference(load_dictionary(file), dictionary)
+        difference = dictionary_difference(binarised.dictionary(file), dictionary)
         if difference:
             raise UserError(
                 f"the {side} dictionaries of the teacher {path} and of the student differ: {difference}; "
                 "preprocess the student's data with the teacher's dictionaries (fairseq-preprocess --srcdict --tgtdict)"
             )
-
-
-def load_dictionary(file: str) -> Dictionary:
-    try:
-        return Dictionary.load(file)
-    except Exception as error:  # fairseq's own, of several kinds
-        raise UserError(f"{file} is no dictionary of fairseq-preprocess: {error}; copy it again") from error
 
 
 def dictionary_difference(teacher: Dictionary, student: Dictionary) -> str | None:

@@ -2,8 +2,8 @@
 
     python scripts/fuzz/checkpoints.py [INPUTS [SEED]]
 
-prints how many were read and refused, and the slowest (seconds of the CPU); exit status 1 where another error than UserError came out or
-one took more than 2 s.
+prints how many were read and refused, and the slowest (seconds of the CPU); exit status 1 where another error than
+UserError came out or one took more than 2 s.
 """
 
 from __future__ import annotations

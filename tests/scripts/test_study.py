@@ -168,7 +168,7 @@ def test_what_is_run_next(tmp_path):
         return cell and cell.folder, lock is not None
 
     def finish_cell(folder: str) -> None:
-        (tmp_path / folder / "scores.json").touch()
+        (tmp_path / folder / "scores.json").write_text(json.dumps(numbers(20, 0.1, 1)))
 
     locks: list = []
     assert next_cell() == ("teacher/big/seed-0", True)
@@ -297,6 +297,17 @@ REFERENCES = [f"the cat number {i} sat on mat number {i + 1}" for i in range(12)
 NOISE = ["x"] * len(REFERENCES)
 
 
+def numbers(bleu: float, ece: float, seed: int, share: float = 0.0) -> dict:
+    """What a scores.json holds."""
+    curve = [{"updates": at, "valid_nll": 4.0, "valid_ece": 0.1, "teacher_share": share} for at in (20, 40)]
+    found = {"chrf": 2 * bleu, "nll": 3.0, "inference_ece": 0.2, "temperature": 1.25, "scaled_ece": ece / 4}
+    found |= {"scaled_nll": 2.5, "valid_nll_best": 3.5, "valid_nll_last": 4.0, "best_updates": 20, "last_updates": 40}
+    found |= {"teacher_share": share, "parameters": 1234, "minutes": 2.0, "curve": curve}
+    found["signatures"] = {key: f"{key}|by:hand" for key in ("bleu", "chrf", "ece", "inference_ece")}
+    found |= {"brevity_penalty": 0.9, "lenpen": seed + 0.5, "lenpen_bleu": bleu + seed, "lenpen_brevity_penalty": 1}
+    return {"bleu": bleu, "ece": ece, **found}
+
+
 def write_cell(study: Path, folder: str, bleu: float, ece: float, **more) -> None:
     """`more`: translations, those at the cell's own length penalty (lenpen), temperature, whether it is done."""
     translations, lenpen = more.get("translations", NOISE), more.get("lenpen", NOISE)
@@ -313,14 +324,8 @@ def write_cell(study: Path, folder: str, bleu: float, ece: float, **more) -> Non
     (path / "cell.json").write_text(json.dumps({**about, "signature": signature}))
     if not done:
         return
-    share = 0.5 if temperature else 0.0
-    curve = [{"updates": at, "valid_nll": 4.0, "valid_ece": 0.1, "teacher_share": share} for at in (20, 40)]
-    numbers = {"chrf": 2 * bleu, "nll": 3.0, "inference_ece": 0.2, "temperature": 1.25, "scaled_ece": ece / 4}
-    numbers |= {"scaled_nll": 2.5, "valid_nll_best": 3.5, "valid_nll_last": 4.0, "best_updates": 20, "last_updates": 40}
-    numbers |= {"teacher_share": share, "parameters": 1234, "minutes": 2.0, "curve": curve}
-    numbers["signatures"] = {key: f"{key}|by:hand" for key in ("bleu", "chrf", "ece", "inference_ece")}
-    numbers |= {"brevity_penalty": 0.9, "lenpen": seed + 0.5, "lenpen_bleu": bleu + seed, "lenpen_brevity_penalty": 1}
-    (path / "scores.json").write_text(json.dumps({"bleu": bleu, "ece": ece, **numbers}))
+    scores = numbers(bleu, ece, seed, share=0.5 if temperature else 0.0)
+    (path / "scores.json").write_text(json.dumps(scores))
     (path / "translations.txt").write_text("".join(f"{line}\n" for line in translations))
     (path / "translations-lenpen.txt").write_text("".join(f"{line}\n" for line in lenpen))
 
@@ -344,6 +349,13 @@ def test_tables_by_hand(tmp_path, monkeypatch, capsys):
     write_cell(study, "same/random/seed-2", 22.5, 0.09, temperature=1.5)
     write_cell(study, "same/hkd-t-tau-2/seed-1", 25, 0.03, temperature=2.0)
     write_cell(study, "same/hkd-s/seed-1", 0, 0, temperature=1.5, done=False)
+    write_cell(study, "same/always/seed-1", 0, 0, temperature=1.5, done=False)
+    logged = [
+        {"valid_num_updates": "20", "valid_nll_loss": "4.5"},
+        {"valid_num_updates": "40", "valid_nll_loss": "nan"},
+    ]
+    start = "2026-01-31 12:00:00 | INFO | valid | "
+    (study / "same/always/seed-1/train.log").write_text("".join(f"{start}{json.dumps(row)}\n" for row in logged))
 
     out = make_tables(tmp_path, study, monkeypatch)
     lines = (out / "tables.md").read_text().splitlines()
@@ -372,6 +384,11 @@ def test_tables_by_hand(tmp_path, monkeypatch, capsys):
         "| HKD-T | 2 | 1 | 25.0 | 26.0 | 50.0 | 3.00 | 3.000 | 0.50 |",
     ]
     assert sum(line.startswith("| HKD-T | ") for line in lines) == 5  # one in each of the other tables
+    assert lines[-1].startswith(
+        "Diverged, and not in the tables: same/always/seed-1, whose NLL on validation is no number"
+    )
+    assert lines[-1].endswith("from update 40 on.")
+    lines = lines[:-2]
     assert "BLEU `bleu|by:hand`" in lines[-3]
     assert "bs:1000" in lines[-3]
     assert lines[2] == "All its cells: `setting:same|updates:40|precision:fp32`."
