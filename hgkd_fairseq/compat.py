@@ -134,12 +134,9 @@ def one_loader_of_checkpoints() -> None:
         replace_eval()  # in what was imported since
         try:
             return ensemble(filenames, *args, **kwargs)
-        except UserError:
-            raise
-        except FileNotFoundError as error:
-            raise UserError(f"{error}; name a fairseq checkpoint") from None
-        except OSError as error:
-            raise UserError(f"{error}; name a fairseq checkpoint") from error
+        except (UserError, OSError) as error:
+            named = any(name in str(error) for name in filenames)
+            raise UserError(f"{'' if named else ', '.join(filenames) + ': '}{error}") from None
         except Exception as error:  # whatever the options of a file lead to
             raise checkpoints.unfit(", ".join(filenames), error) from error
 

@@ -122,13 +122,15 @@ def load_model(
     overrides: dict,
 ) -> torch.nn.Module:
     """The model of one checkpoint, frozen and in eval mode, on the CPU."""
+    if not os.path.exists(path):
+        raise UserError(f"--teacher-path names {path}, which does not exist; name a fairseq checkpoint")
     checkpoint = checkpoints.read(path, overrides)
+    checkpoints.model_class(checkpoint)
     check_task(path, checkpoint.options("task"), source_dictionary, target_dictionary, languages)
     # The plain task, with no --eval-bleu: building a model through the student's own task would hand its validation
     # the TEACHER to translate with.
     task = TranslationTask(TranslationConfig(), source_dictionary, target_dictionary)
     model = checkpoints.build(checkpoint, task)
-    features.check_translates(model, path)
     model.eval()
     model.requires_grad_(False)
     return model
