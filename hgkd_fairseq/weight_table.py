@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,11 +43,32 @@ def read(checkpoint: str) -> Weights:
     from hgkd_fairseq.plugin import checkpoints
 
     memory = checkpoints.read(checkpoint, model=False).state["extra_state"]
-    table = memory.get("TranslationWithTeacherTask", {}).get("gate", {})
-    if "held_out" not in table:
-        raise UserError(f"{checkpoint} has no weights of sentences; name a checkpoint of a run with --gate instance")
+    table = checked(checkpoint, memory.get("TranslationWithTeacherTask"))
     sentence = (~table["held_out"]).nonzero().squeeze(1)
     return Weights(sentence, table["data"][sentence], table["teacher"][sentence], int(table["epoch"]))
+
+
+def checked(checkpoint: str, memory: Any) -> dict[str, Tensor]:
+    """The state of --gate instance in what a task remembers, which is a file's: columns of one length, of weights."""
+    table = memory.get("gate") if isinstance(memory, dict) else None
+    if not isinstance(table, dict) or "held_out" not in table:
+        raise UserError(f"{checkpoint} has no weights of sentences; name a checkpoint of a run with --gate instance")
+    weights, masks = ([table.get(name) for name in names] for names in (("data", "teacher"), ("held_out", "learned")))
+    masks = [mask for mask in masks if mask is not None]
+    columns, epoch = [*weights, *masks], table.get("epoch")
+    whole = (
+        all(isinstance(column, Tensor) and column.dim() == 1 for column in columns)
+        and len({len(column) for column in columns}) == 1
+        and all(mask.dtype == torch.bool for mask in masks)
+        and all(column.is_floating_point() and bool((column >= 0).all()) for column in weights)
+        and all(bool(column.isfinite().all()) for column in weights)
+        and isinstance(epoch, Tensor)
+        and epoch.dtype == torch.int64
+        and epoch.numel() == 1
+    )
+    if not whole:
+        raise UserError(f"{checkpoint} holds a table of weights that is damaged; name another checkpoint of its run")
+    return table
 
 
 def numbers(file: str) -> Tensor:
