@@ -21,7 +21,7 @@ import torch
 
 from hgkd_fairseq import files
 from hgkd_fairseq.errors import UserError
-from hgkd_fairseq.plugin import checkpoints
+from hgkd_fairseq.plugin import checkpoints, training_state
 from hgkd_fairseq.plugin.literals import replace_eval
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,9 @@ def apply() -> None:
     copy_checkpoints_in_one_step()
     same_batches_after_resume()
     same_patience_after_resume()
+    same_run_after_resume()
+    what_was_learned_is_validated()
+    nan_gradients_are_said()
     native_bf16()
 
 
@@ -131,12 +134,9 @@ def one_loader_of_checkpoints() -> None:
         replace_eval()  # in what was imported since
         try:
             return ensemble(filenames, *args, **kwargs)
-        except UserError:
-            raise
-        except FileNotFoundError as error:
-            raise UserError(f"{error}; name a fairseq checkpoint") from None
-        except OSError as error:
-            raise UserError(f"{error}; name a fairseq checkpoint") from error
+        except (UserError, OSError) as error:
+            named = any(name in str(error) for name in filenames)
+            raise UserError(f"{'' if named else ', '.join(filenames) + ': '}{error}") from None
         except Exception as error:  # whatever the options of a file lead to
             raise checkpoints.unfit(", ".join(filenames), error) from error
 
@@ -264,6 +264,124 @@ def same_patience_after_resume() -> None:
 
     Trainer.save_checkpoint = save_checkpoint
     checkpoint_utils.load_checkpoint = load_checkpoint
+
+
+def same_run_after_resume() -> None:
+    """fairseq takes up a checkpoint whatever run wrote it: with another --gate the memory of the old one, or its
+    optimizer's state. The checkpoint is compared with what is asked for when it is read, on the worker that reads it;
+    and what a criterion says about the model and the data stops the run before the first step."""
+    from fairseq import checkpoint_utils
+    from fairseq.trainer import Trainer
+
+    resume, load = Trainer.load_checkpoint, checkpoint_utils.load_checkpoint
+    consequence = "a run can be resumed as another one"
+    known = [
+        written_for(resume, "state = checkpoint_utils.load_checkpoint_to_cpu(", consequence),
+        written_for(load, "extra_state = trainer.load_checkpoint(", consequence),
+    ]
+    if not all(known):
+        return
+
+    @functools.wraps(resume)
+    def load_checkpoint(self, filename, reset_optimizer=False, *args, **kwargs):
+        criterion, read = self.get_criterion(), checkpoint_utils.load_checkpoint_to_cpu
+        if hasattr(criterion, "check_model"):
+            criterion.check_model(self.model)
+
+        def read_and_compare(path, *arguments, **options):
+            state = read(path, *arguments, **options)
+            if path == filename:
+                training_state.prepare(state, path, self.task, criterion, new_run=reset_optimizer)
+            return state
+
+        checkpoint_utils.load_checkpoint_to_cpu = read_and_compare
+        try:
+            return resume(self, filename, reset_optimizer, *args, **kwargs)
+        finally:
+            checkpoint_utils.load_checkpoint_to_cpu = read
+
+    @functools.wraps(load)
+    def load_and_begin(cfg, trainer, *args, **kwargs):
+        extra_state, iterator = load(cfg, trainer, *args, **kwargs)
+        if hasattr(trainer.task, "begin_training"):
+            trainer.task.begin_training(iterator.next_epoch_idx, trainer.model)
+        return extra_state, iterator
+
+    Trainer.load_checkpoint = load_checkpoint
+    checkpoint_utils.load_checkpoint = load_and_begin
+
+
+def what_was_learned_is_validated() -> None:
+    """fairseq-validate builds the criterion anew and leaves its parameters and the task's memory in the checkpoint:
+    it would report the loss of another gate, or of another teacher, than the training had."""
+    from fairseq import checkpoint_utils
+    from fairseq.tasks import FairseqTask
+
+    load, build = checkpoint_utils.load_model_ensemble_and_task, FairseqTask.build_criterion
+    consequence = "fairseq-validate does not know what a gate or teacher has learned"
+    known = [
+        written_for(load, "state = load_checkpoint_to_cpu(filename, arg_overrides)", consequence),
+        written_for(build, "criterions.build_criterion(cfg, self", consequence),
+    ]
+    if not all(known):
+        return
+
+    @functools.wraps(load)
+    def load_model_ensemble_and_task(filenames, arg_overrides=None, task=None, *args, **kwargs):
+        given, state = task, kwargs.get("state")
+        if given is None and state is None and len(filenames) == 1 and kwargs.get("num_shards", 1) == 1 and not args:
+            suffix = kwargs.get("suffix", "")
+            path = checkpoint_utils.get_maybe_sharded_checkpoint_filename(filenames[0], suffix, 0, 1)
+            if os.path.exists(path):
+                state = kwargs["state"] = checkpoint_utils.load_checkpoint_to_cpu(path, arg_overrides)
+        models, cfg, task = load(filenames, arg_overrides, task, *args, **kwargs)
+        if given is None and state is not None:
+            training_state.keep(task, filenames[0], state)
+        return models, cfg, task
+
+    @functools.wraps(build)
+    def build_criterion(self, *args, **kwargs):
+        criterion = build(self, *args, **kwargs)
+        if getattr(self, "loaded", None) is not None:
+            training_state.restore(self, criterion)
+        return criterion
+
+    checkpoint_utils.load_model_ensemble_and_task = load_model_ensemble_and_task
+    FairseqTask.build_criterion = build_criterion
+
+
+def nan_gradients_are_said() -> None:
+    """Where a gradient is nan fairseq runs the step again to find the module, with hooks of a kind that torch calls
+    with a dict of the encoder's, and ends in a StopIteration. They are left out, and the reason is said."""
+    from fairseq.nan_detector import NanDetector
+    from fairseq.trainer import Trainer
+
+    hooks, step = NanDetector.add_hooks, Trainer.train_step
+    consequence = "a nan gradient ends in a StopIteration"
+    known = [
+        written_for(hooks, "module.register_backward_hook(self.bhook_fn)", consequence),
+        written_for(step, "with NanDetector(self.get_model()):", consequence),
+    ]
+    if not all(known):
+        return
+
+    @functools.wraps(hooks)
+    def add_hooks(self, module):
+        if self.forward:
+            self.fhooks.append(module.register_forward_hook(self.fhook_fn))
+
+    @functools.wraps(step)
+    def train_step(self, *args, **kwargs):
+        try:
+            return step(self, *args, **kwargs)
+        except FloatingPointError as error:  # fairseq's: of gradients, and of an fp16 loss scale that gets too small
+            raise UserError(
+                f"update {self.get_num_updates() + 1}: {error}: the training has diverged; lower --lr, add --clip-norm "
+                "or more --warmup-updates, and look at the data; the state before it is in crash.pt of the --save-dir"
+            ) from error
+
+    NanDetector.add_hooks = add_hooks
+    Trainer.train_step = train_step
 
 
 def native_bf16() -> None:

@@ -39,9 +39,11 @@ CONVERTED_OPTIONS = {
     *("decoder_output_dim", "max_source_positions", "max_target_positions"),
     *("encoder_embed_path", "decoder_embed_path"),
     *("dropout", "attention_dropout", "activation_dropout", "relu_dropout", "adaptive_softmax_dropout"),
-    *("encoder_layerdrop", "decoder_layerdrop", "quant_noise_pq", "quant_noise_pq_block_size"),
+    *("encoder_layerdrop", "decoder_layerdrop", "quant_noise_pq_block_size"),
     *("checkpoint_activations", "offload_activations", "min_params_to_wrap", "export"),
 }
+# Options of a translation that are not in the dataclass of fairseq's transformer.
+UNDECLARED = ("scale_attn", "scale_heads", "scale_fc", "scale_resids", "append_source_id")
 
 
 def export(path: str, output: str, ema: bool = False) -> None:
@@ -188,7 +190,7 @@ def check_options(checkpoint: checkpoints.Checkpoint) -> None:
         )
     parser = argparse.ArgumentParser()
     gen_parser_from_dataclass(parser, TransformerConfig(), with_prefix="")
-    defaults = {action.dest: action.default for action in parser._actions} | {"append_source_id": False}
+    defaults = {action.dest: action.default for action in parser._actions} | dict.fromkeys(UNDECLARED, False)
     for option, default in defaults.items():
         value = model.get(option, task.get(option))
         if option not in CONVERTED_OPTIONS and value not in (None, False, 0, default):

@@ -6,13 +6,13 @@ import functools
 import inspect
 import logging
 
-import torch
 from fairseq.models import BaseFairseqModel, FairseqDecoder
 from fairseq.models.transformer import TransformerDecoderBase
 from torch import nn
 
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.loss import Head
+from hgkd_fairseq.plugin.checkpoints import needs_more
 
 logger = logging.getLogger(__name__)
 
@@ -40,33 +40,6 @@ def linear_output(model: nn.Module) -> nn.Linear | None:
     return decoder.output_projection if plain else None
 
 
-NET_INPUT = ("src_tokens", "src_lengths", "prev_output_tokens")
-
-
-def check_translates(model: nn.Module, name: str) -> None:
-    """Refuse a model that does not give the probability of each target token after those before it.
-
-    Raises:
-        UserError: a language model, a non-autoregressive one.
-    """
-    kind = type(unwrap(model)).__name__
-    if not (hasattr(unwrap(model), "encoder") and hasattr(unwrap(model), "decoder")):
-        raise UserError(f"{name} is no translation model but a {kind}; name one with an encoder and a decoder")
-    if missing := needs_more(type(unwrap(model))):
-        raise UserError(
-            f"{name} is a {kind}, which does not translate from left to right (it asks for {missing}); name an "
-            "autoregressive model"
-        )
-
-
-@functools.cache
-def needs_more(model: type[nn.Module]) -> str:
-    """What a model's forward asks for that a batch's ``net_input`` does not hold; "" where nothing is missing."""
-    parameters = list(inspect.signature(model.forward).parameters.values())[1:]
-    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return ", ".join(p.name for p in named if p.default is p.empty and p.name not in NET_INPUT)
-
-
 def head(model: nn.Module, net_input: dict) -> Head:
     """Run the model on a batch's ``net_input``: features (B, T, D) with the output layer that belongs to them.
 
@@ -75,17 +48,27 @@ def head(model: nn.Module, net_input: dict) -> Head:
     """
     output = linear_output(model)
     if output is not None:
-        refuse_unused_parameters(model, output)
         features, _ = model(**net_input, features_only=True)
         return Head(features, output.weight, output.bias)
-    if torch.is_grad_enabled() and getattr(getattr(unwrap(model), "decoder", None), "adaptive_softmax", None):
-        raise UserError(  # fairseq's own log-probabilities of it are made in place: there is no gradient through them
-            "a student with --adaptive-softmax-cutoff cannot be distilled: train it without; a teacher may have one"
-        )
-    check_translates(model, "the student")
     warn_once(f"{type(unwrap(model)).__name__} has no plain linear output layer: using its full log-probabilities")
     net_output = model(**net_input)
     return Head(unwrap(model).get_normalized_probs(net_output, log_probs=True), None)
+
+
+def check_student(model: nn.Module) -> None:
+    """Refuse a model that cannot be trained with this loss, before it is.
+
+    Raises:
+        UserError: it does not translate from left to right, has no gradient, or is wrapped in a way that loses it.
+    """
+    check_translates(model, "the student")
+    output = linear_output(model)
+    if output is not None:
+        refuse_unused_parameters(model, output)
+    elif getattr(unwrap(model).decoder, "adaptive_softmax", None):
+        raise UserError(  # fairseq's own log-probabilities of it are made in place: there is no gradient through them
+            "a student with --adaptive-softmax-cutoff cannot be distilled: train it without; a teacher may have one"
+        )
 
 
 def refuse_unused_parameters(model: nn.Module, output: nn.Linear) -> None:

@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from hgkd_fairseq.ranges import FINITE, POSITIVE, SHARE, WEIGHT, Range
 
 
 class TokenStatistics(NamedTuple):
@@ -54,6 +57,20 @@ class GateError(ValueError):
         self.option = option
 
 
+@runtime_checkable
+class Observer(Protocol):
+    """A gate that sees what came of each training step."""
+
+    def observe(self, output, gather: Callable[[Tensor], Tensor]) -> None:
+        """Called after each training step of a worker.
+
+        Args:
+            output: the :class:`hgkd_fairseq.loss.DistillationOutput` of the worker's batch. Where the batch was only
+                repeated to keep the workers in step, its `tokens_mask` is False everywhere.
+            gather: joins one tensor of the same size from each data-parallel worker, along the first dimension.
+        """
+
+
 @dataclass(frozen=True)
 class Gate:
     """An answer to "when", with its parameters bound.
@@ -70,6 +87,7 @@ class Gate:
         uniform: whether its weights have a `uniform` part.
         timed: whether it changes with `progress`, so that the length of the training must be known.
         constant: whether its weights do not depend on the two log-probabilities, so that they are known beforehand.
+        ranges: what its parameters may be, by name; a number without one must be finite.
         equation: one line, as ``hgkd gates`` prints it.
         source: the paper it comes from.
     """
@@ -84,6 +102,7 @@ class Gate:
     constant: bool = False
     equation: str = ""
     source: str = ""
+    ranges: Mapping[str, Range] = field(default_factory=dict)
 
     @property
     def learned(self) -> bool:
@@ -109,13 +128,14 @@ def register_gate(
     uniform: bool = False,
     timed: bool = False,
     constant: bool = False,
+    ranges: Mapping[str, Range] | None = None,
 ):
     """Decorator: register a gate under ``name``, the value that ``--gate`` takes.
 
     On a function ``TokenStatistics -> GateWeights``, whose keyword-only arguments are the gate's parameters; or on a
-    class that is made from its parameters once for a run and is called like that function. Such an object may have
-    ``observe(output)``, called after each training step with the DistillationOutput, and ``state``, a dict of tensors
-    that is saved with the checkpoints; where it is an nn.Module its parameters are trained with the student's.
+    class that is made from its parameters once for a run and is called like that function. Such an object may be an
+    `Observer`, and may have ``state``, a dict of tensors that is saved with the checkpoints; where it is an nn.Module
+    its parameters are trained with the student's.
 
     Raises:
         ValueError: the name is taken, or the scope is none of "token", "sentence" and "batch".
@@ -127,7 +147,7 @@ def register_gate(
         if name in GATES:
             raise ValueError(f'a gate named "{name}" is registered already; choose another name')
         GATES[name] = Gate(
-            name, made, scope, needs_teacher, compares, uniform, timed, constant, equation=equation, source=source
+            name, made, scope, needs_teacher, compares, uniform, timed, constant, equation, source, ranges or {}
         )
         return made
 
@@ -159,13 +179,17 @@ def get_gate(gate: str | Gate, **values) -> Gate:
         if option not in known:
             takers = [name for name in sorted(GATES) if option in parameters(name)]
             raise GateError(f'gate "{gate}" does not take it; it belongs to {", ".join(takers) or "no gate"}', option)
+        value = values[option]
+        span = kind.ranges.get(option, FINITE if isinstance(value, float) else None)
+        if span and (problem := span.problem(value)):
+            raise GateError(f"{value} is {span.otherwise}; with gate {gate} {problem}", option)
     made: Any = kind.weights
     if inspect.isclass(made):
         made = made(**values)
     elif known:
         made = functools.partial(made, **values)
     if values:
-        made(NO_TOKENS)  # where a value is refused it is here, not in the first step
+        made(NO_TOKENS)  # where a gate refuses a value itself it is here, not in the first step
     return replace(kind, weights=made)
 
 
@@ -188,13 +212,6 @@ def sentence_margin(statistics: TokenStatistics) -> Tensor:
     # The sum of differences, not the difference of sums: long sentences have sums near -100 and margins near 0.
     gap = statistics.student_logprob - statistics.teacher_logprob
     return sentence_sums(gap, statistics)[statistics.sentence]
-
-
-def share(option: str, value: float) -> float:
-    """`value`, or GateError where it is no share."""
-    if not 0 <= value <= 1:
-        raise GateError(f"{value} is no share; it must be between 0 and 1", option)
-    return value
 
 
 # ------------------------------------------------------------------------------------------------------ the data alone
@@ -251,13 +268,14 @@ def sentence_reversed(statistics: TokenStatistics) -> GateWeights:
     "random",
     equation="the decisions of gate token, shuffled among the tokens in view; with --gate-share Bernoulli(share)",
     source="control: opens as often as HKD-T, but anywhere",
+    ranges={"gate_share": SHARE},
 )
 def random(statistics: TokenStatistics, *, gate_share: float | None = None) -> GateWeights:
     student = statistics.student_logprob
     drawn = torch.rand(student.shape, device=student.device)
     if gate_share is None:
         return hard_weights((token(statistics).teacher > 0)[drawn.argsort()], student.dtype)
-    return hard_weights(drawn < share("gate_share", gate_share), student.dtype)
+    return hard_weights(drawn < gate_share, student.dtype)
 
 
 # --------------------------------------------------------------------------------- other published answers to "when"
@@ -275,9 +293,10 @@ def mixed(statistics: TokenStatistics, weight: float) -> GateWeights:
     source="Word-KD, Kim and Rush, EMNLP 2016, arXiv:1606.07947; SD, Furlanello et al., ICML 2018, arXiv:1805.04770",
     compares=False,
     constant=True,
+    ranges={"kd_weight": SHARE},
 )
 def always(statistics: TokenStatistics, *, kd_weight: float = 1.0) -> GateWeights:
-    return mixed(statistics, share("kd_weight", kd_weight))
+    return mixed(statistics, kd_weight)
 
 
 @register_gate(
@@ -287,9 +306,10 @@ def always(statistics: TokenStatistics, *, kd_weight: float = 1.0) -> GateWeight
     compares=False,
     constant=True,
     timed=True,
+    ranges={"kd_weight": SHARE},
 )
 def progressive(statistics: TokenStatistics, *, kd_weight: float = 0.8) -> GateWeights:
-    return mixed(statistics, share("kd_weight", kd_weight) * statistics.progress)
+    return mixed(statistics, kd_weight * statistics.progress)
 
 
 @register_gate(
@@ -299,15 +319,17 @@ def progressive(statistics: TokenStatistics, *, kd_weight: float = 0.8) -> GateW
     compares=False,
     constant=True,
     timed=True,
+    ranges={"gate_share": SHARE},
 )
 def annealed(statistics: TokenStatistics, *, gate_share: float = 0.7) -> GateWeights:
-    return mixed(statistics, 1.0 if statistics.progress < share("gate_share", gate_share) else 0.0)
+    return mixed(statistics, 1.0 if statistics.progress < gate_share else 0.0)
 
 
 @register_gate(
     "soft",
     equation="g_t = sigmoid(k (log p_t - log q_t)); data 1 - g_t, teacher g_t (--gate-sharpness k)",
     source="the hard gate without its step; k -> infinity is HKD-T",
+    ranges={"gate_sharpness": WEIGHT},
 )
 def soft(statistics: TokenStatistics, *, gate_sharpness: float = 1.0) -> GateWeights:
     teacher = torch.sigmoid(gate_sharpness * (statistics.student_logprob - statistics.teacher_logprob))
@@ -319,6 +341,7 @@ def soft(statistics: TokenStatistics, *, gate_sharpness: float = 1.0) -> GateWei
     equation="g_t = sigmoid(a + k (log p_t - log q_t)) with a and k learned; data 1 - g_t, teacher g_t",
     source="in the spirit of Wei et al. 2024, whose exact form is unpublished; ours",
     compares=False,
+    ranges={"gate_sharpness": WEIGHT},
 )
 class SoftLearned(torch.nn.Module):
     """Its parameters follow the gradient of the loss: where the teacher's term is the smaller, the gate opens."""
@@ -341,12 +364,17 @@ class SoftLearned(torch.nn.Module):
     source="ALM-KD, Sivasubramanian et al. 2022, with a step that is scaled to its gradient",
     compares=False,
     constant=True,
+    ranges={
+        "refresh_interval": Range(1, 2**31, "a number of epochs, 1 or more; the published one is 10"),
+        "refresh_change": Range(1e-6, 2, "a change of weights between 0 and 2; 0.05 to 0.2 is usual"),
+    },
 )
 class Instance:
     """A row of weights for each training sentence, constant between refreshes (instance_weights.py has the equations).
 
-    State: "data" and "teacher" (S,), "held_out" (S,) bool, the sentences that are kept aside, and "epoch", that of the
-    last refresh. A sentence of another set (validation) has the weights that all begin with.
+    State: "data" and "teacher" (S,), "held_out" (S,) bool, the sentences that are kept aside, "learned" (S,) bool,
+    those whose weights were learned in some refresh, and "epoch", that of the last one. A sentence of another set
+    (validation) has the weights that all begin with.
     """
 
     DATA, TEACHER, LARGEST = 0.1, 0.9, 2.0
@@ -359,22 +387,24 @@ class Instance:
         refresh_change: float = 0.1,
         weight_rule: str = "independent",
     ):
-        if refresh_interval < 1:
-            raise GateError(f"{refresh_interval} is no number of epochs; the published one is 10", "refresh_interval")
-        if not 0 < refresh_change <= self.LARGEST:
-            raise GateError(
-                f"{refresh_change} is no change of weights between 0 and 2; 0.05 to 0.2 is usual", "refresh_change"
-            )
         if weight_rule not in WEIGHT_RULES:
             raise GateError(f'"{weight_rule}" is none of {", ".join(WEIGHT_RULES)}', "weight_rule")
         self.held_out, self.interval, self.change, self.rule = held_out, refresh_interval, refresh_change, weight_rule
         self.state: dict[str, Tensor] = {}
 
+    @classmethod
+    def learned_rows(cls, table: Mapping[str, Tensor]) -> Tensor:
+        """(S,) bool, the rows of a state that a refresh has learned: not those of sentences that were kept aside or too
+        long to train on. A state without that column is of an older version: rows that moved."""
+        moved = (table["data"] != cls.DATA) | (table["teacher"] != cls.TEACHER)
+        return table.get("learned", moved)
+
     def begin(self, held_out: Tensor) -> None:
         """Make the table; `held_out` (S,) bool says which sentences of the training set are kept aside."""
         start = torch.ones(held_out.shape, device=held_out.device)
         rows = {"data": self.DATA * start, "teacher": self.TEACHER * start}
-        self.state.update(rows, held_out=held_out, epoch=torch.zeros((), dtype=torch.int64))
+        learned = torch.zeros_like(held_out)
+        self.state.update(rows, held_out=held_out, learned=learned, epoch=torch.zeros((), dtype=torch.int64))
 
     def __call__(self, statistics: TokenStatistics) -> GateWeights:
         student, index = statistics.student_logprob, statistics.instance
@@ -402,12 +432,13 @@ def selected(statistics: TokenStatistics, threshold: Tensor, kd_weight: float) -
     equation="data 1, teacher a 1[NLL_t in the batch's top share] (--kd-weight a, --gate-share)",
     source=SELECTIVE,
     compares=False,
+    ranges={"kd_weight": WEIGHT, "gate_share": SHARE},
 )
 def selective_batch(statistics: TokenStatistics, *, kd_weight: float = 1.0, gate_share: float = 0.5) -> GateWeights:
     nll = -statistics.student_logprob
     if not nll.numel():
         return selected(statistics, nll.sum(), kd_weight)
-    count = round(share("gate_share", gate_share) * nll.numel())
+    count = round(gate_share * nll.numel())
     threshold = nll.topk(count).values[-1] if count else torch.full_like(nll[0], torch.inf)
     return selected(statistics, threshold, kd_weight)
 
@@ -418,6 +449,12 @@ def selective_batch(statistics: TokenStatistics, *, kd_weight: float = 1.0, gate
     "--gate-queue)",
     source=SELECTIVE,
     compares=False,
+    ranges={
+        "kd_weight": WEIGHT,
+        "gate_share": SHARE,
+        # the most that torch.quantile takes
+        "gate_queue": Range(1, 2**24, "a number of tokens, 1 to 16 million; the paper's is 30000 to 50000"),
+    },
 )
 class SelectiveGlobal:
     """The quantile of the last `gate_queue` tokens that training has seen, of all workers.
@@ -426,9 +463,7 @@ class SelectiveGlobal:
     """
 
     def __init__(self, *, kd_weight: float = 1.0, gate_share: float = 0.5, gate_queue: int = 30000):
-        self.kd_weight, self.share = kd_weight, share("gate_share", gate_share)
-        if gate_queue < 1:
-            raise GateError(f"{gate_queue} is no length of a queue; the paper's is 30000 to 50000", "gate_queue")
+        self.kd_weight, self.share = kd_weight, gate_share
         self.size = gate_queue
         self.state = {"queue": torch.zeros(0), "threshold": torch.tensor(-torch.inf)}  # the newest NLLs, their quantile
 
@@ -467,6 +502,7 @@ def smoothed(data: Tensor, weight: float, gold: Tensor, vocabulary: int) -> Gate
     equation="(1 - a) CE + a CE(q, p), q = c on gold, the rest even, tempered (--kd-weight a, --virtual-gold c, "
     "--virtual-temperature)",
     source="TF-KD, Yuan et al., CVPR 2020, arXiv:1909.11723",
+    ranges={"kd_weight": SHARE, "virtual_gold": SHARE, "virtual_temperature": POSITIVE},
 )
 def virtual_teacher(
     statistics: TokenStatistics,
@@ -475,13 +511,12 @@ def virtual_teacher(
     virtual_gold: float = 0.9,
     virtual_temperature: float = 1.5,
 ) -> GateWeights:
-    vocabulary, weight = statistics.vocabulary, share("kd_weight", kd_weight)
-    # p^(1 / tau), normalised: gold odds are c (V - 1) / (1 - c) to one other token.
-    odds = (share("virtual_gold", virtual_gold) * (vocabulary - 1) / max(1 - virtual_gold, 1e-12)) ** (
-        1 / virtual_temperature
-    )
-    gold = torch.full_like(statistics.student_logprob, odds / (odds + vocabulary - 1))
-    return smoothed(torch.full_like(gold, 1 - weight), weight, gold, vocabulary)
+    others = math.log(statistics.vocabulary - 1)
+    # p^(1 / tau), normalised: gold odds are c (V - 1) / (1 - c) to one other token. In logarithms: no power overflows.
+    known = (math.log(virtual_gold) if virtual_gold else -math.inf) - math.log(max(1 - virtual_gold, 1e-12))
+    odds = (known + others) / virtual_temperature - others
+    gold = torch.full_like(statistics.student_logprob, odds).sigmoid()
+    return smoothed(torch.full_like(gold, 1 - kd_weight), kd_weight, gold, statistics.vocabulary)
 
 
 @register_gate(
@@ -492,6 +527,7 @@ def virtual_teacher(
     equation="(1 - a) CE + a CE(q_t, p), q_t = b_t on gold, the rest even; b ~ Beta(c, 1), sorted as the teacher's "
     "probability of gold is (--kd-weight a, --beta-shape c)",
     source="Beta smoothing, Zhang and Sabuncu, NeurIPS 2020, arXiv:2006.05065",
+    ranges={"kd_weight": SHARE, "beta_shape": POSITIVE},
 )
 def beta(statistics: TokenStatistics, *, kd_weight: float = 0.4, beta_shape: float = 4.0) -> GateWeights:
     teacher = statistics.teacher_logprob
@@ -499,5 +535,4 @@ def beta(statistics: TokenStatistics, *, kd_weight: float = 0.4, beta_shape: flo
     drawn = torch.rand(teacher.shape, device=teacher.device, dtype=teacher.dtype).pow(1 / beta_shape).sort().values
     gold = torch.empty_like(drawn)
     gold[teacher.argsort()] = drawn
-    weight = share("kd_weight", kd_weight)
-    return smoothed(torch.full_like(gold, 1 - weight), weight, gold, statistics.vocabulary)
+    return smoothed(torch.full_like(gold, 1 - kd_weight), kd_weight, gold, statistics.vocabulary)

@@ -84,7 +84,7 @@ def meta_gradient(group: Group, weights: Tensor, held_out: Group, rate: float, o
 def _changes(group: Group, direction: Tensor, options: Options):
     """For each chunk (C, 2): by how much a token's data and teacher term change as W goes along `direction` (V, D)."""
     tokens = group.target.numel()
-    size = chunked.chunk_tokens(group.target.device, group.student.hidden.dtype)
+    size = chunked.chunk_tokens(group.target.device, group.student.hidden.dtype, group.student.vocabulary)
     for start, end in chunked.chunk_bounds(tokens, None, size):
         target = group.target[start:end]
         logits = chunked.project(group.student.hidden[start:end], group.student)

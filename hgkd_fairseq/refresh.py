@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
+import re
 import time
 
 import numpy as np
 import torch
 from fairseq import utils
-from fairseq.data import data_utils, indexed_dataset
+from fairseq.data import data_utils
 from fairseq.distributed import utils as distributed_utils
 from torch import Tensor
 
@@ -50,6 +50,7 @@ class Refresh:
             self.subset = held_out
         self.check()
         self.task.held_out_share = self.share
+        self.task.at_training_begin.append(self.begin_training)
         self.task.at_epoch_begin.append(self.begin_epoch)
 
     def gate(self) -> Instance:
@@ -57,8 +58,7 @@ class Refresh:
 
     def check(self) -> None:
         cfg, data = self.cfg, self.task.cfg
-        folders = utils.split_paths(data.data)
-        if len(folders) > 1:
+        if len(utils.split_paths(data.data)) > 1:
             raise UserError(
                 "--gate instance numbers the training sentences and needs them in one folder; join the data"
             )
@@ -70,7 +70,7 @@ class Refresh:
             if data.upsample_primary > 1:
                 raise UserError("--held-out: with --upsample-primary copies of the sentences kept aside are trained on")
             return
-        if self.subset == data.train_subset:
+        if re.fullmatch(re.escape(data.train_subset) + r"\d*", self.subset):  # train1, ... are trained on beside train
             raise UserError(f"--held-out {self.subset}: that is trained on; name another subset, or a share as 0.02")
         chooses = cfg.valid_subset.split(",")
         if self.subset in chooses or (cfg.combine_valid_subsets and self.subset.startswith("valid")):
@@ -78,25 +78,21 @@ class Refresh:
                 f"--held-out {self.subset}: --valid-subset chooses the checkpoint by it; name another subset, or a "
                 "share of the training sentences as 0.02"
             )
-        source, target = data.source_lang, data.target_lang
-        for pair in (f"{source}-{target}", f"{target}-{source}"):
-            prefix = os.path.join(folders[0], f"{self.subset}.{pair}.{target}")
-            if indexed_dataset.dataset_exists(prefix, data.dataset_impl):
-                return
-        raise UserError(
-            f"--held-out {self.subset}: there is no such subset in {folders[0]}, and it is no share as 0.02"
-        )
+        try:
+            self.task.load_dataset(self.subset)
+        except FileNotFoundError:
+            raise UserError(
+                f"--held-out {self.subset}: there is no such subset in {data.data}, and it is no share as 0.02"
+            ) from None
+        if self.task.dataset(self.subset).tgt is None:
+            raise UserError(f"--held-out {self.subset}: it has no target sentences in {data.data}; name another subset")
 
-    def begin_epoch(self, epoch: int, model: torch.nn.Module) -> None:
-        """Makes the table in the first epoch, refreshes it where it is time: once, also in a run that is resumed in the
-        middle of that epoch."""
+    def begin_training(self, epoch: int, model: torch.nn.Module) -> None:
+        """Makes the table where there is none yet, and looks whether it is one of these data."""
         gate = self.gate()
         held_out = torch.from_numpy(self.task.held_out(len(self.training())))
+        self.held_out_sentences(epoch, model)
         if not gate.state:
-            if features.linear_output(model) is None:
-                raise UserError(
-                    "--gate instance needs a student with a linear output layer; use another --gate or --arch"
-                )
             gate.begin(held_out)
         elif not torch.equal(gate.state["held_out"].cpu(), held_out):
             count = gate.state["held_out"].numel()
@@ -104,6 +100,10 @@ class Refresh:
                 f"--held-out: the checkpoint has weights of {count} training sentences of which others are kept aside; "
                 "resume with the same data and the same --held-out"
             )
+
+    def begin_epoch(self, epoch: int, model: torch.nn.Module) -> None:
+        """Refreshes the table where it is time: once, also in a run that is resumed in the middle of that epoch."""
+        gate = self.gate()
         due = epoch % gate.interval == 0 and int(gate.state["epoch"]) != epoch
         if due and self.task.load_teacher().ready:
             self.walk(epoch, model)
@@ -118,26 +118,30 @@ class Refresh:
             dataset.prefetch(indices)
         return list(dataset.batch_by_size(indices, max_tokens=self.cfg.max_tokens, max_sentences=self.cfg.batch_size))
 
-    def plan(self, epoch: int, model: torch.nn.Module):
-        """The held-out data set and a list of groups: batches of training sentences, and the held-out batch."""
-        limit = utils.resolve_max_positions(self.task.max_positions(), model.max_positions(), self.cfg.max_tokens)
-        training = self.training()
-        if self.subset is None:
-            held_out = training
-        else:
-            if self.subset not in self.task.datasets:
-                self.task.load_dataset(self.subset)
-            held_out = self.task.dataset(self.subset)
+    def limit(self, model: torch.nn.Module):
+        return utils.resolve_max_positions(self.task.max_positions(), model.max_positions(), self.cfg.max_tokens)
+
+    def held_out_sentences(self, epoch: int, model: torch.nn.Module):
+        """The data set that the held-out sentences are of, and their numbers, without those that are too long."""
+        dataset = self.training() if self.subset is None else self.task.dataset(self.subset)
         with data_utils.numpy_seed(epoch):
-            trained, there = training.ordered_indices(), held_out.ordered_indices()
-        there, _ = held_out.filter_indices_by_size(there, limit)
+            there = dataset.ordered_indices()
+        there, _ = dataset.filter_indices_by_size(there, self.limit(model))
         if self.subset is None:
-            there = there[self.task.held_out(len(training))[there]]
+            there = there[self.task.held_out(len(dataset))[there]]
         if not len(there):
             raise UserError(
                 f"--held-out {self.gate().held_out}: none of its sentences is short enough; keep more aside"
             )
-        trained = self.task.filter_indices_by_size(trained, training, limit, ignore_invalid_inputs=True)
+        return dataset, there
+
+    def plan(self, epoch: int, model: torch.nn.Module):
+        """The held-out data set and a list of groups: batches of training sentences, and the held-out batch."""
+        training = self.training()
+        with data_utils.numpy_seed(epoch):
+            trained = training.ordered_indices()
+        held_out, there = self.held_out_sentences(epoch, model)
+        trained = self.task.filter_indices_by_size(trained, training, self.limit(model), ignore_invalid_inputs=True)
         generator = np.random.default_rng(epoch)
         # Held-out sentences of all lengths in each batch: those of one length would pull their own way.
         batches, there = self.batches(training, trained), self.batches(held_out, generator.permutation(there))
@@ -209,6 +213,7 @@ class Refresh:
             distributed_utils.all_reduce(fresh, workers)
             distributed_utils.all_reduce(seen, workers)
         after = torch.where(seen[:, None] > 0, fresh, before)
+        gate.state["learned"] = gate.learned_rows(gate.state).to(device) | (seen > 0)
         gate.state["data"], gate.state["teacher"] = after.unbind(1)
         moved = (after - before)[seen > 0]
         data, teacher = moved.abs().median(0).values.tolist()

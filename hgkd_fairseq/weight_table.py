@@ -12,15 +12,16 @@ from torch import Tensor
 from hgkd_fairseq import files
 from hgkd_fairseq.calibration.diagram import figure_class, legend
 from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.gates import Instance
 
 
 class Weights(NamedTuple):
-    """Of S sentences that the checkpoint's run was trained on, in the data set's order."""
+    """Of S sentences whose weights the checkpoint's run has learned, in the data set's order."""
 
     sentence: Tensor  # (S,) int64, number in the training data, from 0 on
     data: Tensor  # (S,)
     teacher: Tensor  # (S,)
-    epoch: int  # of the last refresh; 0: there was none yet, all rows are what they began with
+    epoch: int  # of the last refresh; 0: there was none yet, and no row is learned
 
     def medians(self, rows: Tensor) -> str:
         """One line on some rows (S,) bool."""
@@ -35,16 +36,17 @@ class Weights(NamedTuple):
 
 
 def read(checkpoint: str) -> Weights:
-    """The weights in a checkpoint of a run with ``--gate instance``; sentences that were kept aside have none.
+    """The learned weights in a checkpoint of a run with ``--gate instance``; sentences that were kept aside, or too
+    long to train on, have none.
 
     Raises:
         UserError: no such file, or none of such a run.
     """
-    from hgkd_fairseq.plugin import checkpoints
+    from hgkd_fairseq.plugin import checkpoints, training_state
 
     memory = checkpoints.read(checkpoint, model=False).state["extra_state"]
-    table = checked(checkpoint, memory.get("TranslationWithTeacherTask"))
-    sentence = (~table["held_out"]).nonzero().squeeze(1)
+    table = checked(checkpoint, training_state.memory_in(memory))
+    sentence = Instance.learned_rows(table).nonzero().squeeze(1)
     return Weights(sentence, table["data"][sentence], table["teacher"][sentence], int(table["epoch"]))
 
 

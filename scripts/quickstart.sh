@@ -31,6 +31,11 @@ done
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 source "$root/scripts/steps.sh"
 if ((smoke)); then dir=${dir:-$root/runs/smoke}; else dir=${dir:-$root/runs/quickstart}; fi
+[[ $dir == /* ]] || dir=$PWD/$dir
+if [[ $dir == *:* ]]; then
+    echo "quickstart.sh: --dir $dir: fairseq takes a ':' for the end of a path; choose a folder without one" >&2
+    exit 2
+fi
 mkdir -p -- "$dir" || exit 1
 dir=$(cd -- "$dir" && pwd)
 lock "$dir" || exit 1

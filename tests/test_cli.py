@@ -39,6 +39,13 @@ def test_doctor_passes_here(capsys):
     assert all(line.startswith("ok ") for line in lines)
 
 
+def test_doctor_without_a_gpu(monkeypatch):
+    """A torch that is built for CUDA trains on the CPU as well."""
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert doctor.cuda() == "none: torch is built for CUDA 12.8 and sees no GPU; give fairseq --cpu"
+
+
 def test_doctor_says_what_fails_and_goes_on(monkeypatch, capsys):
     def broken():
         raise doctor.Problem("9.9 is too new; pip install ve-fairseq==0.12.3")

@@ -283,3 +283,22 @@ def test_gate_of_a_user_runs_in_the_loss(implementation: str):
     # and no gradient comes through it.
     out.loss.backward()
     torch.testing.assert_close(hidden.grad, torch.tensor([[[-0.34375, 0.34375]]]), atol=1e-6, rtol=0)
+
+
+def test_a_gate_that_observes_is_called_as_documented():
+    """A class with the documented method is an Observer; any other gate is none."""
+
+    class Mine:
+        def __call__(self, statistics):
+            return gates.none(statistics)
+
+        def observe(self, output, gather):
+            self.seen = gather(output)
+
+    mine = Mine()
+    assert isinstance(mine, gates.Observer)
+    mine.observe(torch.ones(2), lambda values: values + 1)
+    assert mine.seen.tolist() == [2.0, 2.0]
+    assert isinstance(gates.get_gate("selective-global").weights, gates.Observer)
+    assert not isinstance(gates.get_gate("soft-learned").weights, gates.Observer)
+    assert not isinstance(gates.get_gate("token").weights, gates.Observer)

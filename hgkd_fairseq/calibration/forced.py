@@ -147,7 +147,8 @@ def load(data: str, path: str, cpu: bool = False):
     data = binarised.first_shard(data)
     found = [checkpoints.read(file) for file in split_paths(path)]
     known = {field.name for field in fields(TranslationConfig)}
-    options = {key: value for key, value in found[0].options("task").items() if key in known}
+    options = {"train_subset": "train", "dataset_impl": None, "required_seq_len_multiple": 1}  # where there are none
+    options |= {key: value for key, value in found[0].options("task").items() if key in known}
     options |= {"_name": "translation", "data": data, "eval_bleu": False}
     try:
         task = TranslationTask.setup_task(OmegaConf.merge(TranslationConfig, options))
@@ -156,8 +157,6 @@ def load(data: str, path: str, cpu: bool = False):
             f"{data} is no data for {path}: {error}; name the folder that fairseq-preprocess wrote"
         ) from error
     models = [checkpoints.build(checkpoint, task) for checkpoint in found]
-    for model in models:
-        features.check_translates(model, path)
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
     for model in models:
         model.to(device).eval()

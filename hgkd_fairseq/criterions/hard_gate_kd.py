@@ -18,10 +18,14 @@ from hgkd_fairseq import features
 from hgkd_fairseq.calibration import CalibrationHistogram
 from hgkd_fairseq.calibration.histogram import tabulate
 from hgkd_fairseq.errors import UserError
-from hgkd_fairseq.gates import GateError, Instance, get_gate
-from hgkd_fairseq.loss import IMPLEMENTATIONS, gated_distillation
+from hgkd_fairseq.gates import GateError, Instance, Observer, get_gate
+from hgkd_fairseq.loss import IMPLEMENTATIONS, gated_distillation, unusable
+from hgkd_fairseq.loss import options as loss_options
+from hgkd_fairseq.plugin import training_state
+from hgkd_fairseq.ranges import COUNT, POSITIVE
 from hgkd_fairseq.refresh import Refresh
 from hgkd_fairseq.teacher.loras import Loras
+from hgkd_fairseq.teacher.past import PastTeacher
 
 
 @dataclass
@@ -119,6 +123,11 @@ class HardGateKDConfig(FairseqDataclass):
     batch_size: Optional[int] = II("dataset.batch_size")  # noqa: UP045
     valid_subset: str = II("dataset.valid_subset")
     combine_valid_subsets: Optional[bool] = II("dataset.combine_valid_subsets")  # noqa: UP045
+    disable_validation: bool = II("dataset.disable_validation")
+    best_checkpoint_metric: str = II("checkpoint.best_checkpoint_metric")
+    cpu: bool = II("common.cpu")
+    fp16: bool = II("common.fp16")
+    memory_efficient_fp16: bool = II("common.memory_efficient_fp16")
 
 
 GATE_OPTIONS = (
@@ -134,6 +143,14 @@ GATE_OPTIONS = (
     "refresh_change",
     "weight_rule",
 )
+
+
+RANGES = {
+    **loss_options.RANGES,
+    "teacher_temperature_start": POSITIVE,
+    "ignore_prefix_size": COUNT,
+    "distill_start_update": COUNT,
+}
 
 
 def option(name: str) -> str:
@@ -162,27 +179,42 @@ class HardGateKDCriterion(FairseqCriterion):
         super().__init__(task)
         self.cfg = cfg
         self.gate = self.make_gate()
+        # A task that was made from a checkpoint validates; what follows from training does not concern it.
+        self.trains = getattr(task, "loaded", None) is None
         if self.gate.learned:
             self.learned_gate = self.gate.weights  # a child, so that its parameters are trained and saved
         elif hasattr(self.gate.weights, "state") and not hasattr(task, "memory"):
             raise UserError(f"--gate {cfg.gate} remembers past batches: add --task translation_with_teacher")
         self.check_options()
-        if isinstance(self.gate.weights, Instance):
+        if isinstance(self.gate.weights, Instance) and self.trains:
             Refresh(self)  # the task calls it
         if self.gate.needs_teacher:
-            if not hasattr(task, "load_teacher"):
+            self.check_teacher()
+        self.method = training_state.method(cfg, str(getattr(task.cfg, "teacher_source", "none")))
+        if hasattr(task, "method"):
+            task.method = self.method  # kept in the checkpoints
+
+    def check_teacher(self):
+        cfg, task = self.cfg, self.task
+        if not hasattr(task, "load_teacher"):
+            raise UserError(
+                f"--criterion hard_gate_kd --gate {cfg.gate} needs a teacher, which the task {type(task).__name__} "
+                "does not have; add --task translation_with_teacher --teacher-path CHECKPOINT"
+            )
+        teacher = task.load_teacher()  # here, so that an unusable teacher stops the run before it starts
+        if isinstance(teacher, Loras):
+            self.learned_teacher = teacher  # a child, so that its parameters are trained and saved
+            if cfg.gate != "always" or cfg.teacher_temperature != 1 or cfg.teacher_temperature_start is not None:
                 raise UserError(
-                    f"--criterion hard_gate_kd --gate {cfg.gate} needs a teacher, which the task {type(task).__name__} "
-                    "does not have; add --task translation_with_teacher --teacher-path CHECKPOINT"
+                    "--teacher-source loras is a label smoothing and learns with the gate always at temperature 1: "
+                    "add --gate always --kd-weight 0.1 --teacher-temperature 1"
                 )
-            teacher = task.load_teacher()  # here, so that an unusable teacher stops the run before it starts
-            if isinstance(teacher, Loras):
-                self.learned_teacher = teacher  # a child, so that its parameters are trained and saved
-                if cfg.gate != "always" or cfg.teacher_temperature != 1 or cfg.teacher_temperature_start is not None:
-                    raise UserError(
-                        "--teacher-source loras is a label smoothing and learns with the gate always at temperature 1: "
-                        "add --gate always --kd-weight 0.1 --teacher-temperature 1"
-                    )
+
+    @property
+    def remembers(self) -> bool:
+        """Whether validation depends on what the training has left in the task's memory, or in the moving average."""
+        kept = hasattr(self.gate.weights, "state") and not isinstance(self.gate.weights, Instance)
+        return kept or (self.gate.needs_teacher and isinstance(self.task.load_teacher(), PastTeacher))
 
     def make_gate(self):
         given = {name: getattr(self.cfg, name) for name in GATE_OPTIONS if getattr(self.cfg, name) is not None}
@@ -198,17 +230,52 @@ class HardGateKDCriterion(FairseqCriterion):
             raise UserError(f"{which}: gate {cfg.gate} does not compare the student with the teacher; drop the option")
         if self.gate.timed and not cfg.max_update:
             raise UserError(f"--gate {cfg.gate} changes over the training and needs to know its length: --max-update N")
-        for name in ("teacher_temperature", "teacher_temperature_start"):
-            value = getattr(cfg, name)
-            if value is not None and not value > 0:
-                raise UserError(f"{option(name)} {value}: it must be above 0; the paper's is 1.5")
         if cfg.teacher_temperature_start is not None and not cfg.max_update:
             raise UserError("--teacher-temperature-start needs to know the length of the training: give --max-update N")
-        if not 0 <= cfg.label_smoothing < 1:
-            raise UserError(f"--label-smoothing {cfg.label_smoothing}: it must be at least 0 and below 1")
-        for name in ("confidence_penalty", "ignore_prefix_size", "distill_start_update"):
-            if not getattr(cfg, name) >= 0:
-                raise UserError(f"{option(name)} {getattr(cfg, name)}: it cannot be negative")
+        for name, span in RANGES.items():
+            value = getattr(cfg, name)
+            if value is not None and (problem := span.problem(value)):
+                raise UserError(f"{option(name)} {value}: {problem}")
+        if self.trains:
+            self.check_training()
+
+    def check_training(self):
+        cfg, task = self.cfg, self.task
+        device = "cuda" if torch.cuda.is_available() and not cfg.cpu else "cpu"
+        if cfg.max_update and self.gate.needs_teacher and cfg.distill_start_update >= cfg.max_update:
+            raise UserError(
+                f"--distill-start-update {cfg.distill_start_update}: the training ends before, at --max-update "
+                f"{cfg.max_update}; start earlier, or give --gate none"
+            )
+        if device == "cpu" and cfg.fp16 and not cfg.memory_efficient_fp16:
+            raise UserError("--fp16 needs a GPU; on the CPU give --memory-efficient-fp16, --amp or --bf16")
+        if problem := unusable(cfg.loss_impl, device):
+            raise UserError(f"--loss-impl {cfg.loss_impl}: {problem}; use auto")
+        logged = {"loss", "nll_loss", "ppl", "kd_loss", "teacher_share", "gap", "ece"}
+        logged |= {"accuracy"} if cfg.report_accuracy else set()
+        logged |= {"bleu"} if getattr(task.cfg, "eval_bleu", False) else set()
+        known = type(task).__module__.startswith(("fairseq.", "hgkd_fairseq."))  # another's task may log more
+        if known and not cfg.disable_validation and cfg.best_checkpoint_metric not in logged:
+            raise UserError(
+                f"--best-checkpoint-metric {cfg.best_checkpoint_metric}: name one of {', '.join(sorted(logged))}, "
+                "which validation logs (accuracy comes with --report-accuracy, bleu with --eval-bleu)"
+            )
+
+    def check_model(self, model) -> None:
+        """Called before training, with the student.
+
+        Raises:
+            UserError: options that do not fit the student's or the teacher's architecture.
+        """
+        features.check_student(model)
+        teachers = getattr(self.task.load_teacher(), "models", []) if self.gate.needs_teacher else []
+        linear = [features.linear_output(member) is not None for member in (model, *teachers)]
+        if self.cfg.loss_impl not in ("auto", "eager") and not all(linear):
+            raise UserError(
+                f"--loss-impl {self.cfg.loss_impl} needs a student and a teacher with a linear output layer; use auto"
+            )
+        if isinstance(self.gate.weights, Instance) and not linear[0]:
+            raise UserError("--gate instance needs a student with a linear output layer; use another --gate or --arch")
 
     def distils(self) -> bool:
         """Whether this step has a teacher: always outside training, in training from --distill-start-update on; a
@@ -235,25 +302,21 @@ class HardGateKDCriterion(FairseqCriterion):
             self.gate.weights.state = self.task.memory.setdefault("gate", self.gate.weights.state)
         return self.gate
 
-    def check_implementation(self, heads) -> None:
-        if self.cfg.loss_impl not in ("auto", "eager") and any(head.weight is None for head in heads):
-            raise UserError(
-                f"--loss-impl {self.cfg.loss_impl} needs a student and a teacher with a linear output layer; use auto"
-            )
-
     def forward(self, model, sample, reduce=True):
         """Returns the summed loss, the sample size that divides its gradient, and log outputs that can be summed."""
         skip = self.cfg.ignore_prefix_size
         target = sample["target"][:, skip:]
-        # Counted before anything of this batch is queued on the device: the host waits for nothing but the last step.
-        lengths = (target != self.padding_idx).sum(1).tolist()
+        # The task translation_with_teacher counts them while they are on the host. Elsewhere they are counted here,
+        # before anything of this batch is queued on the device: the host waits for nothing but the last step.
+        lengths = None if skip else sample.get("target_lengths")
+        if lengths is None:
+            lengths = (target != self.padding_idx).sum(1).tolist()
         student = features.head(model, sample["net_input"])
         teachers = []
         if self.distils():
             teachers = self.task.load_teacher().heads(sample, student.hidden.device, student.hidden.dtype)
-        self.check_implementation([student, *teachers])
         validating = not torch.is_grad_enabled()
-        gate = self.gate_in_use() if teachers or not self.gate.needs_teacher else "none"
+        gate = self.gate_in_use()
         out = gated_distillation(
             student.hidden[:, skip:],
             student.weight,
@@ -261,7 +324,7 @@ class HardGateKDCriterion(FairseqCriterion):
             [teacher.weight for teacher in teachers],
             target,
             padding_idx=self.padding_idx,
-            gate=gate,
+            gate=gate if teachers or not gate.needs_teacher else "none",
             gate_on=self.cfg.gate_on,
             teacher_temperature=self.temperature(),
             gate_temperature=not self.cfg.untempered_gate,
@@ -280,7 +343,7 @@ class HardGateKDCriterion(FairseqCriterion):
             kept = target != self.padding_idx
             seen = student._replace(hidden=student.hidden[:, skip:][kept])
             loss = loss + self.learned_teacher.objective(seen, target[kept])
-        if not validating and hasattr(self.gate.weights, "observe"):
+        if not validating and isinstance(self.gate.weights, Observer):
             # A batch that fairseq repeats only to keep the workers in step counts for nothing.
             idle = getattr(self.task, "ignore_grad", False)
             seen = dataclasses.replace(out, tokens_mask=torch.zeros_like(out.tokens_mask)) if idle else out

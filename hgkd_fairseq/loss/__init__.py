@@ -17,7 +17,7 @@ from hgkd_fairseq.gates import Gate, TokenStatistics, get_gate
 from hgkd_fairseq.loss import chunked, cpu_rows, eager, rows
 from hgkd_fairseq.loss.options import Head, Options, TokenResults
 
-__all__ = ["IMPLEMENTATIONS", "DistillationOutput", "Head", "Options", "gated_distillation"]
+__all__ = ["IMPLEMENTATIONS", "DistillationOutput", "Head", "Options", "gated_distillation", "unusable"]
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ def gated_distillation(
     kept_rows = kept.logical_not().flatten().to(torch.uint8).argsort(stable=True)[: sum(lengths)]  # (N,)
     student, *teachers = [_flat(head) for head in (student, *teachers)]
     gold = target.flatten()[kept_rows]
-    sentence = _sentence_index(lengths, target.device)
+    sentence = _sentence_index(kept, kept_rows)
     if instance is not None:
         instance = instance.to(target.device)[:, None].expand_as(target).flatten()[kept_rows]  # (N,)
     if row_step is None:
@@ -149,9 +149,11 @@ def _gate_gradient(
 ) -> Tensor:
     """0, with the gradient of the loss in the gate's own parameters."""
     view = (sentence, results.nll.numel(), student.vocabulary, options.progress, instance)
-    weights = options.gate.weights(TokenStatistics(-results.nll, -results.nll - results.gap, *view))
-    loss = (weights.data * results.data_term + weights.teacher * results.kl).sum()
-    return loss - loss.detach()
+    weights = options.gate.weights(TokenStatistics(results.student_read, results.teacher_read, *view))
+    loss = weights.data * results.data_term + weights.teacher * results.kl
+    if weights.uniform is not None:
+        loss = loss + weights.uniform * results.uniform_term
+    return loss.sum() - loss.sum().detach()
 
 
 def _row_step(implementation: str, student: Head) -> chunked.RowStep | None:
@@ -178,6 +180,11 @@ def _kernel(implementation: str, device: torch.device) -> tuple[str | None, chun
     from hgkd_fairseq.loss import triton_rows
 
     return triton_rows.usable(device), triton_rows.row_step
+
+
+def unusable(implementation: str, device: torch.device | str) -> str | None:
+    """Why an implementation cannot be used on a device; None where it can. (Some need linear heads besides.)"""
+    return _kernel(implementation, torch.device(device))[0] if implementation in ("native", "triton") else None
 
 
 @functools.cache
@@ -222,12 +229,12 @@ def _flat(head: Head) -> Head:
     return head._replace(hidden=head.hidden.reshape(-1, head.hidden.size(-1)))
 
 
-def _sentence_index(lengths: Sequence[int], device: torch.device) -> Tensor:
+def _sentence_index(kept: Tensor, kept_rows: Tensor) -> Tensor:
     """(N,) number of the sentence that each token belongs to, counting only sentences that have tokens: of k
-    neighbouring tokens the numbers differ by less than k."""
-    counts = torch.tensor([length for length in lengths if length], dtype=torch.int64)
-    index = torch.arange(len(counts)).repeat_interleave(counts)
-    return index.to(device, non_blocking=True)
+    neighbouring tokens the numbers differ by less than k. Made on the device: a copy from the host could not be part of
+    a CUDA graph."""
+    rank = kept.any(1).cumsum(0) - 1  # (B,) of each sentence among those that have tokens
+    return rank[kept_rows // max(kept.size(1), 1)]
 
 
 def _output(results: TokenResults, kept: Tensor) -> DistillationOutput:
@@ -238,7 +245,7 @@ def _output(results: TokenResults, kept: Tensor) -> DistillationOutput:
         loss=results.loss.sum(),
         nll=results.nll.sum(),
         kd=torch.where(results.teacher_mask, results.kl, torch.zeros_like(results.kl)).sum(),
-        gap=results.gap.sum(),
+        gap=(results.student_read - results.teacher_read).sum(),
         teacher_tokens=results.teacher_mask.sum(),
         tokens=kept.sum(),
         tokens_mask=kept,

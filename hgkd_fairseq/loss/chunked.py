@@ -25,8 +25,12 @@ from hgkd_fairseq.loss.options import Decide, Head, Options, TokenResults
 RowStep = Callable[..., tuple[TokenResults, Tensor | None]]  # with the signature of rows.row_step
 
 # Tokens a chunk, by device type. CPU: measured on 2 cores at hidden 512, vocabulary 10k and 32k; smaller ones make the
-# products slower, larger ones only take more memory.
-CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
+# products slower, larger ones only take more memory. A device type that is not here takes as many as fit CHUNK_BYTES.
+CHUNK_TOKENS = {"cpu": 256}
+
+# Of one head's logits in a chunk on a GPU, and the fewest and most tokens that are taken for it.
+CHUNK_BYTES = 256 * 2**20
+FEWEST_TOKENS, MOST_TOKENS = 1024, 8192
 
 # Rows of a gradient that are added or converted at a time, where that needs a copy of them.
 PART_ROWS = 2048
@@ -36,13 +40,16 @@ PART_ROWS = 2048
 FP16_SCALE = 1024.0
 
 
-# Whether this torch has products of half-precision operands with an fp32 result, on CUDA (from 2.8 on).
-MM_OUT_DTYPE = "out_dtype" in (torch.mm.__doc__ or "")
+# Whether this torch has products of half-precision operands with an fp32 result or sum, on CUDA (from 2.8 on).
+OUT_DTYPE = "dtype_out" in torch.ops.aten.mm.overloads() and "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
-def chunk_tokens(device: torch.device, dtype: torch.dtype) -> int:
+def chunk_tokens(device: torch.device, dtype: torch.dtype, vocabulary: int) -> int:
     """Tokens a chunk."""
-    tokens = CHUNK_TOKENS.get(device.type, CHUNK_TOKENS["cpu"])
+    tokens = CHUNK_TOKENS.get(device.type)
+    if tokens is None:
+        fitting = CHUNK_BYTES // (vocabulary * dtype.itemsize)
+        return min(max(fitting // FEWEST_TOKENS * FEWEST_TOKENS, FEWEST_TOKENS), MOST_TOKENS)
     # On the CPU as many as fit the same memory.
     return tokens * 2 if device.type == "cpu" and dtype.itemsize == 2 else tokens
 
@@ -89,6 +96,21 @@ class Rows(NamedTuple):
         return project(features, self.head, buffer[: features.size(0)])
 
 
+def row_stride(vocabulary: int, itemsize: int) -> int:
+    """Distance of two rows of logits on a GPU: a multiple of 16 bytes. At a vocabulary of 256,206 in bf16 products over
+    unaligned rows took three times as long (H200), and so did reading them."""
+    vector = 16 // itemsize
+    return -(-vocabulary // vector) * vector
+
+
+def logits_buffer(head: Head, tokens: int) -> Tensor:
+    """(tokens, V) room for logits."""
+    hidden, vocabulary = head.hidden, head.vocabulary
+    if hidden.device.type != "cuda":
+        return hidden.new_empty(tokens, vocabulary)
+    return hidden.new_empty(tokens, row_stride(vocabulary, hidden.element_size()))[:, :vocabulary]
+
+
 class Chunks:
     """Iterates over the chunks of a batch: ((start, end), the student's features (C, D), (its logits (C, V), [the
     teachers' logits (C, V)])). The logits of all chunks share a buffer a head: take what is needed before the next."""
@@ -99,7 +121,7 @@ class Chunks:
     def __iter__(self) -> Iterator[tuple[tuple[int, int], Tensor, tuple[Tensor, list[Tensor]]]]:
         longest = max((end - start for start, end in self.bounds), default=0)
         # In one place for all chunks: memory that is asked for again and again may come from the kernel each time.
-        buffers = [rows.head.hidden.new_empty(longest, rows.head.vocabulary) for rows in (self.student, *self.teachers)]
+        buffers = [logits_buffer(rows.head, longest) for rows in (self.student, *self.teachers)]
         for start, end in self.bounds:
             features = self.student.features(start, end)
             logits = self.student.logits(features, buffers[0])
@@ -124,13 +146,18 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         # cache: 2.6 times as fast at a vocabulary of 32k and 256 rows as with one product of the whole size.
         for part, rows in zip(total.split(PART_ROWS), a.split(PART_ROWS), strict=True):
             part.copy_(rows @ b) if first else part.add_(rows @ b)
+    elif a.device.type == "cuda" and OUT_DTYPE:
+        if first:
+            torch.mm(a, b, out_dtype=total.dtype, out=total)
+        else:  # the product adds to the sum as it writes: one pass over it where product and addition would be three
+            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total.copy_(wide_product(a, b)) if first else total.add_(wide_product(a, b))
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of half-precision operands with an fp32 result."""
-    if a.device.type == "cuda" and MM_OUT_DTYPE:
+    if a.device.type == "cuda" and OUT_DTYPE:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 
@@ -195,9 +222,11 @@ def scaled(gradient: Tensor | None, dtype: torch.dtype | None, factor: Tensor) -
     if gradient.dtype == dtype == factor.dtype:
         return gradient.mul_(factor)
     out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
-    # In the factor's precision, for a bf16 tensor would round the factor first; in parts that stay in the cache.
-    for part, made in zip(gradient.split(PART_ROWS), out.split(PART_ROWS), strict=True):
-        made.copy_(part.to(factor.dtype) * factor)
+    # In the factor's precision, for a bf16 tensor would round the factor first; on the CPU in parts that stay in the
+    # cache, on a GPU in one launch.
+    rows = PART_ROWS if gradient.device.type == "cpu" else max(gradient.size(0), 1)
+    for part, made in zip(gradient.split(rows), out.split(rows), strict=True):
+        torch.mul(part.to(factor.dtype), factor, out=made)
     return out
 
 
@@ -206,7 +235,8 @@ def concatenate(parts: list[TokenResults], empty: Tensor, options: Options) -> T
     if not parts:
         no = torch.zeros_like(empty, dtype=torch.bool)
         top = (empty, no) if options.needs_argmax else (None, None)
-        return TokenResults(empty, empty, empty, empty, no, empty, *top)
+        uniform = empty if options.gate.uniform else None
+        return TokenResults(empty, empty, empty, empty, uniform, empty, empty, no, *top)
     return TokenResults(*[None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)])
 
 
@@ -234,7 +264,7 @@ def token_results(
         views = [Rows(Head(*[None if x is None else x.detach() for x in teacher]), kept) for teacher in teachers]
     tokens, vocabulary = target.numel(), student.vocabulary
     whole_sentences = lengths if options.gate.scope == "sentence" else None
-    bounds = chunk_bounds(tokens, whole_sentences, chunk_tokens(device, inputs[0].dtype))
+    bounds = chunk_bounds(tokens, whole_sentences, chunk_tokens(device, inputs[0].dtype, vocabulary))
 
     def weights(start: int, end: int, student_read: Tensor, teacher_read: Tensor) -> GateWeights:
         some = sentence[start:end]

@@ -1,7 +1,7 @@
 """The row mathematics of one chunk on the C kernel: `row_step` does what `rows.row_step` does, on CPUs.
 
 cpu_kernels.c is compiled for the processor in hand on first use, by the C compiler of the machine (some tenths of a
-second), and kept in ``~/.cache/hgkd_fairseq``. `usable` says whether that works here.
+second), and kept in ``~/.cache/hgkd_fairseq``, where nobody else may write. `usable` says whether that works here.
 
     gate "token", and weights that are known   one call: statistics, gate and gradient while a row is in the cache
     any other gate                             two, and the gate's torch function between them
@@ -9,12 +9,15 @@ second), and kept in ``~/.cache/hgkd_fairseq``. `usable` says whether that works
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -26,6 +29,8 @@ from hgkd_fairseq import gates
 from hgkd_fairseq.gates import GateWeights
 from hgkd_fairseq.loss import rows
 from hgkd_fairseq.loss.options import Decide, Options, TokenResults, decided
+
+logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
 # No flag that changes what nan and inf do: an overflow in the logits must reach fairseq's loss scaler as it is.
@@ -58,8 +63,55 @@ def processor() -> str:
     return f"{platform.machine()} {platform.processor()} {sorted(kinds)}"
 
 
+def open_to_others(path: Path) -> bool:
+    """Whether another user may change what lies under the name of this existing file or folder. In a folder such as
+    /tmp, with the sticky bit, nobody replaces what is somebody else's."""
+    status = path.lstat()
+    writable = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX
+    return bool(writable) or status.st_uid not in (0, os.geteuid())
+
+
+def cache() -> Path:
+    """The folder of compiled kernels, made where it is missing (mode 0700, as each missing folder above it).
+
+    Raises:
+        OSError: it cannot be made, or another user may write to it or to a folder above it.
+        RuntimeError: there is no home folder.
+    """
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))  # a relative one is to be ignored, says its specification
+    folder = (given if given.is_absolute() else Path.home() / ".cache") / "hgkd_fairseq"
+    missing = [part for part in (folder, *folder.parents) if not part.exists()]
+    for part in reversed(missing):
+        part.mkdir(mode=0o700, exist_ok=True)
+    owned = folder.lstat()
+    if not stat.S_ISDIR(owned.st_mode) or owned.st_uid != os.geteuid():
+        raise PermissionError(f"{folder} is no folder of this user's: remove it")
+    folder = folder.resolve()
+    for part in (folder, *folder.parents):
+        if open_to_others(part):
+            raise PermissionError(f"{part} is another user's, or others may write to it: chmod go-w {part}")
+    return folder
+
+
+def name_of(content: bytes, key: str) -> str:
+    """The name of a compiled kernel: what it was compiled from and for, and what it is."""
+    return f"rows-{key}-{hashlib.sha256(content).hexdigest()[:32]}.so"
+
+
+def whole(file: Path, key: str) -> bool:
+    """Whether a file of the cache is what was put there: this user's, written by nobody else, not cut short."""
+    status = file.lstat()
+    return (
+        stat.S_ISREG(status.st_mode)
+        and status.st_uid == os.geteuid()
+        and not open_to_others(file)
+        and file.name == name_of(file.read_bytes(), key)
+    )
+
+
 def library() -> Path:
-    """The compiled kernel, compiled first where it is not in the cache.
+    """The compiled kernel, compiled first where it is not in the cache. Where the cache cannot be used it is compiled
+    for this process alone, and a warning says why.
 
     Raises:
         OSError: there is no compiler, it fails, or nothing can be written.
@@ -69,24 +121,37 @@ def library() -> Path:
         raise FileNotFoundError("there is no C compiler (cc, gcc, clang, or the program of the variable CC)")
     version = subprocess.run([program, "--version"], capture_output=True, timeout=COMPILE_TIMEOUT_S, check=False).stdout
     parts = (SOURCE.read_bytes(), " ".join(FLAGS).encode(), program.encode(), version, processor().encode())
-    name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hgkd_fairseq"
-    file = folder / f"rows-{name}.so"
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        # Under another name first: several workers may start at once, and one may be killed.
-        descriptor, made = tempfile.mkstemp(suffix=".so", dir=folder)
-        os.close(descriptor)
-        try:
-            done = subprocess.run(
-                [program, *FLAGS, str(SOURCE), "-o", made, "-lm"],
-                capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False,
-            )  # fmt: skip
-            if done.returncode:
-                raise OSError(f"{program} failed: {(done.stderr.strip() or 'no message').splitlines()[0]}")
-            os.replace(made, file)
-        finally:
-            Path(made).unlink(missing_ok=True)
+    key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
+    try:
+        folder = cache()
+        for file in folder.glob(f"rows-{key}-*.so"):
+            if whole(file, key):
+                return file
+            file.unlink()  # cut short, or not this user's alone
+    except (OSError, RuntimeError) as error:
+        logger.warning("the row kernel is compiled for this process alone: %s", error)
+        folder = Path(tempfile.mkdtemp(prefix="hgkd_fairseq-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return compiled(program, folder, key)
+
+
+def compiled(program: str, folder: Path, key: str) -> Path:
+    """Compile the kernel into `folder`."""
+    # Under another name first: several workers may start at once, and one may be killed.
+    descriptor, made = tempfile.mkstemp(suffix=".so", dir=folder)
+    os.close(descriptor)
+    try:
+        done = subprocess.run(
+            [program, *FLAGS, str(SOURCE), "-o", made, "-lm"],
+            capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            raise OSError(f"{program} failed: {(done.stderr.strip() or 'no message').splitlines()[0]}")
+        os.chmod(made, 0o700)
+        file = folder / name_of(Path(made).read_bytes(), key)
+        os.replace(made, file)
+    finally:
+        Path(made).unlink(missing_ok=True)
     return file
 
 

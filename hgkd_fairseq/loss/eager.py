@@ -80,15 +80,19 @@ def token_results(
     loss = weights.data.detach() * data_term
     if options.gate.needs_teacher:
         loss = loss + weights.teacher.detach() * kl
+    uniform_term = None
     if weights.uniform is not None:
-        loss = loss - weights.uniform * logp.mean(1)
+        uniform_term = -logp.mean(1)
+        loss = loss + weights.uniform.detach() * uniform_term
     return TokenResults(
         loss=loss,
         nll=-gold.detach(),
         data_term=data_term.detach(),
         kl=kl.detach(),
+        uniform_term=None if uniform_term is None else uniform_term.detach(),
+        student_read=student_read,
+        teacher_read=teacher_read,
         teacher_mask=weights.teacher > 0,
-        gap=student_read - teacher_read,
         confidence=confidence,
         correct=correct,
     )

@@ -9,8 +9,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from hgkd_fairseq.gates import Gate, GateWeights
+from hgkd_fairseq.ranges import BELOW_1, POSITIVE, WEIGHT
 
 GATE_ON = ("gold", "argmax")
+RANGES = {"teacher_temperature": POSITIVE, "label_smoothing": BELOW_1, "confidence_penalty": WEIGHT}
 
 # A chunk's weights: known beforehand, or made from the log-probability of the token that the gate reads under the
 # student and under the teacher, each (C,).
@@ -52,12 +54,9 @@ class Options:
     def __post_init__(self):
         if self.gate_on not in GATE_ON:
             raise ValueError(f'gate_on is "{self.gate_on}"; it must be one of {", ".join(GATE_ON)}')
-        if not self.teacher_temperature > 0:
-            raise ValueError(f"teacher_temperature is {self.teacher_temperature}; it must be above 0")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1")
-        if not self.confidence_penalty >= 0:
-            raise ValueError(f"confidence_penalty is {self.confidence_penalty}; it cannot be negative")
+        for name, span in RANGES.items():
+            if problem := span.problem(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}; {problem}")
 
     @property
     def needs_argmax(self) -> bool:
@@ -84,9 +83,11 @@ class TokenResults(NamedTuple):
 
     loss: Tensor  # (N,) or, where an implementation sums as it goes, a scalar sum
     nll: Tensor  # (N,) nats, plain -log p(gold)
-    data_term: Tensor | None  # (N,) nats, what the gate's data weight multiplies; may be missing unless it is learned
-    kl: Tensor  # (N,) nats, KL(teacher || student), of tokens whose teacher weight is 0 it may be missing (0)
+    data_term: Tensor  # (N,) nats, what the gate's data weight multiplies
+    kl: Tensor  # (N,) nats, KL(teacher || student) of every token, whatever its weight; 0 without a teacher
+    uniform_term: Tensor | None  # (N,) nats, the cross-entropy with the uniform distribution; of a gate that weights it
+    student_read: Tensor  # (N,) nats, log p of the token the gate reads
+    teacher_read: Tensor  # (N,) nats, log q of it; that of the student without a teacher
     teacher_mask: Tensor  # (N,) bool, teacher weight > 0
-    gap: Tensor  # (N,) nats, log p - log q of the token the gate reads; 0 without a teacher
     confidence: Tensor | None  # (N,) probability of the student's argmax
     correct: Tensor | None  # (N,) bool, the student's argmax is the gold token

@@ -119,14 +119,15 @@ def row_results(statistics: RowStatistics, weights: GateWeights, vocabulary: int
         loss = loss + weights.teacher * statistics.kl
     if weights.uniform is not None:
         loss = loss - weights.uniform * statistics.mean
-    mask = weights.teacher > 0
     return TokenResults(
         loss=loss,
         nll=-statistics.gold,
         data_term=data_term,
         kl=statistics.kl,
-        teacher_mask=mask,
-        gap=statistics.student_read - statistics.teacher_read,
+        uniform_term=-statistics.mean if weights.uniform is not None else None,
+        student_read=statistics.student_read,
+        teacher_read=statistics.teacher_read,
+        teacher_mask=weights.teacher > 0,
         confidence=1 / statistics.student_sum if options.needs_argmax else None,
         correct=statistics.correct,
     )
@@ -210,6 +211,6 @@ def difference_of(step: Callable, device: torch.device) -> float:
     found = []
     for made in (row_step, step):
         result, dz = made(student.clone(), [teacher], target, decide, options, 1.0)
-        kd = torch.where(result.teacher_mask, result.kl, 0.0)
-        found.append(torch.cat([result.loss, result.nll, kd, result.gap, dz.flatten()]))
+        reads = (result.student_read, result.teacher_read)
+        found.append(torch.cat([result.loss, result.nll, result.data_term, result.kl, *reads, dz.flatten()]))
     return (found[0] - found[1]).abs().max().item()

@@ -1,15 +1,17 @@
 """Task ``translation_with_teacher``: fairseq's translation task plus a teacher signal for the criterion."""
 
 # No `from __future__ import annotations` here: fairseq reads the types of the options at run time.
+import functools
 import logging
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
+import torch
 from fairseq import utils
-from fairseq.data import data_utils, indexed_dataset
 from fairseq.dataclass import ChoiceEnum
 from fairseq.distributed import utils as distributed_utils
 from fairseq.tasks import register_task
@@ -21,12 +23,21 @@ from hgkd_fairseq.teacher import TeacherSource
 from hgkd_fairseq.teacher.live import LiveTeacher
 from hgkd_fairseq.teacher.loras import Loras
 from hgkd_fairseq.teacher.past import PastTeacher
-from hgkd_fairseq.teacher.unigram import UnigramTeacher
+from hgkd_fairseq.teacher.unigram import UnigramTeacher, log_frequencies
 from hgkd_fairseq.tensorboard import write_reliability
 
 logger = logging.getLogger(__name__)
 
 SOURCES = ("checkpoint", "unigram", "loras", "previous-epoch", "ema")
+
+
+def with_target_lengths(collater: Callable[..., dict], pad: int, samples, **options) -> dict:
+    """A batch that also says how many tokens each target has, as host integers: to count them on a GPU the host would
+    have to wait for it in every step."""
+    batch = collater(samples, **options)
+    if batch.get("target") is not None:
+        batch["target_lengths"] = batch["target"].ne(pad).sum(1).tolist()
+    return batch
 
 
 @dataclass
@@ -59,8 +70,34 @@ class TranslationWithTeacherConfig(TranslationConfig):
         },
     )
     store_ema: bool = II("ema.store_ema")
+    save_dir: str = II("checkpoint.save_dir")
+    max_tokens: Optional[int] = II("dataset.max_tokens")  # noqa: UP045
     valid_subset: str = II("dataset.valid_subset")
     tensorboard_logdir: Optional[str] = II("common.tensorboard_logdir")  # noqa: UP045
+
+
+# What fairseq-train writes, replaces or removes in its --save-dir.
+WRITTEN = re.compile(r"(checkpoint(\d+|_\d+_\d+|_best|_last|\.best_.+)|crash)(-.+)?\.pt")
+
+
+def refuse_what_training_writes(teacher_path: str, save_dir: str) -> None:
+    """A teacher that lies where the student's checkpoints go, itself or a link to it, would become the student.
+
+    Raises:
+        UserError: it names the file.
+    """
+    folder = os.path.realpath(save_dir)
+    for path in utils.split_paths(teacher_path):
+        name, seen = path, set()
+        while name not in seen:
+            seen.add(name)
+            if WRITTEN.fullmatch(os.path.basename(name)) and os.path.realpath(os.path.dirname(name) or ".") == folder:
+                raise UserError(
+                    f"--teacher-path {path} lies in --save-dir {save_dir} under a name that this training writes: it "
+                    "would be replaced by the student; give another --save-dir, or move the teacher"
+                )
+            if os.path.islink(name):
+                name = os.path.join(os.path.dirname(name), os.readlink(name))
 
 
 @register_task("translation_with_teacher", dataclass=TranslationWithTeacherConfig)
@@ -80,9 +117,13 @@ class TranslationWithTeacherTask(TranslationTask):
         self.memory: dict[str, dict] = {}
         # Updates made so far, for criterions that change over time; None outside training.
         self.num_updates: int | None = None
+        self.method: dict[str, Any] = {}  # the criterion's, kept in the checkpoints: training_state.py compares it
+        # Where the task was made from a checkpoint, not to train: what fairseq-validate needs of it.
+        self.loaded: dict[str, Any] | None = None
         self.ignore_grad = False  # whether this step's batch is one that only keeps the workers in step
         self.validated = 0  # subsets, in the validation that is going on
         self.held_out_share = 0.0  # share of the training sentences that are kept aside for what a gate learns
+        self.at_training_begin: list[Callable] = []  # called with (epoch, model) when data and checkpoint are loaded
         self.at_epoch_begin: list[Callable] = []  # called with (epoch, model) before each epoch of training
 
     def load_teacher(self) -> TeacherSource:
@@ -100,7 +141,11 @@ class TranslationWithTeacherTask(TranslationTask):
         if source != "checkpoint" and self.cfg.teacher_path:
             raise UserError(f"--teacher-path and --teacher-source {source} are two teachers; give one of them")
         if source == "unigram":
-            return UnigramTeacher(self.training_targets(), len(self.tgt_dict))
+            counted = self.memory.get("unigram")  # as in the training, also where its data are not at hand
+            if counted is None:
+                counted = log_frequencies(self.training_targets(), len(self.tgt_dict))
+                self.memory["unigram"] = counted
+            return UnigramTeacher(counted)
         if source == "loras":
             return Loras(len(self.tgt_dict))
         if source == "ema" and not self.cfg.store_ema:
@@ -112,6 +157,8 @@ class TranslationWithTeacherTask(TranslationTask):
                 "--criterion hard_gate_kd distils from a teacher and there is none: give --teacher-path CHECKPOINT "
                 "(fairseq-validate without one: --criterion hard_gate_kd --gate none)"
             )
+        if self.loaded is None:
+            refuse_what_training_writes(self.cfg.teacher_path, self.cfg.save_dir)
         return LiveTeacher(
             utils.split_paths(self.cfg.teacher_path),
             self.src_dict,
@@ -123,17 +170,28 @@ class TranslationWithTeacherTask(TranslationTask):
 
     def load_dataset(self, split, epoch=1, combine=False, **kwargs):
         super().load_dataset(split, epoch, combine, **kwargs)
+        dataset = self.datasets[split]
+        dataset.collater = functools.partial(with_target_lengths, dataset.collater, self.tgt_dict.pad())
         if isinstance(self.teacher, LiveTeacher):
-            self.teacher.check_lengths(split, self.datasets[split], self.max_positions())
+            self.teacher.check_lengths(split, dataset, self.max_positions())
 
-    def training_targets(self):
-        """The sentences (length,) of the target side of the training data."""
-        source, target = self.cfg.source_lang, self.cfg.target_lang
-        for folder in utils.split_paths(self.cfg.data):
-            for pair in (f"{source}-{target}", f"{target}-{source}"):
-                prefix = os.path.join(folder, f"{self.cfg.train_subset}.{pair}.{target}")
-                if indexed_dataset.dataset_exists(prefix, self.cfg.dataset_impl):
-                    yield from data_utils.load_indexed_dataset(prefix, self.tgt_dict, self.cfg.dataset_impl)
+    def training_targets(self) -> Iterator[torch.Tensor]:
+        """The targets (length,) that are trained on, those of fairseq's train1, ... and repeated ones among them, in
+        all folders; without those that are too long or kept aside."""
+        subset, shown = self.cfg.train_subset, self.datasets.get(self.cfg.train_subset)
+        limit = utils.resolve_max_positions(self.max_positions(), self.cfg.max_tokens)
+        for epoch, _ in enumerate(utils.split_paths(self.cfg.data), 1):
+            try:
+                self.load_dataset(subset, epoch=epoch, combine=True)
+            except FileNotFoundError as error:
+                raise UserError(f"--teacher-source unigram counts the training data: {error}") from None
+            dataset = self.datasets[subset]
+            kept = self.filter_indices_by_size(np.arange(len(dataset)), dataset, limit, ignore_invalid_inputs=True)
+            yield from (dataset.tgt[index] for index in kept)
+        if shown is None:
+            del self.datasets[subset]
+        else:
+            self.datasets[subset] = shown
 
     def held_out(self, sentences: int) -> np.ndarray:
         """(sentences,) bool, which of the training sentences are kept aside: the same ones in every run of a share."""
@@ -158,6 +216,11 @@ class TranslationWithTeacherTask(TranslationTask):
         """Whether fairseq's trainer shall hand its moving average to each step."""
         return self.cfg.teacher_source == "ema"
 
+    def begin_training(self, epoch, model):
+        """Called when everything is loaded, and again where a run is resumed, before the first step."""
+        for call in self.at_training_begin:
+            call(epoch, model)
+
     def begin_epoch(self, epoch, model):
         super().begin_epoch(epoch, model)
         self.keep_previous_epoch(epoch, model)
@@ -167,7 +230,7 @@ class TranslationWithTeacherTask(TranslationTask):
     def keep_previous_epoch(self, epoch, model):
         """Keep the student as it is, to teach in this epoch. It goes into the checkpoints: a run that is resumed in the
         middle of an epoch finds there what the epoch began with."""
-        if self.cfg.teacher_source != "previous-epoch" or self.teacher is None or epoch < 2:
+        if self.cfg.teacher_source != "previous-epoch" or not isinstance(self.teacher, PastTeacher) or epoch < 2:
             return
         kept = self.memory.get("previous_epoch")
         if kept is not None and kept["epoch"] == epoch:
@@ -191,20 +254,37 @@ class TranslationWithTeacherTask(TranslationTask):
     # fairseq saves FairseqTask.state as well, but does not restore it when training resumes; these two it calls.
 
     def get_checkpoint_dict(self) -> dict:
-        return {type(self).__name__: utils.move_to_cpu(self.memory)}
+        kept = {"method": self.method, "updates": self.num_updates, "teacher": self.fingerprint()}
+        return {type(self).__name__: {**utils.move_to_cpu(self.memory), **kept}}
 
     def set_checkpoint_dict(self, memory: dict) -> None:
-        self.memory = memory
+        self.memory |= {name: kept for name, kept in memory.items() if name not in ("method", "updates", "teacher")}
+        self.num_updates = memory.get("updates")
+
+    def fingerprint(self) -> str | None:
+        """What tells this run's teacher from another; None for one that changes with the student."""
+        return getattr(self.teacher, "fingerprint", None)
 
     def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False, ema_model=None):
         self.num_updates, self.ignore_grad = update_num, ignore_grad
-        self.watch(ema_model)
+        self.watch(model, ema_model)
         return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
 
     def valid_step(self, sample, model, criterion, ema_model=None):
-        self.watch(ema_model)
-        return super().valid_step(sample, model, criterion)
+        self.watch(model, ema_model)
+        # What a gate draws at random is the same whenever this batch is validated, in training and in fairseq-validate.
+        with utils.set_torch_seed(sample["ntokens"]):
+            return super().valid_step(sample, model, criterion)
 
-    def watch(self, ema_model) -> None:
-        if ema_model is not None and self.teacher is not None:
+    def watch(self, model, ema_model) -> None:
+        """Give a teacher that is the student's past its model: fairseq's moving average, or outside of training what
+        the checkpoint has."""
+        if not isinstance(self.teacher, PastTeacher):
+            return
+        if ema_model is not None:
             self.teacher.watch(ema_model)
+        elif self.loaded is not None and not self.teacher.ready:
+            previous = self.memory.get("previous_epoch", {}).get("model")
+            past = self.loaded["ema"] if self.cfg.teacher_source == "ema" else previous
+            if past is not None:
+                self.teacher.take(model, past)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Sequence
@@ -52,6 +53,7 @@ class LiveTeacher:
         self.dtype = dtype
         given = parse_overrides(overrides)
         self.models = [load_model(path, source_dictionary, target_dictionary, languages, given) for path in self.paths]
+        self.fingerprint = fingerprint(self.models)
         for path, model in zip(self.paths, self.models, strict=True):
             logger.info("teacher %s: %s, %d parameters", path, type(model).__name__, count_parameters(model))
 
@@ -86,6 +88,18 @@ class LiveTeacher:
         return [features.head(model, sample["net_input"]) for model in self.models]
 
 
+def fingerprint(models: Sequence[torch.nn.Module]) -> str:
+    """A hash of all weights of some models: the same wherever their files lie, in whichever order."""
+    found = []
+    for model in models:
+        digest = hashlib.sha256()
+        for name, tensor in model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        found.append(digest.hexdigest())
+    return " ".join(sorted(found))
+
+
 def count_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -108,13 +122,15 @@ def load_model(
     overrides: dict,
 ) -> torch.nn.Module:
     """The model of one checkpoint, frozen and in eval mode, on the CPU."""
+    if not os.path.exists(path):
+        raise UserError(f"--teacher-path names {path}, which does not exist; name a fairseq checkpoint")
     checkpoint = checkpoints.read(path, overrides)
+    checkpoints.model_class(checkpoint)
     check_task(path, checkpoint.options("task"), source_dictionary, target_dictionary, languages)
     # The plain task, with no --eval-bleu: building a model through the student's own task would hand its validation
     # the TEACHER to translate with.
     task = TranslationTask(TranslationConfig(), source_dictionary, target_dictionary)
     model = checkpoints.build(checkpoint, task)
-    features.check_translates(model, path)
     model.eval()
     model.requires_grad_(False)
     return model
@@ -131,7 +147,7 @@ def check_task(
     folder = (split_paths(str(task.get("data") or "")) or [""])[0]
     languages = (task.get("source_lang"), task.get("target_lang"))
     if None in languages and os.path.isdir(folder):  # the teacher's run left them to fairseq, which reads file names
-        languages = data_utils.infer_language_pair(folder)
+        languages = tuple(data_utils.infer_language_pair(folder))
     if None not in (*languages, *student) and languages != student:
         raise UserError(
             f"the teacher {path} translates from {languages[0]} to {languages[1]}, the student from {student[0]} to "

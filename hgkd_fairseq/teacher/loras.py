@@ -46,7 +46,7 @@ class Loras(nn.Module):
         student = Head(*[None if x is None else x.detach() for x in student])
         embedding = rows.widen(self.dropped.detach()).requires_grad_()
         gradient = torch.zeros_like(embedding)
-        size = chunked.chunk_tokens(target.device, student.hidden.dtype)
+        size = chunked.chunk_tokens(target.device, student.hidden.dtype, student.vocabulary)
         for start, end in chunked.chunk_bounds(target.numel(), None, size):
             logp = F.log_softmax(rows.widen(chunked.project(student.hidden[start:end], student)), dim=1)  # (C, V)
             with torch.enable_grad():

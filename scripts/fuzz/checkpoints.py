@@ -2,7 +2,7 @@
 
     python scripts/fuzz/checkpoints.py [INPUTS [SEED]]
 
-prints how many were read and refused, and the slowest (seconds of the CPU); exit status 1 where another error than
+prints how many were read and refused, and the slowest in seconds of the CPU; exit status 1 where another error than
 UserError came out or one took more than 2 s.
 """
 

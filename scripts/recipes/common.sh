@@ -111,6 +111,7 @@ options() {
 
     dir=${dir:-$root/runs/$name${style:+-$style}}
     [[ $dir == /* ]] || dir=$PWD/$dir
+    [[ $dir != *:* ]] || fail 2 "--dir $dir: fairseq takes a ':' for the end of a path; choose a folder without one"
     [[ -z $style ]] || set_style
     if [[ $method_name != teacher ]]; then
         method_options "$method_name" "${teacher:-$dir/teacher/checkpoint_best.pt}" ||

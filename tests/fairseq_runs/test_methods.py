@@ -52,7 +52,7 @@ def options(name: str, teacher: cl.Run) -> tuple:
 def runs(data: Path, teacher: cl.Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, cl.Run]:
     """Each trained for 16 updates, with a checkpoint after 8, in the middle of an epoch."""
     folder = tmp_path_factory.mktemp("methods")
-    steps = ("--max-update", UPDATES, "--save-interval-updates", MIDDLE, "--disable-validation", "--dropout", 0.1)
+    steps = ("--max-update", UPDATES, "--save-interval-updates", MIDDLE, "--dropout", 0.1)
     names = list(RUNS)
     trained = cl.together(
         *[lambda n=name: cl.train(data, folder / n, *options(n, teacher), *steps, *cl.KEEP_LAST) for name in names]
@@ -113,6 +113,53 @@ def test_resumed_in_the_middle_of_an_epoch(
     if name == "instance":  # in each of the three epochs; the second time before the checkpoint
         assert memory["gate"]["epoch"] == 3
         assert resumed.result.output.count("sentences refreshed") == 1
+
+
+@pytest.fixture(scope="module")
+def validated(runs: dict[str, cl.Run], data: Path, teacher: cl.Run) -> dict[str, cl.Result]:
+    """fairseq-validate of each that depends on what was learned, on what is remembered, or on how far training was."""
+    names = [*MEMORY, "annealed"]
+    common = (data, *cl.LOGS, "--max-tokens", 800)
+
+    def validate(name: str) -> cl.Result:
+        own = list(options(name, teacher))
+        for training in ("--ema-decay", "--store-ema"):  # no options of fairseq-validate
+            if training in own:
+                del own[own.index(training) : own.index(training) + 1 + (training == "--ema-decay")]
+        return cl.fairseq("validate", *common, *own, "--path", runs[name].path())
+
+    results = cl.together(*[lambda name=name: validate(name) for name in names])
+    return dict(zip(names, results, strict=True))
+
+
+@pytest.mark.parametrize("name", [*MEMORY, "annealed"])
+def test_validated_as_in_training(name: str, runs: dict[str, cl.Run], validated: dict[str, cl.Result]):
+    """fairseq-validate gives the numbers that training gave for the same checkpoint."""
+    assert validated[name].code == 0, validated[name].end()
+    (found,), expected = validated[name].logs("valid"), runs[name].result.logs("valid")[-1]
+    numbers = ("loss", "nll_loss", "kd_loss", "teacher_share", "gap", "ece")
+    assert {number: found[number] for number in numbers} == {number: expected[number] for number in numbers}
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        (
+            "none",
+            ("--gate", "selective-global"),
+            "--gate selective-global --teacher-source checkpoint is asked for, and --gate none made it",
+        ),
+        ("soft", ("--gate", "soft-learned"), "--gate soft-learned is asked for, and --gate soft made it"),
+        ("beta", ("--gate", "beta", "--teacher-source", "previous-epoch"), "--teacher-source previous-epoch is asked"),
+    ],
+)
+def test_validated_as_another_run(
+    name: str, given: tuple, expected: str, runs: dict[str, cl.Run], data: Path, teacher: cl.Run
+):
+    """What was not learned there cannot be validated."""
+    own = given if "--teacher-source" in given else (*given, "--teacher-path", teacher.path())
+    result = cl.fairseq("validate", data, *cl.LOGS, "--max-tokens", 800, *SELF, *own, "--path", runs[name].path())
+    cl.one_sentence(result, [f"{runs[name].path()} cannot be validated in this way: {expected}", "--gate none"])
 
 
 def refreshes(run: cl.Run) -> list[float]:

@@ -60,7 +60,7 @@ def test_odd_shapes(count: int, vocabulary: int, seed: int):
     ours, dz = step(cpu_rows.row_step, student, [teacher], target, options)
     plain, dz_plain = step(rows.row_step, student.double(), [teacher.double()], target, options)
     torch.testing.assert_close(dz.double(), dz_plain, atol=1e-6, rtol=1e-5)
-    for name in ("loss", "nll", "kl", "gap", "confidence"):
+    for name in ("loss", "nll", "data_term", "kl", "student_read", "teacher_read", "confidence"):
         torch.testing.assert_close(getattr(ours, name).double(), getattr(plain, name), atol=3e-6, rtol=1e-5)
     assert torch.equal(ours.correct, plain.correct)
     assert torch.equal(ours.teacher_mask, plain.teacher_mask)
@@ -109,7 +109,8 @@ def test_gate_that_reads_the_teacher_at_temperature_1():
     options = Options(GATES["token"], gate_on="argmax", teacher_temperature=2.0, gate_temperature=False)
     ours, dz = step(cpu_rows.row_step, student, [teacher], target, options)
     plain, dz_plain = step(rows.row_step, student, [teacher], target, options)
-    torch.testing.assert_close(ours.gap, plain.gap, atol=3e-6, rtol=1e-5)
+    for name in ("data_term", "student_read", "teacher_read"):
+        torch.testing.assert_close(getattr(ours, name), getattr(plain, name), atol=3e-6, rtol=1e-5)
     torch.testing.assert_close(dz, dz_plain, atol=1e-6, rtol=1e-5)
 
 
@@ -171,17 +172,82 @@ assert torch.allclose(a.loss, b.loss, rtol=1e-5), (a.loss, b.loss)
     )
 
 
-def test_compiled_once_and_kept(tmp_path: Path):
-    for _ in range(2):
-        done = program("", XDG_CACHE_HOME=str(tmp_path))
-        assert done.returncode == 0, done.stderr
-        assert "plain torch" not in done.stderr
-        (file,) = (tmp_path / "hgkd_fairseq").iterdir()
-    assert file.suffix == ".so"
-    # Kept, not compiled again: a file that is no library is found and, since it cannot be loaded, said.
-    file.write_bytes(b"")
-    done = program("", XDG_CACHE_HOME=str(tmp_path))
-    assert done.stderr.count("the loss runs in plain torch, slower: the row kernel cannot be compiled or loaded") == 1
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of compiled kernels, not made yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "hgkd_fairseq"
+
+
+def test_compiled_once_and_kept(cache: Path):
+    kept = cpu_rows.library()
+    made = kept.stat()
+    assert cpu_rows.library() == kept
+    assert list(cache.iterdir()) == [kept]
+    assert kept.stat() == made
+
+
+@pytest.mark.parametrize("length", [0, 1000, -1])
+def test_a_kernel_that_is_cut_short_is_compiled_again(length: int, cache: Path):
+    kept = cpu_rows.library()
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:length])
+    assert cpu_rows.library().read_bytes() == whole
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_another_library_under_the_kernels_name_is_not_loaded(cache: Path, tmp_path: Path):
+    """Neither in a file of its own nor through a link, though both are this user's."""
+    kept = cpu_rows.library()
+    whole = kept.read_bytes()
+    kept.write_bytes(b"not " + whole)
+    assert cpu_rows.library().read_bytes() == whole
+    (tmp_path / "theirs.so").write_bytes(whole)
+    kept.unlink()
+    kept.symlink_to(tmp_path / "theirs.so")
+    assert not cpu_rows.library().is_symlink()
+
+
+def test_the_cache_is_for_this_user_alone(cache: Path):
+    before = os.umask(0)
+    try:
+        kept = cpu_rows.library()
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in (cache.parent, cache, kept)] == [0o700] * 3
+
+
+@pytest.mark.parametrize("open_to_others", ["the folder", "the folder above", "the file"])
+def test_what_others_may_write_to_is_not_used(open_to_others: str, cache: Path, caplog: pytest.LogCaptureFixture):
+    kept = cpu_rows.library()
+    opened = {"the folder": cache, "the folder above": cache.parent, "the file": kept}[open_to_others]
+    opened.chmod(0o777)
+    made = cpu_rows.library()
+    if opened == kept:
+        assert made == kept
+        assert kept.stat().st_mode & 0o777 == 0o700
+        return
+    assert made.parent.stat().st_mode & 0o777 == 0o700
+    assert cache not in made.parents
+    (message,) = caplog.messages
+    assert f"compiled for this process alone: {opened} is another user's, or others may write to it" in message
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_what_another_user_owns_is_not_used(cache: Path):
+    kept = cpu_rows.library()
+    os.chown(kept, 65534, 65534)
+    assert cpu_rows.library().stat().st_uid == 0
+    os.chown(cache, 65534, 65534)
+    assert cache not in cpu_rows.library().parents
+
+
+def test_a_relative_cache_is_ignored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert cpu_rows.library().parent == tmp_path / "home" / ".cache" / "hgkd_fairseq"
+    assert not Path("relative").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,171 @@
+"""What a training has learned and remembers beside its model: compared with what is asked for, and put back.
+
+fairseq-train restores the criterion's parameters and the task's memory when it resumes, whatever run they are of, and
+fairseq-validate restores neither. `prepare` looks at a checkpoint before fairseq-train takes it up, `keep` and
+`restore` bring it back in fairseq-validate.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fairseq import utils
+
+from hgkd_fairseq import gates
+from hgkd_fairseq.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+CRITERION = "hard_gate_kd"
+TASK = "TranslationWithTeacherTask"  # under whose name checkpoints without a "method" keep their memory
+# Which sentences are kept aside is compared where the data are at hand, and on the sentences themselves.
+SENTENCES = "held_out"
+# What a run may go on with otherwise than it began, as with another learning rate; a warning says so.
+FREE = (
+    *("gate_on", "teacher_temperature", "teacher_temperature_start", "untempered_gate", "label_smoothing"),
+    *("confidence_penalty", "distill_start_update", "refresh_interval", "refresh_change"),
+)
+
+
+def method(criterion_cfg: Any, teacher_source: str) -> dict[str, Any]:
+    """What decides what a run learns and remembers: its gate with all parameters, and where its teacher comes from."""
+    name = str(criterion_cfg.gate)
+    found: dict[str, Any] = {"gate": name}
+    for parameter, default in (gates.parameters(name) if name in gates.GATES else {}).items():
+        given = getattr(criterion_cfg, parameter, None)
+        if parameter != SENTENCES and parameter not in FREE:
+            found[parameter] = default if given is None else given
+    if name not in gates.GATES or gates.GATES[name].needs_teacher:
+        found["teacher_source"] = teacher_source
+    return found
+
+
+def memory_in(extra_state: dict) -> dict[str, Any]:
+    """The memory of a task of ours, or of one derived from it, in a checkpoint's extra state."""
+    found = [kept for kept in extra_state.values() if isinstance(kept, dict) and isinstance(kept.get("method"), dict)]
+    found += [extra_state.get(TASK)] if isinstance(extra_state.get(TASK), dict) else []
+    return found[0] if found else {}
+
+
+def method_of(state: dict) -> dict[str, Any] | None:
+    """The method of a checkpoint's run; None where it had another criterion."""
+    cfg = state.get("cfg")
+    criterion, task = (getattr(cfg, part, None) for part in ("criterion", "task"))
+    if getattr(criterion, "_name", None) != CRITERION:
+        return None
+    kept = memory_in(state["extra_state"]).get("method")
+    return kept or method(criterion, str(getattr(task, "teacher_source", "checkpoint")))
+
+
+def options_of(criterion_cfg: Any) -> dict[str, Any]:
+    return {name: getattr(criterion_cfg, name, None) for name in FREE}
+
+
+def differences(asked: dict[str, Any], held: dict[str, Any]) -> str:
+    """What is asked for and what a checkpoint holds, in words; "" where they are the same."""
+    names = [name for name in {**asked, **held} if asked.get(name) != held.get(name)]
+    if "gate" in names:
+        names = [name for name in names if name in ("gate", "teacher_source")]  # the rest follows from it
+
+    def words(values: dict[str, Any]) -> str:
+        given = [f"--{name.replace('_', '-')} {values[name]}" for name in names if values.get(name) is not None]
+        return " ".join(given) or "the default"
+
+    return f"{words(asked)} is asked for, and {words(held)} made it" if names else ""
+
+
+def same_shapes(mine: dict, theirs: dict | None) -> bool:
+    return theirs is not None and {k: v.shape for k, v in mine.items()} == {k: v.shape for k, v in theirs.items()}
+
+
+def prepare(state: dict, path: str, task, criterion, new_run: bool) -> None:
+    """Compare the `state` of a checkpoint with the run that is about to take it up, before it does.
+
+    In a new run, which takes the model alone (--finetune-from-model, --reset-optimizer), what belongs to another method
+    is left out of `state`, and what the criterion learns begins anew.
+
+    Raises:
+        UserError: the run is no new one and the checkpoint is of another method or teacher.
+    """
+    ours = getattr(criterion, "method", None)
+    if ours is None and not utils.has_parameters(criterion):
+        return
+    remedy = (
+        "resume it as it was, or take its model alone: with --finetune-from-model in another --save-dir, or with "
+        "--reset-optimizer"
+    )
+    held = method_of(state)
+    memory = memory_in(state.get("extra_state", {}))
+    problem = ""
+    if ours is not None:
+        of_criterion = (state.get("optimizer_history") or [{}])[-1].get("criterion_name", "another criterion")
+        problem = f"{of_criterion} made it" if held is None else differences(ours, held)
+        if not problem and changed(memory.get("teacher"), task):
+            problem = "another teacher taught its student, or its training data were others"
+    if problem and not new_run:
+        raise UserError(f"{path} is of another run: {problem}; {remedy}")
+    if held is not None and not new_run:
+        changes = differences(options_of(criterion.cfg), options_of(state["cfg"].criterion))
+        if changes:
+            logger.warning("%s is resumed with other options: %s", path, changes)
+    learned = criterion.state_dict()
+    if learned and (problem or not same_shapes(learned, state.get("criterion"))):
+        if not new_run:
+            raise UserError(f"{path} has no parameters of the criterion, or others; {remedy}")
+        logger.info("what the criterion learns begins anew: %s has no such parameters", path)
+        state["criterion"] = utils.move_to_cpu(learned)
+    if problem:
+        state["extra_state"] = {name: kept for name, kept in state["extra_state"].items() if kept is not memory}
+
+
+def changed(kept: str | None, task) -> bool:
+    """Whether a checkpoint's run had another teacher than this one."""
+    now = getattr(getattr(task, "teacher", None), "fingerprint", None)
+    return None not in (kept, now) and kept != now
+
+
+def keep(task, path: str, state: dict) -> None:
+    """Keep in a task that was made from a checkpoint what its criterion and teacher will need of it."""
+    extra = state.get("extra_state") or {}
+    task.loaded = {
+        "path": path,
+        "criterion": state.get("criterion"),
+        "memory": memory_in(extra),
+        "ema": extra.get("ema"),
+    }
+    if task.loaded["memory"] and hasattr(task, "set_checkpoint_dict"):
+        task.set_checkpoint_dict(task.loaded["memory"])
+        if task.num_updates is None:  # of a checkpoint that does not say how far progress was
+            task.num_updates = (state.get("optimizer_history") or [{}])[-1].get("num_updates")
+
+
+def restore(task, criterion) -> None:
+    """Bring back what the criterion learned, in a task that was made from a checkpoint.
+
+    Raises:
+        UserError: the checkpoint has no such thing, or is of another method.
+    """
+    loaded = task.loaded
+    remembers = getattr(criterion, "remembers", False)
+    learned = criterion.state_dict()
+    if not learned and not remembers:
+        return
+    problem = ""
+    if hasattr(criterion, "method"):
+        held = loaded["memory"].get("method")
+        if not loaded["memory"]:
+            problem = "it holds nothing that such a run remembers"
+        elif held is not None:
+            problem = differences(criterion.method, held)
+    if not problem and learned and not same_shapes(learned, loaded["criterion"]):
+        problem = "it has no parameters of the criterion, or others"
+    if problem:
+        raise UserError(
+            f"{loaded['path']} cannot be validated in this way: {problem}; give the options of its training, or "
+            "--criterion hard_gate_kd --gate none"
+        )
+    if learned:
+        criterion.load_state_dict(loaded["criterion"])
+    if changed(loaded["memory"].get("teacher"), task):
+        logger.warning("%s was distilled from another teacher than this one", loaded["path"])

@@ -1,0 +1,287 @@
+"""What a run learned and remembers beside its model: resumed by itself alone; and its teacher is not written over."""
+
+from pathlib import Path
+
+import command_line as cl
+import pytest
+import torch
+
+from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.gates import Instance
+from hgkd_fairseq.plugin import training_state
+from hgkd_fairseq.tasks.translation_with_teacher import refuse_what_training_writes
+from hgkd_fairseq.teacher.unigram import log_frequencies
+
+SELF = ("--task", "translation_with_teacher", "--criterion", "hard_gate_kd", *cl.USER_DIR)
+SMOOTHING = ("--gate", "always", "--kd-weight", 0.1, "--teacher-temperature", 1)
+
+
+def build(data: Path, *options):
+    """(task, criterion) as fairseq-train builds them."""
+    from fairseq import options as fairseq_options
+    from fairseq import tasks
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+    arguments = [str(a) for a in (data, *cl.SIZE, *cl.TIED, *cl.STEPS, *cl.LOGS, *SELF, "--save-dir", "new", *options)]
+    parser = fairseq_options.get_training_parser()
+    cfg = convert_namespace_to_omegaconf(fairseq_options.parse_args_and_arch(parser, arguments))
+    task = tasks.setup_task(cfg.task)
+    return task, task.build_criterion(cfg.criterion)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (("--gate", gate, option, value), f"{option}: {float(value)} is ")
+        for gate, option in (
+            ("always", "--kd-weight"),
+            ("selective-batch", "--kd-weight"),
+            ("selective-global", "--kd-weight"),
+            ("virtual-teacher", "--virtual-gold"),
+            ("virtual-teacher", "--virtual-temperature"),
+            ("beta", "--beta-shape"),
+            ("random", "--gate-share"),
+            ("selective-batch", "--gate-share"),
+            ("annealed", "--gate-share"),
+            ("soft", "--gate-sharpness"),
+            ("soft-learned", "--gate-sharpness"),
+            ("instance", "--refresh-change"),
+        )
+        for value in ("nan", "inf", "-1")
+    ]
+    + [
+        (("--gate", "none", option, value), f"{option} {float(value)}: it must be ")
+        for option in ("--teacher-temperature", "--label-smoothing", "--confidence-penalty")
+        for value in ("nan", "inf", "-1")
+    ]
+    + [
+        (("--teacher-temperature-start", "inf", "--max-update", 9), "--teacher-temperature-start inf: it must be"),
+        (
+            ("--gate", "selective-global", "--gate-queue", 10**9),
+            "--gate-queue: 1000000000 is out of range; with gate selective-global it must be a number of tokens",
+        ),
+        (("--gate", "instance", "--held-out", "nan"), "--held-out nan: a share"),
+        (("--gate", "instance", "--held-out", "train1"), "--held-out train1: that is trained on"),
+        (("--distill-start-update", 9, "--max-update", 9), "--distill-start-update 9: the training ends before"),
+        (("--fp16",), "--fp16 needs a GPU; on the CPU give --memory-efficient-fp16, --amp or --bf16"),
+        (("--loss-impl", "triton"), "--loss-impl triton: Triton "),
+        (("--best-checkpoint-metric", "bleu"), "--best-checkpoint-metric bleu: name one of ece, gap, kd_loss, loss,"),
+        (("--best-checkpoint-metric", "accuracy"), "--best-checkpoint-metric accuracy"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_options_are_checked_before_anything_is_loaded(given: tuple, expected: str, data: Path):
+    with pytest.raises(UserError) as caught:
+        build(data, *given)
+    assert str(caught.value).startswith(expected)
+
+
+def test_the_teacher_of_all_training_data(data: Path, tmp_path: Path):
+    """The unigram teacher counts what is trained on: train1 too, the first part as often as --upsample-primary says,
+    all folders of the data, and no sentence that is too long."""
+    for file in data.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    for side in ("de", "en"):
+        for end in ("bin", "idx"):
+            (tmp_path / f"train1.de-en.{side}.{end}").symlink_to(data / f"valid.de-en.{side}.{end}")
+    task, _ = build(
+        f"{tmp_path}:{data}", "--teacher-source", "unigram", *SMOOTHING, "--upsample-primary", 3, "--max-tokens", 8
+    )
+    task.load_dataset("train", combine=True)  # the first folder, as fairseq's trainer does
+    task.load_dataset("valid")
+    first, added = task.dataset("train"), task.dataset("valid")
+    assert len(first) == 3 * 600 + 64
+    trained = [
+        *[first[i] for i in range(len(first))],
+        *[first[i] for i in range(600)],
+    ]  # the second is the first's train
+    short = [row["target"] for row in trained if max(len(row["source"]), len(row["target"])) <= 8]
+    assert 0 < len(short) < len(trained)
+    assert len(added) == 64
+    counts = sum(torch.bincount(target, minlength=len(task.tgt_dict)) for target in short).clamp(min=1).double()
+    expected = (counts / counts.sum()).log().float()
+    torch.testing.assert_close(task.load_teacher().logprobs, expected, rtol=0, atol=0)
+    assert list(task.datasets) == ["train", "valid"]
+
+
+def test_log_frequencies():
+    found = log_frequencies([torch.tensor([2, 2, 3]), torch.tensor([3, 3])], 5)
+    assert found.exp().tolist() == pytest.approx([1 / 8, 1 / 8, 2 / 8, 3 / 8, 1 / 8])
+
+
+@pytest.mark.parametrize(
+    ("teacher", "refused"),
+    [
+        ("s/checkpoint_best.pt", True),
+        ("s/checkpoint_last.pt", True),
+        ("s/checkpoint12.pt", True),
+        ("s/checkpoint_3_400.pt", True),
+        ("s/checkpoint.best_bleu_30.1230.pt", True),
+        ("s/crash.pt", True),
+        ("linked/checkpoint_best.pt", True),  # the folder by another name
+        ("t/to_s.pt", True),  # a link to it
+        ("t/to_link.pt", True),  # a link to a link
+        ("t/t.pt:s/checkpoint_best.pt", True),
+        ("s/link_out/checkpoint_best.pt", False),
+        ("s/teacher.pt", False),
+        ("t/checkpoint_best.pt", False),
+        ("t/t.pt", False),
+    ],
+)
+def test_a_teacher_that_the_student_would_write_over(
+    teacher: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("s").mkdir()
+    Path("t").mkdir()
+    Path("linked").symlink_to("s")
+    Path("s/link_out").symlink_to("../t")
+    Path("t/t.pt").touch()
+    Path("t/to_s.pt").symlink_to("../s/checkpoint_best.pt")
+    Path("t/to_link.pt").symlink_to("to_s.pt")
+    Path("s/checkpoint_last.pt").symlink_to("../t/t.pt")  # replaced, though what it names is not
+    if not refused:
+        refuse_what_training_writes(teacher, "./s/")
+        return
+    with pytest.raises(UserError, match=r"lies in --save-dir \./s/ under a name that this training writes"):
+        refuse_what_training_writes(teacher, "./s/")
+
+
+def prepared(state: dict, data: Path, new_run: bool, *options):
+    """The state as fairseq-train would take it up, and the criterion's own parameters."""
+    task, criterion = build(data, *options)
+    training_state.prepare(state, "old.pt", task, criterion, new_run)
+    return state, criterion.state_dict()
+
+
+@pytest.fixture(scope="module")
+def students(data: Path, teacher: cl.Run, plain: cl.Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints of two updates each."""
+    folder = tmp_path_factory.mktemp("students")
+    steps = ("--max-update", 2, "--disable-validation", *cl.KEEP_LAST)
+    runs = {
+        "always": cl.distil(teacher.path(), "--gate", "always", "--kd-weight", 0.5),
+        "selective-global": cl.distil(teacher.path(), "--gate", "selective-global"),
+        "soft-learned": cl.distil(teacher.path(), "--gate", "soft-learned", "--finetune-from-model", plain.path()),
+        "unigram": (*SELF, "--teacher-source", "unigram", *SMOOTHING),
+    }
+    cl.together(*[lambda n=name: cl.train(data, folder / n, *runs[n], *steps) for name in runs])
+    return {name: folder / name / "checkpoint_last.pt" for name in runs} | {"plain": plain.path()}
+
+
+RESUMED = [
+    ("always", ("--gate", "always", "--kd-weight", 0.5), ""),
+    ("always", ("--gate", "always", "--kd-weight", 0.3), "--kd-weight 0.3 is asked for, and --kd-weight 0.5 made it"),
+    ("always", ("--gate", "none"), "--gate none is asked for, and --gate always --teacher-source checkpoint made it"),
+    ("always", ("--gate", "soft-learned"), "--gate soft-learned is asked for, and --gate always made it"),
+    ("selective-global", ("--gate", "instance"), "--gate instance is asked for, and --gate selective-global made it"),
+    (
+        "selective-global",
+        ("--gate", "selective-global", "--gate-queue", 50),
+        "--gate-queue 50 is asked for, and --gate-q",
+    ),
+    ("soft-learned", ("--gate", "soft-learned"), ""),
+    ("soft-learned", ("--gate", "token"), "--gate token is asked for, and --gate soft-learned made it"),
+    ("unigram", ("--teacher-source", "unigram", *SMOOTHING), ""),
+    (
+        "unigram",
+        ("--teacher-source", "loras", *SMOOTHING),
+        "--teacher-source loras is asked for, and --teacher-source u",
+    ),
+    ("plain", ("--gate", "token"), "LabelSmoothedCrossEntropyCriterion made it"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "problem"), RESUMED)
+def test_resumed_as_another_run(
+    name: str, options: tuple, problem: str, students: dict[str, Path], data: Path, teacher: cl.Run
+):
+    taught = () if "--teacher-source" in options or "none" in options else ("--teacher-path", teacher.path())
+    state = training_state_of(students[name])
+    if not problem:
+        before = repr(state)
+        assert repr(prepared(state, data, False, *options, *taught)[0]) == before
+        return
+    with pytest.raises(UserError) as caught:
+        prepared(state, data, False, *options, *taught)
+    assert str(caught.value).startswith(f"old.pt is of another run: {problem}")
+    assert "--finetune-from-model" in str(caught.value)
+    assert "--reset-optimizer" in str(caught.value)
+    # As a new run it takes the model, and nothing of the old one's gate.
+    state, learned = prepared(training_state_of(students[name]), data, True, *options, *taught)
+    assert training_state.memory_in(state["extra_state"]) == {}
+    if learned:
+        assert cl.differences(state["criterion"], learned) == {}
+
+
+def training_state_of(path: Path) -> dict:
+    from fairseq import checkpoint_utils
+
+    return checkpoint_utils.load_checkpoint_to_cpu(str(path))
+
+
+def test_resumed_with_another_teacher(students: dict[str, Path], data: Path, teacher: cl.Run, plain: cl.Run, tmp_path):
+    """By its weights, not its name: a copy is the same teacher. Through fairseq-train, also that the remedy works."""
+    copy = tmp_path / "copy.pt"
+    copy.write_bytes(teacher.path().read_bytes())
+    given = (
+        "--gate",
+        "always",
+        "--kd-weight",
+        0.5,
+        "--restore-file",
+        students["always"],
+        "--max-update",
+        3,
+        "--no-save",
+    )
+
+    def resume(path: Path, *more) -> cl.Result:
+        arguments = (data, *cl.SIZE, *cl.TIED, *cl.STEPS, *cl.LOGS, "--disable-validation", "--save-dir", tmp_path)
+        return cl.fairseq("train", *arguments, *cl.distil(path, *given, *more))
+
+    same, other, new = cl.together(
+        lambda: resume(copy), lambda: resume(plain.path()), lambda: resume(plain.path(), "--reset-optimizer")
+    )
+    assert same.code == 0, same.end()
+    assert new.code == 0, new.end()
+    cl.one_sentence(other, ["is of another run: another teacher taught its student", "--reset-optimizer"])
+
+
+def test_finetuned_from_a_run_without_such_parameters(students: dict[str, Path]):
+    """A learned gate begins anew where --finetune-from-model names a plain run: the fixture trained it."""
+    assert training_state_of(students["soft-learned"])["criterion"]["learned_gate.sharpness"] != 1.0
+
+
+def test_nan_gradients_are_said(data: Path, teacher: cl.Run, tmp_path: Path):
+    arguments = (data, *cl.SIZE, *cl.TIED, *cl.STEPS, *cl.LOGS, "--save-dir", tmp_path, "--lr", 1e30, "--no-save")
+    result = cl.fairseq("train", *arguments, *cl.distil(teacher.path(), "--disable-validation"))
+    assert result.code == 1
+    (error,) = result.errors()
+    assert error.startswith("update 2: gradients are Nan/Inf: the training has diverged; lower --lr")
+    assert "Traceback" not in result.output
+    assert "StopIteration" not in result.output
+
+
+def test_weights_of_the_sentences_that_were_learned(data: Path, teacher: cl.Run, tmp_path: Path):
+    """`hgkd weights` reads the rows of sentences that are short enough to train on and were not kept aside, whatever
+    the task's class is called."""
+    from hgkd_fairseq import weight_table
+
+    gate = ("--gate", "instance", "--held-out", 0.1, "--refresh-interval", 1, "--max-update", 2)
+    options = (*gate, "--max-source-positions", 7, "--max-target-positions", 7, "--disable-validation", *cl.KEEP_LAST)
+    run = cl.train(data, tmp_path, *cl.distil(teacher.path(), *options))
+    task, _ = build(data, "--gate", "none")
+    task.load_dataset("train")
+    lengths = [max(len(row["source"]), len(row["target"])) for row in (task.dataset("train")[i] for i in range(600))]
+    held_out = run.state()["extra_state"]["TranslationWithTeacherTask"]["gate"]["held_out"].tolist()
+    expected = [i for i in range(600) if lengths[i] <= 7 and not held_out[i]]
+    assert 100 < len(expected) < 400
+    found = weight_table.read(str(run.path()))
+    assert found.sentence.tolist() == expected
+    assert (found.teacher != Instance.TEACHER).float().mean() > 0.9
+
+    state = run.state()
+    state["extra_state"]["MyTask"] = state["extra_state"].pop("TranslationWithTeacherTask")
+    torch.save(state, tmp_path / "of_a_subclass.pt")
+    assert torch.equal(weight_table.read(str(tmp_path / "of_a_subclass.pt")).data, found.data)
