@@ -45,6 +45,7 @@ def apply() -> None:
     allow_fairseq_options()
     evaluate_literals_only()
     one_loader_of_checkpoints()
+    resuming_in_one_sentence()
     paths_with_colons()
     plain_checkpoints()
     broadcast_checkpoints_to_workers()
@@ -142,6 +143,30 @@ def one_loader_of_checkpoints() -> None:
 
     checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu
     checkpoint_utils.load_model_ensemble_and_task = load_model_ensemble_and_task
+
+
+def resuming_in_one_sentence() -> None:
+    """fairseq ends in a call stack where a checkpoint does not fit the run that is to go on from it."""
+    from fairseq.trainer import Trainer
+
+    original = Trainer.load_checkpoint
+    if not written_for(original, "state = checkpoint_utils.load_checkpoint_to_cpu(", "it is a call stack as before"):
+        return
+
+    @functools.wraps(original)
+    def load_checkpoint(self, filename, *args, **kwargs):
+        try:
+            return original(self, filename, *args, **kwargs)
+        except UserError:
+            raise
+        except Exception as error:  # fairseq's own; and whatever the content of a file leads to
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(
+                f"the training cannot go on from {filename}: {reason[:500]}; give the options of the run that wrote it, "
+                "another --restore-file, or another --save-dir"
+            ) from error
+
+    Trainer.load_checkpoint = load_checkpoint
 
 
 def paths_with_colons() -> None:

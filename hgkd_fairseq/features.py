@@ -12,7 +12,7 @@ from torch import nn
 
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.loss import Head
-from hgkd_fairseq.plugin.checkpoints import needs_more
+from hgkd_fairseq.plugin.checkpoints import check_translates
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def check_student(model: nn.Module) -> None:
     Raises:
         UserError: it does not translate from left to right, has no gradient, or is wrapped in a way that loses it.
     """
-    check_translates(model, "the student")
+    check_translates(type(unwrap(model)), "the student")
     output = linear_output(model)
     if output is not None:
         refuse_unused_parameters(model, output)

@@ -267,17 +267,20 @@ def wanted(file: BinaryIO, message: str) -> list[str]:
         return sorted(set(re.findall(r"GLOBAL (\S+)", message)))
 
 
-def without_stand_ins(found: Any, seen: dict[int, Any]) -> Any:
-    """The same with tensors for arrays and None for meters. `seen`: by id, for what stands in several places."""
+def without_stand_ins(found: Any, seen: dict[int, tuple[Any, Any]]) -> Any:
+    """The same with tensors for arrays and None for meters. `seen`: by id, what was found and what it became, for what
+    stands in several places or in itself."""
+    if id(found) in seen:
+        return seen[id(found)][1]
     if isinstance(found, Array):
         return found.tensor
     if isinstance(found, OldMeter | Number | type):
         return None
     if type(found) is tuple:
-        return tuple(without_stand_ins(item, seen) for item in found)
-    if id(found) in seen:
-        return found
-    seen[id(found)] = found
+        result = tuple(without_stand_ins(item, seen) for item in found)
+        seen[id(found)] = found, result
+        return result
+    seen[id(found)] = found, found
     if type(found) in (dict, OrderedDict):
         for key, value in found.items():
             found[key] = without_stand_ins(value, seen)
@@ -438,7 +441,7 @@ def upgrade(state: dict[str, Any], overrides: Mapping[str, Any] | None) -> dict[
             return _upgrade_state_dict(state)
     except Exception as error:  # fairseq reads options of a dozen years and checks none of them
         given = " with the overrides that were given" if overrides else ""
-        raise Refused(f"is no fairseq checkpoint{given} ({error!r}); {FAIRSEQ_ONES}") from None
+        raise Refused(f"is no fairseq checkpoint{given} ({repr(error)[:300]}); {FAIRSEQ_ONES}") from None
 
 
 def model_class(checkpoint: Checkpoint) -> type[nn.Module]:
@@ -447,23 +450,34 @@ def model_class(checkpoint: Checkpoint) -> type[nn.Module]:
     Raises:
         UserError: fairseq has none of that name, or it does not translate from left to right.
     """
-    from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY, FairseqEncoderModel, FairseqLanguageModel
+    from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 
     options = checkpoint.options("model")
     name = options.get("_name") or options.get("arch")
     found = (ARCH_MODEL_REGISTRY.get(name) or MODEL_REGISTRY.get(name)) if isinstance(name, str) else None
     if found is None:
         raise UserError(f"{checkpoint.path} has the architecture {str(name)[:80]!r}, which this fairseq does not know")
-    if issubclass(found, FairseqLanguageModel | FairseqEncoderModel):
-        raise UserError(
-            f"{checkpoint.path} is no translation model but a {found.__name__}; name one with an encoder and a decoder"
-        )
-    if missing := needs_more(found):
-        raise UserError(
-            f"{checkpoint.path} is a {found.__name__}, which does not translate from left to right (it asks for "
-            f"{missing}); name an autoregressive model"
-        )
+    check_translates(found, checkpoint.path)
     return found
+
+
+def check_translates(kind: type[nn.Module], name: str) -> None:
+    """Refuse a class of models that do not give the probability of each target token after those before it.
+
+    Raises:
+        UserError: a language model, an encoder alone, a non-autoregressive model.
+    """
+    from fairseq.models import FairseqEncoderModel, FairseqLanguageModel
+
+    if issubclass(kind, FairseqLanguageModel | FairseqEncoderModel):
+        raise UserError(
+            f"{name} is no translation model but a {kind.__name__}; name one with an encoder and a decoder"
+        )
+    if missing := needs_more(kind):
+        raise UserError(
+            f"{name} is a {kind.__name__}, which does not translate from left to right (it asks for {missing}); name "
+            "an autoregressive model"
+        )
 
 
 @functools.cache

@@ -128,11 +128,11 @@ def pipe(path: Path) -> Path:
     return path
 
 
-def laughs() -> list:
+def laughs(kind: type = list):
     """2^64 lists in 64."""
-    value: list = []
+    value = kind()
     for _ in range(64):
-        value = [value, value]
+        value = kind([value, value])
     return value
 
 
@@ -192,6 +192,7 @@ REFUSED = {
     "a tensor for an option": (lambda p: saved(p, **options(a=torch.ones(1))), "cfg.model.a is Tensor, no plain value"),
     "a number without end": (lambda p: saved(p, **options(a=10**600)), "cfg.model.a is int, no plain value"),
     "options without end": (lambda p: saved(p, **options(a=laughs())), "nested too deeply"),
+    "options without end, constant": (lambda p: saved(p, **options(a=laughs(tuple))), "nested too deeply"),
     "options in themselves": (lambda p: saved(p, **options(a=loop())), "nested too deeply"),
     "an array of objects": (lambda p: saved(p, extra=np.array([{}])), "it holds an array of what is no number"),
     "an array of strings": (lambda p: saved(p, extra=np.array(["a"])), "an array of what is no number"),
@@ -284,6 +285,13 @@ def test_meters_of_old(tmp_path: Path):
         extra = checkpoints.read(tmp_path / "a.pt").state["extra_state"]
         assert extra["train_meters"] == {"a": None}
         assert extra["val_loss"] == 4.0
+
+
+def test_memory_without_end(tmp_path: Path):
+    """Outside the options it takes no time."""
+    extra = checkpoints.read(saved(tmp_path / "a.pt", extra_state={"a": laughs(tuple), "b": laughs()})).state["extra_state"]
+    assert extra["a"][0] is extra["a"][1]
+    assert extra["b"][0] is extra["b"][1]
 
 
 def test_of_a_diverged_run_without_its_weights(tmp_path: Path):
