@@ -55,8 +55,8 @@ def checked(checkpoint: str, memory: Any) -> dict[str, Tensor]:
     table = memory.get("gate") if isinstance(memory, dict) else None
     if not isinstance(table, dict) or "held_out" not in table:
         raise UserError(f"{checkpoint} has no weights of sentences; name a checkpoint of a run with --gate instance")
-    weights, masks = ([table.get(name) for name in names] for names in (("data", "teacher"), ("held_out", "learned")))
-    masks = [mask for mask in masks if mask is not None]
+    weights = [table.get(name) for name in ("data", "teacher")]
+    masks = [table[name] for name in ("held_out", "learned") if name in table]
     columns, epoch = [*weights, *masks], table.get("epoch")
     whole = (
         all(isinstance(column, Tensor) and column.dim() == 1 for column in columns)
