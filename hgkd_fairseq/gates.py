@@ -485,7 +485,7 @@ class SelectiveGlobal:
 
 
 def newest(values: Tensor, size: int) -> Tensor:
-    """(size,) the last of the `values` (n,) that are not nan, in their order, with nan before them where they are few."""
+    """(size,) the last of the `values` (n,) that are not nan, in their order; nan before them where they are few."""
     order = values.isnan().logical_not().to(torch.uint8).argsort(stable=True)  # nan first
     return torch.cat([values.new_full((size,), torch.nan), values[order]])[-size:]
 
