@@ -52,7 +52,7 @@ def _output_gradient(group: Group, options: Options) -> Tensor:
     weight = group.student.weight.detach().requires_grad_()
     student, sentence = group.student._replace(weight=weight), group.sentence()
     every = torch.arange(group.target.numel(), device=group.target.device)
-    flat = (student, group.teachers, every, group.target, sentence, group.lengths, options)
+    flat = (student, group.teachers, every, group.target, lambda: sentence, group.lengths, options)
     with torch.enable_grad():
         return torch.autograd.grad(chunked.token_results(*flat, instance=sentence).loss, weight)[0]
 

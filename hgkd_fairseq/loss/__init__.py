@@ -29,7 +29,7 @@ class DistillationOutput:
     """Sums over the non-pad tokens of a batch (never means: the caller divides), in nats.
 
     Only `loss` carries gradients. Scalars are 0-d tensors on the inputs' device, so that reading none of them costs no
-    synchronisation; per-token tensors are (B, T), 0 or False at pads.
+    synchronisation; per-token tensors are (B, T), 0 or False at pads, and made when they are first asked for.
     """
 
     loss: Tensor  # scalar, the gated objective
@@ -39,10 +39,32 @@ class DistillationOutput:
     teacher_tokens: Tensor  # scalar int64
     tokens: Tensor  # scalar int64
     tokens_mask: Tensor  # (B, T) bool, False at pads
-    teacher_mask: Tensor  # (B, T) bool, the tokens that the gate gave to the teacher
-    confidence: Tensor | None  # (B, T) probability of the student's argmax; with top1=True
-    correct: Tensor | None  # (B, T) bool, that argmax is the gold token; with top1=True
-    token_nll: Tensor  # (B, T) nats, plain -log p(gold)
+    rows: Tensor  # (N,) int64, the places of the N tokens in B T
+    results: TokenResults  # of the N tokens, in their order
+
+    @functools.cached_property
+    def teacher_mask(self) -> Tensor:
+        """(B, T) bool, the tokens that the gate gave to the teacher."""
+        return self._spread(self.results.teacher_mask)
+
+    @functools.cached_property
+    def confidence(self) -> Tensor | None:
+        """(B, T) probability of the student's argmax; with top1=True."""
+        return None if self.results.confidence is None else self._spread(self.results.confidence)
+
+    @functools.cached_property
+    def correct(self) -> Tensor | None:
+        """(B, T) bool, that argmax is the gold token; with top1=True."""
+        return None if self.results.correct is None else self._spread(self.results.correct)
+
+    @functools.cached_property
+    def token_nll(self) -> Tensor:
+        """(B, T) nats, plain -log p(gold)."""
+        return self._spread(self.results.nll)
+
+    def _spread(self, values: Tensor) -> Tensor:
+        flat = values.new_zeros(self.tokens_mask.numel()).index_copy_(0, self.rows, values)
+        return flat.view(self.tokens_mask.shape)
 
 
 def gated_distillation(
@@ -125,23 +147,26 @@ def gated_distillation(
     kept = target != padding_idx  # (B, T)
     if lengths is None:
         lengths = kept.sum(1).tolist()
-    # Their indices, in order. A stable sort, where nonzero() would make the host wait for the device to count them.
-    kept_rows = kept.logical_not().flatten().to(torch.uint8).argsort(stable=True)[: sum(lengths)]  # (N,)
+    # Their indices, in order: the k-th is the first row with k tokens up to it. nonzero() would make the host wait for
+    # the device to count them.
+    so_far = kept.flatten().cumsum(0)
+    kept_rows = torch.searchsorted(so_far, torch.arange(1, sum(lengths) + 1, device=target.device))  # (N,)
     student, *teachers = [_flat(head) for head in (student, *teachers)]
     gold = target.flatten()[kept_rows]
-    sentence = _sentence_index(kept, kept_rows)
+    # Made where a gate asks for it: on a GPU each operation costs the host some 15 microseconds.
+    sentence = functools.cache(functools.partial(_sentence_index, kept, kept_rows))
     if instance is not None:
         instance = instance.to(target.device)[:, None].expand_as(target).flatten()[kept_rows]  # (N,)
     if row_step is None:
         student, *teachers = [head._replace(hidden=head.hidden[kept_rows]) for head in (student, *teachers)]
-        results = eager.token_results(student, teachers, gold, sentence, target.size(0), options, instance)
+        results = eager.token_results(student, teachers, gold, sentence(), target.size(0), options, instance)
     else:
         flat = (student, teachers, kept_rows, gold, sentence, lengths, options)
         results = chunked.token_results(*flat, instance, row_step)
     if options.gate.learned and torch.is_grad_enabled():
-        gate_gradient = _gate_gradient(results, sentence, instance, options, student)
+        gate_gradient = _gate_gradient(results, sentence(), instance, options, student)
         results = results._replace(loss=results.loss.sum() + gate_gradient)
-    return _output(results, kept)
+    return _output(results, kept, kept_rows)
 
 
 def _gate_gradient(
@@ -237,20 +262,15 @@ def _sentence_index(kept: Tensor, kept_rows: Tensor) -> Tensor:
     return rank[kept_rows // max(kept.size(1), 1)]
 
 
-def _output(results: TokenResults, kept: Tensor) -> DistillationOutput:
-    def spread(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values.new_zeros(kept.shape).masked_scatter_(kept, values)
-
+def _output(results: TokenResults, kept: Tensor, kept_rows: Tensor) -> DistillationOutput:
     return DistillationOutput(
-        loss=results.loss.sum(),
+        loss=results.loss.sum() if results.loss.dim() else results.loss,
         nll=results.nll.sum(),
         kd=torch.where(results.teacher_mask, results.kl, torch.zeros_like(results.kl)).sum(),
         gap=(results.student_read - results.teacher_read).sum(),
         teacher_tokens=results.teacher_mask.sum(),
         tokens=kept.sum(),
         tokens_mask=kept,
-        teacher_mask=spread(results.teacher_mask),
-        confidence=spread(results.confidence),
-        correct=spread(results.correct),
-        token_nll=spread(results.nll),
+        rows=kept_rows,
+        results=results,
     )

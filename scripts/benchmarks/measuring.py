@@ -92,15 +92,16 @@ def interleaved(
     device: str,
     before: Callable[[], None] = lambda: None,
     clock: Callable[[Callable[[], None], str], float] = seconds,
+    seed: int = 0,
 ) -> dict[str, list[float]]:
     """Seconds of each run in each round; all take turns, so that what disturbs a round disturbs all of it. Their order
     is another one in each round: what one leaves behind, in caches and in memory given back, falls on no other always.
 
-    `before` is called before each run and not timed.
+    Called once a round, it needs another `seed` each time. `before` is called before each run and not timed.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)
-    shuffle = random.Random(0).shuffle
+    shuffle = random.Random(seed).shuffle
     for _ in range(repeats):
         shuffle(order)
         for name in order:

@@ -207,7 +207,7 @@ def take_turns(
     runs |= teacher_parts(trainers[distilling])
     times: dict[str, list[float]] = {name: [] for name in runs}
     for index, batch in enumerate(batches):
-        turn = interleaved({name: functools.partial(run, batch) for name, run in runs.items()}, 1, device)
+        turn = interleaved({name: functools.partial(run, batch) for name, run in runs.items()}, 1, device, seed=index)
         if index >= WARM_ROUNDS:
             for name, (value,) in turn.items():
                 times[name].append(value)
