@@ -90,6 +90,14 @@ class Checkpoint:
         """Updates that the checkpoint was saved after."""
         return self.state["optimizer_history"][-1]["num_updates"]
 
+    @property
+    def seconds(self) -> float:
+        """Of training, over all resumptions, that the checkpoint was saved after."""
+        found = self.state["extra_state"].get("previous_training_time")
+        if type(found) not in (int, float) or not 0 <= found < LARGEST:
+            raise UserError(f"{self.path} does not say how long it was trained; {FAIRSEQ_ONES}")
+        return float(found)
+
 
 def split_paths(text: str) -> list[str]:
     """The paths of an ensemble or of several data folders, with ':' between them. Where the names of files hold a ':'

@@ -142,14 +142,12 @@ def trained(checkpoint: Path, updates: int) -> bool:
     """Whether the last checkpoint has made all updates. fairseq would make one more if it were started again."""
     if not checkpoint.exists():
         return False
-    from fairseq.checkpoint_utils import load_checkpoint_to_cpu
+    from hgkd_fairseq.plugin import checkpoints
 
     try:
-        return load_checkpoint_to_cpu(str(checkpoint))["optimizer_history"][-1]["num_updates"] >= updates
-    except Exception as error:
-        raise UserError(
-            f"{checkpoint} is no whole checkpoint ({in_one_line(error)}); remove it to train again"
-        ) from error
+        return checkpoints.read(checkpoint, model=False).updates >= updates
+    except UserError as error:
+        raise UserError(f"{error}, or remove it to train again") from None
 
 
 class Runner:

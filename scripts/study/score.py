@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 from fairseq import options
-from fairseq.checkpoint_utils import load_checkpoint_to_cpu
 from fairseq_cli import generate
 from sacrebleu.metrics import BLEU, CHRF
 from study import SCORES, diverged
@@ -33,6 +32,7 @@ from hgkd_fairseq import files
 from hgkd_fairseq.calibration import forced, inference, temperature
 from hgkd_fairseq.errors import UserError, in_one_line
 from hgkd_fairseq.generated import read_lines, read_references, texts, translations
+from hgkd_fairseq.plugin import checkpoints
 
 PACKAGES = ("torch", "ve-fairseq", "sacrebleu")
 LENGTH_PENALTIES = (0.5, 1.0, 1.5, 2.0, 3.0)
@@ -129,7 +129,7 @@ def score(run: Path, data: str, references: list[str], how: str, cpu: bool) -> d
     points = curve(files.read_text(run / "train.log", "keep there what fairseq-train printed"))
     if not points:
         raise UserError(f"{run}/train.log has no line of a validation; train with --log-format json")
-    last = load_checkpoint_to_cpu(str(run / "checkpoint_last.pt"))
+    last = checkpoints.read(run / "checkpoint_last.pt", model=False)
     lowest = min(points, key=lambda point: point.get("valid_nll", math.inf))
     scores = {
         **found,
@@ -145,7 +145,7 @@ def score(run: Path, data: str, references: list[str], how: str, cpu: bool) -> d
         "last_updates": points[-1]["updates"],
         "teacher_share": points[-1].get("teacher_share", 0.0),
         "parameters": gold.about["parameters"],
-        "minutes": last["extra_state"]["previous_training_time"] / 60,
+        "minutes": last.seconds / 60,
         "curve": points,
         "signatures": {
             "bleu": str(bleu.get_signature()),
