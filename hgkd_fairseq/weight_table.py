@@ -58,12 +58,11 @@ def is_table(table: object) -> bool:
         return False
     rows = [table.get(name) for name in ("held_out", "data", "teacher")]
     rows.append(table.get("learned", rows[0]))  # older versions have none
-    dense = all(isinstance(row, Tensor) and row.dim() == 1 and row.layout is torch.strided for row in rows)
-    if not dense or len({(row.shape, row.device.type) for row in rows}) > 1 or rows[0].device.type != "cpu":
+    if not all(isinstance(row, Tensor) and row.dim() == 1 for row in rows) or len({row.shape for row in rows}) > 1:
         return False
     epoch = table.get("epoch")
     if isinstance(epoch, Tensor):
-        whole = epoch.numel() == 1 and epoch.dtype in (torch.int64, torch.int32) and epoch.device.type == "cpu"
+        whole = epoch.numel() == 1 and epoch.dtype in (torch.int64, torch.int32)
     else:
         whole = type(epoch) is int and 0 <= epoch < files.LARGEST
     return whole and all(row.is_floating_point() for row in rows[1:3]) and rows[0].dtype is rows[3].dtype is torch.bool

@@ -55,6 +55,16 @@ class Code:
         return os.system, (f"touch {self.file}",)
 
 
+class Calls:
+    """Unpickling an instance calls a function."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call[0], self.call[1:]
+
+
 class Named:
     """Unpickling an instance imports a name that a terminal would obey."""
 
@@ -180,8 +190,9 @@ REFUSED = {
     "updates in words": (lambda p: saved(p, optimizer_history=[{"num_updates": "a"}]), "its number of updates is none"),
     "a weight that is a string": (lambda p: saved(p, model={"w": "x"}), "w in its model is no tensor"),
     "a weight without a name": (lambda p: saved(p, model={3: torch.ones(1)}), "the name of a weight is int"),
-    "a sparse weight": (lambda p: saved(p, model={"w": torch.eye(3).to_sparse()}), "w in its model is no tensor"),
-    "a weight on no device": (lambda p: saved(p, model={"w": torch.ones(2, device="meta")}), "is no tensor"),
+    "a sparse weight": (lambda p: saved(p, model={"w": torch.eye(3).to_sparse()}), "import torch._utils._rebuild_sp"),
+    "a complex weight": (lambda p: saved(p, model={"w": torch.ones(1) * 1j}), "import torch.ComplexFloatStorage"),
+    "a weight on no device": (lambda p: saved(p, model={"w": torch.ones(2, device="meta")}), "rebuild_meta_tensor"),
     "a weight that is not there": (lambda p: saved(p, model={"w": torch.ones(1).expand(9)}), "w is not all there"),
     "a weight larger than the file": (larger_than_its_file, CUT),
     "nan": (lambda p: saved(p, model={"w": torch.tensor([1.0, torch.nan])}), "nan or infinity in w: its training"),
@@ -199,6 +210,9 @@ REFUSED = {
     "an array of strings": (lambda p: saved(p, extra=np.array(["a"])), "an array of what is no number"),
     "an array of dates": (lambda p: saved(p, extra=np.array(["2026"], "M8[s]")), "an array of what is no number"),
     "an array of records": (lambda p: saved(p, extra=np.zeros(2, [("a", "i4")])), "an array of what is no number"),
+    "all memory": (lambda p: saved(p, extra=Calls(bytearray, 10**12)), "wants to import __builtin__.bytearray"),
+    "all memory, old format": (lambda p: old_format(p, extra=Calls(bytearray, 10**12)), "import __builtin__.bytearray"),
+    "unwritten memory": (lambda p: saved(p, model={"w": Calls(torch.Tensor, 3)}), "wants to import torch.Tensor"),
     "a dtype of parts": (lambda p: saved(p, extra=np.dtype(("i8", 2))), "an array of what is no number"),
 }  # fmt: skip
 
@@ -308,8 +322,6 @@ TABLES = {
     "other lengths": {**ROWS, "epoch": 1, "teacher": torch.ones(3)},
     "whole numbers": {**ROWS, "epoch": 1, "held_out": torch.tensor([0, 1])},
     "a table of tables": {**ROWS, "epoch": 1, "data": torch.ones(2, 2)},
-    "sparse": {**ROWS, "epoch": 1, "data": torch.ones(2).to_sparse()},
-    "on no device": {**ROWS, "epoch": 1, "data": torch.ones(2, device="meta")},
     "learned in words": {**ROWS, "epoch": 1, "learned": "all"},
 }
 
