@@ -146,7 +146,7 @@ def one_loader_of_checkpoints() -> None:
 
 
 def resuming_in_one_sentence() -> None:
-    """fairseq ends in a call stack where a checkpoint does not fit the run that is to go on from it, or is not there."""
+    """fairseq shows its stack where a checkpoint is not there, or does not fit the run that shall go on from it."""
     from fairseq import checkpoint_utils
     from fairseq.trainer import Trainer
 
