@@ -417,7 +417,7 @@ def check_sizes(state: dict[str, Any]) -> None:
     options = vars(options) if isinstance(options, Namespace) else options
     elements = sum(tensor.numel() for tensor in state["model"].values())
     limits = {"layers": len(state["model"]), "dim": elements, "size": elements, "positions": MOST_POSITIONS}
-    for name, value in (options or {}).items():
+    for name, value in options.items() if isinstance(options, dict) else ():
         limit = limits.get(name.rpartition("_")[2]) if name.startswith(("encoder", "decoder", "max")) else None
         if limit is not None and type(value) in (int, float) and value > limit:
             raise Refused(f"does not fit its own options: --{name.replace('_', '-')} {value} is more than {limit}")

@@ -291,6 +291,13 @@ def test_read(write, tmp_path: Path):
     assert read["f2"].dtype == torch.float16
 
 
+@pytest.mark.parametrize("value", [None, "transformer", [1], 3])
+def test_a_section_that_is_none(value, tmp_path: Path):
+    found = checkpoints.read(saved(tmp_path / "a.pt", cfg={**state()["cfg"], "model": value}))
+    with pytest.raises(UserError, match="it holds no options of its model"):
+        found.options("model")
+
+
 def test_meters_of_old(tmp_path: Path):
     """fairseq before 0.9 pickled the objects under fairseq.meters."""
     for module in (b"fairseq.meters", b"fairseq.logging.meters"):
