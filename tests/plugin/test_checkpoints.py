@@ -294,7 +294,7 @@ def test_read(write, tmp_path: Path):
 @pytest.mark.parametrize("value", [None, "transformer", [1], 3])
 def test_a_section_that_is_none(value, tmp_path: Path):
     file = saved(tmp_path / "a.pt", cfg={**state()["cfg"], "model": value})
-    with pytest.raises(UserError, match="is no fairseq (model|checkpoint)"):
+    with pytest.raises(UserError, match=r"is no fairseq (model|checkpoint)"):
         checkpoints.read(file).options("model")
 
 
