@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,27 +45,33 @@ def read(checkpoint: str) -> Weights:
     from hgkd_fairseq.plugin import checkpoints, training_state
 
     memory = checkpoints.read(checkpoint, model=False).state["extra_state"]
-    table = training_state.memory_in(memory).get("gate", {})
-    if not is_table(table):
-        raise UserError(f"{checkpoint} has no weights of sentences; name a checkpoint of a run with --gate instance")
+    table = checked(checkpoint, training_state.memory_in(memory))
     sentence = Instance.learned_rows(table).nonzero().squeeze(1)
     return Weights(sentence, table["data"][sentence], table["teacher"][sentence], int(table["epoch"]))
 
 
-def is_table(table: object) -> bool:
-    """Whether it is what the gate saves: of each sentence whether it was kept aside, and its two weights."""
-    if not isinstance(table, dict):
-        return False
-    rows = [table.get(name) for name in ("held_out", "data", "teacher")]
-    rows.append(table.get("learned", rows[0]))  # older versions have none
-    if not all(isinstance(row, Tensor) and row.dim() == 1 for row in rows) or len({row.shape for row in rows}) > 1:
-        return False
-    epoch = table.get("epoch")
-    if isinstance(epoch, Tensor):
-        whole = epoch.numel() == 1 and epoch.dtype in (torch.int64, torch.int32)
-    else:
-        whole = type(epoch) is int and 0 <= epoch < files.LARGEST
-    return whole and all(row.is_floating_point() for row in rows[1:3]) and rows[0].dtype is rows[3].dtype is torch.bool
+def checked(checkpoint: str, memory: Any) -> dict[str, Tensor]:
+    """The state of --gate instance in what a task remembers, which is a file's: columns of one length, of weights."""
+    table = memory.get("gate") if isinstance(memory, dict) else None
+    if not isinstance(table, dict) or "held_out" not in table:
+        raise UserError(f"{checkpoint} has no weights of sentences; name a checkpoint of a run with --gate instance")
+    weights = [table.get(name) for name in ("data", "teacher")]
+    masks = [table[name] for name in ("held_out", "learned") if name in table]
+    columns, epoch = [*weights, *masks], table.get("epoch")
+    whole = (
+        all(isinstance(column, Tensor) and column.dim() == 1 for column in columns)
+        and all(column.layout is torch.strided and column.device.type == "cpu" for column in columns)
+        and len({len(column) for column in columns}) == 1
+        and all(mask.dtype == torch.bool for mask in masks)
+        and all(column.is_floating_point() and bool((column >= 0).all()) for column in weights)
+        and all(bool(column.isfinite().all()) for column in weights)
+        and isinstance(epoch, Tensor)
+        and epoch.dtype == torch.int64
+        and epoch.numel() == 1
+    )
+    if not whole:
+        raise UserError(f"{checkpoint} holds a table of weights that is damaged; name another checkpoint of its run")
+    return table
 
 
 def numbers(file: str) -> Tensor:

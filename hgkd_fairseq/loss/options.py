@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from hgkd_fairseq.gates import Gate, GateWeights
-from hgkd_fairseq.ranges import BELOW_1, POSITIVE, WEIGHT
+from hgkd_fairseq.ranges import BELOW_1, POSITIVE, SHARE, WEIGHT
 
 GATE_ON = ("gold", "argmax")
 RANGES = {"teacher_temperature": POSITIVE, "label_smoothing": BELOW_1, "confidence_penalty": WEIGHT}
@@ -54,7 +54,7 @@ class Options:
     def __post_init__(self):
         if self.gate_on not in GATE_ON:
             raise ValueError(f'gate_on is "{self.gate_on}"; it must be one of {", ".join(GATE_ON)}')
-        for name, span in RANGES.items():
+        for name, span in {**RANGES, "progress": SHARE}.items():
             if problem := span.problem(getattr(self, name)):
                 raise ValueError(f"{name} is {getattr(self, name)}; {problem}")
 

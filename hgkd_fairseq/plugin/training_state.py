@@ -54,7 +54,7 @@ def method_of(state: dict) -> dict[str, Any] | None:
     criterion, task = (getattr(cfg, part, None) for part in ("criterion", "task"))
     if getattr(criterion, "_name", None) != CRITERION:
         return None
-    kept = memory_in(state["extra_state"]).get("method")
+    kept = memory_in(state.get("extra_state") or {}).get("method")
     return kept or method(criterion, str(getattr(task, "teacher_source", "checkpoint")))
 
 
@@ -96,7 +96,7 @@ def prepare(state: dict, path: str, task, criterion, new_run: bool) -> None:
         "--reset-optimizer"
     )
     held = method_of(state)
-    memory = memory_in(state.get("extra_state", {}))
+    memory = memory_in(state.get("extra_state") or {})
     problem = ""
     if ours is not None:
         of_criterion = (state.get("optimizer_history") or [{}])[-1].get("criterion_name", "another criterion")
@@ -105,7 +105,7 @@ def prepare(state: dict, path: str, task, criterion, new_run: bool) -> None:
             problem = "another teacher taught its student, or its training data were others"
     if problem and not new_run:
         raise UserError(f"{path} is of another run: {problem}; {remedy}")
-    if held is not None and not new_run:
+    if ours is not None and held is not None and not new_run:
         changes = differences(options_of(criterion.cfg), options_of(state["cfg"].criterion))
         if changes:
             logger.warning("%s is resumed with other options: %s", path, changes)

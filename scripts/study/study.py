@@ -155,12 +155,12 @@ class Grid:
         for section in ("data", "training", "sizes", "settings", "teacher", "generation", "cells"):
             if section not in self.table:
                 raise UserError(f"{file} has no section [{section}]; multi30k.toml shows all of them")
-        self.data: dict[str, Any] = self.table["data"]
-        if ("corpus" in self.data) == ("text" in self.data):
-            raise UserError(f"{file}: [data] needs either corpus, a name that get_data.sh knows, or text, a folder")
         found = files.mismatch(self.table, GRID)
         if found:
             raise UserError(f"{file}: {found}; multi30k.toml shows where it belongs")
+        self.data: dict[str, Any] = self.table["data"]
+        if ("corpus" in self.data) == ("text" in self.data):
+            raise UserError(f"{file}: [data] needs either corpus, a name that get_data.sh knows, or text, a folder")
         for kind in ("sizes", "settings"):
             for name in self.table[kind]:
                 if not re.fullmatch(NAME, name) or name in TAKEN:

@@ -234,6 +234,26 @@ def test_cells(tmp_path):
         ('method = "base"', 'method = "hkd-t"', r"\[teacher\] method hkd-t needs a teacher itself"),
         ("[data]", "[data", "is no TOML"),
         ("[generation]", "[methods.bass]\n[generation]", "names bass, which is none of the methods: base, "),
+        ("seeds = [1]", "seeds = 1", r"cells\[0\].seeds is not a list"),
+        ("seeds = [1]", "seeds = [true]", r"cells\[0\].seeds\[0\] is not a whole number"),
+        ("seeds = [1]", "seeds = [-1]", r"cells\[0\].seeds\[0\] is not from 0 to"),
+        ("[[cells]]", "[cells]", "is no TOML|cells is not a list"),
+        ("pairs = 300", "pairs = 0", "data.pairs is not from 1 to"),
+        ("vocabulary = 36", 'vocabulary = "36"', "data.vocabulary is not a whole number"),
+        ("updates = 150", "updates = 1.5", "training.updates is not a whole number"),
+        ('precision = "fp32"', "precision = []", "training.precision is not text"),
+        ('"--beam 2', "\"--beam '2", "generation.options is no list of options: No closing quotation"),
+        ('"--beam 2', '"--beam \\u0000', "generation.options is not text"),
+        ("same", "../../x", r"is no TOML"),
+        ('"same"', '"../../x"', r"names \.\./\.\./x, which is none of the settings"),
+        ("[settings.same]", '[settings."../../x"]', r"settings\.\.\./\.\./x\]: it becomes a folder's name"),
+        ("[settings.same]", "[settings.teacher]", "it becomes a folder's name"),
+        ("[sizes.big]", '[sizes."a/b"]', "it becomes a folder's name"),
+        ("seeds = [1]", "seeds = [1]\ntemperatures = [nan]", r"temperatures\[0\] is not a number"),
+        ("seeds = [1]", "seeds = [1]\ntemperatures = [0]", r"temperatures\[0\] is not from 0.01 to 100"),
+        ("seeds = [1]", "seeds = [1]\ntemperatures = [1.2000001]", "temperatures 1.2000001: give at most 6 digits"),
+        ("[data]", "x = " + "[" * 5000, "is no TOML"),
+        ("pairs = 300", "pairs = " + "9" * 5000, "is no TOML"),
     ],
 )
 def test_grids_that_make_no_study(old, new, expected, tmp_path):
@@ -244,6 +264,53 @@ def test_grids_that_make_no_study(old, new, expected, tmp_path):
     else:
         with pytest.raises(UserError, match=expected):
             Grid(file).cells()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"bleu": NaN}', "cut", "nan", "text"])
+def test_a_file_of_scores_alone_proves_nothing(content, tmp_path):
+    """Cut short, empty or of something else: the cell is not finished, and scored again."""
+    cell = Grid(write_grid(tmp_path, block(["same"], ["base"], [1]))).cells()[0]
+    file = tmp_path / cell.folder / "scores.json"
+    file.parent.mkdir(parents=True)
+    whole = json.dumps(numbers(20, 0.1, 1))
+    file.write_text(whole)
+    assert runner.finished(cell, tmp_path)
+    changed = {"cut": whole[:-9], "nan": whole.replace("4.0", "NaN"), "text": whole.replace("4.0", '"4.0"')}
+    file.write_text(changed.get(content, content))
+    assert not runner.finished(cell, tmp_path)
+
+
+def test_a_cell_that_fails_somehow(tmp_path, capsys):
+    """Its error is no UserError: the others go on, what needs it fails too, and so does the whole."""
+    cells = Grid(write_grid(tmp_path, block(["same"], ["hkd-t"], [1]))).cells()
+    (tmp_path / "teacher/big/seed-0/train.log").mkdir(parents=True)
+    assert not runner.Runner(cells, tmp_path, jobs=1).run()
+    said = capsys.readouterr().out
+    assert "teacher/big/seed-0: " in said
+    assert "train.log: Is a directory" in said
+    assert "same/hkd-t/seed-1: cannot be trained without teacher/big/seed-0" in said
+
+
+def test_a_half_finished_study(tmp_path, monkeypatch, capsys):
+    """Of the teacher alone there are tables without figures; what is cut short is named."""
+    study = tmp_path / "study"
+    write_cell(study, "teacher/big/seed-0", 26, 0.08)
+    out = make_tables(tmp_path, study, monkeypatch)
+    assert (out / "tables.md").read_text().startswith("Only teachers are finished yet.\n")
+    for name, expected in (("cell.json", "is no file of run.py"), ("scores.json", "is no file of")):
+        file = study / "teacher/big/seed-0" / name
+        whole = file.read_text()
+        file.write_text(whole[:-5])
+        monkeypatch.setattr(sys, "argv", ["table.py", str(study), "--output", str(tmp_path / "other")])
+        capsys.readouterr()
+        assert table.main() == 1
+        (error,) = capsys.readouterr().err.splitlines()
+        assert error.startswith("table.py: error: ")
+        assert expected in error
+        file.write_text(whole)
+    (study / "teacher/big/seed-0/translations.txt").write_text("one line\n")
+    with pytest.raises(UserError, match=rf"has 1 lines and .*test\.en {len(REFERENCES)}"):
+        table.Study(study)
 
 
 def test_data(tmp_path, monkeypatch):
