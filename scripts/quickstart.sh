@@ -36,7 +36,7 @@ if [[ $dir == *:* ]]; then
     echo "quickstart.sh: --dir $dir: fairseq takes a ':' for the end of a path; choose a folder without one" >&2
     exit 2
 fi
-mkdir -p -- "$dir" || exit 1
+mkdir -p -- "$dir" 2>/dev/null || { echo "quickstart.sh: --dir $dir cannot be made: name a folder to write to" >&2; exit 1; }
 dir=$(cd -- "$dir" && pwd)
 lock "$dir" || exit 1
 # On the CPU a training step allocates and frees hundreds of megabytes. glibc would hand them back to the kernel each time,
