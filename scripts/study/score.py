@@ -17,7 +17,6 @@ import re
 import shlex
 import sys
 import tempfile
-import traceback
 from importlib import metadata
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from study import SCORES, diverged
 import hgkd_fairseq
 from hgkd_fairseq import files
 from hgkd_fairseq.calibration import forced, inference, temperature
-from hgkd_fairseq.errors import UserError, in_one_line
+from hgkd_fairseq.errors import UserError, guarded
 from hgkd_fairseq.generated import read_lines, read_references, texts, translations
 from hgkd_fairseq.plugin import checkpoints
 
@@ -171,16 +170,14 @@ def main() -> int:
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
-    try:
+
+    def write() -> int:
         references = read_references(args.reference)
         scores = score(args.run, args.data, references, args.generate, args.cpu)
         files.write_json(args.run / "scores.json", scores)
-    except Exception as error:
-        if args.debug and not isinstance(error, UserError):
-            traceback.print_exc()
-        print(f"score.py: error: {in_one_line(error)}", file=sys.stderr)
-        return 1
-    return 0
+        return 0
+
+    return guarded("score.py: error", write, args.debug)
 
 
 if __name__ == "__main__":
