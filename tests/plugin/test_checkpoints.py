@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from hgkd_fairseq import weight_table
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.plugin import checkpoints
 from hgkd_fairseq.plugin.literals import literal
@@ -314,6 +315,31 @@ def test_memory_without_end(tmp_path: Path):
     extra = checkpoints.read(file).state["extra_state"]
     assert extra["a"][0] is extra["a"][1]
     assert extra["b"][0] is extra["b"][1]
+
+
+ROWS = {"held_out": torch.tensor([False, True]), "data": torch.ones(2), "teacher": torch.ones(2)}
+ROWS["epoch"] = torch.tensor(2)
+TABLES = {
+    "none": None,
+    "a string": "held_out",
+    "no epoch": {**ROWS, "epoch": None},
+    "an epoch in words": {**ROWS, "epoch": "1"},
+    "an epoch of nan": {**ROWS, "epoch": torch.tensor(torch.nan)},
+    "no teacher": {**ROWS, "teacher": None},
+    "other lengths": {**ROWS, "teacher": torch.ones(3)},
+    "whole numbers": {**ROWS, "held_out": torch.tensor([0, 1])},
+    "a table of tables": {**ROWS, "data": torch.ones(2, 2)},
+    "learned in words": {**ROWS, "learned": "all"},
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_weights_of_sentences_that_are_none(name: str, tmp_path: Path):
+    file = saved(tmp_path / "a.pt", extra_state={"TranslationWithTeacherTask": {"gate": TABLES[name]}})
+    with pytest.raises(UserError, match=r"has no weights of sentences|a table of weights that is damaged"):
+        weight_table.read(str(file))
+    saved(file, extra_state={"TranslationWithTeacherTask": {"gate": ROWS}})
+    assert weight_table.read(str(file)).epoch == 2
 
 
 def test_of_a_diverged_run_without_its_weights(tmp_path: Path):
