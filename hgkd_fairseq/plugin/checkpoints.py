@@ -418,6 +418,10 @@ def check_sizes(state: dict[str, Any]) -> None:
     elements = sum(tensor.numel() for tensor in state["model"].values())
     limits = {"layers": len(state["model"]), "dim": elements, "size": elements, "positions": MOST_POSITIONS}
     for name, value in options.items() if isinstance(options, dict) else ():
+        # A number would be an open file of this process, and be closed; a pipe would never end.
+        odd = not isinstance(value, str) or (os.path.exists(value) and not os.path.isfile(value))
+        if value and name.endswith("embed_path") and odd:
+            raise Refused(f"is refused: its option {name} is no name of a file")
         limit = limits.get(name.rpartition("_")[2]) if name.startswith(("encoder", "decoder", "max")) else None
         if limit is not None and type(value) in (int, float) and value > limit:
             raise Refused(f"does not fit its own options: --{name.replace('_', '-')} {value} is more than {limit}")
