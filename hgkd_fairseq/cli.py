@@ -10,13 +10,12 @@ import os
 import shlex
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import hgkd_fairseq
 from hgkd_fairseq import files
-from hgkd_fairseq.errors import UserError, in_one_line, printable
+from hgkd_fairseq.errors import UserError, guarded, printable
 
 MOST_RESAMPLED = 20_000_000  # bins x replicates: 1.5 GB of sums
 
@@ -427,20 +426,6 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def tell(error: UserError) -> None:
-    """One line on standard error, where anybody reads it."""
-    with contextlib.suppress(OSError):
-        print(f"hgkd: error: {error}", file=sys.stderr, flush=True)
-
-
-def discard_output() -> None:
-    """Nothing is written any more when Python closes standard output, which cannot be written."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
-        os.close(null)
-
-
 def stopped(number: int, _frame) -> None:
     """So that `kill` leaves no temporary files."""
     sys.exit(128 + number)
@@ -452,8 +437,6 @@ def run(argv: list[str]) -> int:
     args.command = shlex.join(["hgkd", *(word for word in argv if word != "--debug")])
     logging.getLogger().setLevel(logging.WARNING)  # fairseq, once imported, logs every step of loading
     logging.getLogger("filelock").setLevel(logging.WARNING)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names may hold what the terminal cannot show
     refuse_overwriting(args)
     return args.run(args)
 
@@ -462,24 +445,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     with contextlib.suppress(ValueError):  # in a thread
         signal.signal(signal.SIGTERM, stopped)
-    try:
-        try:
-            status = run(argv)
-        except SystemExit:  # argparse's
-            sys.stdout.flush()
-            raise
-        sys.stdout.flush()
-        return status
-    except (Exception, KeyboardInterrupt) as error:
-        if "--debug" in argv:
-            traceback.print_exc()
-        interrupted = isinstance(error, KeyboardInterrupt)
-        tell(UserError("interrupted") if interrupted else in_one_line(error))
-        try:
-            sys.stdout.flush()
-        except OSError:
-            discard_output()
-        return 128 + signal.SIGINT if interrupted else 1
+    return guarded("hgkd: error", lambda: run(argv), "--debug" in argv)
 
 
 if __name__ == "__main__":

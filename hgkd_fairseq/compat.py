@@ -146,17 +146,32 @@ def one_loader_of_checkpoints() -> None:
 
 
 def resuming_in_one_sentence() -> None:
-    """fairseq ends in a call stack where a checkpoint does not fit the run that is to go on from it."""
+    """fairseq shows its stack where a checkpoint is not there, or does not fit the run that shall go on from it."""
+    from fairseq import checkpoint_utils
     from fairseq.trainer import Trainer
 
-    original = Trainer.load_checkpoint
-    if not written_for(original, "state = checkpoint_utils.load_checkpoint_to_cpu(", "it is a call stack as before"):
+    resume, begin = Trainer.load_checkpoint, checkpoint_utils.load_checkpoint
+    consequence = "a checkpoint that does not fit ends in a call stack"
+    known = [
+        written_for(resume, "state = checkpoint_utils.load_checkpoint_to_cpu(", consequence),
+        written_for(begin, '"--finetune-from-model can not be set together', consequence),
+    ]
+    if not all(known):
         return
 
-    @functools.wraps(original)
+    @functools.wraps(begin)
+    def begin_training(*args, **kwargs):
+        try:
+            return begin(*args, **kwargs)
+        except ValueError as error:
+            if isinstance(error, UserError) or "--finetune-from-model" not in str(error):
+                raise
+            raise UserError(str(error)) from None
+
+    @functools.wraps(resume)
     def load_checkpoint(self, filename, *args, **kwargs):
         try:
-            return original(self, filename, *args, **kwargs)
+            return resume(self, filename, *args, **kwargs)
         except UserError:
             raise
         except Exception as error:  # fairseq's own; and whatever the content of a file leads to
@@ -167,6 +182,7 @@ def resuming_in_one_sentence() -> None:
             ) from error
 
     Trainer.load_checkpoint = load_checkpoint
+    checkpoint_utils.load_checkpoint = begin_training
 
 
 def paths_with_colons() -> None:

@@ -68,7 +68,12 @@ def _place(file: Path) -> Path | None:
 
 
 def _umask() -> int:
-    found = os.umask(0o077)  # it cannot be read without being set
+    """Of this process. Python can read it only by setting it, which another thread's children would inherit."""
+    with contextlib.suppress(OSError), open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    found = os.umask(0o077)
     os.umask(found)
     return found
 

@@ -110,7 +110,10 @@ class Page(HTMLParser):
 
 def read_page(path: Path) -> dict[tuple[str, int], str]:
     page = Page()
-    page.feed(path.read_text(encoding="utf-8"))
+    try:
+        page.feed(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        fail(f"{path} cannot be read ({error}): get the packages anew")
     page.close()
     return {key: normalise(text) for key, text in page.paragraphs.items()}
 
@@ -308,7 +311,10 @@ def main() -> None:
     for split, pairs in splits.items():
         for side, language in enumerate(("de", "en")):
             text = "".join(pair[side] + "\n" for pair in pairs)
-            (args.outdir / f"{split}.{language}").write_text(text, encoding="utf-8", newline="\n")
+            try:
+                (args.outdir / f"{split}.{language}").write_text(text, encoding="utf-8", newline="\n")
+            except OSError as error:
+                fail(f"{args.outdir / split}.{language} cannot be written: {error.strerror}")
         print(f"align_libreoffice.py: {split}: {len(pairs)} pairs", file=sys.stderr)
 
 

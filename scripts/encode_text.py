@@ -16,8 +16,9 @@ import sentencepiece
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout that this script lies in, installed or not
 
-from hgkd_fairseq.errors import UserError
-from hgkd_fairseq.files import read_lines
+from hgkd_fairseq import files
+from hgkd_fairseq.cli import number
+from hgkd_fairseq.errors import UserError, guarded
 
 SPLITS = ("train", "valid", "test")
 FAIRSEQ_SPECIALS = 4  # <s> <pad> </s> <unk>, which fairseq puts before the lines of a dictionary file
@@ -63,31 +64,21 @@ def dictionary_lines(model: sentencepiece.SentencePieceProcessor, counts: Counte
     return [f"{piece} {counts[piece]}" for piece in pieces] + [f"madeupword{i:04d} 0" for i in range(padding)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("textdir", type=Path)
-    parser.add_argument("outdir", type=Path)
-    parser.add_argument("--vocab", type=int, default=4000)
-    parser.add_argument("--source", default="de")
-    parser.add_argument("--target", default="en")
-    parser.add_argument("--style", choices=("cased", "paper"), default="cased")
-    args = parser.parse_args()
-
+def encode(args: argparse.Namespace) -> int:
+    if files.same_file(args.textdir, args.outdir):
+        raise UserError(f"OUTDIR {args.outdir} is TEXTDIR, whose text would be written over; name another folder")
     languages = (args.source, args.target)
     splits = [*SPLITS, *(["valid1"] if (args.textdir / f"valid1.{args.source}").exists() else [])]
     text = {}
     for language in languages:
         style = paper_style(language) if args.style == "paper" else str
         for split in splits:
-            try:
-                text[split, language] = [style(line) for line in read_lines(args.textdir / f"{split}.{language}")]
-            except UserError as error:
-                sys.exit(f"encode_text.py: {error}")
+            text[split, language] = [style(line) for line in files.read_lines(args.textdir / f"{split}.{language}")]
     for split in splits:
         sizes = [len(text[split, language]) for language in languages]
         if sizes[0] != sizes[1]:
-            sys.exit(
-                f"encode_text.py: TEXTDIR {args.textdir}: {split}.{args.source} has {sizes[0]} lines and "
+            raise UserError(
+                f"TEXTDIR {args.textdir}: {split}.{args.source} has {sizes[0]} lines and "
                 f"{split}.{args.target} {sizes[1]}: give a pair on each line"
             )
 
@@ -95,11 +86,13 @@ def main() -> None:
     try:
         serialised = train_model((line for language in languages for line in text["train", language]), args.vocab)
     except RuntimeError as error:  # sentencepiece says "Vocabulary size too high (4000). Please set it to ... <= 512."
-        sys.exit(f"encode_text.py: --vocab {args.vocab} does not suit train.*: {' '.join(str(error).split())}")
+        reason = " ".join(str(error).split())
+        raise UserError(f"--vocab {args.vocab} does not suit train.*: {reason}") from None
     model = sentencepiece.SentencePieceProcessor(model_proto=serialised)
 
     args.outdir.mkdir(parents=True, exist_ok=True)
-    (args.outdir / "sentencepiece.model").write_bytes(serialised)
+    with files.writing(args.outdir / "sentencepiece.model", "wb") as file:
+        file.write(serialised)
     counts: Counter[str] = Counter()
     for (split, language), lines in text.items():
         encoded = model.encode(lines, out_type=str)
@@ -107,15 +100,28 @@ def main() -> None:
         unknown = sum(n for piece, n in pieces.items() if model.piece_to_id(piece) == model.unk_id())
         if split == "train":
             counts += pieces
-        with (args.outdir / f"{split}.{language}").open("w", encoding="utf-8", newline="\n") as file:
+        with files.writing(args.outdir / f"{split}.{language}") as file:
             file.writelines(" ".join(line) + "\n" for line in encoded)
         print(
             f"encode_text.py: {split}.{language}: {len(lines)} lines, {pieces.total()} pieces, {unknown} unknown",
             file=sys.stderr,
         )
-    with (args.outdir / "dict.txt").open("w", encoding="utf-8", newline="\n") as file:
+    with files.writing(args.outdir / "dict.txt") as file:
         file.writelines(line + "\n" for line in dictionary_lines(model, counts))
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("textdir", type=Path)
+    parser.add_argument("outdir", type=Path)
+    parser.add_argument("--vocab", type=number(1, 2**31 - 1), default=4000)
+    parser.add_argument("--source", default="de")
+    parser.add_argument("--target", default="en")
+    parser.add_argument("--style", choices=("cased", "paper"), default="cased")
+    args = parser.parse_args()
+    return guarded("encode_text.py", lambda: encode(args))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

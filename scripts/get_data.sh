@@ -142,7 +142,7 @@ multi30k() {
             elif [[ -n $folder ]]; then
                 say "$name: copying"
                 [[ -r $folder/$name ]] || fail 2 "$folder/$name cannot be read: the folder needs all six files"
-                cp "$folder/$name" "$gz"
+                cp -- "$folder/$name" "$gz"
             else
                 say "$name: downloading"
                 download "$url/$name" "$gz" ||

@@ -36,7 +36,7 @@ if [[ $dir == *:* ]]; then
     echo "quickstart.sh: --dir $dir: fairseq takes a ':' for the end of a path; choose a folder without one" >&2
     exit 2
 fi
-mkdir -p -- "$dir" || exit 1
+mkdir -p -- "$dir" 2>/dev/null || { echo "quickstart.sh: --dir $dir cannot be made: name a folder to write to" >&2; exit 1; }
 dir=$(cd -- "$dir" && pwd)
 lock "$dir" || exit 1
 # On the CPU a training step allocates and frees hundreds of megabytes. glibc would hand them back to the kernel each time,
@@ -123,10 +123,10 @@ measure() {
     record "$run" "$name"
 }
 
-# translate RUN SUBFOLDER OPTIONS...: the test set, to RUN/SUBFOLDER/generate-test.txt. The translations stay in pieces, one
-# for each score: inference calibration needs them, and the report joins them.
+# translate RUN SUBFOLDER OPTIONS...: the test set, to generate-test.txt in RUN or in a folder of it. The translations stay
+# in pieces, one for each score: inference calibration needs them, and the report joins them.
 translate() {
-    local run=$1 folder=$1/$2 file=$2/generate-test.txt
+    local run=$1 folder=$1${2:+/$2} file=${2:+$2/}generate-test.txt
     shift 2
     recorded "$run" "$file" && return
     mkdir -p "$folder"
@@ -141,7 +141,7 @@ translate() {
 score() {
     local name=$1 run=$dir/$1 degree
     local model=("$bin" --path "$run/checkpoint_best.pt")
-    translate "$run" .
+    translate "$run" ""
     say "$name: calibration"
     measure "$run" forced.json calibration forced "${model[@]}"
     measure "$run" inference.json calibration inference "$run/generate-test.txt"

@@ -178,6 +178,16 @@ def test_options_are_all_that_torch_must_allow(run: str, request: pytest.Fixture
         assert {"_calibration", "_bleu_counts"} <= names
 
 
+def test_no_variable_lets_code_run(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    """The usual remedy for fairseq under torch 2.6 has no effect on what fairseq loads by itself, and that is said."""
+    from hgkd_fairseq import compat
+
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    compat.allow_fairseq_options()
+    assert "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD" not in os.environ
+    assert "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD has no effect" in caplog.text
+
+
 def test_patches_are_applied_once():
     from fairseq import checkpoint_utils
 

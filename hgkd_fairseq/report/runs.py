@@ -144,10 +144,7 @@ def progress(run: Run, file: str) -> tuple[int | None, float | None]:
     if file in run.missing:
         return None, None
     found = checkpoints.read(run.folder / file, model=False)
-    try:
-        return found.updates, found.state["extra_state"]["previous_training_time"] / 60
-    except (KeyError, TypeError):
-        raise UserError(f"{run.folder / file} is no checkpoint of fairseq-train; name a run of it") from None
+    return found.updates, found.seconds / 60
 
 
 def scores(file: Path, mode: str) -> dict[str, Any]:

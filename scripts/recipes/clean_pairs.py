@@ -12,8 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout that this script lies in, installed or not
 
-from hgkd_fairseq.errors import UserError
-from hgkd_fairseq.files import read_lines, writing
+from hgkd_fairseq.errors import UserError, guarded
+from hgkd_fairseq.files import read_lines, same_file, writing
 
 LONGEST_WORD = 1000  # characters
 
@@ -24,30 +24,34 @@ def keeps(one: list[str], other: list[str], longest: int, ratio: float) -> bool:
     return short >= 1 and long <= min(longest, ratio * short) and max(map(len, one + other)) <= LONGEST_WORD
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("files", nargs=4, type=Path, metavar="FILE")
     parser.add_argument("--max", type=int, required=True, help="longest side, in tokens")
     parser.add_argument("--ratio", type=float, default=float("inf"), help="longer side over the shorter one")
     args = parser.parse_args()
+    return guarded("clean_pairs.py", lambda: clean(*args.files, args.max, args.ratio))
+
+
+def clean(one: Path, other: Path, out_one: Path, out_other: Path, longest: int, ratio: float) -> int:
+    for out, others in ((out_one, (one, other, out_other)), (out_other, (one, other))):
+        if any(same_file(out, path) for path in others):
+            raise UserError(f"{out} is named twice, and would be written over; name another file to write")
 
     seen = kept = 0
-    ins = [read_lines(path) for path in args.files[:2]]
-    try:
-        with writing(args.files[2]) as first, writing(args.files[3]) as second:
-            for lines in itertools.zip_longest(*ins):
-                if None in lines:
-                    raise UserError(f"{args.files[0]} and {args.files[1]} differ in their number of lines: no pairs")
-                seen += 1
-                one, other = (line.split() for line in lines)
-                if keeps(one, other, args.max, args.ratio):
-                    kept += 1
-                    first.write(" ".join(one) + "\n")
-                    second.write(" ".join(other) + "\n")
-    except UserError as error:
-        sys.exit(f"clean_pairs.py: {error}")
+    with writing(out_one) as first, writing(out_other) as second:
+        for lines in itertools.zip_longest(read_lines(one), read_lines(other)):
+            if None in lines:
+                raise UserError(f"{one} and {other} differ in their number of lines: no pairs")
+            seen += 1
+            ours, theirs = (line.split() for line in lines)
+            if keeps(ours, theirs, longest, ratio):
+                kept += 1
+                first.write(" ".join(ours) + "\n")
+                second.write(" ".join(theirs) + "\n")
     print(f"clean_pairs.py: {kept} of {seen} pairs kept", file=sys.stderr)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -136,7 +136,7 @@ options() {
 
 check_from() {
     local file
-    from=$(cd "$from" && pwd)
+    from=$(cd -- "$from" && pwd)
     for file in "${originals[@]}"; do
         [[ -f $from/$file ]] || fail 2 "--from $from: lacks $file: it must hold ${originals[*]}"
     done
@@ -538,7 +538,7 @@ recipe() {
     options "$@"
     if ! ((dry_run)); then
         [[ -n ${PYTHON:-} ]] || source "$root/scripts/env.sh"
-        mkdir -p "$dir"
+        mkdir -p -- "$dir" 2>/dev/null || fail 1 "--dir $dir cannot be made: name a folder to write to"
         [[ -f $dir/recipe ]] || printf '%s\n' "$name${style:+ --style $style}" >"$dir/recipe"
         [[ $(<"$dir/recipe") == "$name${style:+ --style $style}" ]] ||
             fail 1 "$dir holds $(<"$dir/recipe"): choose another --dir"

@@ -17,7 +17,7 @@ more_usage="  --style STYLE   paper (default: tokenised, lowercased) or cased (t
 "
 
 # The hashes of this set are known: get_data.sh downloads it, or takes it from --from or HGKD_DATA, and checks them.
-check_from() { from=$(cd "$from" && pwd); }
+check_from() { from=$(cd -- "$from" && pwd); }
 get_originals() {
     original=$dir/original
     bash "$root/scripts/get_data.sh" multi30k-de-en "$original" ${from:+--from "$from"} || exit

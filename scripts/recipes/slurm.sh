@@ -20,4 +20,5 @@ set -euo pipefail
 [[ -n ${SLURM_SUBMIT_DIR:-} && -n ${SLURM_JOB_NUM_NODES:-} && -n ${SLURM_GPUS_ON_NODE:-} ]] ||
     { echo "slurm.sh: works in a Slurm job with GPUs only: sbatch scripts/recipes/slurm.sh $*" >&2; exit 2; }
 recipe=$SLURM_SUBMIT_DIR/scripts/recipes/$1.sh
+[[ -f $recipe ]] || { echo "slurm.sh: there is no recipe $1: $recipe does not exist" >&2; exit 2; }
 exec bash "$recipe" --nodes "$SLURM_JOB_NUM_NODES" --gpus "$SLURM_GPUS_ON_NODE" "${@:2}"

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout that this script lies in, installed or not
 
 from hgkd_fairseq import files
-from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.errors import in_one_line
 
 
 def shuffled(lines: list[str], share: float, seed: int) -> tuple[list[str], list[int]]:
@@ -61,10 +61,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{file} does not exist; give a folder with train.{args.target}, or another --target")
     if args.noisy.exists():
         parser.error(f"{args.noisy} exists; give the name of a new folder")
+    if args.noisy.resolve().is_relative_to(args.text.resolve()):
+        parser.error(f"{args.noisy} lies in {args.text}, which is copied; name another folder")
     try:
         return make(args, parser, file)
-    except UserError as error:
-        parser.error(str(error))
+    except Exception as error:
+        parser.error(str(in_one_line(error)))
 
 
 def make(args: argparse.Namespace, parser: argparse.ArgumentParser, file: Path) -> int:

@@ -29,7 +29,7 @@ from study import Cell, Grid, read_about, read_scores, user_dir
 
 from hgkd_fairseq import files
 from hgkd_fairseq.cli import number
-from hgkd_fairseq.errors import UserError, in_one_line
+from hgkd_fairseq.errors import UserError, guarded, in_one_line
 
 HERE = Path(__file__).parent
 SCRIPTS = HERE.parent
@@ -142,14 +142,12 @@ def trained(checkpoint: Path, updates: int) -> bool:
     """Whether the last checkpoint has made all updates. fairseq would make one more if it were started again."""
     if not checkpoint.exists():
         return False
-    from fairseq.checkpoint_utils import load_checkpoint_to_cpu
+    from hgkd_fairseq.plugin import checkpoints
 
     try:
-        return load_checkpoint_to_cpu(str(checkpoint))["optimizer_history"][-1]["num_updates"] >= updates
-    except Exception as error:
-        raise UserError(
-            f"{checkpoint} is no whole checkpoint ({in_one_line(error)}); remove it to train again"
-        ) from error
+        return checkpoints.read(checkpoint, model=False).updates >= updates
+    except UserError as error:
+        raise UserError(f"{error}, or remove it to train again") from None
 
 
 class Runner:
@@ -284,24 +282,20 @@ def main() -> int:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, interrupt)
-    try:
-        grid = Grid(args.grid)
-        cells = grid.cells()
-        folder = (args.dir or SCRIPTS.parent / "runs" / "study" / args.grid.stem).resolve()
-        check(cells, folder)
-        if args.dry_run:
-            show(cells, folder)
-            return 0
-        folder.mkdir(parents=True, exist_ok=True)
-        prepare(grid, folder, args.source)
-        return 0 if Runner(cells, folder, args.jobs).run() else 1
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        if args.debug:
-            raise
-        print(f"run.py: error: {in_one_line(error)}", file=sys.stderr)
-        return 1
+    return guarded("run.py: error", lambda: work(args), args.debug)
+
+
+def work(args: argparse.Namespace) -> int:
+    grid = Grid(args.grid)
+    cells = grid.cells()
+    folder = (args.dir or SCRIPTS.parent / "runs" / "study" / args.grid.stem).resolve()
+    check(cells, folder)
+    if args.dry_run:
+        show(cells, folder)
+        return 0
+    folder.mkdir(parents=True, exist_ok=True)
+    prepare(grid, folder, args.source)
+    return 0 if Runner(cells, folder, args.jobs).run() else 1
 
 
 if __name__ == "__main__":

@@ -17,13 +17,11 @@ import re
 import shlex
 import sys
 import tempfile
-import traceback
 from importlib import metadata
 from pathlib import Path
 
 import torch
 from fairseq import options
-from fairseq.checkpoint_utils import load_checkpoint_to_cpu
 from fairseq_cli import generate
 from sacrebleu.metrics import BLEU, CHRF
 from study import SCORES, diverged
@@ -31,8 +29,9 @@ from study import SCORES, diverged
 import hgkd_fairseq
 from hgkd_fairseq import files
 from hgkd_fairseq.calibration import forced, inference, temperature
-from hgkd_fairseq.errors import UserError, in_one_line
+from hgkd_fairseq.errors import UserError, guarded
 from hgkd_fairseq.generated import read_lines, read_references, texts, translations
+from hgkd_fairseq.plugin import checkpoints
 
 PACKAGES = ("torch", "ve-fairseq", "sacrebleu")
 LENGTH_PENALTIES = (0.5, 1.0, 1.5, 2.0, 3.0)
@@ -129,7 +128,7 @@ def score(run: Path, data: str, references: list[str], how: str, cpu: bool) -> d
     points = curve(files.read_text(run / "train.log", "keep there what fairseq-train printed"))
     if not points:
         raise UserError(f"{run}/train.log has no line of a validation; train with --log-format json")
-    last = load_checkpoint_to_cpu(str(run / "checkpoint_last.pt"))
+    last = checkpoints.read(run / "checkpoint_last.pt", model=False)
     lowest = min(points, key=lambda point: point.get("valid_nll", math.inf))
     scores = {
         **found,
@@ -145,7 +144,7 @@ def score(run: Path, data: str, references: list[str], how: str, cpu: bool) -> d
         "last_updates": points[-1]["updates"],
         "teacher_share": points[-1].get("teacher_share", 0.0),
         "parameters": gold.about["parameters"],
-        "minutes": last["extra_state"]["previous_training_time"] / 60,
+        "minutes": last.seconds / 60,
         "curve": points,
         "signatures": {
             "bleu": str(bleu.get_signature()),
@@ -171,16 +170,14 @@ def main() -> int:
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
-    try:
+
+    def write() -> int:
         references = read_references(args.reference)
         scores = score(args.run, args.data, references, args.generate, args.cpu)
         files.write_json(args.run / "scores.json", scores)
-    except Exception as error:
-        if args.debug and not isinstance(error, UserError):
-            traceback.print_exc()
-        print(f"score.py: error: {in_one_line(error)}", file=sys.stderr)
-        return 1
-    return 0
+        return 0
+
+    return guarded("score.py: error", write, args.debug)
 
 
 if __name__ == "__main__":

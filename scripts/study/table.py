@@ -23,7 +23,7 @@ from study import diverged, methods, read_about, read_scores
 
 from hgkd_fairseq import files
 from hgkd_fairseq.calibration import diagram
-from hgkd_fairseq.errors import UserError, in_one_line, printable
+from hgkd_fairseq.errors import UserError, guarded, printable
 from hgkd_fairseq.generated import read_references
 
 TEACHER = "teacher"  # the setting of the teachers' cells
@@ -336,23 +336,20 @@ def main() -> int:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     logging.getLogger().setLevel(logging.WARNING)  # fairseq, once imported, logs what every library has to say
-    output = args.output or args.dir
-    try:
-        study = Study(args.dir)
-        lines = [line for setting in study.settings() for line in setting_tables(study, setting)] + how(study)
-        if not study.settings():
-            lines = ["Only teachers are finished yet.", "", *lines]
-        output.mkdir(parents=True, exist_ok=True)
-        files.write_text(output / "tables.md", "\n".join(lines) + "\n")
-        if study.settings():
-            draw(study, "teacher_share", "share of tokens that the teacher teaches", output / "teacher_share.svg")
-            draw(study, "valid_nll", "validation NLL, bits a token", output / "validation_nll.svg")
-        print("\n".join(lines), flush=True)
-    except Exception as error:
-        if args.debug:
-            raise
-        print(f"table.py: error: {in_one_line(error)}", file=sys.stderr)
-        return 1
+    return guarded("table.py: error", lambda: write(args.dir, args.output or args.dir), args.debug)
+
+
+def write(folder: Path, output: Path) -> int:
+    study = Study(folder)
+    lines = [line for setting in study.settings() for line in setting_tables(study, setting)] + how(study)
+    if not study.settings():
+        lines = ["Only teachers are finished yet.", "", *lines]
+    output.mkdir(parents=True, exist_ok=True)
+    files.write_text(output / "tables.md", "\n".join(lines) + "\n")
+    if study.settings():
+        draw(study, "teacher_share", "share of tokens that the teacher teaches", output / "teacher_share.svg")
+        draw(study, "valid_nll", "validation NLL, bits a token", output / "validation_nll.svg")
+    print("\n".join(lines))
     return 0
 
 

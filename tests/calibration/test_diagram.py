@@ -92,3 +92,44 @@ def test_refusals(files, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match=r"need matplotlib: pip install 'hgkd-fairseq\[report\]'"):
         diagram.draw(files, output)
+
+
+def test_labels_are_shown_as_they_are(files, tmp_path):
+    """matplotlib would take $ for mathematics, and leave out what begins with _; a name may hold anything."""
+    diagram.draw(files, str(tmp_path / "x.svg"), ["a $x_{$ b", "_c\x1b[2J\udcff"])
+    drawn = (tmp_path / "x.svg").read_text()  # matplotlib writes a text of its figures as a comment too
+    assert "<!-- a $x_{$ b: ECE 12.34 %, 64 tokens -->" in drawn
+    assert "<!-- _c\\x1b[2J\\udcff: ECE 12.34 %, 64 tokens -->" in drawn
+
+
+def test_of_no_tokens(tmp_path):
+    """A model that translates into nothing has no ECE without the end of sentence."""
+    nothing = {"count": [0, 0], "confidence": [0, 0], "correct": [0, 0]}
+    result = {**RESULT, "bins": 2, "ece_without_eos": None, "histograms": {"eos:yes": nothing, "eos:no": nothing}}
+    (tmp_path / "x.json").write_text(json.dumps(result))
+    diagram.draw([str(tmp_path / "x.json")], str(tmp_path / "x.svg"), None, "eos:no")
+    assert "<!-- x: no ECE, 0 tokens -->" in (tmp_path / "x.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"mode": None}, "mode is not text"),
+        ({"bins": 0}, "bins is not from 1 to"),
+        ({"bins": 3}, "a list of histograms has not 3 numbers"),
+        ({"ece": "0.1"}, "ece is not a number"),
+        ({"ece": float("nan")}, "NaN is no number of JSON"),
+        ({"histograms": {"eos:yes": BARS}}, "histograms lacks 'eos:no'"),
+        (
+            {"histograms": {"eos:yes": BARS, "eos:no": {**BARS, "count": [-1, 0, 1, 2]}}},
+            r"eos:no.count\[0\] is not from 0",
+        ),
+        ({"histograms": {"eos:yes": BARS, "eos:no": {**BARS, "low": [None] * 4}}}, r"eos:no.low\[0\] is not a number"),
+        ({"histograms": {"eos:yes": BARS, "eos:no": {**BARS, "correct": [1e300] * 4}}}, r"correct\[0\] is not from 0"),
+    ],
+)
+def test_a_file_of_results_is_checked(changed, expected, tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps({**RESULT, **changed}))
+    with pytest.raises(UserError, match=rf"x\.json is no file of .*{expected}"):
+        diagram.draw([str(tmp_path / "x.json")], str(tmp_path / "x.svg"))
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]

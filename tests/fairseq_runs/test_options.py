@@ -36,6 +36,11 @@ CASES = {
     "plain task": (["--task", "translation"], ["TranslationTask", "add --task translation_with_teacher"]),
     "overrides that are no dict": (["--teacher-model-overrides", "data=x"], ["'data=x' is not a dict"]),
     "ensemble with a missing member": (["--teacher-path", "TEACHER:gone.pt"], ["gone.pt, which does not exist"]),
+    "nothing to fine-tune": (["--finetune-from-model", "gone.pt"], ["--finetune-from-model gone.pt does not exist"]),
+    "another architecture to go on from": (
+        ["--restore-file", "TEACHER", "--reset-optimizer", "--encoder-layers", 2],
+        ["cannot go on from", "Cannot load model parameters", "give the options of the run that wrote it"],
+    ),
     "folder for a teacher": (["--teacher-path", "FOLDER"], ["is a folder, not a checkpoint"]),
 }
 

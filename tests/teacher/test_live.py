@@ -18,7 +18,9 @@ CODE = "__import__('pathlib').Path('code_has_run').touch()"
 @pytest.fixture(scope="module")
 def task(data: Path) -> TranslationTask:
     interpolated = {"train_subset": "train", "dataset_impl": None, "required_seq_len_multiple": 1}
-    return TranslationTask.setup_task(TranslationConfig(str(data), source_lang="de", target_lang="en", **interpolated))
+    return TranslationTask.setup_task(
+        TranslationConfig(data=str(data), source_lang="de", target_lang="en", **interpolated)
+    )
 
 
 def load(task, path: Path | str, overrides: str = "{}") -> LiveTeacher:
