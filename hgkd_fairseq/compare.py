@@ -17,12 +17,11 @@ from fairseq import utils
 from fairseq.dataclass.configs import GenerationConfig
 from sacrebleu.metrics import BLEU
 
+from hgkd_fairseq import generated
 from hgkd_fairseq.calibration import forced, inference
 from hgkd_fairseq.calibration.inference import Translation
-from hgkd_fairseq.calibration.pieces import join, mark
 from hgkd_fairseq.calibration.scores import Score, Settings
 from hgkd_fairseq.errors import UserError
-from hgkd_fairseq.generated import read_references
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,7 @@ def compare(
         raise UserError(
             "name at least one fairseq checkpoint beside the CTranslate2 folders: it knows the dictionaries"
         )
-    references = read_references(reference_file) if reference_file else None
+    references = generated.read_references(reference_file) if reference_file else None
     models: list[Model] = [
         CTranslate2Model(path, search, cpu) if os.path.isdir(path) else FairseqModel(path, data, search, cpu)
         for path in paths
@@ -207,12 +206,11 @@ def compare(
     found, seconds = translate_all(models, samples, repeats)
 
     if references is None:
-        references = [" ".join(join(row.reference, mark([row.reference]))) for row in found[0]]
+        references = generated.joined([row.reference for row in found[0]])
     bleu = BLEU()
     rows = []
     for path, model, translations, times in zip(paths, models, found, seconds, strict=True):
-        marked = mark(row.tokens for row in translations)
-        texts = [" ".join(join(row.tokens, marked)) for row in translations]
+        texts = generated.joined([row.tokens for row in translations])
         rows.append(
             Row(
                 name=path,
@@ -232,16 +230,12 @@ def compare(
 
 
 def make_batch(model: FairseqModel, sample: dict, search: Search) -> Batch:
-    source, target = (
-        [
-            [dictionary[index] for index in row.tolist() if index not in (dictionary.pad(), dictionary.eos())]
-            for row in rows
-        ]
-        for dictionary, rows in (
-            (model.task.source_dictionary, sample["net_input"]["src_tokens"]),
-            (model.task.target_dictionary, sample["target"]),
-        )
-    )
+    dictionary = model.task.source_dictionary
+    source = [
+        [dictionary[index] for index in row if index not in (dictionary.pad(), dictionary.eos())]
+        for row in sample["net_input"]["src_tokens"].tolist()
+    ]
+    target = [generated.reference(model.task.target_dictionary, row) for row in sample["target"].tolist()]
     length = sample["net_input"]["src_tokens"].size(1)
     # fairseq-generate's limit, which counts the padded length of the batch
     limit = min(int(search.max_len_a * length + search.max_len_b), model.generator.max_len - 1)

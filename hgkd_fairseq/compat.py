@@ -12,12 +12,14 @@ import inspect
 import logging
 import os
 import re
+import shutil
 import sys
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
+from hgkd_fairseq import files
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.plugin import checkpoints, training_state
 from hgkd_fairseq.plugin.literals import replace_eval
@@ -43,6 +45,7 @@ def apply() -> None:
     allow_fairseq_options()
     evaluate_literals_only()
     one_loader_of_checkpoints()
+    resuming_in_one_sentence()
     paths_with_colons()
     plain_checkpoints()
     broadcast_checkpoints_to_workers()
@@ -132,17 +135,38 @@ def one_loader_of_checkpoints() -> None:
         replace_eval()  # in what was imported since
         try:
             return ensemble(filenames, *args, **kwargs)
-        except UserError:
-            raise
-        except FileNotFoundError as error:
-            raise UserError(f"{error}; name a fairseq checkpoint") from None
-        except OSError as error:
-            raise UserError(f"{error}; name a fairseq checkpoint") from error
+        except (UserError, OSError) as error:
+            named = any(name in str(error) for name in filenames)
+            raise UserError(f"{'' if named else ', '.join(filenames) + ': '}{error}") from None
         except Exception as error:  # whatever the options of a file lead to
             raise checkpoints.unfit(", ".join(filenames), error) from error
 
     checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu
     checkpoint_utils.load_model_ensemble_and_task = load_model_ensemble_and_task
+
+
+def resuming_in_one_sentence() -> None:
+    """fairseq ends in a call stack where a checkpoint does not fit the run that is to go on from it."""
+    from fairseq.trainer import Trainer
+
+    original = Trainer.load_checkpoint
+    if not written_for(original, "state = checkpoint_utils.load_checkpoint_to_cpu(", "it is a call stack as before"):
+        return
+
+    @functools.wraps(original)
+    def load_checkpoint(self, filename, *args, **kwargs):
+        try:
+            return original(self, filename, *args, **kwargs)
+        except UserError:
+            raise
+        except Exception as error:  # fairseq's own; and whatever the content of a file leads to
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(
+                f"the training cannot go on from {filename}: {reason[:500]}; give the options of the run that wrote "
+                "it, another --restore-file, or another --save-dir"
+            ) from error
+
+    Trainer.load_checkpoint = load_checkpoint
 
 
 def paths_with_colons() -> None:
@@ -202,8 +226,8 @@ def copy_checkpoints_in_one_step() -> None:
     def copy(src_path, dst_path, overwrite=False):
         if not PathManager.supports_rename(dst_path):
             return original(src_path, dst_path, overwrite=overwrite)
-        original(src_path, dst_path + ".tmp", overwrite=True)
-        os.replace(dst_path + ".tmp", dst_path)
+        with open(src_path, "rb") as source, files.writing(dst_path, "wb") as copied:
+            shutil.copyfileobj(source, copied)
         return dst_path
 
     PathManager.copy = staticmethod(copy)

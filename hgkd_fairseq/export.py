@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from fairseq.tasks.translation import TranslationConfig
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from hgkd_fairseq import files
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.plugin import checkpoints
 from hgkd_fairseq.plugin.checkpoints import split_paths
@@ -40,9 +39,11 @@ CONVERTED_OPTIONS = {
     *("decoder_output_dim", "max_source_positions", "max_target_positions"),
     *("encoder_embed_path", "decoder_embed_path"),
     *("dropout", "attention_dropout", "activation_dropout", "relu_dropout", "adaptive_softmax_dropout"),
-    *("encoder_layerdrop", "decoder_layerdrop", "quant_noise_pq", "quant_noise_pq_block_size"),
+    *("encoder_layerdrop", "decoder_layerdrop", "quant_noise_pq_block_size"),
     *("checkpoint_activations", "offload_activations", "min_params_to_wrap", "export"),
 }
+# Options of a translation that are not in the dataclass of fairseq's transformer.
+UNDECLARED = ("scale_attn", "scale_heads", "scale_fc", "scale_resids", "append_source_id")
 
 
 def export(path: str, output: str, ema: bool = False) -> None:
@@ -81,17 +82,15 @@ def export(path: str, output: str, ema: bool = False) -> None:
 
 
 def refuse_existing(output: str) -> None:
-    if os.path.exists(output):
+    if os.path.lexists(output):
         raise UserError(f"{output} exists; name another file or folder, or remove it")
-    if not Path(output).absolute().parent.is_dir():
-        raise UserError(f"there is no folder {Path(output).parent} to write {Path(output).name} to; make it first")
+    files.check_output(output)
 
 
 def save(state: dict[str, Any], output: str) -> None:
     """In one step: a file that exists is whole."""
-    partial = f"{output}.partial"
-    torch.save(state, partial)
-    os.replace(partial, output)
+    with files.writing(output, "wb") as stream:
+        torch.save(state, stream)
 
 
 def parameters(checkpoint: checkpoints.Checkpoint, ema: bool) -> dict[str, Tensor]:
@@ -174,7 +173,7 @@ def check_conversion(path: str, folder: str, data: str | None) -> None:
     checkpoint = checkpoints.read(split_paths(path)[0], model=False)
     check_options(checkpoint)
     task = checkpoint.options("task")
-    language_pair(data or str(task.get("data")), task)
+    language_pair(split_paths(data or str(task.get("data")))[0], task)
 
 
 def check_options(checkpoint: checkpoints.Checkpoint) -> None:
@@ -191,7 +190,7 @@ def check_options(checkpoint: checkpoints.Checkpoint) -> None:
         )
     parser = argparse.ArgumentParser()
     gen_parser_from_dataclass(parser, TransformerConfig(), with_prefix="")
-    defaults = {action.dest: action.default for action in parser._actions} | {"append_source_id": False}
+    defaults = {action.dest: action.default for action in parser._actions} | dict.fromkeys(UNDECLARED, False)
     for option, default in defaults.items():
         value = model.get(option, task.get(option))
         if option not in CONVERTED_OPTIONS and value not in (None, False, 0, default):
@@ -219,7 +218,7 @@ def to_ctranslate2(checkpoint: str, folder: str, data: str | None = None, quanti
     found = checkpoints.read(checkpoint)
     check_options(found)
     task, model = found.options("task"), found.options("model")
-    data = data or str(task.get("data"))
+    data = split_paths(data or str(task.get("data")))[0]  # of several shards the first has the dictionaries
     source, target = language_pair(data, task)
     # The converter reads fairseq's options of old, as attributes, which is why it cannot read the exported file itself.
     options = {**task, **model, "task": "translation", "arch": model.get("arch") or model["_name"]}
@@ -227,17 +226,24 @@ def to_ctranslate2(checkpoint: str, folder: str, data: str | None = None, quanti
         file = f"{temporary}/model.pt"
         torch.save({"args": Namespace(**options), "model": found.model}, file)
         converter = converters.FairseqConverter(file, data, source_lang=source, target_lang=target)
-        partial = f"{folder}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            converter.convert(partial, quantization=quantization)
-        except RuntimeError as error:  # torch's, for tensors of another size
-            reason = str(error).splitlines()[-1].strip()
-            raise UserError(f"{checkpoint} does not fit the dictionaries in {data}: {reason}; name others") from error
-        except Exception as error:  # the converter's own, and whatever a model that it does not know leads to
-            reason = " ".join(str(error).split())
-            raise UserError(f"CTranslate2 does not convert this model: {reason}; leave --ctranslate2 out") from error
-    os.replace(partial, folder)
+        with files.writing_folder(folder) as unfinished:
+            try:
+                converter.convert(str(unfinished / "model"), quantization=quantization)  # it makes the folder itself
+            except RuntimeError as error:  # torch's, for tensors of another size
+                reason = str(error).splitlines()[-1].strip()
+                raise UserError(
+                    f"{checkpoint} does not fit the dictionaries in {data}: {reason}; name others"
+                ) from error
+            except OSError:  # a full disk, say: writing_folder tells
+                raise
+            except Exception as error:  # the converter's own, and whatever a model that it does not know leads to
+                reason = " ".join(str(error).split())
+                raise UserError(
+                    f"CTranslate2 does not convert this model: {reason}; leave --ctranslate2 out"
+                ) from error
+            for part in (unfinished / "model").iterdir():
+                part.rename(unfinished / part.name)
+            (unfinished / "model").rmdir()
 
 
 def import_converters():

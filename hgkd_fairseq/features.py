@@ -12,6 +12,7 @@ from torch import nn
 
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.loss import Head
+from hgkd_fairseq.plugin.checkpoints import check_translates
 
 logger = logging.getLogger(__name__)
 
@@ -39,33 +40,6 @@ def linear_output(model: nn.Module) -> nn.Linear | None:
     return decoder.output_projection if plain else None
 
 
-NET_INPUT = ("src_tokens", "src_lengths", "prev_output_tokens")
-
-
-def check_translates(model: nn.Module, name: str) -> None:
-    """Refuse a model that does not give the probability of each target token after those before it.
-
-    Raises:
-        UserError: a language model, a non-autoregressive one.
-    """
-    kind = type(unwrap(model)).__name__
-    if not (hasattr(unwrap(model), "encoder") and hasattr(unwrap(model), "decoder")):
-        raise UserError(f"{name} is no translation model but a {kind}; name one with an encoder and a decoder")
-    if missing := needs_more(type(unwrap(model))):
-        raise UserError(
-            f"{name} is a {kind}, which does not translate from left to right (it asks for {missing}); name an "
-            "autoregressive model"
-        )
-
-
-@functools.cache
-def needs_more(model: type[nn.Module]) -> str:
-    """What a model's forward asks for that a batch's ``net_input`` does not hold; "" where nothing is missing."""
-    parameters = list(inspect.signature(model.forward).parameters.values())[1:]
-    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return ", ".join(p.name for p in named if p.default is p.empty and p.name not in NET_INPUT)
-
-
 def head(model: nn.Module, net_input: dict) -> Head:
     """Run the model on a batch's ``net_input``: features (B, T, D) with the output layer that belongs to them.
 
@@ -87,7 +61,7 @@ def check_student(model: nn.Module) -> None:
     Raises:
         UserError: it does not translate from left to right, has no gradient, or is wrapped in a way that loses it.
     """
-    check_translates(model, "the student")
+    check_translates(type(unwrap(model)), "the student")
     output = linear_output(model)
     if output is not None:
         refuse_unused_parameters(model, output)

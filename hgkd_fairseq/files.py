@@ -208,9 +208,13 @@ def write_json(file: str | Path, content: Any) -> None:
     """As :func:`writing` does.
 
     Raises:
-        ValueError: NaN or an infinity, which JSON does not have.
+        UserError: also for NaN and infinities, which JSON does not have.
     """
-    write_text(file, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    try:
+        text = json.dumps(content, indent=1, allow_nan=False)
+    except ValueError:
+        raise UserError(f"{file} is not written: a number in it is NaN or infinite, which JSON does not have") from None
+    write_text(file, text + "\n")
 
 
 def figure_format(option: str, file: str | Path) -> str:
@@ -236,8 +240,8 @@ def write_figure(figure: Any, file: str | Path) -> None:
 
 
 def read_lines(file: str | Path, hint: str = "name a text file in UTF-8") -> Iterator[str]:
-    """The lines of a text in UTF-8, without their ends, one after another. `\\n` alone ends a line: a carriage return,
-    a form feed or U+2028 is part of it, as for fairseq, so that two files of sentences stay aligned.
+    """The lines of a text in UTF-8, one after another, without their ends, `\\n` or `\\r\\n`. Nothing else ends a line:
+    a lone carriage return, a form feed or U+2028 is part of it, so that two files of sentences stay aligned.
 
     Args:
         file: to read.
@@ -248,7 +252,7 @@ def read_lines(file: str | Path, hint: str = "name a text file in UTF-8") -> Ite
     """
     with _reading(file, hint), open(file, encoding="utf-8", newline="\n") as stream:
         for line in stream:
-            yield line.removesuffix("\n")
+            yield line.removesuffix("\n").removesuffix("\r") if line.endswith("\n") else line
 
 
 def read_text(file: str | Path, hint: str = "name a text file in UTF-8") -> str:
@@ -268,21 +272,27 @@ def _reading(file: str | Path, hint: str) -> Iterator[None]:
         raise
 
 
-def read_json(file: str | Path, schema: Any = object, hint: str = "write it anew") -> Any:
+def read_json(file: str | Path, schema: Any = object, what: str = "file of JSON") -> Any:
     """The content of a file of JSON that fits `schema` (:func:`mismatch`).
+
+    Args:
+        file: to read.
+        schema: of :func:`mismatch`.
+        what: the file should be, for the message, without an article.
 
     Raises:
         UserError: names the file, which cannot be read, is no JSON (cut short, say) or holds something else.
     """
-    text = read_text(file, hint)
+    text = read_text(file, f"name a {what}")
     try:
         content = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deep" if isinstance(error, RecursionError) else error
-        raise UserError(f"{file} is no whole JSON ({reason}); {hint}") from None
+    except RecursionError:
+        raise UserError(f"{file} is no {what}: it is nested too deep") from None
+    except ValueError as error:
+        raise UserError(f"{file} is no {what}: it is no JSON, or cut short ({error})") from None
     found = mismatch(content, schema)
     if found:
-        raise UserError(f"{file} holds something else than it should: {found}; {hint}")
+        raise UserError(f"{file} is no {what}: {found}")
     return content
 
 
@@ -327,7 +337,7 @@ def mismatch(value: Any, schema: Any, where: str = "") -> str | None:
             pairs = [(key.removesuffix("?"), one) for key, one in schema.items() if key[-1] != "?" or key[:-1] in value]
         for key, one in pairs:
             if key not in value:
-                return f"{name} has no {key}"
+                return f"{name} lacks {key!r}"
             found = mismatch(value[key], one, f"{where}.{key}" if where else key)
             if found:
                 return found
@@ -358,4 +368,4 @@ class Within:
     def __call__(self, value: Any) -> str | None:
         if not _is(value, self.kind):
             return f"is not {NAMES[self.kind]}"
-        return None if self.low <= value <= self.high else f"is not from {self.low:g} to {self.high:g}"
+        return None if self.low <= value <= self.high else f"is not from {self.low} to {self.high}"

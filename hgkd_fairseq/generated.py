@@ -3,36 +3,62 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from hgkd_fairseq import files
 from hgkd_fairseq.calibration import pieces
 from hgkd_fairseq.errors import UserError
 
+LINE = re.compile(r"([STHDP])-(\d+)\t(.*)", flags=re.DOTALL)
+SIZE = re.compile(r"fairseq\.tasks\b.* (\d{1,12}) examples\s*$")  # of the subset, where the log is in the file too
+AGAIN = "run fairseq-generate again"
+
 
 def read_lines(file: str | Path) -> dict[str, dict[int, str]]:
-    """Of each sentence, by its place in the subset, what stands behind T- (reference), H- (best hypothesis), D- (the
-    same, as --bpe and --tokenizer make text of it) and P- (scores).
+    """Of each sentence, by its place in the subset, what stands behind S- (source), T- (reference), H- (best
+    hypothesis), D- (the same, as --bpe and --tokenizer make text of it) and P- (scores). Every sentence is there.
 
     Raises:
-        UserError: a file that is missing, no text, or holds no translations.
+        UserError: a file that is missing, no text, or holds no translations; sentences that are missing or there twice.
     """
-    lines: dict[str, dict[int, str]] = {"T": {}, "H": {}, "D": {}, "P": {}}
-    try:
-        with open(file, encoding="utf-8", newline="\n") as stream:
-            for line in stream:
-                found = re.match(r"([THDP])-(\d+)\t(.*)", line.rstrip("\n"), flags=re.DOTALL)
-                if found:  # the first of --nbest is the best
-                    lines[found[1]].setdefault(int(found[2]), found[3])
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist; name what fairseq-generate wrote") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is no text; name what fairseq-generate wrote") from None
+    lines: dict[str, dict[int, str]] = {letter: {} for letter in "STHDP"}
+    size = 0
+    for line in files.read_lines(file, "name what fairseq-generate wrote"):
+        found = LINE.match(line)
+        if not found:
+            told = SIZE.search(line) if line.endswith("examples") else None
+            size = int(told[1]) if told else size
+            continue
+        letter, number, text = found.groups()
+        if len(number) > 12:
+            raise UserError(f"{file} holds a sentence with the number {number[:12]}..., which is of no subset; {AGAIN}")
+        if letter in "ST" and int(number) in lines[letter]:
+            raise UserError(f"{file} holds {letter}-{number} twice, as of two runs; keep the lines of one")
+        if letter in "HD":
+            if "\t" not in text:
+                raise UserError(f"{file}: {letter}-{number} has no score and no translation; {AGAIN}")
+            text = text.partition("\t")[2]
+        lines[letter].setdefault(int(number), text)  # the first of --nbest is the best
     if not lines["H"]:
         raise UserError(
             f"{file} holds no translations (lines with H-); name what fairseq-generate wrote, run without --quiet"
         )
+    check_whole(file, lines, size)
     return lines
+
+
+def check_whole(file: str | Path, lines: Mapping[str, Mapping[int, str]], size: int) -> None:
+    """Refuse an output that lacks sentences: fairseq-generate leaves out what fills no batch, and a stopped one is cut
+    short. `size`: sentences of the subset, as far as it is known."""
+    size = max([size, *(number + 1 for numbers in lines.values() for number in numbers)])
+    for letter in ("H", "D") if lines["D"] else ("H",):
+        missing = next((number for number in range(size) if number not in lines[letter]), None)
+        if missing is not None:
+            raise UserError(
+                f"{file} has {len(lines[letter])} translations of {size} sentences (first one missing: {missing}); "
+                f"{AGAIN}, with --required-batch-size-multiple 1"
+            )
 
 
 def read_references(file: str | Path) -> list[str]:
@@ -41,12 +67,8 @@ def read_references(file: str | Path) -> list[str]:
     Raises:
         UserError: a file that is missing or no text.
     """
-    try:
-        return Path(file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist; name a text file with a reference a line") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is no text; name a text file with a reference a line") from None
+    lines = files.read_lines(file, "name a text file with a reference a line")
+    return [line.removesuffix("\r") for line in lines]  # of a file of Windows
 
 
 def split(line: str) -> list[str]:
@@ -54,14 +76,23 @@ def split(line: str) -> list[str]:
     return [token for token in line.split(" ") if token]
 
 
+def reference(dictionary, ids: Iterable[int]) -> list[str]:
+    """The pieces of a reference that is known by its ids, as fairseq-generate writes them; see :func:`pieces.gold`."""
+    skipped = (dictionary.pad(), dictionary.eos(), dictionary.bos())
+    return [pieces.gold(dictionary, one) for one in ids if one not in skipped]
+
+
 def texts(lines: Mapping[int, str]) -> dict[int, str]:
     """The sentences with their pieces joined to words; as they are where they are in no pieces."""
-    tokens = {index: split(line) for index, line in lines.items()}
-    mark = pieces.mark(tokens.values())
-    return {index: pieces.text(sentence, mark) for index, sentence in tokens.items()}
+    return dict(zip(lines, joined([split(line) for line in lines.values()]), strict=True))
+
+
+def joined(sentences: Sequence[Sequence[str]]) -> list[str]:
+    """The text of each of these sentences, which are in pieces of one kind."""
+    mark = pieces.mark(sentences)
+    return [pieces.text(tokens, mark) for tokens in sentences]
 
 
 def translations(lines: Mapping[str, Mapping[int, str]]) -> dict[int, str]:
     """The text of each translation, of the lines that :func:`read_lines` gave."""
-    found = {index: line.partition("\t")[2] for index, line in (lines["D"] or lines["H"]).items()}
-    return texts(found)
+    return texts(lines["D"] or lines["H"])

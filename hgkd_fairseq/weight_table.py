@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from hgkd_fairseq import files
+from hgkd_fairseq.calibration.diagram import figure_class, legend
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.gates import Instance
-
-FORMATS = (".png", ".svg")
 
 
 class Weights(NamedTuple):
@@ -45,27 +45,50 @@ def read(checkpoint: str) -> Weights:
     from hgkd_fairseq.plugin import checkpoints, training_state
 
     memory = checkpoints.read(checkpoint, model=False).state["extra_state"]
-    table = training_state.memory_in(memory).get("gate", {})
-    if "held_out" not in table:
-        raise UserError(f"{checkpoint} has no weights of sentences; name a checkpoint of a run with --gate instance")
+    table = checked(checkpoint, training_state.memory_in(memory))
     sentence = Instance.learned_rows(table).nonzero().squeeze(1)
     return Weights(sentence, table["data"][sentence], table["teacher"][sentence], int(table["epoch"]))
 
 
+def checked(checkpoint: str, memory: Any) -> dict[str, Tensor]:
+    """The state of --gate instance in what a task remembers, which is a file's: columns of one length, of weights."""
+    table = memory.get("gate") if isinstance(memory, dict) else None
+    if not isinstance(table, dict) or "held_out" not in table:
+        raise UserError(f"{checkpoint} has no weights of sentences; name a checkpoint of a run with --gate instance")
+    weights = [table.get(name) for name in ("data", "teacher")]
+    masks = [table[name] for name in ("held_out", "learned") if name in table]
+    columns, epoch = [*weights, *masks], table.get("epoch")
+    whole = (
+        all(isinstance(column, Tensor) and column.dim() == 1 for column in columns)
+        and all(column.layout is torch.strided and column.device.type == "cpu" for column in columns)
+        and len({len(column) for column in columns}) == 1
+        and all(mask.dtype == torch.bool for mask in masks)
+        and all(column.is_floating_point() and bool((column >= 0).all()) for column in weights)
+        and all(bool(column.isfinite().all()) for column in weights)
+        and isinstance(epoch, Tensor)
+        and epoch.dtype == torch.int64
+        and epoch.numel() == 1
+    )
+    if not whole:
+        raise UserError(f"{checkpoint} holds a table of weights that is damaged; name another checkpoint of its run")
+    return table
+
+
 def numbers(file: str) -> Tensor:
     """Numbers of sentences, one a line."""
-    try:
-        return torch.tensor([int(line) for line in Path(file).read_text().split()], dtype=torch.int64)
-    except FileNotFoundError:
-        raise UserError(f"--compare {file} does not exist") from None
-    except ValueError as error:
-        raise UserError(f"--compare {file}: {error}; give numbers of sentences, from 0 on, one a line") from None
+    hint = "give numbers of sentences, from 0 on, one a line"
+    found = []
+    for place, word in enumerate(files.read_text(file, f"--compare: {hint}").split()):
+        if not (word.isdecimal() and len(word) < 19):
+            raise UserError(f"--compare {file}: {word[:40]} (number {place + 1}) is no number of a sentence; {hint}")
+        found.append(int(word))
+    return torch.tensor(found, dtype=torch.int64)
 
 
 def report(checkpoint: str, output: str | None, compare: str | None, plot: str | None) -> None:
     """Print medians of all sentences, or of those in the file `compare` and of the others; write what is asked for."""
-    if plot and Path(plot).suffix not in FORMATS:
-        raise UserError(f"--plot {plot}: name a file that ends in {' or '.join(FORMATS)}")
+    if plot:
+        files.figure_format("--plot", plot)
     found = read(checkpoint)
     groups = {"all": torch.ones_like(found.sentence, dtype=torch.bool)}
     if compare:
@@ -81,26 +104,22 @@ def report(checkpoint: str, output: str | None, compare: str | None, plot: str |
             "sentence\tdata\tteacher",
             *(f"{sentence}\t{data:.6g}\t{teacher:.6g}" for sentence, data, teacher in rows),
         ]
-        Path(output).write_text("".join(f"{line}\n" for line in lines))
+        files.write_text(output, "".join(f"{line}\n" for line in lines))
     if plot:
         draw(found, groups, plot)
 
 
 def draw(found: Weights, groups: dict[str, Tensor], output: str) -> None:
     """Histograms of data and teacher weight, a line for each group, scaled to the group's size."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("figures need matplotlib: pip install 'hgkd-fairseq[report]'") from None
-    figure = Figure(figsize=(7.0, 3.2), layout="constrained")
+    figure = figure_class()(figsize=(7.0, 3.2), layout="constrained")
     axes: Sequence = figure.subplots(1, 2, sharey=True)
     styles = ({"color": "#D55E00", "linestyle": "-"}, {"color": "#0072B2", "linestyle": "--"})
     for axis, name, values in zip(axes, ("data", "teacher"), (found.data, found.teacher), strict=True):
         top = max(float(values.max()), 1.0) if len(values) else 1.0
-        for (label, rows), style in zip(groups.items(), styles, strict=False):
+        for rows, style in zip(groups.values(), styles, strict=False):
             counts = torch.histc(values[rows].float(), bins=50, min=0, max=top) / max(int(rows.sum()), 1)
-            axis.stairs((100 * counts).tolist(), torch.linspace(0, top, 51).tolist(), label=label, **style)
+            axis.stairs((100 * counts).tolist(), torch.linspace(0, top, 51).tolist(), **style)
         axis.set_xlabel(f"weight of the {name}")
     axes[0].set_ylabel("sentences, %")
-    axes[1].legend(frameon=False)
-    figure.savefig(output, dpi=160, metadata={"Date": None} if output.endswith(".svg") else None)
+    legend(axes[1], axes[1].patches, list(groups), frameon=False)
+    files.write_figure(figure, output)

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import sentencepiece
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout that this script lies in, installed or not
+
+from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.files import read_lines
+
 SPLITS = ("train", "valid", "test")
 FAIRSEQ_SPECIALS = 4  # <s> <pad> </s> <unk>, which fairseq puts before the lines of a dictionary file
-
-
-def read_lines(path: Path) -> list[str]:
-    """Lines of a text file. Only a line feed ends a line: other separators inside a line would shift the pairs."""
-    return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
 
 
 def paper_style(language: str) -> Callable[[str], str]:
@@ -79,7 +79,10 @@ def main() -> None:
     for language in languages:
         style = paper_style(language) if args.style == "paper" else str
         for split in splits:
-            text[split, language] = [style(line) for line in read_lines(args.textdir / f"{split}.{language}")]
+            try:
+                text[split, language] = [style(line) for line in read_lines(args.textdir / f"{split}.{language}")]
+            except UserError as error:
+                sys.exit(f"encode_text.py: {error}")
     for split in splits:
         sizes = [len(text[split, language]) for language in languages]
         if sizes[0] != sizes[1]:

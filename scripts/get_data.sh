@@ -14,7 +14,8 @@
 # the next data set), 1 anything else, such as a wrong hash.
 #
 # All work is done in DIR.partial, which is renamed to DIR as the very last step: a DIR that exists is whole, and a run
-# that was killed goes on with the downloads that are whole in DIR.partial.
+# that was killed goes on with the downloads that are whole in DIR.partial. (Where you have a DIR.partial of your own, it
+# is left alone, and another name is taken.)
 #
 # Environment:
 #   HGKD_DATA             see multi30k-de-en
@@ -27,6 +28,7 @@ set -euo pipefail
 NAMES="multi30k-de-en, libreoffice-help-de-en"
 GIVE_UP=12 # seconds without 1,000 new bytes after which a source counts as unreachable
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+source "$here/steps.sh"
 
 say() { printf 'get_data.sh: %s\n' "$*" >&2; }
 
@@ -40,8 +42,9 @@ fail() {
 
 # ------------------------------------------------------------------------------------------------------ downloading
 
-child=""
-trap '[[ -z $child ]] || kill "$child" 2>/dev/null || true' EXIT
+child="" partial=""
+trap '[[ -z $child ]] || kill "$child" 2>/dev/null || true
+    [[ -z $partial || $partial == "$dir.partial" ]] || rm -rf -- "$partial"' EXIT
 
 # run_unless_stalled FOLDER COMMAND... - the command's status, or 124 when FOLDER stopped growing and it was killed.
 # One rule for curl, wget, Python and apt-get: their own time limits count for each address of a host and each file, so
@@ -128,7 +131,7 @@ multi30k() {
     done <<<"$MULTI30K_SHA256"
 
     say "Multi30K, $MULTI30K_TERMS; from $origin"
-    mkdir -p "$partial"
+    work_folder "$dir" || fail 1 "$dir cannot be made"
     for split in train valid test; do
         for language in de en; do
             name=${file_of[$split]}.$language.gz
@@ -160,7 +163,7 @@ multi30k() {
         fi
         say "$split: $lines_de pairs"
     done
-    finish "Multi30K task 1, German-English, raw text, from $origin; $MULTI30K_TERMS"
+    finish_text "Multi30K task 1, German-English, raw text, from $origin; $MULTI30K_TERMS"
 }
 
 # The folder with the files, of FOLDER and FOLDER/multi30k.
@@ -189,7 +192,7 @@ libreoffice_help() {
         fail 1 "PYTHON=$python is no Python 3.11 or newer: name one in PYTHON"
 
     say "LibreOffice help, MPL-2.0; from ${from:-the packages libreoffice-help-de and libreoffice-help-en-us}"
-    mkdir -p "$partial"
+    work_folder "$dir" || fail 1 "$dir cannot be made"
     if [[ -n $from ]]; then
         origin=$from
         for folder in "$from" "$from/usr/share/libreoffice/help"; do
@@ -219,7 +222,7 @@ libreoffice_help() {
     fi
     say "aligning (half a minute)"
     "$python" "$here/align_libreoffice.py" "$tree" "$partial" || exit 1 # it has said why
-    finish "LibreOffice help, German-English, aligned by scripts/align_libreoffice.py, from $origin; MPL-2.0"
+    finish_text "LibreOffice help, German-English, aligned by scripts/align_libreoffice.py, from $origin; MPL-2.0"
 }
 
 download_packages() {
@@ -246,17 +249,12 @@ download_packages() {
 
 # --------------------------------------------------------------------------------------------------------- the frame
 
-# finish LINE - leave nothing but the text in DIR.partial, write SOURCE, and make it DIR.
-finish() {
-    local file
-    for file in "$partial"/*; do
-        case ${file##*/} in
-            train.de | train.en | valid.de | valid.en | test.de | test.en) ;;
-            *) rm -rf "$file" ;;
-        esac
-    done
+# finish_text LINE - leave nothing but the text in the folder, write SOURCE, and make it DIR.
+finish_text() {
+    rm -rf -- "$partial"/{train,val,test_2016_flickr}.{de,en}.gz "$partial"/libreoffice-help-*.deb "$partial/tree" \
+        "$partial/apt.log"
     printf '%s: %s\n' "$name_of_set" "$1" >"$partial/SOURCE"
-    mv -T "$partial" "$dir"
+    finish "$dir"
     say "done: $dir"
 }
 
@@ -303,7 +301,7 @@ case $name_of_set in
 esac
 [[ -n $dir ]] || fail 2 "DIR is missing: give the folder to make"
 while [[ $dir == ?*/ ]]; do dir=${dir%/}; done
-partial=$dir.partial
+[[ $from != -* ]] || from=./$from
 
 if [[ -f $dir/SOURCE ]]; then
     read -r source <"$dir/SOURCE" || true

@@ -15,7 +15,8 @@
 #                    references of fairseq-generate are then tokenised and lowercased too
 #
 # Exit status: 0 done (or done before with the same settings), 2 usage error, 1 anything else.
-# All work is done in DATABIN.partial, which is renamed to DATABIN as the very last step: a DATABIN that exists is whole.
+# All work is done in a new folder beside DATABIN, which is renamed to it as the very last step: a DATABIN that exists is
+# whole.
 # Environment: PYTHON, the Python with sentencepiece and fairseq; default .venv/bin/python of this repository, if it is
 # there, else python3.
 set -euo pipefail
@@ -75,16 +76,13 @@ while (($#)); do
     shift
 done
 [[ -n $textdir && -n $databin ]] || fail 2 "TEXTDIR and DATABIN are needed"
-[[ $vocab =~ ^[1-9][0-9]*$ ]] || fail 2 "--vocab $vocab: needs a number of pieces, such as 4000"
+[[ $vocab =~ ^[1-9][0-9]{0,8}$ ]] || fail 2 "--vocab $vocab: needs a number of pieces, such as 4000"
 [[ $style == cased || $style == paper ]] || fail 2 "--style $style: must be cased or paper"
 [[ $source != "$target" ]] || fail 2 "--source and --target are both $source: give two languages"
 while [[ $databin == ?*/ ]]; do databin=${databin%/}; done
-partial=$databin.partial
 
-splits=(train valid test) valid=$partial/pieces/valid
-if [[ -f $textdir/valid1.$source ]]; then
-    splits+=(valid1) valid+=,$partial/pieces/valid1
-fi
+splits=(train valid test)
+[[ ! -f $textdir/valid1.$source ]] || splits+=(valid1)
 texts=()
 for split in "${splits[@]}"; do
     for language in "$source" "$target"; do
@@ -117,19 +115,26 @@ preprocess=$(dirname "$PYTHON")/fairseq-preprocess
     fail 1 "no fairseq-preprocess beside PYTHON=$PYTHON, nor on PATH: name a Python with fairseq in PYTHON"
 
 say "$settings"
-rm -rf "$partial" # quick to make again: nothing of a run that was killed is used
-mkdir -p "$partial"
+mkdir -p -- "$(dirname "$databin")"
+partial=$(mktemp -d -- "$databin.XXXXXX") || fail 1 "$databin cannot be made"
+trap '[[ -z $partial ]] || rm -rf -- "$partial"' EXIT
+chmod "$(printf %o $((0777 & ~8#$(umask))))" "$partial"
+valid=$partial/pieces/valid
+[[ ${splits[-1]} != valid1 ]] || valid+=,$partial/pieces/valid1
 "$PYTHON" "$here/encode_text.py" "$textdir" "$partial/pieces" \
     --vocab "$vocab" --source "$source" --target "$target" --style "$style" || exit 1 # it has said why
 
 say "fairseq-preprocess"
 "$preprocess" --source-lang "$source" --target-lang "$target" --joined-dictionary --srcdict "$partial/pieces/dict.txt" \
     --trainpref "$partial/pieces/train" --validpref "$valid" --testpref "$partial/pieces/test" \
-    --destdir "$partial" --workers 1 >"$partial/pieces/log" 2>&1 ||
-    fail 1 "fairseq-preprocess failed ($(tail -n 1 "$partial/pieces/log")): $partial/pieces/log has all it said"
+    --destdir "$partial" --workers 1 >"$partial/pieces/log" 2>&1 || {
+    log=$partial/pieces/log partial="" # it stays
+    fail 1 "fairseq-preprocess failed ($(tail -n 1 "$log")): $log has all it said"
+}
 
 mv "$partial/pieces/sentencepiece.model" "$partial/sentencepiece.model"
 rm -rf "$partial/pieces" "$partial/preprocess.log" # a log of folders that are no more
 printf '%s\n' "$settings" >"$partial/PREPARED"
-mv -T "$partial" "$databin"
+mv -T -- "$partial" "$databin"
+partial=""
 say "done: $databin"

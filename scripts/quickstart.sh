@@ -29,9 +29,16 @@ while (($#)); do
 done
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+source "$root/scripts/steps.sh"
 if ((smoke)); then dir=${dir:-$root/runs/smoke}; else dir=${dir:-$root/runs/quickstart}; fi
-mkdir -p "$dir"
-dir=$(cd "$dir" && pwd)
+[[ $dir == /* ]] || dir=$PWD/$dir
+if [[ $dir == *:* ]]; then
+    echo "quickstart.sh: --dir $dir: fairseq takes a ':' for the end of a path; choose a folder without one" >&2
+    exit 2
+fi
+mkdir -p -- "$dir" || exit 1
+dir=$(cd -- "$dir" && pwd)
+lock "$dir" || exit 1
 # On the CPU a training step allocates and frees hundreds of megabytes. glibc would hand them back to the kernel each time,
 # and getting them again can cost more than the arithmetic: keep them, in large pages.
 export MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
@@ -76,8 +83,9 @@ every=(--required-batch-size-multiple 1)
 train() {
     local name=$1 updates=$2 run=$dir/$1
     shift 2
-    [[ -f $run/done ]] && { say "$name: trained before"; return; }
+    recorded "$run" checkpoint_best.pt checkpoint_last.pt && { say "$name: trained before"; return; }
     mkdir -p "$run"
+    rm -f "$run/recorded" # what was measured of another model
     say "$name: training, $updates updates (log: $run/train.log)"
     "$BIN/fairseq-train" "$bin" --user-dir "$root/hgkd_fairseq" --save-dir "$run" "${device[@]}" \
         --arch transformer_iwslt_de_en --share-all-embeddings --dropout 0.2 --max-tokens "$batch" "${every[@]}" --seed 1 \
@@ -87,7 +95,7 @@ train() {
         --best-checkpoint-metric nll_loss --no-epoch-checkpoints \
         --no-progress-bar --log-format simple --log-interval 50 "$@" 2>&1 |
         tee -a "$run/train.log" | progress "$name"
-    touch "$run/done"
+    record "$run" checkpoint_best.pt checkpoint_last.pt
 }
 
 # One line an epoch, as it comes (awk would hold lines back), and whatever went wrong.
@@ -106,40 +114,41 @@ train hkd-t "$student_updates" "${student_size[@]}" "${distil[@]}" --gate token
 train hkd-s "$student_updates" "${student_size[@]}" "${distil[@]}" --gate sentence
 
 # ----------------------------------------------------------------------------------------------- translating, scoring
-# measure RUN FILE COMMAND...: RUN/FILE by `hgkd COMMAND... --json`, unless it is there.
+# measure RUN FILE COMMAND...: RUN/FILE by `hgkd COMMAND... --json`, unless it is there, whole.
 measure() {
-    local file=$1/$2
+    local run=$1 name=$2 log=$1/${2%.json}.log
     shift 2
-    [[ -f $file ]] && return
-    "$BIN/hgkd" "$@" --json "$file" >"${file%.json}.log" 2>&1 || { tail -n 1 "${file%.json}.log" >&2; exit 1; }
+    recorded "$run" "$name" && return
+    "$BIN/hgkd" "$@" --json "$run/$name" >"$log" 2>&1 || { tail -n 1 "$log" >&2; exit 1; }
+    record "$run" "$name"
 }
 
-# translate RUN FOLDER OPTIONS...: the test set, to FOLDER/generate-test.txt. The translations stay in pieces, one for each
-# score: inference calibration needs them, and the report joins them.
+# translate RUN SUBFOLDER OPTIONS...: the test set, to RUN/SUBFOLDER/generate-test.txt. The translations stay in pieces, one
+# for each score: inference calibration needs them, and the report joins them.
 translate() {
-    local run=$1 folder=$2
+    local run=$1 folder=$1/$2 file=$2/generate-test.txt
     shift 2
-    [[ -f $folder/generated ]] && return
+    recorded "$run" "$file" && return
     mkdir -p "$folder"
-    say "${run##*/}: translating the test set, beam $beam (log: $folder/generate-test.txt)"
+    say "${run##*/}: translating the test set, beam $beam (log: $folder/generate.log)"
     "$BIN/fairseq-generate" "$bin" --path "$run/checkpoint_best.pt" --user-dir "$root/hgkd_fairseq" "${device[@]}" \
         --gen-subset test --beam "$beam" --max-len-a "$longest" --max-len-b 10 --max-tokens 4000 "${every[@]}" \
         --results-path "$folder" "$@" >"$folder/generate.log" 2>&1 || { tail -n 1 "$folder/generate.log" >&2; exit 1; }
-    touch "$folder/generated"
+    record "$run" "$file"
 }
 
 # score NAME: all that is measured of a model, as it is and at the temperature that the validation set asks for.
 score() {
     local name=$1 run=$dir/$1 degree
     local model=("$bin" --path "$run/checkpoint_best.pt")
-    translate "$run" "$run"
+    translate "$run" .
     say "$name: calibration"
     measure "$run" forced.json calibration forced "${model[@]}"
     measure "$run" inference.json calibration inference "$run/generate-test.txt"
     measure "$run" temperature.json calibration temperature "${model[@]}"
     measure "$run" scaled.json calibration forced "${model[@]}" --temperature "$run/temperature.json"
     degree=$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["temperature"])' "$run/temperature.json")
-    translate "$run" "$run/scaled" --temperature "$degree"
+    translate "$run" scaled --temperature "$degree"
     measure "$run" inference_scaled.json calibration inference "$run/scaled/generate-test.txt"
 }
 

@@ -28,7 +28,8 @@ SIZE = (
 )
 TIED = ("--share-all-embeddings",)
 STEPS = ("--optimizer", "adam", "--lr", 0.005, "--max-tokens", 800)
-LOGS = ("--cpu", "--no-progress-bar", "--log-format", "json")
+QUIET = ("--no-progress-bar", "--log-format", "json")
+LOGS = ("--cpu", *QUIET)
 BLEU = ("--eval-bleu", "--eval-bleu-args", '{"beam": 2}', "--best-checkpoint-metric", "bleu")
 BEST_BLEU = (*BLEU, "--maximize-best-checkpoint-metric")
 KEEP_LAST = ("--no-epoch-checkpoints",)
@@ -91,7 +92,10 @@ def environment() -> dict[str, str]:
 
 
 def command(name: str, *arguments) -> list[str]:
-    return [str(BIN / f"fairseq-{name}"), *map(str, arguments)]
+    """fairseq's command, or its module where packages are on the path without their commands."""
+    program = BIN / f"fairseq-{name}"
+    start = [str(program)] if program.exists() else [sys.executable, "-m", f"fairseq_cli.{name}"]
+    return [*start, *map(str, arguments)]
 
 
 def fairseq(name: str, *arguments, cwd: Path | None = None, stdin: str | None = None) -> Result:
@@ -111,9 +115,10 @@ def fairseq(name: str, *arguments, cwd: Path | None = None, stdin: str | None = 
     return Result(done.returncode, done.stdout)
 
 
-def train(data: Path, folder: Path, *options, size=(*SIZE, *TIED), cwd: Path | None = None) -> Run:
+def train(data: Path, folder: Path, *options, size=(*SIZE, *TIED), cwd: Path | None = None, device: str = "cpu") -> Run:
     """A fairseq-train that must end well; later options win over the usual ones."""
-    arguments = (data, *size, *STEPS, *LOGS, "--save-dir", folder, *options)
+    logs = LOGS if device == "cpu" else (*QUIET, "--distributed-world-size", 1)
+    arguments = (data, *size, *STEPS, *logs, "--save-dir", folder, *options)
     result = fairseq("train", *arguments, cwd=cwd)
     assert result.code == 0, result.end()
     return Run(folder, result)

@@ -2,8 +2,13 @@
 
 import json
 import math
+import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import command_line as cl
@@ -32,6 +37,13 @@ def test_doctor_passes_here(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(doctor.CHECKS)
     assert all(line.startswith("ok ") for line in lines)
+
+
+def test_doctor_without_a_gpu(monkeypatch):
+    """A torch that is built for CUDA trains on the CPU as well."""
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert doctor.cuda() == "none: torch is built for CUDA 12.8 and sees no GPU; give fairseq --cpu"
 
 
 def test_doctor_says_what_fails_and_goes_on(monkeypatch, capsys):
@@ -126,3 +138,157 @@ def test_forced_calibration_refuses(data, plain, tmp_path):
         assert len(errors) == 1, done.stderr[-2000:]
         assert expected in errors[0]
         assert "Traceback" not in done.stderr
+
+
+GENERATED = "T-0\tx\nH-0\t-1\tx\nP-0\t-1 -1\n"
+
+
+def refused(capsys, *arguments) -> str:
+    """The one line that a command ends with, and no traceback."""
+    try:
+        status = cli.main(list(map(str, arguments)))
+    except SystemExit as end:
+        status = end.code
+    lines = capsys.readouterr().err.splitlines()
+    assert status in (1, 2), lines
+    assert re.match(r"hgkd[a-z0-9 ]*: error: ", lines[-1]), lines
+    return lines[-1]
+
+
+MODEL = ("calibration", "forced", "data", "--path", "x")
+COMPARE = ("compare", "data", "x")
+HUGE = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "values"),
+    [
+        (MODEL, "--bins", ("0", "-1", "100000000", "1.5", "x", "nan", "", HUGE)),
+        (MODEL, "--min-count", ("0", "-1", HUGE)),
+        (MODEL, "--replicates", ("-5", "100000000", "1e3", HUGE)),
+        (MODEL, "--seed", ("-1", "x", HUGE)),
+        (MODEL, "--max-tokens", ("0", "-1", HUGE)),
+        (MODEL, "--temperature", ("0", "-1", "1e39", "1e-320", "1e-40", "nan", "inf", "-inf", "x", HUGE)),
+        (MODEL, "--json", ("", "gone/x.json", ".", "x" * 300)),
+        (MODEL, "--tokens", ("", "gone/x.tsv", ".", "x.csv")),
+        (("calibration", "diagram", "x.json"), "--output", ("", "gone/x.svg", ".", "x.gif", "x")),
+        (("report", "run"), "--output", ("", "gone/x.html", ".")),
+        (("report", "run"), "--reference", ("",)),
+        (COMPARE, "--beam", ("0", "-1", "100000", "x")),
+        (COMPARE, "--lenpen", ("nan", "inf", "1e308", "-1e308", "x")),
+        (COMPARE, "--max-len-a", ("nan", "inf", "-1", "1e308")),
+        (COMPARE, "--max-len-b", ("-5", "1.5", "0", HUGE)),
+        (COMPARE, "--repeats", ("0", "-1", HUGE)),
+        (COMPARE, "--max-tokens", ("0", HUGE)),
+        (("export", "x", "y"), "--ctranslate2", ("", "gone/x", ".")),
+        (("weights", "x"), "--output", ("", "gone/x", ".")),
+        (("weights", "x"), "--plot", ("", "gone/x.svg", "x.gif")),
+    ],
+)
+def test_every_option_is_checked(command, option, values, tmp_path, monkeypatch, capsys):
+    """With a message that names it, before anything is read: none of the inputs exists."""
+    monkeypatch.chdir(tmp_path)
+    for value in values:
+        assert option in refused(capsys, *command, f"{option}={value}"), value
+    assert not list(tmp_path.iterdir())
+
+
+def test_bins_and_replicates_together(capsys):
+    assert "--bins 10000 x --replicates 100000" in refused(capsys, *MODEL, "--bins", 10000, "--replicates", 100000)
+
+
+def test_a_temperature_of_a_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for text in ("{", "[]", "{}", '{"temperature": "1.5"}', '{"temperature": 0}', '{"temperature": %s}' % ("9" * 400)):
+        Path("t.json").write_text(text)
+        found = refused(capsys, *MODEL, "--temperature", "t.json")
+        assert "--temperature t.json is neither a number nor a file of it: t.json is no file of" in found
+
+
+@pytest.mark.parametrize(
+    ("command", "output"),
+    [
+        (("calibration", "inference", "in"), ("--json", "in")),
+        (("calibration", "inference", "in"), ("--tokens", "link.tsv")),
+        (("calibration", "inference", "other", "--reference", "in"), ("--json", "./in")),
+        (("calibration", "forced", "data", "--path", "other:in"), ("--json", "in")),
+        (("calibration", "forced", "data", "--path", "in", "--temperature", "in"), ("--json", "hard")),
+        (("calibration", "forced", "data", "--path", "x"), ("--json", "data/dict.de.txt")),
+        (("calibration", "temperature", "data", "--path", "in"), ("--json", "in")),
+        (("calibration", "diagram", "other", "in.svg"), ("--output", "in.svg")),
+        (("report", "data"), ("--output", "data/forced.json")),
+        (("report", "data", "--reference", "in"), ("--output", "in")),
+        (("weights", "in"), ("--output", "in")),
+        (("weights", "x", "--compare", "in.svg"), ("--plot", "in.svg")),
+    ],
+)
+def test_an_input_is_not_written_over(command, output, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    for name in ("in", "in.svg", "other", "data/dict.de.txt", "data/forced.json"):
+        Path(name).write_text("mine")
+    Path("link.tsv").symlink_to("in")
+    Path("hard").hardlink_to("in")
+    assert f"{output[1]} is read by this command and would be written over" in refused(capsys, *command, *output)
+    assert {path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == {"mine"}
+
+
+def test_two_outputs_of_one_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("generate.txt").write_text(GENERATED)
+    run = ("calibration", "inference", "generate.txt", "--replicates", 0)
+    assert "x.tsv is named for two outputs" in refused(capsys, *run, "--json", "x.tsv", "--tokens", "./x.tsv")
+    # A report in its run's folder, and scores beside the translations, are written again.
+    Path("run").mkdir()
+    shutil.copy("generate.txt", "run/generate-test.txt")
+    for _ in range(2):
+        assert cli.main([*map(str, run), "--json", "run/inference.json"]) == 0
+        assert cli.main(["report", "run", "--output", "run/report.html"]) == 0
+
+
+def test_closed_and_full_standard_output(tmp_path):
+    """`hgkd ... | head`, a full disk; one line, no traceback of Python's own when it ends."""
+    command = [sys.executable, "-u", "-m", "hgkd_fairseq.cli", "gates"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open("/dev/full", "w") as full:
+        for output, reason in ((writing, "standard output was closed"), (full, "No space left on device")):
+            done = subprocess.run(
+                command, cwd=ROOT, env=cl.environment(), stdout=output, stderr=subprocess.PIPE, text=True, check=False
+            )
+            assert done.returncode == 1
+            assert "Traceback" not in done.stderr
+            assert reason in done.stderr.splitlines()[-1]
+    os.close(writing)
+
+
+def test_debug_shows_the_traceback(tmp_path, capsys):
+    for debug in ((), ("--debug",)):
+        assert cli.main(["calibration", "inference", str(tmp_path), *debug]) == 1
+        error = capsys.readouterr().err
+        assert ("Traceback" in error) == bool(debug)
+        assert error.splitlines()[-1].startswith(f"hgkd: error: {tmp_path} cannot be read: Is a directory")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_while_it_reads(number, status, tmp_path, monkeypatch):
+    """Ctrl-C and kill: one line, or none, and no traceback; no temporary file stays."""
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open("err", os.O_WRONLY | os.O_CREAT), 2)
+        sys.stderr = open(2, "w")  # noqa: SIM115
+        code: object = None
+        try:
+            code = cli.main(["calibration", "inference", "pipe", "--tokens", "t.tsv", "--json", "t.json"])
+        except SystemExit as end:
+            code = end.code
+        finally:
+            os._exit(code if isinstance(code, int) else 99)
+    with open("pipe", "w"):  # opened once it reads
+        time.sleep(0.5)
+        os.kill(pid, number)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == status
+    assert "Traceback" not in Path("err").read_text()
+    assert sorted(os.listdir()) == ["err", "pipe"]

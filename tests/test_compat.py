@@ -108,6 +108,10 @@ def refused(plain: cl.Run, data: Path, tmp_path_factory: pytest.TempPathFactory)
     torch.save({**plain.state(), "extra": Code(file)}, malicious)
     half.write_bytes(plain.path().read_bytes()[: plain.path().stat().st_size // 2])
     train = (data, *cl.SIZE, *cl.TIED, *cl.STEPS, *cl.LOGS, "--save-dir", folder, "--max-epoch", 1)
+    options = plain.state()
+    options["cfg"]["model"].encoder_xformers_att_config = f"open({str(file)!r}, 'w')"
+    torch.save(options, folder / "options.pt")
+    interactive = (data, *cl.USER_DIR, "--path", folder / "options.pt", "--cpu")
     old = folder / "malicious_in_the_old_format.pt"
     torch.save({**plain.state(), "extra": Code(file)}, old, _use_new_zipfile_serialization=False)
     calls = {
@@ -115,6 +119,9 @@ def refused(plain: cl.Run, data: Path, tmp_path_factory: pytest.TempPathFactory)
         "--path": ("generate", data, *cl.USER_DIR, "--path", malicious, "--cpu"),
         "--restore-file": ("train", *train, *cl.USER_DIR, "--restore-file", malicious),
         "old format": ("train", *train, *cl.distil(old)),
+        "options, generate": ("generate", *interactive),
+        "options, validate": ("validate", *interactive, "--task", "translation", "--max-tokens", 4000),
+        "options, interactive": ("interactive", *interactive),
         "half": ("train", *train, *cl.distil(half)),
         "half, --path": ("generate", data, *cl.USER_DIR, "--path", half, "--cpu"),
     }
@@ -136,22 +143,39 @@ def test_the_malicious_checkpoint_is_one(plain: cl.Run, tmp_path: Path):
     assert file.exists()
 
 
+@pytest.mark.parametrize("use", ["generate", "validate", "interactive"])
+def test_code_in_options_is_refused(use: str, refused):
+    results, file = refused
+    cl.one_sentence(
+        results[f"options, {use}"], ["options.pt", "is no Python literal, and fairseq would run it as code"]
+    )
+    assert not file.exists()
+
+
 @pytest.mark.parametrize("use", ["half", "half, --path"])
 def test_half_a_checkpoint_is_one_sentence(use: str, refused):
     cl.one_sentence(refused[0][use], ["half.pt cannot be read: it is cut short or damaged"])
 
 
-@pytest.mark.parametrize(
-    "value",
-    [Namespace(lr=0.5), torch.ones(2).numpy(), {"counts": [torch.arange(3).numpy().astype("int32")]}],
-    ids=["options", "array", "counts"],
-)
-def test_allow_list(value, tmp_path: Path):
-    from hgkd_fairseq import compat
-
-    compat.apply()
-    torch.save({"value": value}, tmp_path / "a.pt")
-    assert repr(torch.load(tmp_path / "a.pt", weights_only=True)["value"]) == repr(value)
+@pytest.mark.parametrize("run", ["plain", "teacher", "student"])
+def test_options_are_all_that_torch_must_allow(run: str, request: pytest.FixtureRequest):
+    """Plain fairseq under torch >= 2.6 reads our checkpoints with argparse.Namespace allowed alone, calibration and
+    BLEU in validation or not; fairseq's own with --eval-bleu hold arrays."""
+    file = request.getfixturevalue(run).path()
+    allowed = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        with torch.serialization.safe_globals([Namespace]):
+            if run == "teacher":
+                with pytest.raises(pickle.UnpicklingError, match=r"numpy\.?_?core"):
+                    torch.load(file, weights_only=True)
+            else:
+                state = torch.load(file, weights_only=True)
+    finally:
+        torch.serialization.add_safe_globals(allowed)
+    if run == "student":
+        names = {name for _, name, *_ in state["extra_state"]["metrics"]["valid"]}
+        assert {"_calibration", "_bleu_counts"} <= names
 
 
 def test_patches_are_applied_once():

@@ -3,11 +3,15 @@
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import command_line as cl
 import pytest
 import torch
+from fairseq import models
+from fairseq.data import Dictionary
+from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 from hgkd_fairseq import cli
 from hgkd_fairseq.calibration import inference
@@ -140,6 +144,95 @@ def test_ctranslate2(data, teacher, plain, tmp_path, capsys):
     assert inference.evaluate(str(tmp_path / "generate.txt"))["ece"].value == pytest.approx(before.ece.value, abs=1e-4)
 
 
+WIDTHS = {"encoder_embed_dim": 16, "decoder_embed_dim": 16, "encoder_ffn_embed_dim": 32, "decoder_ffn_embed_dim": 24}
+LAYERS = {"encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+
+
+class Tiny:
+    """A transformer of random weights: its options, its checkpoint and its dictionary."""
+
+    def __init__(self, folder: Path, arch: str = "transformer", **options):
+        self.dictionary = Dictionary()
+        for i in range(30):
+            self.dictionary.add_symbol(f"w{i}", 100 - i)
+        for language in ("de", "en"):
+            self.dictionary.save(str(folder / f"dict.{language}.txt"))
+        task = TranslationTask(TranslationConfig(data=str(folder)), self.dictionary, self.dictionary)
+        given = Namespace(**{**WIDTHS, **LAYERS, **options}, arch=arch, _name=arch)
+        torch.manual_seed(1)
+        self.model = models.build_model(given, task)  # fills in what the architecture says
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            for coder in (self.model.encoder, self.model.decoder):
+                coder.embed_tokens.weight[self.dictionary.pad()] = 0
+        self.model.eval()
+        self.path = folder / "a.pt"
+        task = {"_name": "translation", "data": str(folder), "source_lang": "de", "target_lang": "en"}
+        cfg = {"model": given, "task": task, "criterion": {"_name": "cross_entropy"}, "common": {}}
+        history = [{"criterion_name": "X", "optimizer_name": "X", "lr_scheduler_state": {}, "num_updates": 1}]
+        state = {"args": None, "cfg": cfg, "model": self.model.state_dict(), "optimizer_history": history}
+        torch.save({**state, "extra_state": {}}, self.path)
+
+    @torch.no_grad()
+    def logprobs(self, source: list[str], target: list[str]) -> list[float]:
+        """Of a translation's tokens and its end."""
+        to_ids = self.dictionary.index
+        ids, gold = torch.tensor([[*map(to_ids, source), 2]]), [*map(to_ids, target), 2]
+        output = self.model(ids, torch.tensor([ids.size(1)]), torch.tensor([[2, *gold[:-1]]]))
+        return self.model.get_normalized_probs(output, log_probs=True)[0][range(len(gold)), gold].tolist()
+
+
+PRENORM = {"encoder_normalize_before": True, "decoder_normalize_before": True}
+CONVERTED = {
+    "defaults": {},
+    "tied": {"share_all_embeddings": True},
+    "output tied": {"share_decoder_input_output_embed": True},
+    "pre-norm": PRENORM,
+    "learned positions": {"encoder_learned_pos": True, "decoder_learned_pos": True, "max_target_positions": 40},
+    "embeddings": {"no_scale_embedding": True, "layernorm_embedding": True},
+    "gelu": {"activation_fn": "gelu", "dropout": 0.3, "encoder_layerdrop": 0.2},
+    "gelu_accurate": {"activation_fn": "gelu_accurate", "attention_dropout": 0.1},
+    "two widths": {"encoder_embed_dim": 24},
+    "align": {"arch": "transformer_align", "alignment_layer": 0},
+    "bart": {"arch": "bart_base"},
+}
+NOT_CONVERTED = {
+    "cross_self_attention": True,
+    "no_cross_attention": True,
+    "scale_heads": True,
+    "scale_fc": True,
+    "quant_noise_pq": 0.1,
+    "quant_noise_scalar": 0.1,
+    "adaptive_softmax_cutoff": "10,20",
+    "decoder_layers_to_keep": "1",
+    "no_decoder_final_norm": True,
+    "char_inputs": True,
+}
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_ctranslate2_gives_the_same_probabilities(name: str, tmp_path):
+    """Of every option that is let through."""
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    tiny = Tiny(tmp_path, **CONVERTED[name])
+    assert export(tiny.path, tmp_path / "out.pt", "--ctranslate2", tmp_path / "ct2", "--no-comparison") == 0
+    source, target = ["w1", "w2", "w9"], ["w7", "w1"]
+    translator = ctranslate2.Translator(str(tmp_path / "ct2"), device="cpu", intra_threads=1)
+    (found,) = translator.score_batch([source], [target])
+    assert found.log_probs == pytest.approx(tiny.logprobs(source, target), abs=1e-5)
+
+
+@pytest.mark.parametrize("option", NOT_CONVERTED)
+def test_ctranslate2_does_not_know(option: str, tmp_path, capsys):
+    """Of these the converter makes another model, or none."""
+    pytest.importorskip("ctranslate2")
+    tiny = Tiny(tmp_path, **{option: NOT_CONVERTED[option]})
+    assert export(tiny.path, tmp_path / "out.pt", "--ctranslate2", tmp_path / "ct2", "--no-comparison") == 1
+    assert f"its converter does not know --{option.replace('_', '-')} " in capsys.readouterr().err
+    assert not (tmp_path / "out.pt").exists()
+
+
 def test_refusals(data, student, teacher, tmp_path, capsys, monkeypatch):
     checkpoint = student.path("checkpoint_best.pt")
     (tmp_path / "there.pt").touch()
@@ -150,8 +243,15 @@ def test_refusals(data, student, teacher, tmp_path, capsys, monkeypatch):
     lstm = student.state("checkpoint_best.pt")
     lstm["cfg"]["model"].arch = "lstm"
     torch.save(lstm, tmp_path / "lstm.pt")
+    no_task, diverged = student.state("checkpoint_best.pt"), student.state("checkpoint_best.pt")
+    del no_task["cfg"]["task"]
+    torch.save(no_task, tmp_path / "no_task.pt")
+    diverged["extra_state"]["ema"] = {key: tensor * torch.nan for key, tensor in diverged["model"].items()}
+    torch.save(diverged, tmp_path / "ema.pt")
     out, folder = tmp_path / "out.pt", tmp_path / "ct2"
     cases = [
+        ((tmp_path / "no_task.pt", out), "it holds no options of its task"),
+        ((tmp_path / "ema.pt", out, "--ema"), "holds nan or infinity in "),
         ((checkpoint, tmp_path / "there.pt"), "there.pt exists; name another file or folder, or remove it"),
         ((checkpoint, tmp_path / "gone" / "out.pt"), "there is no folder"),
         ((tmp_path / "none.pt", out), "none.pt does not exist; name a fairseq checkpoint"),

@@ -4,10 +4,14 @@ import io
 
 import pytest
 import sentencepiece
+from fairseq.data import Dictionary
 from fairseq.data.data_utils import post_process
+from sacrebleu.metrics import BLEU
 
 from hgkd_fairseq import generated
+from hgkd_fairseq.calibration import inference
 from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.report import runs
 
 SENTENCES = [
     "Ein Mann, der einen grünen Hut trägt, schaut dorthin.",
@@ -50,6 +54,33 @@ def test_texts(lines: list[str], expected: list[str]):
     assert list(generated.texts(dict(enumerate(lines))).values()) == expected
 
 
+@pytest.mark.parametrize(
+    ("symbol", "lines"),
+    [
+        ("sentencepiece", ["▁one▁of▁the ▁big ▁d og s▁ and▁a", "▁the▁end ▁", "Ein▁ Satz▁ ."]),
+        ("subword_nmt", ["a d@@ o@@ g .", "@@ a@@@@ b", "x@@"]),
+        ("sentencepiece", ["▁E-mail@@ ▁a <unk> <<unk>>", "▁b"]),  # what looks like the other mark, once
+    ],
+)
+def test_texts_are_fairseqs(symbol: str, lines: list[str]):
+    """Marks are blanks wherever they stand in a piece: sentencepiece without split_by_whitespace makes such pieces."""
+    expected = [post_process(line, symbol) for line in lines]
+    assert list(generated.texts(dict(enumerate(lines))).values()) == expected
+    assert BLEU().corpus_score(generated.joined([line.split() for line in lines]), [expected]).score == pytest.approx(
+        100
+    )
+
+
+def test_references_made_of_ids():
+    """As fairseq writes them: an unknown word can be no translation."""
+    dictionary = Dictionary()
+    for word in ("a", "b", "c"):
+        dictionary.add_symbol(word)
+    ids = [dictionary.index(word) for word in ("a", "never seen", "b")] + [dictionary.eos(), dictionary.pad()]
+    expected = dictionary.string(ids[:-1], escape_unk=True)
+    assert " ".join(generated.reference(dictionary, ids)) == expected == "a <<unk>> b"
+
+
 OUTPUT = """\
 2026-01-31 12:00:00 | INFO | fairseq_cli.generate | {}
 S-1\tx
@@ -78,9 +109,44 @@ def test_lines(tmp_path):
 
 
 def test_references_end_with_their_lines(tmp_path):
-    """Whatever wrote them; not at a separator of Unicode's, which str.splitlines() would take for an end."""
-    (tmp_path / "test.en").write_text("one\u2028still one\r\ntwo\n\n", encoding="utf-8", newline="")
-    assert generated.read_references(tmp_path / "test.en") == ["one\u2028still one", "two", ""]
+    """Whatever wrote them; not at a separator of Unicode's, which str.splitlines() would take for an end, nor at a
+    carriage return within."""
+    text = "one\u2028still one\r\ntwo\n\na\rlone\x0creturn\x85\n"
+    (tmp_path / "test.en").write_text(text, encoding="utf-8", newline="")
+    expected = ["one\u2028still one", "two", "", "a\rlone\x0creturn\x85"]
+    assert generated.read_references(tmp_path / "test.en") == expected
+
+
+WHOLE = "".join(f"S-{i}\tx\nT-{i}\ta b\nH-{i}\t-0.5\ta b\nD-{i}\t-0.5\ta b\nP-{i}\t-1 -1 -1\n" for i in range(4))
+TASK = "2026-01-31 12:00:00 | INFO | fairseq.tasks.translation | data test de-en {} examples\n"
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        (WHOLE, None),
+        (TASK.format(4) + WHOLE, None),
+        (WHOLE.replace("D-", "X-"), None),
+        (WHOLE.replace("H-2", "X-2").replace("D-2", "X-2"), "3 translations of 4 sentences .first one missing: 2"),
+        (WHOLE.replace("H-3", "X-3"), "3 translations of 4 sentences .first one missing: 3"),
+        (WHOLE.replace("D-1", "X-1"), "3 translations of 4 sentences .first one missing: 1"),
+        (TASK.format(6) + WHOLE, "4 translations of 6 sentences .first one missing: 4"),
+        (WHOLE + WHOLE, "holds S-0 twice, as of two runs; keep the lines of one"),
+        (WHOLE.replace("S-", "X-") * 2, "holds T-0 twice"),
+        (WHOLE + f"H-{'9' * 5000}\t-1\tx\n", "sentence with the number 999999999999..., which is of no subset"),
+        (WHOLE.replace("H-2\t-0.5\ta b\n", "H-2\t-0.5\n"), "H-2 has no score and no translation"),
+    ],
+)
+def test_one_rule_for_all_commands(output: str, expected: str | None, tmp_path):
+    """An output without all sentences is refused by what scores it, whichever command that is."""
+    file = tmp_path / "generate-test.txt"
+    file.write_text(output)
+    for read in (generated.read_lines, lambda file: inference.read(str(file)), runs.translations):
+        if expected is None:
+            read(file)
+        else:
+            with pytest.raises(UserError, match=expected):
+                read(file)
 
 
 def test_refusals(tmp_path):

@@ -5,14 +5,14 @@ Models differ in marker, line and hatch as well as in colour, so that the figure
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hgkd_fairseq.errors import UserError
+from hgkd_fairseq import files as file_access
+from hgkd_fairseq.calibration.scores import DRAWN, WHAT, check_bars
+from hgkd_fairseq.errors import UserError, printable
 
-FORMATS = (".png", ".svg")
 # Wong's colours (Nature Methods 2011), from dark to light: apart for the colour-blind, and in grey.
 STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#000000", "marker": "o", "linestyle": "-", "hatch": ""},
@@ -41,16 +41,17 @@ def draw(files: Sequence[str], output: str, labels: Sequence[str] | None = None,
     Figure = figure_class()
     from matplotlib.legend_handler import HandlerTuple
 
-    if Path(output).suffix not in FORMATS:
-        raise UserError(f"--output {output}: name a file that ends in {' or '.join(FORMATS)}")
+    file_access.figure_format("--output", output)
     if len(files) > MOST:
         raise UserError(f"{len(files)} files are too many for one diagram; give at most {MOST}")
     if labels and len(labels) != len(files):
         raise UserError(f"{len(labels)} times --label for {len(files)} files; give one for each, in their order")
-    results = [read(file) for file in files]
+    results = [file_access.read_json(file, DRAWN, WHAT) for file in files]
     bins = {result["bins"] for result in results}
     if len(bins) > 1:
         raise UserError(f"the files have {' and '.join(map(str, sorted(bins)))} bins; score them with one --bins")
+    for file, result in zip(files, results, strict=True):
+        check_bars(file, result)
     names = labels or default_names(files)
 
     figure = Figure(figsize=(6.0, 7.8), layout="constrained")
@@ -58,11 +59,11 @@ def draw(files: Sequence[str], output: str, labels: Sequence[str] | None = None,
     lines = reliability(top, results, names, which)
     bars = confidences(bottom, results, which)
     handles: list[Any] = list(zip(lines, bars, strict=True))
-    figure.legend(  # outside: there is no corner that no model's points reach
-        handles, [line.get_label() for line in lines], loc="outside lower center", fontsize=9, frameon=False,
+    legend(  # outside: there is no corner that no model's points reach
+        figure, handles, [line.get_label() for line in lines], loc="outside lower center", fontsize=9, frameon=False,
         handler_map={tuple: HandlerTuple(ndivide=None)}, handlelength=6,
     )  # fmt: skip
-    figure.savefig(output, dpi=160, metadata={"Date": None} if output.endswith(".svg") else None)
+    file_access.write_figure(figure, output)
 
 
 def figure_class():
@@ -74,16 +75,13 @@ def figure_class():
     return Figure
 
 
-def read(file: str) -> dict[str, Any]:
-    try:
-        result = json.loads(Path(file).read_text())
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist; write it with `hgkd calibration forced --json`") from None
-    except ValueError:
-        result = None
-    if not isinstance(result, dict) or "histograms" not in result:
-        raise UserError(f"{file} is no file of `hgkd calibration forced --json` or `hgkd calibration inference --json`")
-    return result
+def legend(place, handles: Sequence[Any], labels: Sequence[str], **options: Any) -> None:
+    """A legend of a figure or of axes whose texts are shown as they are: matplotlib would take `$` for mathematics and
+    leave out what begins with `_`."""
+    made = place.legend(list(handles), [str(number) for number in range(len(labels))], **options)
+    for text, label in zip(made.get_texts(), labels, strict=True):
+        text.set_parse_math(False)
+        text.set_text(printable(label))
 
 
 def default_names(files: Sequence[str]) -> list[str]:
@@ -107,10 +105,11 @@ def reliability(axes, results: Sequence[dict], names: Sequence[str], which: str,
         count = [table["count"][bin] for bin in filled]
         x = [table["confidence"][bin] / n for bin, n in zip(filled, count, strict=True)]
         y = [table["correct"][bin] / n for bin, n in zip(filled, count, strict=True)]
+        ece = result[f"ece{suffix}"]  # None where there are no tokens
+        error = "no ECE" if ece is None else f"ECE {100 * ece:.2f} %"
         (line,) = axes.plot(
             x, y, color=style["color"], linestyle=style["linestyle"], linewidth=1.3, marker=style["marker"],
-            markersize=5, zorder=3,
-            label=f"{name}: ECE {100 * result[f'ece{suffix}']:.2f} %, {sum(count):,.0f} tokens",
+            markersize=5, zorder=3, label=f"{name}: {error}, {sum(count):,.0f} tokens",
         )  # fmt: skip
         lines.append(line)
         hollow = [index for index, n in enumerate(count) if n < FEW]
@@ -118,7 +117,7 @@ def reliability(axes, results: Sequence[dict], names: Sequence[str], which: str,
             [x[index] for index in hollow], [y[index] for index in hollow], linestyle="", marker=style["marker"],
             markersize=5, markerfacecolor="white", markeredgecolor=style["color"], zorder=4,
         )  # fmt: skip
-        if "low" in table:
+        if "low" in table and "high" in table:
             # An interval that a resample of few tokens left beside the accuracy itself still starts from it.
             below = [max(value - table["low"][bin], 0) for bin, value in zip(filled, y, strict=True)]
             above = [max(table["high"][bin] - value, 0) for bin, value in zip(filled, y, strict=True)]

@@ -17,10 +17,11 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from hgkd_fairseq import features
+from hgkd_fairseq import binarised, features
 from hgkd_fairseq.calibration.distribution import brier, weighted_tables
+from hgkd_fairseq.calibration.pieces import gold as gold_piece
 from hgkd_fairseq.calibration.scores import Mean, Predictions, Results, Settings
-from hgkd_fairseq.calibration.token_table import TokenTable
+from hgkd_fairseq.calibration.token_table import TokenTable, opened
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.loss.eager import mean_logprobs
 from hgkd_fairseq.loss.options import Head
@@ -79,9 +80,9 @@ def evaluate(
         UserError: a file that is missing or cannot be used, a subset that is missing or empty, a model that
             predicts NaN.
     """
-    table = TokenTable(tokens_file) if tokens_file else None
-    models, task, device = load(data, path, cpu)
-    found = measure(models, task, device, subset, max_tokens, settings or Settings(), temperature, table)
+    with opened(tokens_file) as table:
+        models, task, device = load(data, path, cpu)
+        found = measure(models, task, device, subset, max_tokens, settings or Settings(), temperature, table)
     found.about["path"] = path
     return found
 
@@ -123,8 +124,6 @@ def measure(
         sentences.update(batch.sentence.tolist())
         if table is not None:
             table.write(token_rows(batch, scores, dictionary))
-    if table is not None:
-        table.close()
     return Results(
         about={
             "mode": "forced",
@@ -145,11 +144,11 @@ def measure(
 
 def load(data: str, path: str, cpu: bool = False):
     """(models, task, device): the checkpoints of `path` in eval mode under the plain translation task on `data`."""
-    if not os.path.isdir(data):
-        raise UserError(f"{data} is no folder; name the one that fairseq-preprocess wrote")
+    data = binarised.first_shard(data)
     found = [checkpoints.read(file) for file in split_paths(path)]
     known = {field.name for field in fields(TranslationConfig)}
-    options = {key: value for key, value in found[0].options("task").items() if key in known}
+    options = {"train_subset": "train", "dataset_impl": None, "required_seq_len_multiple": 1}  # where there are none
+    options |= {key: value for key, value in found[0].options("task").items() if key in known}
     options |= {"_name": "translation", "data": data, "eval_bleu": False}
     try:
         task = TranslationTask.setup_task(OmegaConf.merge(TranslationConfig, options))
@@ -158,8 +157,6 @@ def load(data: str, path: str, cpu: bool = False):
             f"{data} is no data for {path}: {error}; name the folder that fairseq-preprocess wrote"
         ) from error
     models = [checkpoints.build(checkpoint, task) for checkpoint in found]
-    for model in models:
-        features.check_translates(model, path)
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
     for model in models:
         model.to(device).eval()
@@ -168,22 +165,15 @@ def load(data: str, path: str, cpu: bool = False):
 
 def batches(task, models, subset: str, max_tokens: int):
     """The subset's batches in a fixed order, with a progress bar."""
+    limits = utils.resolve_max_positions(task.max_positions(), *[model.max_positions() for model in models])
+    dataset = binarised.subset(task, subset, limits)
     try:
-        task.load_dataset(subset)
-    except FileNotFoundError:
-        raise UserError(f"there is no subset {subset} in {task.cfg.data}; name another with --gen-subset") from None
-    except ValueError as error:  # numpy's: an empty file cannot be mapped
+        found = task.get_batch_iterator(dataset, max_tokens=max_tokens, max_positions=limits)
+        itr = found.next_epoch_itr(shuffle=False)
+    except AssertionError:  # fairseq's, of a sentence that fits into no batch
         raise UserError(
-            f"subset {subset} of {task.cfg.data} is empty or damaged ({error}); name another with --gen-subset"
-        ) from error
-    itr = task.get_batch_iterator(
-        task.dataset(subset),
-        max_tokens=max_tokens,
-        max_positions=utils.resolve_max_positions(task.max_positions(), *[model.max_positions() for model in models]),
-        ignore_invalid_inputs=True,
-    ).next_epoch_itr(shuffle=False)
-    if not len(itr):
-        raise UserError(f"every sentence of subset {subset} of {task.cfg.data} is too long for the model")
+            f"--max-tokens {max_tokens} is less than the longest sentence of subset {subset} has; give more"
+        ) from None
     return progress_bar.progress_bar(itr, log_format="none" if not os.isatty(2) else "tqdm")
 
 
@@ -228,7 +218,7 @@ def token_rows(batch: Batch, scores: TokenScores, dictionary) -> dict[str, list]
     """Columns of the table of tokens."""
     return {
         "sentence": batch.sentence.tolist(),
-        "token": [dictionary[index] for index in batch.target.tolist()],
+        "token": [gold_piece(dictionary, index) for index in batch.target.tolist()],
         "predicted": [dictionary[index] for index in scores.top.tolist()],
         "confidence": scores.confidence.tolist(),
         "correct": scores.correct.int().tolist(),

@@ -3,6 +3,7 @@ as fairseq-generate writes them, whatever search made them."""
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,9 @@ from sacrebleu.metrics import BLEU, CHRF
 from tqdm import tqdm
 
 from hgkd_fairseq.calibration.labels import ter_labels
-from hgkd_fairseq.calibration.pieces import join, mark, text, words
+from hgkd_fairseq.calibration.pieces import join, mark, spans_words, text, words
 from hgkd_fairseq.calibration.scores import Predictions, Results, Score, Settings
-from hgkd_fairseq.calibration.token_table import TokenTable
+from hgkd_fairseq.calibration.token_table import TokenTable, opened
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.generated import read_lines, read_references, split
 
@@ -66,18 +67,22 @@ def translation(file: str, lines: dict[str, dict[int, str]], references: dict[in
     for letter, found in (("P", lines["P"]), ("T", references)):
         if index not in found:
             raise UserError(f"{file} has no line {letter}-{index} for its H-{index}; run fairseq-generate again")
-    tokens = split(lines["H"][index].partition("\t")[2])
+    tokens = split(lines["H"][index])
     reference = split(references[index])
     try:
         logprobs = [float(number) for number in lines["P"][index].split()]
     except ValueError:
         raise UserError(f"{file}: P-{index} holds something that is no number; run fairseq-generate again") from None
     if not all(number <= ROUNDING_BITS for number in logprobs):  # NaN too
-        raise UserError(f"{file}: P-{index} holds a score that is NaN or above 0, which is no log-probability")
+        raise UserError(
+            f"{file}: P-{index} holds a score that is NaN or above 0, which is no log-probability; where it is NaN the "
+            "model's training has diverged: translate with an earlier checkpoint"
+        )
     if len(logprobs) != len(tokens) + 1:
         raise UserError(
             f"{file}: H-{index} has {len(tokens)} tokens and an end of sentence, P-{index} {len(logprobs)} scores; "
-            + WITH_PIECES
+            f"{WITH_PIECES}. If they do, the hypothesis goes on after an end of sentence, which is not printed: run it "
+            "without --diverse-beam-groups"
         )
     return Translation(index, tokens, [min(number, 0.0) for number in logprobs], reference)
 
@@ -94,8 +99,8 @@ def evaluate(
     Raises:
         UserError: as of these two.
     """
-    table = TokenTable(tokens_file) if tokens_file else None
-    return score(read(file, reference_file), file, options, settings, table)
+    with opened(tokens_file) as table:
+        return score(read(file, reference_file), file, options, settings, table)
 
 
 def score(
@@ -122,6 +127,12 @@ def score(
             f"{name}: the translations are in pieces ({marked}) and the references are not; {WITH_PIECES}, "
             "or give --reference FILE in pieces"
         )
+    if options.words and marked:
+        for token in itertools.chain.from_iterable(row.tokens for row in translations):
+            if spans_words(token):
+                raise UserError(
+                    f"{name}: the piece {token} spans words, which have no probability of their own; leave --words out"
+                )
     parts = {
         "mode": "inference", "align": options.labels, "eos": "yes", "tok": "word" if options.words else "bpe"
     }  # fmt: skip
@@ -143,8 +154,6 @@ def score(
         if table is not None:
             columns = {"token": [*units, EOS], "confidence": confidence.tolist(), "correct": labels.int().tolist()}
             table.write({"sentence": sentence.tolist(), **columns})
-    if table is not None:
-        table.close()
     return Results(
         about={"mode": "inference", "path": name, "tokens": tokens, "sentences": len(translations)},
         settings=settings,

@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
-SENTENCEPIECE, SUBWORD_NMT = "▁", "@@"  # the marks of a word's beginning and of a word that goes on
+SENTENCEPIECE, SUBWORD_NMT = "▁", "@@"  # the marks of a blank and of a word that goes on
+
+
+def gold(dictionary, index: int) -> str:
+    """The piece of a reference that is known by its number in fairseq's dictionary, as fairseq-generate writes it: an
+    unknown one is <<unk>>, which no model can say, so that the unknown is never taken for right."""
+    return dictionary.unk_string(escape=True) if index == dictionary.unk() else dictionary[index]
 
 
 def mark(sentences: Iterable[Sequence[str]]) -> str:
-    """The mark that pieces of these sentences bear; "" where they bear none."""
+    """The mark that pieces of these sentences bear, the more frequent one where both are there; "" where they bear
+    none."""
+    found: Counter[str] = Counter()
     for tokens in sentences:
         for token in tokens:
-            if token.startswith(SENTENCEPIECE):
-                return SENTENCEPIECE
-            if token.endswith(SUBWORD_NMT):
-                return SUBWORD_NMT
-    return ""
+            if SENTENCEPIECE in token:
+                found[SENTENCEPIECE] += 1
+            elif token.endswith(SUBWORD_NMT):
+                found[SUBWORD_NMT] += 1
+    return max(found, key=lambda mark: found[mark], default="")
+
+
+def spans_words(token: str) -> bool:
+    """Whether a piece of sentencepiece holds the end of one word and the beginning of another: ▁of▁the."""
+    return SENTENCEPIECE in token.strip(SENTENCEPIECE)
 
 
 def words(tokens: Sequence[str], mark: str) -> list[list[int]]:
-    """The indices of the pieces of each word."""
+    """The indices of the pieces of each word; of each run of words that a piece holds together, where a piece spans
+    words."""
     groups: list[list[int]] = []
     for index, token in enumerate(tokens):
-        if mark == SENTENCEPIECE:
-            begins = token.startswith(SENTENCEPIECE)
+        before = tokens[index - 1] if index else ""
+        if mark == SENTENCEPIECE:  # a mark ends a piece where sentencepiece was trained with treat_whitespace_as_suffix
+            begins = token.startswith(SENTENCEPIECE) or (before.endswith(SENTENCEPIECE) and before != SENTENCEPIECE)
         else:
-            begins = not (mark and index and tokens[index - 1].endswith(mark))
+            begins = not (mark and before.endswith(mark))
         if begins or not groups:
             groups.append([])
         groups[-1].append(index)
@@ -33,17 +49,14 @@ def words(tokens: Sequence[str], mark: str) -> list[list[int]]:
 
 
 def join(tokens: Sequence[str], mark: str) -> list[str]:
-    """The words without marks."""
-    texts = []
-    for group in words(tokens, mark):
-        pieces = [tokens[index] for index in group]
-        if mark == SENTENCEPIECE:
-            texts.append("".join(pieces).removeprefix(SENTENCEPIECE))
-        else:
-            texts.append("".join(piece.removesuffix(mark) for piece in pieces))
-    return texts
+    """The words of :func:`words` without marks."""
+    return [text([tokens[index] for index in group], mark) for group in words(tokens, mark)]
 
 
 def text(tokens: Sequence[str], mark: str) -> str:
-    """The sentence that the pieces make."""
-    return " ".join(word for word in join(tokens, mark) if word)
+    """The sentence that the pieces make, as fairseq's post_process has it: joined, and then each mark of sentencepiece
+    is a blank, wherever in a piece it stands."""
+    if mark == SENTENCEPIECE:
+        return "".join(tokens).replace(SENTENCEPIECE, " ").strip()
+    line = " ".join(tokens)
+    return (line + " ").replace(f"{mark} ", "").rstrip() if mark else line

@@ -5,20 +5,21 @@ What a temperature also mends is no gain of a training method: report it beside 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from hgkd_fairseq import files
 from hgkd_fairseq.calibration.forced import batches, chunks, load, measure, token_batches
 from hgkd_fairseq.calibration.scores import Results, Settings
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.loss.eager import mean_logprobs
 
 HIGHEST = 20.0  # temperatures from 1 / HIGHEST to HIGHEST are tried
+LEAST, MOST = 0.01, 100.0  # temperatures that are taken: logits in fp32 stay far from their limits
 TOLERANCE = 1e-4  # of the temperature, relative
 MOST_PASSES = 30
 
@@ -106,17 +107,25 @@ def read(given: str) -> float:
     """The temperature of --temperature: a number, or the file that `hgkd calibration temperature --json` wrote.
 
     Raises:
-        UserError: neither of the two, or not above 0.
+        UserError: neither of the two, or not from LEAST to MOST.
     """
     try:
         value = float(given)
     except ValueError:
         try:
-            value = float(json.loads(Path(given).read_text())["temperature"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(
-                f"--temperature {given} is neither a number nor a file of `hgkd calibration temperature --json`"
-            ) from None
-    if not (value > 0 and math.isfinite(value)):
-        raise UserError(f"--temperature {given}: it must be above 0")
+            value = read_file(given)["temperature"]
+        except UserError as error:
+            raise UserError(f"--temperature {given} is neither a number nor a file of it: {error}") from None
+    if not LEAST <= value <= MOST:  # NaN is not
+        raise UserError(f"--temperature {given}: it must be above 0, from {LEAST:g} to {MOST:g}")
     return value
+
+
+def read_file(file: str | Path) -> dict[str, Any]:
+    """The content of a file of `hgkd calibration temperature --json`.
+
+    Raises:
+        UserError: it is no such file.
+    """
+    schema = {"temperature": files.Within(LEAST, MOST, float), "command?": str}
+    return files.read_json(file, schema, "file of `hgkd calibration temperature --json`")

@@ -16,6 +16,7 @@ from omegaconf import II
 
 from hgkd_fairseq import features
 from hgkd_fairseq.calibration import CalibrationHistogram
+from hgkd_fairseq.calibration.histogram import tabulate
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.gates import GateError, Instance, Observer, get_gate
 from hgkd_fairseq.loss import IMPLEMENTATIONS, gated_distillation, unusable
@@ -365,9 +366,9 @@ class HardGateKDCriterion(FairseqCriterion):
         if self.cfg.report_accuracy:
             logging_output["n_correct"] = out.correct.sum()
         if validating:
-            histogram = CalibrationHistogram()
-            histogram.update(out.confidence[out.tokens_mask], out.correct[out.tokens_mask])
-            logging_output["calibration"] = histogram.sums
+            # Unlike the histogram's update, this takes NaN: of a run that has diverged fairseq logs nan and goes on.
+            rows, bins = out.tokens_mask, CalibrationHistogram().bins
+            logging_output["calibration"] = tabulate(out.confidence[rows], out.correct[rows], bins)[0]
         return loss, sample_size, logging_output
 
     @classmethod

@@ -12,7 +12,8 @@ V, and the teacher's temperature tau,
 Where it lives. A row goes by in tiles of DEPTH x THREADS x VECTOR logits, VECTOR neighbours in one load. Each thread
 keeps its own maxima and sums of pass 1 in registers, rescaled once a tile; threads exchange (through shared memory, 4
 bytes a warp) only once a row. Pass 2 reads the row again, from L2 while the rows in flight fit there, and writes dz
-over z. Nothing of size V but the logits is in memory.
+over z. Nothing of size V but the logits is in memory. Rows may lie further apart than V: where the distance is a
+multiple of 16 bytes a thread loads 16 bytes at a time whatever V is, the columns between V and the next multiple too.
 
 Bytes a row, of logits of b bytes: pass 1 reads 2 V b, pass 2 reads 2 V b and writes V b; a row that the gate leaves to
 the data is spared the teacher's V b in pass 2. Without a teacher: V b, V b and V b.
@@ -32,7 +33,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1e38)  # below every logit; finite also when multiplied by log2(e)
 NEGLIGIBLE = tl.constexpr(1e-20)
 MINUS_INF = tl.constexpr(float("-inf"))
-NAN = tl.constexpr(float("nan"))
+# No constant that is nan: Triton compares a kernel's globals with those it was compiled with, and nan differs from nan.
 
 # Rows of `results` (7, C) fp32, of `flags` (2, C) int8 and of `statistics` (4, C) fp32. One base pointer each: the
 # address of a row of an odd number of tokens would be aligned or not, and either would be compiled.
@@ -53,6 +54,16 @@ def _columns(start, THREADS: tl.constexpr, VECTOR: tl.constexpr, DEPTH: tl.const
     depth = tl.arange(0, DEPTH)[:, None, None]
     thread = tl.arange(0, THREADS)[None, :, None]
     return start + (depth * THREADS + thread) * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+
+
+@triton.jit
+def _load(row, column, V: tl.constexpr, WIDTH: tl.constexpr):
+    """The logits of these columns in fp32, -inf outside the row. Whole vectors are loaded, up to WIDTH; what stands
+    there beyond V may be anything."""
+    z = tl.load(row + column, mask=column < WIDTH, other=MINUS_INF).to(tl.float32)
+    if WIDTH != V:
+        z = tl.where(column < V, z, MINUS_INF)
+    return z
 
 
 @triton.jit
@@ -79,6 +90,7 @@ def _row_statistics(
     gold_weight,
     every_weight,
     V: tl.constexpr,
+    WIDTH: tl.constexpr,
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -100,9 +112,9 @@ def _row_statistics(
     shifted_sum = tl.zeros((THREADS,), tl.float32)  # sum of the shifted z
     place = tl.zeros((THREADS,), tl.int32)  # of the first maximum
     seen = 0.0  # tokens of each thread before this tile: only the last tile is ragged
-    for start in range(0, V, TILE):
+    for start in range(0, WIDTH, TILE):
         column = _columns(start, THREADS, VECTOR, DEPTH)
-        z = tl.load(student_row + column, mask=column < V, other=MINUS_INF).to(tl.float32)
+        z = _load(student_row, column, V, WIDTH)
         top = tl.maximum(m_s, tl.max(tl.max(z, 2), 0))
         moved = (m_s - top) * LOG2E
         shifted = (z - top[None, :, None]) * LOG2E
@@ -115,7 +127,7 @@ def _row_statistics(
             place = tl.where(top > m_s, first, place)
         m_s = top
         if HAS_TEACHER:
-            t = tl.load(teacher_row + column, mask=column < V, other=MINUS_INF).to(tl.float32)
+            t = _load(teacher_row, column, V, WIDTH)
             top_t = tl.maximum(m_t, tl.max(tl.max(t, 2), 0))
             moved_t = (m_t - top_t) * teacher_bits
             shifted_t = (t - top_t[None, :, None]) * teacher_bits
@@ -135,10 +147,10 @@ def _row_statistics(
 
     # In pass 2 other threads write dz over this logit: it is read here, before the threads meet.
     known = (target >= 0) & (target < V)
-    gold_logit = tl.load(student_row + target, mask=known, other=NAN).to(tl.float32)
+    gold_logit = tl.load(student_row + target, mask=known, other=float("nan")).to(tl.float32)
     read_logit = gold_logit
     if HAS_TEACHER:
-        read_logit = tl.load(teacher_row + target, mask=known, other=NAN).to(tl.float32)
+        read_logit = tl.load(teacher_row + target, mask=known, other=float("nan")).to(tl.float32)
     student_max = tl.max(m_s, 0)
     moved = (m_s - student_max) * LOG2E
     student_sum = _meet(l_s, tl.exp2(moved))
@@ -146,8 +158,8 @@ def _row_statistics(
     gold = (gold_logit - student_max) - student_log
     data_term = -gold_weight * gold
     if SMOOTHING:
-        last = _columns((V - 1) // TILE * TILE, THREADS, VECTOR, DEPTH)
-        tokens = (V - 1) // TILE * (DEPTH * VECTOR) + _sum(tl.where(last < V, 1.0, 0.0))  # of each thread
+        last = _columns((WIDTH - 1) // TILE * TILE, THREADS, VECTOR, DEPTH)
+        tokens = (WIDTH - 1) // TILE * (DEPTH * VECTOR) + _sum(tl.where(last < V, 1.0, 0.0))  # of each thread
         total = LN2 * tl.sum(shifted_sum + tokens * moved, 0)
         data_term -= every_weight * (total - V * student_log)
     student_read = gold
@@ -193,6 +205,7 @@ def _write_gradient(
     gold,  # data * gold_weight * gradient_scale
     every,  # data * every_weight * gradient_scale
     V: tl.constexpr,
+    WIDTH: tl.constexpr,
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -200,15 +213,15 @@ def _write_gradient(
 ):
     """Pass 2."""
     teacher_bits = inverse_temperature * LOG2E
-    for start in range(0, V, DEPTH * THREADS * VECTOR):
+    for start in range(0, WIDTH, DEPTH * THREADS * VECTOR):
         column = _columns(start, THREADS, VECTOR, DEPTH)
-        z = tl.load(student_row + column, mask=column < V, other=MINUS_INF).to(tl.float32)
+        z = _load(student_row, column, V, WIDTH)
         dz = tl.exp2((z - student_max) * LOG2E) * student_factor - every
         if HAS_TEACHER:
-            t = tl.load(teacher_row + column, mask=column < V, other=MINUS_INF).to(tl.float32)
+            t = _load(teacher_row, column, V, WIDTH)
             dz -= tl.exp2((t - teacher_max) * teacher_bits) * teacher_factor
         dz = tl.where(column == target, dz - gold, dz)
-        tl.store(student_row + column, dz.to(student_row.dtype.element_ty), mask=column < V)
+        tl.store(student_row + column, dz.to(student_row.dtype.element_ty), mask=column < WIDTH)
 
 
 @triton.jit
@@ -233,6 +246,7 @@ def _finish_row(
     every_weight,
     gradient_scale,
     V: tl.constexpr,
+    WIDTH: tl.constexpr,
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -256,17 +270,17 @@ def _finish_row(
             if teacher != 0:  # nan too
                 _write_gradient(
                     student_row, teacher_row, target, student_max, student_factor, teacher_max, teacher_factor,
-                    inverse_temperature, gold, every, V, THREADS, VECTOR, DEPTH, True,
+                    inverse_temperature, gold, every, V, WIDTH, THREADS, VECTOR, DEPTH, True,
                 )  # fmt: skip
             else:
                 _write_gradient(
                     student_row, teacher_row, target, student_max, student_factor, teacher_max, teacher_factor,
-                    inverse_temperature, gold, every, V, THREADS, VECTOR, DEPTH, False,
+                    inverse_temperature, gold, every, V, WIDTH, THREADS, VECTOR, DEPTH, False,
                 )  # fmt: skip
         else:
             _write_gradient(
                 student_row, teacher_row, target, student_max, student_factor, teacher_max, teacher_factor,
-                inverse_temperature, gold, every, V, THREADS, VECTOR, DEPTH, False,
+                inverse_temperature, gold, every, V, WIDTH, THREADS, VECTOR, DEPTH, False,
             )  # fmt: skip
 
 
@@ -282,7 +296,10 @@ def token_rows(
     gold_weight,
     every_weight,
     gradient_scale,
+    STUDENT_STRIDE: tl.constexpr,
+    TEACHER_STRIDE: tl.constexpr,
     V: tl.constexpr,
+    WIDTH: tl.constexpr,
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -295,13 +312,13 @@ def token_rows(
 ):
     """Both passes and the gate "token", g = 1[p > q]; without a teacher the gate "none", g = 0."""
     row = tl.program_id(0).to(tl.int64)
-    student_row = student_logits + row * V
-    teacher_row = teacher_logits + row * V
+    student_row = student_logits + row * STUDENT_STRIDE
+    teacher_row = teacher_logits + row * TEACHER_STRIDE
     gold_token = tl.load(target + row).to(tl.int32)
     student_read, teacher_read, gold, data_term, kl, argmax, student_max, student_sum, teacher_max, teacher_sum = (
         _row_statistics(
             student_row, teacher_row, gold_token, inverse_temperature, gold_weight, every_weight,
-            V, THREADS, VECTOR, DEPTH, HAS_TEACHER, SMOOTHING, ARGMAX, GATE_ON_ARGMAX, GATE_TEMPERATURE,
+            V, WIDTH, THREADS, VECTOR, DEPTH, HAS_TEACHER, SMOOTHING, ARGMAX, GATE_ON_ARGMAX, GATE_TEMPERATURE,
         )
     )  # fmt: skip
     teacher = tl.where(student_read > teacher_read, 1.0, 0.0)  # strict: where both agree exactly the data teaches
@@ -316,7 +333,7 @@ def token_rows(
     _finish_row(
         student_row, teacher_row, results, flags, row, rows, gold_token, 1.0 - teacher, teacher, data_term, kl,
         student_max, student_sum, teacher_max, teacher_sum, inverse_temperature, gold_weight, every_weight,
-        gradient_scale, V, THREADS, VECTOR, DEPTH, HAS_TEACHER, MAKE_GRADIENT,
+        gradient_scale, V, WIDTH, THREADS, VECTOR, DEPTH, HAS_TEACHER, MAKE_GRADIENT,
     )  # fmt: skip
 
 
@@ -332,7 +349,10 @@ def statistics_rows(
     inverse_temperature,
     gold_weight,
     every_weight,
+    STUDENT_STRIDE: tl.constexpr,
+    TEACHER_STRIDE: tl.constexpr,
     V: tl.constexpr,
+    WIDTH: tl.constexpr,
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -344,13 +364,13 @@ def statistics_rows(
 ):
     """Pass 1 alone, for a gate that is a torch function."""
     row = tl.program_id(0).to(tl.int64)
-    student_row = student_logits + row * V
-    teacher_row = teacher_logits + row * V
+    student_row = student_logits + row * STUDENT_STRIDE
+    teacher_row = teacher_logits + row * TEACHER_STRIDE
     gold_token = tl.load(target + row).to(tl.int32)
     student_read, teacher_read, gold, data_term, kl, argmax, student_max, student_sum, teacher_max, teacher_sum = (
         _row_statistics(
             student_row, teacher_row, gold_token, inverse_temperature, gold_weight, every_weight,
-            V, THREADS, VECTOR, DEPTH, HAS_TEACHER, SMOOTHING, ARGMAX, GATE_ON_ARGMAX, GATE_TEMPERATURE,
+            V, WIDTH, THREADS, VECTOR, DEPTH, HAS_TEACHER, SMOOTHING, ARGMAX, GATE_ON_ARGMAX, GATE_TEMPERATURE,
         )
     )  # fmt: skip
     tl.store(results + NLL * rows + row, -gold)
@@ -382,7 +402,10 @@ def gradient_rows(
     gold_weight,
     every_weight,
     gradient_scale,
+    STUDENT_STRIDE: tl.constexpr,
+    TEACHER_STRIDE: tl.constexpr,
     V: tl.constexpr,
+    WIDTH: tl.constexpr,
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -392,8 +415,8 @@ def gradient_rows(
     """The weighted loss and pass 2, after the gate."""
     row = tl.program_id(0).to(tl.int64)
     _finish_row(
-        student_logits + row * V,
-        teacher_logits + row * V,
+        student_logits + row * STUDENT_STRIDE,
+        teacher_logits + row * TEACHER_STRIDE,
         results,
         flags,
         row,
@@ -412,6 +435,7 @@ def gradient_rows(
         every_weight,
         gradient_scale,
         V,
+        WIDTH,
         THREADS,
         VECTOR,
         DEPTH,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hgkd_fairseq import gates
 from hgkd_fairseq.gates import GATES, Gate
-from hgkd_fairseq.loss import rows
+from hgkd_fairseq.loss import chunked, rows
 from hgkd_fairseq.loss.options import GATE_ON, Decide, Options, TokenResults, decided
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,16 +34,24 @@ class Variant(NamedTuple):
     num_warps: int
 
 
-def launch_shape(vocabulary: int, itemsize: int) -> tuple[int, int, int]:
+def launch_shape(stride: int, itemsize: int) -> tuple[int, int, int]:
     """(num_warps, VECTOR, DEPTH): a thread takes DEPTH loads of VECTOR neighbouring logits from each tile.
 
-    A load of VECTOR logits has at most 16 bytes, and fewer where rows are not aligned to 16 (an odd vocabulary). DEPTH
-    keeps a thread at 64 registers, so that a multiprocessor has room for two programs of 16 warps
-    (scripts/benchmarks/kernel_resources.py prints them).
+    A load of VECTOR logits has at most 16 bytes, and fewer where rows are not aligned to 16: `stride` logits apart.
+    DEPTH keeps a thread at 64 registers, so that a multiprocessor has room for two programs of 16 warps
+    (scripts/benchmarks/kernel_resources.py prints them). Measured on an H200, ms a chunk, gate token:
+
+        V, tokens, dtype        4 warps  8 warps  16 warps  32 warps        (DEPTH 2)
+        37000, 3072, bf16        0.322    0.294     0.271     0.354
+        32000, 4096, bf16        0.360    0.449     0.323
+        10152, 4096, bf16        0.116    0.097     0.149     0.189
+        37000, 2048, fp32        0.555    0.538     0.491     0.340
+
+    One tile for the whole row (10152 in 16 warps and DEPTH 4) took 0.220: a row is read twice at any size.
     """
-    vector = math.gcd(vocabulary, 16 // itemsize)
-    num_warps = 16 if vocabulary >= 16384 else 8 if vocabulary >= 4096 else 4
-    return num_warps, vector, 2 if vector >= 4 else 4
+    vector = math.gcd(stride, 16 // itemsize)
+    num_warps = 4 if stride < 4096 else 8 if stride < 16384 else 16 if itemsize < 4 else 32
+    return num_warps, vector, 2
 
 
 def fused(gate: Gate) -> bool:
@@ -51,10 +59,21 @@ def fused(gate: Gate) -> bool:
     return gate.weights in (gates.token, gates.none)
 
 
-def variants(vocabulary: int, itemsize: int, options: Options, make_gradient: bool) -> list[Variant]:
-    """The kernels that a step launches, in their order."""
-    num_warps, vector, depth = launch_shape(vocabulary, itemsize)
-    shape = {"V": vocabulary, "THREADS": num_warps * WARP, "VECTOR": vector, "DEPTH": depth}
+def variants(
+    vocabulary: int, strides: tuple[int, int], itemsize: int, options: Options, make_gradient: bool
+) -> list[Variant]:
+    """The kernels that a step launches, in their order; `strides` are those of the student's and the teacher's rows."""
+    num_warps, vector, depth = launch_shape(math.gcd(*strides), itemsize)
+    student, teacher_stride = strides
+    shape = {
+        "STUDENT_STRIDE": student,
+        "TEACHER_STRIDE": teacher_stride,
+        "V": vocabulary,
+        "WIDTH": -(-vocabulary // vector) * vector,
+        "THREADS": num_warps * WARP,
+        "VECTOR": vector,
+        "DEPTH": depth,
+    }
     has_teacher = options.gate.needs_teacher
     teacher = {"HAS_TEACHER": has_teacher}
     statistics = {
@@ -74,14 +93,15 @@ def variants(vocabulary: int, itemsize: int, options: Options, make_gradient: bo
 
 
 def all_variants(vocabulary: int, itemsize: int) -> list[Variant]:
-    """Every kernel that any options can launch at a vocabulary."""
+    """Every kernel that any options can launch at a vocabulary, on rows as `chunked` lays them out on a GPU."""
     found = []
+    strides = (chunked.row_stride(vocabulary, itemsize),) * 2
     split = (Gate("user", lambda s: gates.none(s), needs_teacher=needs) for needs in (True, False))
     for gate, gate_on, gate_temperature, smoothing, top1, make_gradient in itertools.product(
         (GATES["token"], GATES["none"], *split), GATE_ON, (True, False), (0.0, 0.1), (True, False), (True, False)
     ):
         options = Options(gate, gate_on, 1.5, gate_temperature, smoothing, top1=top1)
-        found += [v for v in variants(vocabulary, itemsize, options, make_gradient) if v not in found]
+        found += [v for v in variants(vocabulary, strides, itemsize, options, make_gradient) if v not in found]
     return found
 
 
@@ -90,6 +110,12 @@ def _launch(variant: Variant, *arguments: Tensor | float) -> None:
 
     kernel = getattr(triton_kernels, variant.kernel)
     kernel[(arguments[0].size(0),)](*arguments, **variant.constants, num_warps=variant.num_warps)
+
+
+def _rows(logits: Tensor) -> Tensor:
+    """Rows of neighbouring logits that do not overlap, at whatever distance; a copy where these are others."""
+    plain = logits.stride(1) == 1 and logits.stride(0) >= logits.size(1)
+    return logits if plain else logits.contiguous()
 
 
 def _known(student_logits: Tensor, teachers: int, options: Options) -> bool:
@@ -105,7 +131,7 @@ def _known(student_logits: Tensor, teachers: int, options: Options) -> bool:
 
 
 def row_step(
-    student_logits: Tensor,  # (C, V), overwritten by the gradient where they are contiguous
+    student_logits: Tensor,  # (C, V), overwritten by the gradient where the logits of a row are neighbours
     teacher_logits: list[Tensor],  # (C, V) each, not tempered
     target: Tensor,  # (C,) int64
     decide: Decide,
@@ -114,17 +140,18 @@ def row_step(
 ) -> tuple[TokenResults, Tensor | None]:
     """As :func:`hgkd_fairseq.loss.rows.row_step`, with the gradient written over `student_logits`.
 
-    A target outside the vocabulary gives nan.
+    Where rows lie further apart than V, what stands between them may be overwritten. A target outside the vocabulary
+    gives nan.
     """
     tokens, vocabulary = student_logits.shape
     if not _known(student_logits, len(teacher_logits), options):
         return rows.row_step(student_logits, teacher_logits, target, decide, options, gradient_scale)
-    student = student_logits.contiguous()
+    student = _rows(student_logits)
     temperature = options.teacher_temperature
     if not options.gate.needs_teacher:
         teacher = student  # never read
     elif len(teacher_logits) == 1:
-        teacher = teacher_logits[0].contiguous()
+        teacher = _rows(teacher_logits[0])
     else:
         # log of the mean probability: logits at temperature 1
         teacher = rows.mean_probability(teacher_logits, 1 / temperature, torch.float32).log_()
@@ -132,7 +159,8 @@ def row_step(
 
     results = torch.empty((7, tokens), dtype=torch.float32, device=student.device)
     flags = torch.empty((2, tokens), dtype=torch.int8, device=student.device)
-    steps = variants(vocabulary, student.element_size(), options, gradient_scale is not None)
+    strides = (student.stride(0), teacher.stride(0))
+    steps = variants(vocabulary, strides, student.element_size(), options, gradient_scale is not None)
     scale = 0.0 if gradient_scale is None else float(gradient_scale)
     outputs = (student, teacher, target.contiguous(), results, flags)
     scalars = (tokens, 1 / temperature, *options.gold_weight(vocabulary))

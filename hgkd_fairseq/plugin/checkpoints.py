@@ -4,6 +4,8 @@ or one error message."""
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import logging
 import os
 import pickle
@@ -25,6 +27,7 @@ from hgkd_fairseq.errors import UserError
 
 MOST_OPTIONS = 100_000  # values in the options of a checkpoint; fairseq's have about 1,500
 DEEPEST = 50
+MOST_POSITIONS = 1_000_000
 LARGEST = 2**63
 NUMBERS = frozenset(("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"))
 FAIRSEQ_ONES = "name a checkpoint of fairseq-train"
@@ -33,6 +36,7 @@ DTYPES = {
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
 }
+NET_INPUT = ("src_tokens", "src_lengths", "prev_output_tokens")
 ZIP = b"PK\x03\x04"
 
 
@@ -122,6 +126,7 @@ def read(path: str | os.PathLike, overrides: Mapping[str, Any] | None = None, mo
         check_state(state)
         if model:
             check_model(state["model"], size)
+            check_sizes(state)
         return Checkpoint(path, upgrade(state, overrides))
     except Refused as error:
         raise UserError(f"checkpoint {path} {error}") from None
@@ -224,9 +229,10 @@ class OldMeter:
 
 
 METERS = ("AverageMeter", "TimeMeter", "StopwatchMeter")
-# Beside tensors and plain values; each name stands for what is made in its place.
+# Beside tensors and plain values; each name stands for what is made in its place. Pairs all, also for Namespace: torch
+# takes out of its list what was put there for a while, and compat.py puts Namespace there for good.
 ALLOWED: list[Any] = [
-    Namespace,
+    (Namespace, "argparse.Namespace"),
     (Number, "numpy.dtype"),
     (Array, "numpy.ndarray"),
     *((Array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
@@ -261,17 +267,20 @@ def wanted(file: BinaryIO, message: str) -> list[str]:
         return sorted(set(re.findall(r"GLOBAL (\S+)", message)))
 
 
-def without_stand_ins(found: Any, seen: dict[int, Any]) -> Any:
-    """The same with tensors for arrays and None for meters. `seen`: by id, for what stands in several places."""
+def without_stand_ins(found: Any, seen: dict[int, tuple[Any, Any]]) -> Any:
+    """The same with tensors for arrays and None for meters. `seen`: by id, what was found and what it became, for what
+    stands in several places or in itself."""
+    if id(found) in seen:
+        return seen[id(found)][1]
     if isinstance(found, Array):
         return found.tensor
     if isinstance(found, OldMeter | Number | type):
         return None
     if type(found) is tuple:
-        return tuple(without_stand_ins(item, seen) for item in found)
-    if id(found) in seen:
-        return found
-    seen[id(found)] = found
+        result = tuple(without_stand_ins(item, seen) for item in found)
+        seen[id(found)] = found, result
+        return result
+    seen[id(found)] = found, found
     if type(found) in (dict, OrderedDict):
         for key, value in found.items():
             found[key] = without_stand_ins(value, seen)
@@ -374,6 +383,19 @@ def check_model(model: dict[str, Tensor], size: int) -> None:
             raise Refused(f"holds nan or infinity in {name[:80]}: its training has diverged; name an earlier one")
 
 
+def check_sizes(state: dict[str, Any]) -> None:
+    """Refuse options of more layers than there are weights, or of a dimension larger than all of them: fairseq would
+    take the memory, and the time, before it compares."""
+    options = state["args"] if state.get("args") is not None else state["cfg"].get("model")
+    options = vars(options) if isinstance(options, Namespace) else options
+    elements = sum(tensor.numel() for tensor in state["model"].values())
+    limits = {"layers": len(state["model"]), "dim": elements, "size": elements, "positions": MOST_POSITIONS}
+    for name, value in (options or {}).items():
+        limit = limits.get(name.rpartition("_")[2]) if name.startswith(("encoder", "decoder", "max")) else None
+        if limit is not None and type(value) in (int, float) and value > limit:
+            raise Refused(f"does not fit its own options: --{name.replace('_', '-')} {value} is more than {limit}")
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without what fairseq and hydra log and warn of while they bring options of old to their present form."""
@@ -419,15 +441,58 @@ def upgrade(state: dict[str, Any], overrides: Mapping[str, Any] | None) -> dict[
             return _upgrade_state_dict(state)
     except Exception as error:  # fairseq reads options of a dozen years and checks none of them
         given = " with the overrides that were given" if overrides else ""
-        raise Refused(f"is no fairseq checkpoint{given} ({error!r}); {FAIRSEQ_ONES}") from None
+        raise Refused(f"is no fairseq checkpoint{given} ({repr(error)[:300]}); {FAIRSEQ_ONES}") from None
+
+
+def model_class(checkpoint: Checkpoint) -> type[nn.Module]:
+    """The class of a checkpoint's model.
+
+    Raises:
+        UserError: fairseq has none of that name, or it does not translate from left to right.
+    """
+    from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
+
+    options = checkpoint.options("model")
+    name = options.get("_name") or options.get("arch")
+    found = (ARCH_MODEL_REGISTRY.get(name) or MODEL_REGISTRY.get(name)) if isinstance(name, str) else None
+    if found is None:
+        raise UserError(f"{checkpoint.path} has the architecture {str(name)[:80]!r}, which this fairseq does not know")
+    check_translates(found, checkpoint.path)
+    return found
+
+
+def check_translates(kind: type[nn.Module], name: str) -> None:
+    """Refuse a class of models that do not give the probability of each target token after those before it.
+
+    Raises:
+        UserError: a language model, an encoder alone, a non-autoregressive model.
+    """
+    from fairseq.models import FairseqEncoderModel, FairseqLanguageModel
+
+    if issubclass(kind, FairseqLanguageModel | FairseqEncoderModel):
+        raise UserError(f"{name} is no translation model but a {kind.__name__}; name one with an encoder and a decoder")
+    if missing := needs_more(kind):
+        raise UserError(
+            f"{name} is a {kind.__name__}, which does not translate from left to right (it asks for {missing}); name "
+            "an autoregressive model"
+        )
+
+
+@functools.cache
+def needs_more(model: type[nn.Module]) -> str:
+    """What a model's forward asks for that a batch's ``net_input`` does not hold; "" where nothing is missing."""
+    parameters = list(inspect.signature(model.forward).parameters.values())[1:]
+    named = [one for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+    return ", ".join(one.name for one in named if one.default is one.empty and one.name not in NET_INPUT)
 
 
 def build(checkpoint: Checkpoint, task) -> nn.Module:
-    """The model of a checkpoint, under a task of fairseq, on the CPU.
+    """The translation model of a checkpoint, under a task of fairseq, on the CPU.
 
     Raises:
-        UserError: its options do not make a model of its weights under this task.
+        UserError: its options do not make a translation model of its weights under this task.
     """
+    model_class(checkpoint)
     try:
         model = task.build_model(checkpoint.cfg.model, from_checkpoint=True)
         model.load_state_dict(checkpoint.model, strict=True, model_cfg=checkpoint.cfg.model)

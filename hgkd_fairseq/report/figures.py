@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hgkd_fairseq.calibration import diagram
+from hgkd_fairseq.errors import printable
 from hgkd_fairseq.report.runs import Run
 
 STYLE: Any = {
@@ -29,6 +30,7 @@ CURVES = {  # of logs.Log.curves
     "teacher_share": "Teacher's share of training tokens, %",
 }
 SCALE = {"ece": 100, "teacher_share": 100}
+HIGHEST = 1e12  # of a number that is drawn: matplotlib has no axis for nan, inf and 1e308
 
 
 def svg(figure, name: str, label: str) -> str:
@@ -37,7 +39,7 @@ def svg(figure, name: str, label: str) -> str:
     Args:
         figure: matplotlib's.
         name: unique on the page.
-        label: what it shows, for who cannot see it.
+        label: what it shows, for a reader who cannot see it.
     """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -47,7 +49,7 @@ def svg(figure, name: str, label: str) -> str:
     text = re.sub(r' xmlns:xlink="[^"]*"', "", text).replace("xlink:href", "href")
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
     text = re.sub(r"#[0-9a-f]{6}\b", lambda found: colour(found[0]), text)
-    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
+    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(printable(label))}"', 1)
 
 
 def colour(code: str) -> str:
@@ -83,23 +85,30 @@ def curve(runs: Sequence[Run], key: str) -> str:
     """A number over the updates, of all runs that logged it; "" where none did."""
     import matplotlib
 
-    if not any(key in run.log.curves for run in runs):
+    drawn = {run.name: points(run, key) for run in runs}
+    if not any(drawn.values()):
         return ""
     with matplotlib.rc_context(STYLE):
         figure = diagram.figure_class()(figsize=(WIDTH, 1.9), layout="constrained")
         axes = figure.subplots()
         for run, style in zip(runs, diagram.STYLES, strict=False):
-            if key in run.log.curves:
-                x, y = run.log.curves[key]
-                plot(axes, x, [SCALE.get(key, 1) * value for value in y], style)
+            if drawn[run.name]:
+                x, y = zip(*drawn[run.name], strict=True)
+                plot(axes, x, y, style)
         axes.set(xlabel="updates")
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.grid(color="0.9", linewidth=0.5)
         axes.set_axisbelow(True)
-        axes.set_xlim(left=0, right=1.03 * axes.dataLim.x1)  # room for the last marker
+        axes.set_xlim(left=0, right=max(1.03 * axes.dataLim.x1, 1))  # room for the last marker
         if key != "nll_loss":
             axes.set_ylim(bottom=0)
         return svg(figure, f"curve-{key}", f"{CURVES[key]}, over the updates, of each run")
+
+
+def points(run: Run, key: str) -> list[tuple[int, float]]:
+    """(updates, value) of a curve, where both can be drawn."""
+    scaled = ((at, SCALE.get(key, 1) * value) for at, value in zip(*run.log.curves.get(key, ([], [])), strict=True))
+    return [(at, value) for at, value in scaled if at <= HIGHEST and abs(value) <= HIGHEST]
 
 
 def plot(axes, x: Sequence[float], y: Sequence[float], style: dict[str, Any]) -> None:

@@ -1,46 +1,68 @@
-"""fairseq's own logs, of fairseq-train and fairseq-generate: the settings that they begin with, and the numbers that
-come after, in --log-format simple and json (tqdm writes simple where it is no terminal)."""
+"""fairseq's own logs, of fairseq-train, fairseq-hydra-train and fairseq-generate: the settings that they begin with,
+and the numbers that come after, in --log-format simple and json (tqdm writes simple where it is no terminal).
+
+A log is data: what stands in it is read by the few rules below, whatever it is, and nothing of it is run.
+"""
 
 from __future__ import annotations
 
 import ast
+import itertools
 import json
+import math
 import re
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hgkd_fairseq.errors import UserError
+from hgkd_fairseq import files
 
-# "2026-01-31 12:00:00 | INFO | valid | epoch ..."; fairseq-generate writes "INFO:fairseq_cli.generate:..."
-MESSAGE = re.compile(r"(?:\| INFO \| |^INFO:)(\S+?)(?: \| |:)(.*)")
+# A message of a logger, behind whatever a progress bar left on its line. Each takes time linear in the line's length.
+FORMS = (
+    re.compile(r"\| INFO \| (\S+) \| (.*)"),  # "2026-01-31 12:00:00 | INFO | valid | epoch ..."
+    re.compile(r"^INFO:([^\s:]+):(.*)"),  # fairseq-generate: "INFO:fairseq_cli.generate:..."
+    re.compile(
+        r"^\[[^\]]*\]\[([^\]]*)\]\[INFO\] - (.*)"
+    ),  # hydra: "[2026-01-31 12:00:00,000][valid][INFO] - epoch ..."
+)
 CURVES = ("nll_loss", "bleu", "ece")  # of validation
+MOST_UPDATES = 1e15  # above it a float is no whole number that can be counted on
 
 
 @dataclass
 class Log:
     """What a log tells."""
 
-    settings: dict[str, Any] = field(default_factory=dict)  # of the last start, by the options' names
-    # By name, ([updates], [value]): those of CURVES and, of training, teacher_share.
+    settings: dict[str, Any] = field(default_factory=dict)  # of the last start, by the options' names; see `value`
+    # By name, ([updates], [value]): those of CURVES and, of training, teacher_share. A value may be nan or infinite.
     curves: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
+
+    @property
+    def empty(self) -> bool:
+        return not (self.settings or self.curves)
+
+    @property
+    def diverged(self) -> int | None:
+        """The update from which on no NLL on validation was a number; None where the last one is."""
+        first = None
+        for updates, value in zip(*self.curves.get("nll_loss", ([], [])), strict=True):
+            first = None if math.isfinite(value) else updates if first is None else first
+        return first
 
 
 def read(file: Path) -> Log:
     """Read the log of a run and, where it was stopped and resumed, of its resumptions, one after the other.
 
     Raises:
-        UserError: the file is no text.
+        UserError: the file is no text, or cannot be read.
     """
     log = Log()
-    try:
-        with file.open(encoding="utf-8", newline="\n") as stream:
-            for line in stream:
-                found = MESSAGE.search(line)
-                if found:
-                    take(log, found[1], found[2].rstrip())
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is no text; keep there what fairseq printed") from None
+    for line in files.read_lines(file, "keep there what fairseq printed"):
+        found = next((found for form in FORMS if (found := form.search(line))), None)
+        if found:
+            take(log, found[1], found[2].rstrip())
     if "train_inner" in log.curves:  # many points an epoch; without it one an epoch
         log.curves["teacher_share"] = log.curves["train_inner"]
     return Log(log.settings, {name: log.curves[name] for name in (*CURVES, "teacher_share") if name in log.curves})
@@ -52,10 +74,10 @@ def take(log: Log, tag: str, message: str) -> None:
         log.settings = settings(message) or log.settings
         return
     if tag in ("train", "train_inner"):
-        numbers = parse(tag, message)
+        numbers = numbers_of(tag, message)
         add(log, "teacher_share" if tag == "train" else tag, numbers.get("num_updates"), numbers.get("teacher_share"))
     elif tag == str(log.settings.get("valid_subset", "valid")).split(",")[0]:  # the one that chooses the checkpoint
-        numbers = parse(tag, message)
+        numbers = numbers_of(tag, message)
         # fairseq's cross_entropy, whose loss it is, logs no nll_loss of its own.
         numbers.setdefault("nll_loss", numbers.get("loss"))
         for name in CURVES:
@@ -63,7 +85,7 @@ def take(log: Log, tag: str, message: str) -> None:
 
 
 def add(log: Log, name: str, updates: float | None, value: float | None) -> None:
-    if updates is None or value is None:
+    if updates is None or value is None or not 0 <= updates < MOST_UPDATES:  # nan is in no interval
         return
     x, y = log.curves.setdefault(name, ([], []))
     while x and x[-1] >= updates:  # a run that was killed is resumed from an earlier update
@@ -73,19 +95,21 @@ def add(log: Log, name: str, updates: float | None, value: float | None) -> None
     y.append(value)
 
 
-def parse(tag: str, message: str) -> dict[str, Any]:
+def numbers_of(tag: str, message: str) -> dict[str, Any]:
     """The numbers of a line of fairseq's progress bar, by name.
 
-    simple: "epoch 001 | valid on 'valid' subset | loss 5.3 | num_updates 9", "epoch 001:  50 / 295 loss=9.2, ppl=600";
+    simple: epoch 001 | valid on 'valid' subset | loss 5.3 | num_updates 9; within an epoch: epoch 001:  5 / 9 loss=5.3,
+    ppl=39, num_updates=5.
     json: {"epoch": 1, "valid_loss": "5.3", "valid_num_updates": "9"}.
     """
     if message.startswith("{"):
         try:
-            pairs = json.loads(message).items()
-        except ValueError:  # cut short when the run was killed
+            pairs: Any = json.loads(message, parse_int=float).items()
+        except (ValueError, RecursionError):  # cut short when the run was killed, or no line of fairseq's
             return {}
     else:
-        pairs = re.findall(r"(\w+)[ =]([^\s=]+?)(?=,? |$)", message)
+        words = message.replace("=", " ").split()
+        pairs = ((name, value.rstrip(",")) for name, value in itertools.pairwise(words))
     numbers: dict[str, Any] = {}
     for name, value in pairs:
         try:
@@ -100,26 +124,91 @@ def settings(message: str) -> dict[str, Any] | None:
 
     A configuration has groups (common, dataset, ...), or is a Namespace of all options where the command line was used.
     """
-
-    def literal(node: ast.AST) -> Any:
-        if isinstance(node, ast.Dict):
-            return {literal(key): literal(value) for key, value in zip(node.keys, node.values, strict=True) if key}
-        if isinstance(node, ast.Call):  # Namespace(a=1)
-            return {word.arg: literal(word.value) for word in node.keywords}
-        try:
-            return ast.literal_eval(node)
-        except ValueError:  # a choice, which is written without quotes: previous-epoch
-            return ast.get_source_segment(message, node)
-
     try:
-        groups = literal(ast.parse(message, mode="eval").body)
-    except (SyntaxError, ValueError):
+        with warnings.catch_warnings(action="ignore"):  # of escapes that Python does not know
+            tokens = tokenized(message)
+            groups = value(next(tokens), tokens)
+        if next(tokens, None) is not None or not isinstance(groups, dict):
+            return None
+    except (ValueError, SyntaxError, StopIteration):
         return None
     flat: dict[str, Any] = {}
     for name, group in groups.items():
         if isinstance(group, dict):
-            # The group of a task or a criterion is named by its choice: 'criterion': {'_name': 'hard_gate_kd', ...}.
-            if group.get("_name"):
-                flat.setdefault(name, group["_name"])
-            flat |= {key: value for key, value in group.items() if key not in flat and key != "_name"}
+            # The group of a model, a task or a criterion is named by its choice: 'task': {'_name': 'translation', ...}.
+            choice = group.get("_name")
+            if isinstance(choice, str):
+                flat.setdefault("arch" if name == "model" else name, choice)
+            own = {key: each for key, each in group.items() if not isinstance(each, dict) and key != "_name"}
+            # Under hydra an option that is another group's is written as a reference: '${dataset.max_tokens}'.
+            flat |= {key: each for key, each in own.items() if key not in flat and not str(each).startswith("${")}
     return flat
+
+
+TOKEN = re.compile(
+    r"""\s*([a-zA-Z]{0,2}(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|[\[\](){},:=]|[^\s\[\](){},:='"]+)""", flags=re.DOTALL
+)
+CLOSING = {"{": "}", "[": "]", "(": ")"}
+CONSTANTS = {"None": None, "True": True, "False": False}
+DEEPEST = 20  # a configuration has groups in groups at most
+
+
+def tokenized(text: str) -> Iterator[str]:
+    place = 0
+    while place < len(text):
+        found = TOKEN.match(text, place)
+        if not found:
+            raise ValueError(f"no value at {place}")
+        yield found[1]
+        place = found.end()
+
+
+def value(token: str, tokens: Iterator[str], depth: int = 0) -> Any:
+    """What the repr of plain data says, from `token` on: None, bool, int, float, str, lists of them (tuples and sets
+    too) and dicts by str. What is none of these is its own text, such as a choice, which stands without quotes:
+    previous-epoch.
+
+    Raises:
+        ValueError, SyntaxError, StopIteration: it is no such text.
+    """
+    if depth > DEEPEST:
+        raise ValueError("too deep")
+    if token in CLOSING:
+        return collection(CLOSING[token], tokens, depth)
+    if token[-1] in "'\"":
+        text = ast.literal_eval(token)
+        return text if isinstance(text, str) else token
+    if token in "}]),:=":
+        raise ValueError("a value is missing")
+    if token == "Namespace":
+        if next(tokens) != "(":
+            raise ValueError("no Namespace")
+        return collection(")", tokens, depth)
+    if token in CONSTANTS:
+        return CONSTANTS[token]
+    if re.fullmatch(r"-?\d{1,20}", token):
+        return int(token)
+    try:
+        return float(token)
+    except ValueError:
+        return token
+
+
+def collection(closing: str, tokens: Iterator[str], depth: int) -> Any:
+    """The rest of a dict, a Namespace, a list, a tuple or a set, behind its opening bracket."""
+    items: list = []
+    named: dict[str, Any] = {}
+    token = next(tokens)
+    while token != closing:
+        item = value(token, tokens, depth + 1)
+        token = next(tokens)
+        if token in (":", "="):
+            named[str(item)] = value(next(tokens), tokens, depth + 1)
+            token = next(tokens)
+        else:
+            items.append(item)
+        if token == ",":
+            token = next(tokens)
+        elif token != closing:
+            raise ValueError("no comma")
+    return items if items or closing == "]" else named

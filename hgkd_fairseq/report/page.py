@@ -12,7 +12,7 @@ from typing import Any
 
 import hgkd_fairseq
 from hgkd_fairseq.calibration import diagram
-from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.errors import UserError, printable
 from hgkd_fairseq.report import commands, figures
 from hgkd_fairseq.report.runs import FILES, Run
 from hgkd_fairseq.report.tables import Report, Table, missing
@@ -97,7 +97,7 @@ def html(report: Report) -> str:
 
 
 def escape(value: Any) -> str:
-    return escaping.escape(str(value))
+    return escaping.escape(printable(str(value)))
 
 
 def prose(text: str) -> str:
@@ -152,9 +152,8 @@ def reliability(runs: Sequence[Run]) -> str:
         for number, run in enumerate(runs):
             found = getattr(run, key)
             if found is not None:
-                caption = (
-                    f"<b>{escape(run.name)}</b> <span>ECE {100 * found['ece']:.2f} %, {found['tokens']:,} tokens</span>"
-                )
+                error = "no ECE" if found["ece"] is None else f"ECE {100 * found['ece']:.2f} %"  # None: of no tokens
+                caption = f"<b>{escape(run.name)}</b> <span>{error}, {found['tokens']:,} tokens</span>"
                 drawn = figures.reliability(run, found, number, f"{key}-{number}")
                 cards.append(f"<figure><figcaption>{caption}</figcaption>{drawn}</figure>")
         if cards:
@@ -212,8 +211,8 @@ def how(runs: Sequence[Run]) -> str:
     for run in runs:
         lines = [line for line in commands_of(run) if line]
         if lines:
-            text = "\n\n".join(lines)
-            blocks.append(f"<details><summary>{escape(run.name)}</summary><pre>{escape(text)}</pre></details>")
+            text = "\n\n".join(map(escape, lines))
+            blocks.append(f"<details><summary>{escape(run.name)}</summary><pre>{text}</pre></details>")
     about = (
         "Commands of fairseq with the options that are not at their defaults, out of the settings in its logs; "
         "commands of hgkd as they were typed."

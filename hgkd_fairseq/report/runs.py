@@ -3,14 +3,14 @@ reads a run is here."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hgkd_fairseq import generated
-from hgkd_fairseq.calibration import diagram
+from hgkd_fairseq.calibration import temperature
+from hgkd_fairseq.calibration.scores import read_results
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.report import logs
 
@@ -117,7 +117,7 @@ def read(folder: Path, name: str) -> Run:
         if f"{key}.json" not in run.missing:
             setattr(run, key, scores(folder / f"{key}.json", mode))
     if "temperature.json" not in run.missing:
-        run.temperature = temperature(folder / "temperature.json")
+        run.temperature = temperature.read_file(folder / "temperature.json")
         fitted, used = run.temperature["temperature"], (run.scaled or run.temperature)["temperature"]
         if used != fitted:
             raise UserError(
@@ -128,23 +128,13 @@ def read(folder: Path, name: str) -> Run:
 
 
 def translations(file: Path) -> tuple[list[str], list[str] | None]:
-    """The translations of a subset and its references, as text, in order.
-
-    Raises:
-        UserError: sentences are missing.
-    """
+    """The translations of a subset and its references, as text, in order."""
     lines = generated.read_lines(file)
     found, references = generated.translations(lines), generated.texts(lines["T"])
-    count = max(found) + 1
-    missing = next((index for index in range(count) if index not in found), None)
-    if missing is not None:
-        raise UserError(
-            f"{file} has {len(found)} translations of {count} sentences (first one missing: {missing}); run "
-            "fairseq-generate again, with --required-batch-size-multiple 1"
-        )
-    if references.keys() != found.keys():
-        return [found[index] for index in range(count)], None
-    return [found[index] for index in range(count)], [references[index] for index in range(count)]
+    order = sorted(found)
+    return [found[index] for index in order], (
+        [references[index] for index in order] if references.keys() == found.keys() else None
+    )
 
 
 def progress(run: Run, file: str) -> tuple[int | None, float | None]:
@@ -161,18 +151,9 @@ def progress(run: Run, file: str) -> tuple[int | None, float | None]:
 
 
 def scores(file: Path, mode: str) -> dict[str, Any]:
-    found = diagram.read(str(file))
+    found = read_results(file)
     if found["mode"] != mode:
         raise UserError(
             f"{file} holds scores of `hgkd calibration {found['mode']}`; write it again: {FILES[file.name]}"
         )
-    return found
-
-
-def temperature(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        float(found["temperature"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is no file of `hgkd calibration temperature --json`; write it again") from None
     return found

@@ -11,7 +11,7 @@ from sacrebleu.metrics import BLEU, CHRF, TER
 from sacrebleu.significance import PairedTest, Result
 
 from hgkd_fairseq.calibration.bootstrap import Difference, paired
-from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.errors import UserError, printable
 from hgkd_fairseq.report.runs import FILES, GENERATED, Run
 
 METRICS: dict[str, Callable] = {"BLEU": BLEU, "chrF": CHRF, "TER": TER}
@@ -43,9 +43,9 @@ class Table:
     notes: list[str] = field(default_factory=list)  # what is under it, in markdown
 
     def markdown(self) -> str:
-        rows = [[str(cell) for cell in row] for row in self.rows]
-        table = "\n".join("| " + " | ".join(row) + " |" for row in [self.header, ["---"] * len(self.header), *rows])
-        return "\n\n".join([table, *self.notes])
+        lines: list[list] = [self.header, ["---"] * len(self.header), *self.rows]
+        table = "\n".join("| " + " | ".join(printable(str(cell)) for cell in line) + " |" for line in lines)
+        return "\n\n".join([table, *map(printable, self.notes)])
 
 
 @dataclass(frozen=True)
@@ -254,6 +254,8 @@ def difference(first: dict[str, Any] | None, second: dict[str, Any] | None, kind
     if first is None or second is None or not resampled_alike(first, second):
         return None
     one, other = (resamples(found, kind.which) for found in (first, second))
+    if None in (first[kind.key], second[kind.key]) or (one + other).isnan().all():  # of no tokens
+        return None
     return paired(one, other, second[kind.key] - first[kind.key])
 
 
@@ -280,6 +282,13 @@ def quality_notes(runs: Sequence[Run], signatures: dict[str, str]) -> list[str]:
     without = [run.name for run in runs if run.translations is not None and run.references is None]
     if without:
         notes.append(f"No references in the translations of {', '.join(without)}: give them with `--reference FILE`.")
+    for run in runs:
+        if run.log.diverged is not None:
+            notes.append(
+                f"{run.name} diverged: its NLL on validation is no number from update {run.log.diverged:,} on."
+            )
+        if "train.log" not in run.missing and run.log.empty:
+            notes.append(f"Nothing of fairseq-train's in train.log of {run.name}: `{FILES['train.log']}`.")
     return notes + missing(runs, ("checkpoint_best.pt", "checkpoint_last.pt", GENERATED, "forced.json"))
 
 

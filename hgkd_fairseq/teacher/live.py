@@ -12,7 +12,7 @@ import torch
 from fairseq.data import Dictionary, LanguagePairDataset, data_utils
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
-from hgkd_fairseq import features
+from hgkd_fairseq import binarised, features
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.loss import Head
 from hgkd_fairseq.plugin import checkpoints
@@ -122,13 +122,15 @@ def load_model(
     overrides: dict,
 ) -> torch.nn.Module:
     """The model of one checkpoint, frozen and in eval mode, on the CPU."""
+    if not os.path.exists(path):
+        raise UserError(f"--teacher-path names {path}, which does not exist; name a fairseq checkpoint")
     checkpoint = checkpoints.read(path, overrides)
+    checkpoints.model_class(checkpoint)
     check_task(path, checkpoint.options("task"), source_dictionary, target_dictionary, languages)
     # The plain task, with no --eval-bleu: building a model through the student's own task would hand its validation
     # the TEACHER to translate with.
     task = TranslationTask(TranslationConfig(), source_dictionary, target_dictionary)
     model = checkpoints.build(checkpoint, task)
-    features.check_translates(model, path)
     model.eval()
     model.requires_grad_(False)
     return model
@@ -161,19 +163,12 @@ def check_task(
                 f"the {side} dictionary of the teacher {path}, {file}, does not exist and cannot be compared with "
                 "the student's; give its folder with --teacher-model-overrides \"{'data': 'DIR'}\""
             )
-        difference = dictionary_difference(load_dictionary(file), dictionary)
+        difference = dictionary_difference(binarised.dictionary(file), dictionary)
         if difference:
             raise UserError(
                 f"the {side} dictionaries of the teacher {path} and of the student differ: {difference}; "
                 "preprocess the student's data with the teacher's dictionaries (fairseq-preprocess --srcdict --tgtdict)"
             )
-
-
-def load_dictionary(file: str) -> Dictionary:
-    try:
-        return Dictionary.load(file)
-    except Exception as error:  # fairseq's own, of several kinds
-        raise UserError(f"{file} is no dictionary of fairseq-preprocess: {error}; copy it again") from error
 
 
 def dictionary_difference(teacher: Dictionary, student: Dictionary) -> str | None:

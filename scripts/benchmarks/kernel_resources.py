@@ -31,11 +31,12 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 from hgkd_fairseq.loss.triton_rows import Variant, all_variants  # noqa: E402
 
-SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a program may ask for, by compute capability
+# Bytes a program may ask for, by compute capability.
+SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
 REGISTERS_LIMIT = 255  # a thread
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 VOCABULARIES = (32000, 10152)  # two launch shapes; rows aligned to 16 bytes
-ODD_VOCABULARIES = (507, 32001)  # rows aligned to nothing
+ODD_VOCABULARIES = (507, 32001)  # rows that lie further apart than they are long
 
 POINTERS = {
     "target": "*i64",
@@ -109,11 +110,12 @@ def jobs(selection: str) -> list[Job]:
     found = [Job(v, "bf16", 90) for v in all_variants(VOCABULARIES[0], 2)]
     found += [
         Job(v, dtype, capability)
-        for capability in SHARED_LIMIT
+        for capability in (80, 90, 100)
         for dtype in ITEMSIZE
         for vocabulary in VOCABULARIES
         for v in heavy(vocabulary, dtype)
     ]
+    found += [Job(v, "bf16", capability) for capability in (86, 89) for v in heavy(VOCABULARIES[0], "bf16")]
     found += [Job(v, dtype, 90) for dtype in ("fp32", "bf16") for n in ODD_VOCABULARIES for v in heavy(n, dtype)]
     return [job for i, job in enumerate(found) if job not in found[:i]]
 

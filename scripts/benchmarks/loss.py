@@ -3,7 +3,7 @@
 
     python scripts/benchmarks/loss.py --csv loss.csv --markdown loss.md      everything, on the CPU
     python scripts/benchmarks/loss.py --time --tokens 16384                  time alone, larger batches
-    python scripts/benchmarks/loss.py --device cuda --csv loss.csv
+    python scripts/benchmarks/loss.py --device cuda --shape iwslt wmt-base wmt-big nllb --time --memory
 
 A contestant does one forward and one backward pass over N tokens, hidden size d for student and teacher, vocabulary V:
 the student's hidden states and weight get their gradients. There are no pads, and every sentence has 32 tokens.
@@ -14,9 +14,13 @@ the student's hidden states and weight get their gradients. There are no pads, a
                N itself (pip install --no-deps liger-kernel==0.8.5)
     CE         cross-entropy alone; peer: torch's linear_cross_entropy, plain and chunked
 
-Time: all contestants in one process, taking turns; the median, and the median of the ratios within a round.
+TRL-style peers take the KL in chunks of 256 tokens and make each chunk's logits again in the backward pass. On a GPU
+ours also runs in chunks of several sizes, and the eager peers also under torch.compile.
+
+Time: all contestants in one process, taking turns; the median, its 20th and 80th percentiles, and the median of the
+ratios within a round. On a GPU between two events, with the L2 cache flushed before each.
 Error: of the gradients of KL against fp64 arithmetic on the same inputs; the largest entry's and the Frobenius norm's.
-Memory: the peak over the inputs, gradients included, each contestant in a fresh process; floor and ours also at 4 N.
+Memory: the peak over the inputs, gradients included; floor and ours also at 4 N. On the CPU each in a fresh process.
 Compile time: the first call minus the second in a fresh process, with an empty cache on disk and with the one it left.
 """
 
@@ -29,13 +33,15 @@ import functools
 import gc
 import itertools
 import logging
+import re
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import roofline
 import torch
 import torch.nn.functional as F
 from measuring import (
@@ -43,14 +49,18 @@ from measuring import (
     LEAST_REPEATS,
     RUNGS,
     append_csv,
+    device_seconds,
     environment,
     in_fresh_process,
     interleaved,
     markdown,
     median_ratio,
+    quantile,
     seconds,
+    synchronize,
 )
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -62,7 +72,9 @@ logging.disable(logging.INFO)  # importing fairseq turns on everybody's messages
 TAU = 1.5
 PADDING = 1
 GATES = {"token": "token", "sentence": "sentence", "KL": "always", "CE": "none"}
-LIGER_CHUNKS = (256, 1024)
+LIGER_CHUNKS = {"cpu": (256, 1024), "cuda": (1024, 2048, 4096)}
+OUR_CHUNKS = (1024, 2048, 4096, 8192)  # on a GPU, besides the default and one chunk for all
+TRL_CHUNK = 256
 GROWTH = 4  # memory is measured at N and at this many times N
 # Blocks of 64 KiB and more come from the kernel and go back to it when freed; small ones come from one heap. So what is
 # resident is what is in use, to some hundred KiB.
@@ -75,6 +87,15 @@ MEMORY_ENVIRONMENT = {
 }
 
 
+# (tokens, dim, vocabulary) of a batch of published training settings.
+SHAPES = {
+    "iwslt": (4096, 512, 10152),
+    "wmt-base": (8192, 512, 37000),
+    "wmt-big": (8192, 1024, 37000),
+    "nllb": (4096, 1024, 256206),
+}
+
+
 class Shape(NamedTuple):
     tokens: int
     dim: int
@@ -82,23 +103,26 @@ class Shape(NamedTuple):
     dtype: str  # a key of DTYPES
     device: str
 
+    def __str__(self) -> str:
+        return f"{self.dtype} N={self.tokens} d={self.dim} V={self.vocabulary}"
+
 
 class Problem:
     """Inputs of one shape: sentences of 32 tokens, no pads. Logits are about normal."""
 
     def __init__(self, shape: Shape, length: int = 32):
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(shape.device).manual_seed(0)
         sentences = max(1, shape.tokens // length)
 
         def normal(*sizes: int, scale: float = 1.0) -> Tensor:
-            values = torch.randn(*sizes, generator=generator) * scale
-            return values.to(device=shape.device, dtype=DTYPES[shape.dtype])
+            values = torch.randn(*sizes, generator=generator, device=shape.device) * scale
+            return values.to(DTYPES[shape.dtype])
 
         self.hidden = normal(sentences, length, shape.dim).requires_grad_()
         self.weight = normal(shape.vocabulary, shape.dim, scale=shape.dim**-0.5).requires_grad_()
         self.teacher_hidden = normal(sentences, length, shape.dim)
         self.teacher_weight = normal(shape.vocabulary, shape.dim, scale=shape.dim**-0.5)
-        self.target = torch.randint(2, shape.vocabulary, (sentences, length), generator=generator).to(shape.device)
+        self.target = torch.randint(2, shape.vocabulary, (sentences, length), generator=generator, device=shape.device)
         self.lengths = [length] * sentences
 
     def clear(self) -> None:
@@ -121,7 +145,7 @@ def floor(p: Problem) -> None:
     hidden, teacher = p.hidden.detach().flatten(0, 1), p.teacher_hidden.flatten(0, 1)
     weight, teacher_weight = p.weight.detach(), p.teacher_weight
     d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
-    step = chunked.chunk_tokens(hidden.device, weight.dtype)
+    step = chunked.chunk_tokens(hidden.device, weight.dtype, weight.size(0))
     z = torch.empty(min(step, hidden.size(0)), weight.size(0), dtype=weight.dtype, device=weight.device)
     z_t = torch.empty_like(z)
     for start in range(0, hidden.size(0), step):
@@ -144,23 +168,73 @@ def ours(work: str, implementation: str) -> Callable[[Problem], None]:
     return run
 
 
-def eager_peer(work: str) -> Callable[[Problem], None]:
-    """KD as public fairseq code does it: log_softmax of both, gather, kl_div, a mask; autograd over full logits."""
+def in_chunks_of(size: int, run: Callable[[Problem], None]) -> Callable[[Problem], None]:
+    """Ours, with another size of its chunks."""
+
+    def resized(p: Problem) -> None:
+        chunked.CHUNK_TOKENS["cuda"] = size
+        try:
+            run(p)
+        finally:
+            del chunked.CHUNK_TOKENS["cuda"]
+
+    return resized
+
+
+def eager_loss(work: str, hidden, weight, teacher_hidden, teacher_weight, target) -> Tensor:
+    """KD as public fairseq code does it: log_softmax of both, gather, kl_div, a mask."""
     temperature = 1.0 if work == "KL" else TAU
+    lprobs = F.log_softmax(F.linear(hidden, weight).float(), dim=-1)
+    with torch.no_grad():
+        teacher = F.log_softmax(F.linear(teacher_hidden, teacher_weight).float() / temperature, dim=-1)
+    kl = F.kl_div(lprobs, teacher, log_target=True, reduction="none").sum(-1)
+    if work == "KL":
+        return kl.sum()
+    gold, gold_t = (x.gather(-1, target[..., None]).squeeze(-1) for x in (lprobs, teacher))
+    margin = (gold - gold_t).detach()
+    if work == "sentence":
+        margin = margin.sum(1, keepdim=True).expand_as(margin)
+    return torch.where(margin > 0, kl, -gold).sum()
+
+
+def eager_peer(work: str) -> Callable[[Problem], None]:
+    """Autograd over full logits."""
 
     def run(p: Problem) -> None:
-        lprobs = F.log_softmax(F.linear(p.hidden, p.weight).float(), dim=-1)
-        with torch.no_grad():
-            teacher = F.log_softmax(F.linear(p.teacher_hidden, p.teacher_weight).float() / temperature, dim=-1)
-        kl = F.kl_div(lprobs, teacher, log_target=True, reduction="none").sum(-1)
-        if work == "KL":
-            kl.sum().backward()
-            return
-        gold, gold_t = (x.gather(-1, p.target[..., None]).squeeze(-1) for x in (lprobs, teacher))
-        margin = (gold - gold_t).detach()
-        if work == "sentence":
-            margin = margin.sum(1, keepdim=True).expand_as(margin)
-        torch.where(margin > 0, kl, -gold).sum().backward()
+        eager_loss(work, p.hidden, p.weight, p.teacher_hidden, p.teacher_weight, p.target).backward()
+
+    return run
+
+
+def compiled_peer(work: str) -> Callable[[Problem], None]:
+    """The eager peer under torch.compile, for one shape."""
+
+    def run(p: Problem) -> None:
+        with torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=64):
+            compiled_loss(work)(work, p.hidden, p.weight, p.teacher_hidden, p.teacher_weight, p.target).backward()
+
+    return run
+
+
+@functools.cache
+def compiled_loss(work: str) -> Callable[..., Tensor]:
+    return torch.compile(eager_loss)
+
+
+def trl_peer(work: str) -> Callable[[Problem], None]:
+    """Chunks of 256 tokens, whose logits are made again in the backward pass (torch's checkpoint), as TRL does it."""
+
+    def run(p: Problem) -> None:
+        total: Tensor | float = 0.0
+        # Whole sentences, as there are 32 tokens in each.
+        rows = max(1, TRL_CHUNK // p.target.size(1))
+        for start in range(0, p.target.size(0), rows):
+            part = slice(start, start + rows)
+            total = total + checkpoint(
+                eager_loss, work, p.hidden[part], p.weight, p.teacher_hidden[part], p.teacher_weight, p.target[part],
+                use_reentrant=False,
+            )  # fmt: skip
+        total.backward()
 
     return run
 
@@ -219,17 +293,28 @@ def torch_cross_entropy(in_chunks: bool) -> Callable[[Problem], None]:
     return run
 
 
-def contestants(rungs: tuple[str, ...], only: str = "", without: str | None = None) -> list[Contestant]:
-    """Those whose name holds `only` and not `without`, ours on the same work, and the floor."""
+def contestants(rungs: tuple[str, ...], device: str, only: str = "", without: Sequence[str] = ()) -> list[Contestant]:
+    """Those whose name holds `only` and none of `without`, ours on the same work, and the floor."""
     found = [Contestant("floor", "products", floor)]
     for work in GATES:
         found += [Contestant(f"{rung} {work}", work, ours(work, rung)) for rung in rungs]
+        if device == "cuda" and work in ("token", "sentence"):
+            run = ours(work, rungs[0])
+            found += [Contestant(f"{rungs[0]} {work}, chunks of {n}", work, in_chunks_of(n, run)) for n in OUR_CHUNKS]
+            found.append(Contestant(f"{rungs[0]} {work}, one chunk", work, in_chunks_of(2**30, run)))
         if work != "CE":
             found.append(Contestant(f"eager peer {work}", work, eager_peer(work), peer=True))
-    found += [Contestant(f"liger KL, chunks of {n}", "KL", liger_kl(n), peer=True, mean=True) for n in LIGER_CHUNKS]
+        if device == "cuda" and work != "CE":
+            found.append(Contestant(f"eager peer {work}, compiled", work, compiled_peer(work), peer=True))
+        if work in ("token", "KL"):
+            found.append(Contestant(f"TRL-style {work}", work, trl_peer(work), peer=True))
+    found += [
+        Contestant(f"liger KL, chunks of {n}, compiled", "KL", liger_kl(n), peer=True, mean=True)
+        for n in LIGER_CHUNKS[device]
+    ]
     found.append(Contestant("torch CE", "CE", torch_cross_entropy(False), peer=True))
     found.append(Contestant("torch CE, in chunks", "CE", torch_cross_entropy(True), peer=True))
-    chosen = [c for c in found if only in c.name and (without is None or without not in c.name)]
+    chosen = [c for c in found if only in c.name and not any(part in c.name for part in without)]
     needed = {"floor", *(f"{rungs[0]} {c.work}" for c in chosen)}
     return [c for c in found if c in chosen or c.name in needed]
 
@@ -259,6 +344,9 @@ class Row(NamedTuple):
     over_floor: float | None
     over_ours: float | None
     repeats: int
+    p20: float | None = None  # of the same unit
+    p80: float | None = None
+    over_predicted: float | None = None  # of ours on a GPU in bf16: over what roofline.py predicts
 
 
 def time_rows(shape: Shape, entrants: list[Contestant], repeats: int) -> Iterator[Row]:
@@ -266,7 +354,7 @@ def time_rows(shape: Shape, entrants: list[Contestant], repeats: int) -> Iterato
     problem = Problem(shape)
     entrants = [c for c in entrants if runs_here(c, problem)]
     runs = {c.name: functools.partial(c.run, problem) for c in entrants}
-    times = interleaved(runs, repeats, shape.device, before=problem.clear)
+    times = interleaved(runs, repeats, shape.device, before=problem.clear, clock=device_seconds)
     best = ours_by_work(entrants)
     for contestant in entrants:
         mine = times[contestant.name]
@@ -278,7 +366,25 @@ def time_rows(shape: Shape, entrants: list[Contestant], repeats: int) -> Iterato
             median_ratio(mine, times["floor"]),
             median_ratio(mine, times[best[contestant.work]]) if contestant.work in best else None,
             repeats,
+            *(1e3 * quantile(mine, share) for share in (0.2, 0.8)),
+            over_predicted=statistics.median(mine) / predicted
+            if (predicted := prediction(contestant, shape))
+            else None,
         )
+
+
+def prediction(contestant: Contestant, shape: Shape) -> float | None:
+    """Seconds that the roofline gives ours in these chunks; None where it says nothing."""
+    chip = roofline.chip_of(torch.cuda.get_device_name()) if shape.device == "cuda" else None
+    if chip is None or shape.dtype != "bf16" or contestant.peer or contestant.work not in ("token", "sentence"):
+        return None
+    if found := re.search(r"chunks of (\d+)", contestant.name):
+        chunk = int(found[1])
+    elif "one chunk" in contestant.name:
+        chunk = shape.tokens
+    else:
+        chunk = chunked.chunk_tokens(torch.device(shape.device), DTYPES[shape.dtype], shape.vocabulary)
+    return roofline.predict(roofline.Shape("", *shape[:3]), chunk, chip, fused=True).seconds
 
 
 def ours_by_work(entrants: list[Contestant]) -> dict[str, str]:
@@ -323,12 +429,15 @@ def true_gradients(problem: Problem) -> dict[str, Tensor]:
 
 
 def memory_rows(shape: Shape, entrants: list[Contestant], rungs: tuple[str, ...]) -> Iterator[Row]:
-    """Each contestant in a process of its own, after another one that filled the compiler's cache on disk."""
+    """On the CPU each contestant in a process of its own, after another one that filled the compiler's cache on disk.
+    On a GPU torch's own allocator counts, in this process."""
     best = ours_by_work(entrants)
     peaks: dict[str, int] = {}
+    measure: Callable[..., int | None] = functools.partial(in_fresh_process, peak_bytes, environment=MEMORY_ENVIRONMENT)
+    warm = min(shape.tokens, 2 * max(LIGER_CHUNKS["cpu"]))
+    if shape.device == "cuda":
+        measure, warm = peak_bytes, shape.tokens
     for contestant in entrants:
-        warm = min(shape.tokens, 2 * max(LIGER_CHUNKS))
-        measure = functools.partial(in_fresh_process, peak_bytes, environment=MEMORY_ENVIRONMENT)
         if measure(contestant.name, rungs, shape._replace(tokens=warm), warm) is None:
             continue
         peaks[contestant.name] = measure(contestant.name, rungs, shape, warm)
@@ -348,10 +457,13 @@ def peak_bytes(name: str, rungs: tuple[str, ...], shape: Shape, warm_tokens: int
     It has run before on `warm_tokens` tokens: what compiling takes, what a library sets up once and what its threads
     need is not counted.
     """
-    (contestant,) = [c for c in contestants(rungs) if c.name == name]
-    if not runs_here(contestant, Problem(shape._replace(tokens=warm_tokens))):
+    (contestant,) = [c for c in contestants(rungs, shape.device) if c.name == name]
+    try:
+        if not runs_here(contestant, Problem(shape._replace(tokens=warm_tokens))):
+            return None
+        problem = Problem(shape)
+    except torch.OutOfMemoryError:
         return None
-    problem = Problem(shape)
     gc.collect()
     if shape.device == "cuda":
         torch.cuda.empty_cache()
@@ -387,34 +499,60 @@ def compile_rows(shape: Shape, rungs: tuple[str, ...], only: str) -> Iterator[Ro
 
 def compile_seconds(name: str, rungs: tuple[str, ...], shape: Shape) -> float:
     """The first call minus the second, on one sentence. For a fresh process."""
-    (contestant,) = [c for c in contestants(rungs) if c.name == name]
+    (contestant,) = [c for c in contestants(rungs, shape.device) if c.name == name]
     problem = Problem(shape._replace(tokens=32))
     floor(problem)  # the libraries of the products are loaded
     first, second = (seconds(functools.partial(contestant.run, problem), shape.device) for _ in range(2))
     return first - second
 
 
+def profile(shape: Shape, rungs: tuple[str, ...]) -> str:
+    """torch's table of what one pass of ours (gate token) runs on the device, and the roofline's of its phases."""
+    problem, run = Problem(shape), ours("token", rungs[0])
+    for _ in range(3):
+        problem.clear()
+        run(problem)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if shape.device == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    problem.clear()
+    with torch.profiler.profile(activities=activities) as profiler:
+        run(problem)
+        synchronize(shape.device)
+    key = "self_cuda_time_total" if shape.device == "cuda" else "self_cpu_time_total"
+    lines = [f"{shape}, one pass of {rungs[0]} token:", profiler.key_averages().table(sort_by=key, row_limit=14)]
+    chip = roofline.chip_of(torch.cuda.get_device_name()) if shape.device == "cuda" else None
+    if chip and shape.dtype == "bf16":
+        chunk = chunked.chunk_tokens(torch.device("cuda"), DTYPES[shape.dtype], shape.vocabulary)
+        lines += roofline.phase_table(roofline.Shape("", *shape[:3]), chip, [min(chunk, shape.tokens)])
+    return "\n".join(lines)
+
+
 # ------------------------------------------------------------------------------------------------------------- reports
 
 
 class Claim(NamedTuple):
-    """What is wanted of ours on 2 CPU cores at N=4096, d=512."""
+    """What is wanted of ours: on 2 CPU cores at N=4096, d=512, by dtype; on an H100 at the shape wmt-base in bf16."""
 
     text: str
     at_most: bool  # else at least
     wanted: dict[str, float]  # by dtype
-    vocabulary: int | None = None  # None: of each
+    vocabulary: int | None = None  # on the CPU; None: of each
+    on_gpu: float | None = None
 
     def aim(self, shape: Shape) -> float | None:
-        asked = (shape.device, shape.tokens, shape.dim) == ("cpu", 4096, 512)
-        return self.wanted.get(shape.dtype) if asked and self.vocabulary in (None, shape.vocabulary) else None
+        if shape.device == "cuda":
+            asked = (*shape[:3], shape.dtype) == (*SHAPES["wmt-base"], "bf16")
+            return self.on_gpu if asked else None
+        asked = (shape.tokens, shape.dim) == (4096, 512) and self.vocabulary in (None, shape.vocabulary)
+        return self.wanted.get(shape.dtype) if asked else None
 
 
-OVER_FLOOR = Claim("time / floor", True, {"fp32": 1.10, "bf16": 1.20})
-EAGER = Claim("eager peer / ours", False, {"fp32": 1.5, "bf16": 2.4})
-LIGER = Claim("liger at its best chunk size / ours", False, {"fp32": 1.1, "bf16": 1.0})
-LIGER_ERROR = Claim("error of dH, liger / ours", False, {"bf16": 10})
-MEMORY = Claim("peak memory, eager peer / ours", False, {"fp32": 14, "bf16": 9}, vocabulary=32000)
+OVER_FLOOR = Claim("time / floor", True, {"fp32": 1.10, "bf16": 1.20}, on_gpu=1.5)
+EAGER = Claim("eager peer / ours", False, {"fp32": 1.5, "bf16": 2.4}, on_gpu=3.5)
+LIGER = Claim("liger at its best chunk size / ours", False, {"fp32": 1.1, "bf16": 1.0}, on_gpu=1.0)
+LIGER_ERROR = Claim("error of dH, liger / ours", False, {})
+MEMORY = Claim("peak memory, eager peer / ours", False, {"fp32": 14, "bf16": 9}, vocabulary=32000, on_gpu=5)
 MEMORY_GROWTH = Claim(f"peak memory, growth to {GROWTH} N over the floor's", True, {"fp32": 1.1, "bf16": 1.1})
 
 
@@ -451,17 +589,24 @@ def summary(results: dict[Shape, list[Row]], rungs: tuple[str, ...], title: str)
             if aim is not None:
                 limit = f"{'<=' if claim.at_most else '>='} {aim}"
                 held = "yes" if (measured <= aim if claim.at_most else measured >= aim) else "no"
-            where = f"{shape.dtype} N={shape.tokens} d={shape.dim} V={shape.vocabulary}"
-            claimed.append([f"{claim.text}, {work}", where, f"{measured:.2f}", limit, held])
+            claimed.append([f"{claim.text}, {work}", str(shape), f"{measured:.2f}", limit, held])
     if claimed:
         lines.append(markdown(["", "shape", "measured", "wanted", "held"], claimed))
     for shape, rows in results.items():
-        lines.append(f"{shape.dtype}, N={shape.tokens} d={shape.dim} V={shape.vocabulary}:\n")
+        lines.append(f"{shape}:\n")
         table = [
-            [f"{r.measure}, {r.name}", f"{r.value:.4g} {r.unit}", ratio(r.over_floor), ratio(r.over_ours)] for r in rows
+            [
+                *(f"{r.measure}, {r.name}", f"{r.value:.4g} {r.unit}", spread(r)),
+                *map(ratio, (r.over_floor, r.over_ours, r.over_predicted)),
+            ]
+            for r in rows
         ]
-        lines.append(markdown(["", "value", "/ floor", "/ ours"], table))
+        lines.append(markdown(["", "value", "p20 to p80", "/ floor", "/ ours", "/ predicted"], table))
     return "\n".join(lines)
+
+
+def spread(row: Row) -> str:
+    return "" if row.p20 is None else f"{row.p20:.4g} to {row.p80:.4g}"
 
 
 def ratio(value: float | None) -> str:
@@ -469,7 +614,7 @@ def ratio(value: float | None) -> str:
 
 
 def measurements(shape: Shape, args: argparse.Namespace) -> Iterator[Row]:
-    entrants = contestants(args.rungs, args.only, args.without)
+    entrants = contestants(args.rungs, shape.device, args.only, args.without)
     if args.time:
         yield from time_rows(shape, entrants, args.repeats)
     if args.errors:
@@ -491,10 +636,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--only", default="", help="only names that hold this, besides the floor and ours on the same work"
     )
-    parser.add_argument("--without", help="none whose name holds this")
+    parser.add_argument("--without", nargs="+", default=[], help="none whose name holds one of these")
+    parser.add_argument(
+        "--shape", nargs="+", choices=SHAPES, help="sizes of published settings, instead of --tokens --dim --vocabulary"
+    )
     parser.add_argument("--rungs", nargs="+", help="implementations, ours first (default: those of the device)")
     parser.add_argument("--csv", type=Path, help="append the measurements there")
     parser.add_argument("--markdown", type=Path, help="write the summary there")
+    parser.add_argument("--profile", action="store_true", help="also print what one pass of ours runs on the device")
     measures = ("time", "errors", "memory", "compile-time")
     for measure in measures:
         parser.add_argument(f"--{measure}", action="store_true", help="measure this (default: everything)")
@@ -514,10 +663,12 @@ def main() -> int:
     title = ", ".join(f"{key} {value}" for key, value in where.items() if value != "")
     print(title)
     results: dict[Shape, list[Row]] = {}
-    for dtype, tokens, dim, vocabulary in itertools.product(args.dtype, args.tokens, args.dim, args.vocabulary):
-        shape = Shape(tokens, dim, vocabulary, dtype, args.device)
-        chunk = chunked.chunk_tokens(torch.device(args.device), DTYPES[dtype])
-        print(f"{dtype} N={tokens} d={dim} V={vocabulary}, chunks of {chunk}", flush=True)
+    sizes = [SHAPES[name] for name in args.shape or ()]
+    sizes = sizes or list(itertools.product(args.tokens, args.dim, args.vocabulary))
+    for dtype, size in itertools.product(args.dtype, sizes):
+        shape = Shape(*size, dtype, args.device)
+        chunk = chunked.chunk_tokens(torch.device(args.device), DTYPES[dtype], shape.vocabulary)
+        print(f"{shape}, chunks of {chunk}", flush=True)
         results[shape] = []
         for row in measurements(shape, args):
             results[shape].append(row)
@@ -528,8 +679,10 @@ def main() -> int:
             )
             if args.csv:
                 append_csv(args.csv, [{**shape._asdict(), **where, **row._asdict()}])
-    if args.markdown:
-        args.markdown.write_text(summary(results, args.rungs, title))
+        if args.markdown:  # again after each shape: a run that is cut short leaves what it has
+            args.markdown.write_text(summary(results, args.rungs, title))
+        if args.profile:
+            print(profile(shape, args.rungs))
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import os
 import platform
 import random
@@ -55,6 +56,7 @@ def synchronize(device: str) -> None:
 
 
 def seconds(run: Callable[[], None], device: str) -> float:
+    """Wall-clock time of the host until the device has done everything."""
     synchronize(device)
     start = time.perf_counter()
     run()
@@ -62,8 +64,34 @@ def seconds(run: Callable[[], None], device: str) -> float:
     return time.perf_counter() - start
 
 
+FLUSH_BYTES = 2**28  # more than any L2
+
+
+@functools.cache
+def _flush_buffer() -> torch.Tensor:
+    return torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+
+
+def device_seconds(run: Callable[[], None], device: str) -> float:
+    """As `seconds`; on a GPU what its own clock says, between two events, after its L2 was filled with other things."""
+    if device != "cuda":
+        return seconds(run, device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    synchronize(device)
+    _flush_buffer().zero_()  # the host queues the first launches meanwhile
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
 def interleaved(
-    runs: dict[str, Callable[[], None]], repeats: int, device: str, before: Callable[[], None] = lambda: None
+    runs: dict[str, Callable[[], None]],
+    repeats: int,
+    device: str,
+    before: Callable[[], None] = lambda: None,
+    clock: Callable[[Callable[[], None], str], float] = seconds,
 ) -> dict[str, list[float]]:
     """Seconds of each run in each round; all take turns, so that what disturbs a round disturbs all of it. Their order
     is another one in each round: what one leaves behind, in caches and in memory given back, falls on no other always.
@@ -77,13 +105,18 @@ def interleaved(
         shuffle(order)
         for name in order:
             before()
-            times[name].append(seconds(runs[name], device))
+            times[name].append(clock(runs[name], device))
     return times
 
 
 def median_ratio(values: Sequence[float], base: Sequence[float]) -> float:
     """Median over the rounds of the ratio within a round."""
     return statistics.median(value / other for value, other in zip(values, base, strict=True))
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """Of few values: the one at that share of their order."""
+    return sorted(values)[round(share * (len(values) - 1))]
 
 
 def in_fresh_process(function: Callable, *arguments, environment: dict[str, str]):

@@ -13,7 +13,8 @@ chunk takes five phases, as hgkd_fairseq.loss.chunked runs them with the Triton 
     d_hidden   dz W_s               2 C V d flops   reads C V b, W; writes C d b
     d_weight   dW += dz^T h_s       2 C V d flops   reads C V b, h; dW is fp32, V d 4 bytes: a product writes it to a
                                                     temporary, which is read and added to the total: 4 V d 4 bytes;
-                                                    "fused", one product that accumulates, would move 2 V d 4
+                                                    "fused", one product that accumulates, moves 2 V d 4: what torch
+                                                    has from 2.8 on
 
 A phase takes the longest of: its flops at the peak, divided by how well its tiles fill the chip; its HBM bytes; its L2
 bytes. What touches a chunk's logits is L2 traffic where both blocks of logits, 2 C V b, fit in L2, and HBM traffic
@@ -55,14 +56,21 @@ class Chip:
     processors: int
 
 
-# Data sheets: nvidia.com/en-us/data-center/a100 (312 TFLOP/s, 80 GB SXM 2,039 GB/s) and /h100 (SXM: 1,979 TFLOP/s with
-# sparsity, half of it dense; 3.35 TB/s). L2 sizes and processors: NVIDIA A100 and H100 architecture white papers. L2
-# bandwidth: 5,120 bytes a clock (A100 white paper) at 1,410 and 1,755 MHz, as tabulated in doi:10.1016/
-# j.ultsonch.2023.106546, table 3 (7,219 and 8,986 GB/s); no figure of NVIDIA's own is known for the H100.
+# Data sheets: nvidia.com/en-us/data-center/a100 (312 TFLOP/s, 80 GB SXM 2,039 GB/s), /h100 (SXM: 1,979 TFLOP/s with
+# sparsity, half of it dense; 3.35 TB/s) and /h200 (the same processors, 4.8 TB/s). L2 sizes and processors: NVIDIA A100
+# and H100 architecture white papers. L2 bandwidth: 5,120 bytes a clock (A100 white paper) at 1,410 and 1,755 MHz, as
+# tabulated in doi:10.1016/j.ultsonch.2023.106546, table 3 (7,219 and 8,986 GB/s); no figure of NVIDIA's own is known
+# for the H100.
 CHIPS = (
     Chip("A100", 312e12, 2.039e12, 40e6, 7.219e12, 108),
     Chip("H100", 989e12, 3.35e12, 50e6, 8.986e12, 132),
+    Chip("H200", 989e12, 4.8e12, 50e6, 8.986e12, 132),
 )
+
+
+def chip_of(device: str) -> Chip | None:
+    """The chip of that device name ("NVIDIA H100 80GB HBM3"), if it is one of them."""
+    return next((chip for chip in CHIPS if chip.name in device), None)
 
 
 class Shape(NamedTuple):
@@ -269,21 +277,25 @@ def phase_table(shape: Shape, chip: Chip, chunks: list[int]) -> list[str]:
 
 
 def main() -> int:
-    from hgkd_fairseq.loss.chunked import CHUNK_TOKENS
+    import torch
+
+    from hgkd_fairseq.loss.chunked import chunk_tokens
+
+    def default(shape: Shape) -> int:
+        return chunk_tokens(torch.device("cuda"), torch.bfloat16, shape.vocabulary)
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--phases", action="store_true", help="also each phase, at the best and the default chunk size")
     args = parser.parse_args()
-    default = CHUNK_TOKENS["cuda"]
     for chip in CHIPS:
         for shape in SHAPES:
-            print(report(shape, chip, default, args.phases))
-    print(f"Smallest chunk size within 2 % of the best predicted time; the default on CUDA is {default}:\n")
-    print("| | " + " | ".join(f"{chip.name} | {chip.name}, d_weight fused" for chip in CHIPS) + " |")
-    print("|---|" + "---:|" * 2 * len(CHIPS))
+            print(report(shape, chip, default(shape), args.phases))
+    print("Smallest chunk size within 2 % of the best predicted time:\n")
+    print("| | default | " + " | ".join(f"{chip.name} | {chip.name}, d_weight fused" for chip in CHIPS) + " |")
+    print("|---|---:|" + "---:|" * 2 * len(CHIPS))
     for shape in SHAPES:
         best = (str(best_chunk(shape, chip, fused=fused)) for chip in CHIPS for fused in (False, True))
-        print(f"| {shape.name} | {' | '.join(best)} |")
+        print(f"| {shape.name} | {default(shape)} | {' | '.join(best)} |")
     return 0
 
 

@@ -3,11 +3,13 @@
 
     python scripts/benchmarks/step.py --csv step.csv --markdown step.md      the quickstart's sizes
     python scripts/benchmarks/step.py --arch-size iwslt                      6 + 6 layers of 512, vocabulary 10k
+    python scripts/benchmarks/step.py --device cuda --arch-size iwslt wmt-base --dtype bf16 fp16
 
 Synthetic sentences of 8 to 40 tokens in fairseq's binary format; task, models, criterions and trainers are made by
 fairseq from the options of its command line, the teacher is an untrained checkpoint. All take turns on the same batches
-in one process: medians, and the median over the batches of the ratio within a batch. Of the distilling step the
-teacher's forward pass and its product with the output layer are also timed alone.
+in one process: medians, target tokens a second, and the median over the batches of the ratio within a batch. Of the
+distilling step the teacher's forward pass and its product with the output layer are also timed alone. On a GPU also the
+peak of the memory that a step takes beyond what stands there before it (parameters, optimizer's state).
 """
 
 from __future__ import annotations
@@ -40,15 +42,16 @@ WARM_ROUNDS = 3
 
 
 class Size(NamedTuple):
-    """Of a transformer; 4 attention heads."""
+    """Of a transformer."""
 
     dim: int
     ffn: int
     encoder_layers: int
     decoder_layers: int
+    heads: int = 4
 
     def options(self) -> list[str]:
-        values = {"embed-dim": self.dim, "ffn-embed-dim": self.ffn, "attention-heads": 4}
+        values = {"embed-dim": self.dim, "ffn-embed-dim": self.ffn, "attention-heads": self.heads}
         sides = [f"--{side}-{name}={value}" for side in ("encoder", "decoder") for name, value in values.items()]
         return [*sides, f"--encoder-layers={self.encoder_layers}", f"--decoder-layers={self.decoder_layers}"]
 
@@ -64,7 +67,8 @@ class Setting:
 
 SETTINGS = {
     "quickstart": Setting(Size(128, 256, 2, 2), Size(192, 384, 3, 2), 4000, 2048, 0.2),  # scripts/quickstart.sh
-    "iwslt": Setting(Size(512, 1024, 6, 6), Size(512, 1024, 6, 6), 10000, 4096, 0.3),
+    "iwslt": Setting(Size(512, 1024, 6, 6), Size(512, 1024, 6, 6), 10152, 4096, 0.3),
+    "wmt-base": Setting(Size(512, 2048, 6, 6, 8), Size(512, 2048, 6, 6, 8), 37000, 8192, 0.1),
     "tiny": Setting(Size(16, 32, 1, 1), Size(24, 32, 1, 1), 200, 256, 0.1),
 }
 
@@ -138,6 +142,8 @@ class Row(NamedTuple):
     median_ms: float
     over_ce: float  # over "CE, fairseq"
     over_ours: float  # over ours, the first of the rungs
+    tokens_a_second: float  # of the targets, without pads
+    peak_mib: float | None  # on a GPU, beyond what stands there before a step
 
 
 def measure(setting: Setting, device: str, dtype: str, rungs: Sequence[str], repeats: int) -> list[Row]:
@@ -153,12 +159,38 @@ def measure(setting: Setting, device: str, dtype: str, rungs: Sequence[str], rep
         trainers = competitors(folder, teacher, setting, device, dtype, rungs)
         distilling = f"KD, {rungs[0]}"
         batches = trainers[distilling].get_train_iterator(1).next_epoch_itr(shuffle=True)
-        times = take_turns(trainers, distilling, list(itertools.islice(batches, rounds)), device)
+        chosen = list(itertools.islice(batches, rounds))
+        times = take_turns(trainers, distilling, chosen, device)
+        peaks = {name: peak(trainer, chosen[-1]) for name, trainer in trainers.items()} if device == "cuda" else {}
     base, ours = times["CE, fairseq"], times[distilling]
+    tokens = [batch["ntokens"] for batch in chosen[WARM_ROUNDS:]]
     return [
-        Row(name, 1e3 * statistics.median(mine), median_ratio(mine, base), median_ratio(mine, ours))
+        Row(
+            name,
+            1e3 * statistics.median(mine),
+            median_ratio(mine, base),
+            median_ratio(mine, ours),
+            statistics.median(count / time for count, time in zip(tokens, mine, strict=True)),
+            peaks.get(name),
+        )
         for name, mine in times.items()
     ]
+
+
+def peak(trainer: Trainer, batch: dict) -> float:
+    """MiB that forward and backward pass take at most, beyond what is allocated before them. (fairseq's own step sets
+    the allocator's peak back before it ends.)"""
+    sample, _ = trainer._prepare_sample(batch)
+    trainer.model.train()
+    trainer.zero_grad()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    trainer.criterion(trainer.model, sample)[0].backward()
+    torch.cuda.synchronize()
+    found = (torch.cuda.max_memory_allocated() - before) / 2**20
+    trainer.zero_grad()
+    return found
 
 
 def take_turns(
@@ -189,6 +221,8 @@ def summary(rows: list[Row]) -> Iterator[str]:
     yield f"A step of eager KD over one of {ours.name}: {eager.over_ours:.2f}."
     parts = [by[f"teacher's {part}"].over_ours for part in ("forward pass", "output product")]
     yield f"Of a step of {ours.name}: teacher's forward pass {parts[0]:.0%}, its output product {parts[1]:.0%}."
+    if ours.peak_mib and eager.peak_mib:
+        yield f"Peak memory of a step of eager KD over one of {ours.name}: {eager.peak_mib / ours.peak_mib:.2f}."
 
 
 def size(values: list[int] | None, default: Size) -> Size:
@@ -197,7 +231,7 @@ def size(values: list[int] | None, default: Size) -> Size:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch-size", default="quickstart", choices=SETTINGS)
+    parser.add_argument("--arch-size", nargs="+", default=["quickstart"], choices=SETTINGS)
     sizes = {"nargs": 4, "type": int, "metavar": ("DIM", "FFN", "ENCODER_LAYERS", "DECODER_LAYERS")}
     parser.add_argument("--student", **sizes, help="another size of student")
     parser.add_argument("--teacher", **sizes, help="another size of teacher")
@@ -212,31 +246,39 @@ def main() -> int:
     args = parser.parse_args()
     if args.repeats < LEAST_REPEATS:
         parser.error(f"--repeats must be at least {LEAST_REPEATS}: a median of fewer says little")
-    chosen = SETTINGS[args.arch_size]
-    setting = Setting(
-        size(args.student, chosen.student),
-        size(args.teacher, chosen.teacher),
-        args.vocabulary or chosen.vocabulary,
-        args.max_tokens or chosen.max_tokens,
-        chosen.dropout,
-    )
+    settings = [
+        Setting(
+            size(args.student, chosen.student),
+            size(args.teacher, chosen.teacher),
+            args.vocabulary or chosen.vocabulary,
+            args.max_tokens or chosen.max_tokens,
+            chosen.dropout,
+        )
+        for chosen in map(SETTINGS.__getitem__, args.arch_size)
+    ]
     logging.disable(logging.INFO)
     utils.import_user_module(argparse.Namespace(user_dir=str(USER_DIR)))
     where = environment(args.device)
     title = ", ".join(f"{key} {value}" for key, value in where.items() if value != "")
-    for dtype in args.dtype:
+    for setting, dtype in itertools.product(settings, args.dtype):
         rows = measure(setting, args.device, dtype, args.rungs or RUNGS[args.device], args.repeats)
-        table = [[row.name, f"{row.median_ms:.1f}", f"{row.over_ce:.3f}", f"{row.over_ours:.3f}"] for row in rows]
+        table = [
+            [
+                *(row.name, f"{row.median_ms:.1f}", f"{row.over_ce:.3f}", f"{row.over_ours:.3f}"),
+                *(f"{row.tokens_a_second:,.0f}", "" if row.peak_mib is None else f"{row.peak_mib:,.0f}"),
+            ]
+            for row in rows
+        ]
         shape = (
             f"{dtype}, student {'/'.join(map(str, setting.student))}, teacher {'/'.join(map(str, setting.teacher))}, "
             f"V={setting.vocabulary}, batches of {setting.max_tokens} tokens"
         )
         text = "\n\n".join([
             f"{title}\n{shape}",
-            markdown(["a training step", "ms", "/ CE, fairseq", "/ KD, ours"], table).strip(),
+            markdown(["a training step", "ms", "/ CE, fairseq", "/ KD, ours", "tokens/s", "peak MiB"], table).strip(),
             "\n".join(summary(rows)) + "\n",
         ])  # fmt: skip
-        print(text)
+        print(text, flush=True)
         if args.markdown:
             with args.markdown.open("a") as out:
                 out.write(text + "\n")

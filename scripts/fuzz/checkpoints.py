@@ -2,13 +2,16 @@
 
     python scripts/fuzz/checkpoints.py [INPUTS [SEED]]
 
-prints how many were read and refused, and the slowest (seconds of the CPU); exit status 1 where another error than UserError came out or
-one took more than 2 s.
+prints how many were read and refused, and the slowest in seconds of the CPU; exit status 1 where another error than
+UserError came out or one took more than 2 s.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import io
+import logging
 import random
 import sys
 import tempfile
@@ -23,7 +26,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from fairseq import models
+from fairseq.data import Dictionary
+from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
+import hgkd_fairseq  # noqa: F401  fairseq's eval becomes ours
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.plugin import checkpoints
 from hgkd_fairseq.plugin.literals import literal
@@ -32,6 +39,7 @@ SLOWEST_S = 2.0
 STRINGS = ("", "x", "${a}", "${oc.env:HOME}", "???", "\x1b[2J", "\ud800", "a" * 5000, "é", "True", "[1]", "print(1)")
 NUMBERS = (0, 1, -1, 2**31, 2**63, 10**500, True, 0.5, float("nan"), float("inf"), -1e308, 1e-320)
 PIECES = (*"[](){}*+-,:19a. ", "**", "0.5", "'a'", "None", "lambda")
+ODD_OPTIONS = (None, [1], {"a": 1}, "lstm", "fconv", "[(4, 3)] * 9", 10**5, 3)
 
 
 def state() -> dict[str, Any]:
@@ -72,7 +80,7 @@ def odd(rng: random.Random, depth: int = 0) -> Any:
     if kind == "deep":
         value: Any = []
         for _ in range(rng.choice((10, 60, 200))):
-            value = [value] * rng.choice((1, 2))
+            value = rng.choice((list, tuple))([value] * rng.choice((1, 2)))
         return value
     return {"none": None, "set": {1}, "bytes": b"a"}[kind]
 
@@ -166,6 +174,38 @@ def read(path: str | Path) -> None:
     found.options("model")
 
 
+@functools.cache
+def transformer() -> tuple[TranslationTask, dict[str, Any]]:
+    """A task, and the state of a model under it of random weights."""
+    logging.disable(logging.INFO)
+    dictionary = Dictionary()
+    for name in "abc":
+        dictionary.add_symbol(name)
+    task = TranslationTask(TranslationConfig(), dictionary, dictionary)
+    parts = {"layers": 1, "attention_heads": 1, "embed_dim": 4, "ffn_embed_dim": 4}
+    sizes = {f"{side}_{part}": size for side in ("encoder", "decoder") for part, size in parts.items()}
+    options = Namespace(arch="transformer", _name="transformer", **sizes)
+    model = models.build_model(options, task)  # which fills the options in
+    return task, {**state(), "cfg": {**state()["cfg"], "model": options}, "model": model.state_dict()}
+
+
+def transformers(rng: random.Random) -> Iterator[bytes]:
+    """Checkpoints of a small model with odd options."""
+    _, found = transformer()
+    while True:
+        options = vars(found["cfg"]["model"]).copy()
+        for name in rng.sample(list(options), rng.choice((1, 1, 1, 2, 4))):
+            options[name] = rng.choice((*STRINGS, *NUMBERS, *ODD_OPTIONS))
+        with contextlib.suppress(RuntimeError, UnicodeEncodeError):  # torch does not save everything
+            yield saved({**found, "cfg": {**found["cfg"], "model": Namespace(**options)}}, zipped=True)
+
+
+def build(path: str | Path) -> None:
+    """What the commands do with a checkpoint to have its model."""
+    task, _ = transformer()
+    checkpoints.build(checkpoints.read(path), task)
+
+
 def literals(rng: random.Random) -> Iterator[bytes]:
     """Option values."""
     while True:
@@ -202,7 +242,7 @@ def fuzz(inputs: int, seed: int, make=cases, reader=read) -> tuple[Counter, floa
 def main() -> int:
     inputs, seed = (int(text) for text in [*sys.argv[1:], *("20000", "1")[len(sys.argv) - 1 :]])
     bad = False
-    for make, reader in ((cases, read), (literals, read_literal)):
+    for make, reader in ((cases, read), (transformers, build), (literals, read_literal)):
         counts, slowest = fuzz(inputs, seed, make, reader)
         print(reader.__name__, dict(counts), f"slowest {slowest:.2f} s")
         bad |= not counts.keys() <= {"read", "refused"} or slowest > SLOWEST_S

@@ -6,8 +6,14 @@ characters. Runs of white space become one space.
 """
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout that this script lies in, installed or not
+
+from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.files import read_lines, writing
 
 LONGEST_WORD = 1000  # characters
 
@@ -26,22 +32,20 @@ def main() -> None:
     args = parser.parse_args()
 
     seen = kept = 0
-    # A line feed alone ends a line: other separators inside a line would shift the pairs.
-    ins = [path.open(encoding="utf-8", newline="\n") for path in args.files[:2]]
-    outs = [path.open("w", encoding="utf-8", newline="\n") for path in args.files[2:]]
+    ins = [read_lines(path) for path in args.files[:2]]
     try:
-        for lines in zip(*ins, strict=True):
-            seen += 1
-            one, other = (line.split() for line in lines)
-            if keeps(one, other, args.max, args.ratio):
-                kept += 1
-                for file, tokens in zip(outs, (one, other), strict=True):
-                    file.write(" ".join(tokens) + "\n")
-    except ValueError:
-        sys.exit(f"clean_pairs.py: {args.files[0]} and {args.files[1]} differ in their number of lines: no pairs")
-    finally:
-        for file in ins + outs:
-            file.close()
+        with writing(args.files[2]) as first, writing(args.files[3]) as second:
+            for lines in itertools.zip_longest(*ins):
+                if None in lines:
+                    raise UserError(f"{args.files[0]} and {args.files[1]} differ in their number of lines: no pairs")
+                seen += 1
+                one, other = (line.split() for line in lines)
+                if keeps(one, other, args.max, args.ratio):
+                    kept += 1
+                    first.write(" ".join(one) + "\n")
+                    second.write(" ".join(other) + "\n")
+    except UserError as error:
+        sys.exit(f"clean_pairs.py: {error}")
     print(f"clean_pairs.py: {kept} of {seen} pairs kept", file=sys.stderr)
 
 

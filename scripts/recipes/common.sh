@@ -24,6 +24,7 @@ name=$(basename "$0" .sh)
 style="" more_usage=""
 keep=10 # epochs whose checkpoints stay, so that any --average up to this can be chosen after the training
 source "$here/methods.sh"
+source "$root/scripts/steps.sh"
 
 say() { printf '%s  %s\n' "$(date +%H:%M:%S)" "$*" >&2; }
 
@@ -62,7 +63,8 @@ END
 
 # ----------------------------------------------------------------------------------------------------------- options
 
-number() { [[ $2 =~ ^[0-9]+$ ]] || fail 2 "$1 $2: needs a whole number"; }
+# number OPTION TEXT: sets `value`
+number() { value=$(whole_number "$2") || fail 2 "$1 $2: needs a whole number of at most 9 digits"; }
 
 options() {
     local i
@@ -88,15 +90,15 @@ options() {
                 [[ -n ${2:-} ]] || fail 2 "$1 needs a value"
                 case $1 in
                     --method) method_name=$2 ;;
-                    --seed) number "$@" && seed=$2 ;;
+                    --seed) number "$@" && seed=$value ;;
                     --teacher) teacher=$2 ;;
                     --dir) dir=$2 ;;
                     --from) from=$2 ;;
-                    --gpus) number "$@" && gpus=$2 ;;
-                    --nodes) number "$@" && nodes=$2 ;;
+                    --gpus) number "$@" && gpus=$value ;;
+                    --nodes) number "$@" && nodes=$value ;;
                     --precision) precision=$2 ;;
-                    --average) number "$@" && average=$2 ;;
-                    --max-update) number "$@" && updates=$2 ;;
+                    --average) number "$@" && average=$value ;;
+                    --max-update) number "$@" && updates=$value ;;
                     --style) style=$2 ;;
                     --until) until=$2 ;;
                 esac
@@ -109,6 +111,7 @@ options() {
 
     dir=${dir:-$root/runs/$name${style:+-$style}}
     [[ $dir == /* ]] || dir=$PWD/$dir
+    [[ $dir != *:* ]] || fail 2 "--dir $dir: fairseq takes a ':' for the end of a path; choose a folder without one"
     [[ -z $style ]] || set_style
     if [[ $method_name != teacher ]]; then
         method_options "$method_name" "${teacher:-$dir/teacher/checkpoint_best.pt}" ||
@@ -289,19 +292,23 @@ subword_nmt_pieces() {
     done
 } 2>>"$dir/prepare.log"
 
-# finish FOLDER: DIR/FOLDER.partial becomes DIR/FOLDER, so that a folder that exists is whole.
-finish() { mv -T "$dir/$1.partial" "$dir/$1"; }
+# empty_work_folder FOLDER: as work_folder, with nothing in it.
+empty_work_folder() {
+    work_folder "$1" && rm -rf "$partial" && work_folder "$1" || fail 1 "$1 cannot be made"
+}
 
 # Text, pieces and fairseq's binary data, each made once.
 prepare() {
-    local split partial
+    local split partial=$dir/data-bin.partial
     if [[ ! -d $dir/text ]] && ! ((dry_run)); then
         say "$title; $terms"
         get_originals
-        partial=$dir/text.partial
+        work_folder "$dir/text" || fail 1 "$dir/text cannot be made"
         # Leavings of a run that was killed are used only where they come from the same files.
-        cmp -s "$dir/SHA256SUMS" "$partial/SHA256SUMS" || rm -rf "$partial"
-        mkdir -p "$partial"
+        if ! cmp -s "$dir/SHA256SUMS" "$partial/SHA256SUMS"; then
+            rm -rf "$partial"
+            work_folder "$dir/text" || fail 1 "$dir/text cannot be made"
+        fi
         cp "$dir/SHA256SUMS" "$partial/SHA256SUMS"
         make_text "$partial"
         for split in train valid test; do
@@ -309,22 +316,22 @@ prepare() {
                 fail 1 "$split: not as many lines in $source as in $target: are the original files whole?"
             say "$split: $(wc -l <"$partial/$split.$source") pairs"
         done
-        finish text
-        rm -rf "$dir/pieces.partial"
+        finish "$dir/text"
+        work_folder "$dir/pieces" && rm -rf "$partial" # of another text
     fi
     if [[ ! -d $dir/pieces ]] && ! ((dry_run)); then
         say "pieces (log: $dir/prepare.log)"
-        mkdir -p "$dir/pieces.partial"
-        make_pieces "$dir/pieces.partial"
-        finish pieces
+        work_folder "$dir/pieces" || fail 1 "$dir/pieces cannot be made"
+        make_pieces "$partial"
+        finish "$dir/pieces"
     fi
     if [[ ! -d $dir/data-bin ]]; then
         partial=$dir/data-bin.partial
-        ((dry_run)) || rm -rf "$partial"
+        ((dry_run)) || empty_work_folder "$dir/data-bin"
         run "$dir/prepare.log" "$BIN/fairseq-preprocess" --source-lang "$source" --target-lang "$target" \
             --trainpref "$dir/pieces/train" --validpref "$dir/pieces/valid" --testpref "$dir/pieces/test" \
             "${dictionary[@]}" --destdir "$partial" --workers "$(nproc)"
-        ((dry_run)) || finish data-bin
+        ((dry_run)) || finish "$dir/data-bin"
     fi
     data=$dir/data-bin
 }
@@ -332,7 +339,7 @@ prepare() {
 # Seq-KD: the training targets become the teacher's translations. Source and translation are taken from the same lines
 # of fairseq-generate's output, by number, so that no sentence can meet another's translation.
 distil_data() {
-    local out=$dir/seq-kd side
+    local out=$dir/seq-kd side partial=$dir/data-bin-seq-kd.partial
     data=$dir/data-bin-seq-kd
     if [[ -f $out/teacher && $(<"$out/teacher") != "$1" ]]; then
         fail 1 "$out was translated by $(<"$out/teacher"), not $1: choose another --dir"
@@ -347,14 +354,14 @@ distil_data() {
         for side in "S $source" "H $target"; do
             sentences "${side% *}" "$out/generate-train.txt" >"$out/train.${side#* }"
         done
-        rm -rf "$data.partial"
+        empty_work_folder "$data"
     fi
     run "$dir/prepare.log" "$BIN/fairseq-preprocess" --source-lang "$source" --target-lang "$target" \
         --trainpref "$out/train" --srcdict "$dir/data-bin/dict.$source.txt" --tgtdict "$dir/data-bin/dict.$target.txt" \
-        --destdir "$data.partial" --workers "$(nproc)"
+        --destdir "$partial" --workers "$(nproc)"
     if ! ((dry_run)); then
-        cp "$dir"/data-bin/{valid,test}.* "$data.partial"
-        finish data-bin-seq-kd
+        cp "$dir"/data-bin/{valid,test}.* "$partial"
+        finish "$data"
     fi
 }
 
@@ -374,18 +381,19 @@ train() {
     if [[ -f $run/settings && $(<"$run/settings") != "$wanted" ]]; then
         fail 1 "$run was begun with other settings, see $run/settings: remove it, or choose another --dir"
     fi
-    if [[ -f $run/trained ]]; then
+    ((dry_run)) || { mkdir -p "$run" && lock "$run"; } || exit 1
+    if recorded "$run" checkpoint_best.pt checkpoint_last.pt; then
         say "$1: trained before"
         return
     fi
     say "$1: training (log: $run/train.log)"
     if ! ((dry_run)); then
-        mkdir -p "$run"
         printf '%s\n' "$wanted" >"$run/settings"
+        rm -f "$run/recorded" # what was measured of another model
     fi
     run "$run/train.log" "${launch[@]}" "$BIN/fairseq-train" "$data" --user-dir "$root/hgkd_fairseq" --save-dir "$run" \
         "${placement[@]}" --no-progress-bar --log-format simple --log-interval 100 "${settings[@]}" "${extra[@]}"
-    ((dry_run)) || touch "$run/trained"
+    ((dry_run)) || record "$run" checkpoint_best.pt checkpoint_last.pt
 }
 
 # Plain cross-entropy WITHOUT label smoothing: a smoothed teacher distils much worse (Mueller et al. 2019). Ours, which
@@ -402,7 +410,7 @@ need_teacher() {
     local extra=() wanted
     [[ -z $teacher ]] || return 0
     teacher=$dir/teacher/checkpoint_best.pt
-    if [[ -f $dir/teacher/trained ]]; then
+    if recorded "$dir/teacher" checkpoint_best.pt checkpoint_last.pt; then
         teacher_settings
         wanted=$(printf '%s\n' "${settings[@]}")
         [[ $(<"$dir/teacher/settings")$'\n' == "$wanted"$'\n'* ]] ||
@@ -417,12 +425,12 @@ need_teacher() {
 # translate DATA SPLIT CHECKPOINT OUT [OPTIONS]: OUT/generate-SPLIT.txt
 translate() {
     local out=$4
-    [[ ! -f $out/translated ]] || return 0
+    ! recorded "$out" "generate-$2.txt" || return 0
     ((dry_run)) || mkdir -p "$out"
     # fairseq drops a last batch whose size is no multiple of --required-batch-size-multiple, 8 by default.
     run "$out/generate.log" "$BIN/fairseq-generate" "$1" --user-dir "$root/hgkd_fairseq" --path "$3" --gen-subset "$2" \
         "${generation[@]}" --required-batch-size-multiple 1 "${device[@]}" --results-path "$out" "${@:5}"
-    ((dry_run)) || touch "$out/translated"
+    ((dry_run)) || record "$out" "generate-$2.txt"
 }
 
 # sentences LETTER FILE: of fairseq-generate's output, the lines of a kind (S source, H hypothesis) in the corpus'
@@ -445,7 +453,9 @@ average_checkpoints() {
             "give at most so many, or 0 for the best one"
         mkdir -p "$2"
     fi
+    ((dry_run)) || rm -f "$2/checkpoint.pt" # of another run, or cut short
     run "$2/average.log" "$BIN/hgkd" export "$(IFS=: && echo "${last[*]}")" "$2/checkpoint.pt"
+    ((dry_run)) || record "$2" checkpoint.pt
 }
 
 # bleu OUT: BLEU by sacreBLEU, whose line names how it was computed.
@@ -479,13 +489,21 @@ detokenise() {
     if [[ $post_process == sentencepiece ]]; then cat; else "$BIN/sacremoses" -q -l "$target" detokenize; fi
 }
 
+# calibrate FILE KIND [OPTIONS]: OUT/FILE by `hgkd calibration KIND`, for evaluate
+calibrate() {
+    ! recorded "$out" "$1" || return 0
+    run "$out/${1%.json}" "$BIN/hgkd" calibration "$2" "$dir/data-bin" --path "$checkpoint" "${cpu[@]}" "${@:3}" \
+        --json "$out/$1"
+    ((dry_run)) || record "$out" "$1"
+}
+
 # evaluate RUN: translate the test set and score, in RUN/best or RUN/averageN.
 evaluate() {
     local run=$dir/$1 checkpoint out cpu=()
     ((gpus > 0)) || cpu=(--cpu)
     if ((average)); then
         out=$run/average$average checkpoint=$run/average$average/checkpoint.pt
-        [[ -f $checkpoint ]] || average_checkpoints "$run" "$out"
+        recorded "$out" checkpoint.pt || average_checkpoints "$run" "$out"
     else
         out=$run/best checkpoint=$run/checkpoint_best.pt
     fi
@@ -493,15 +511,10 @@ evaluate() {
     translate "$dir/data-bin" test "$checkpoint" "$out" --post-process "$post_process"
     bleu "$out"
     # With the control that every claim of calibration needs: a temperature, fitted on the validation set.
-    [[ -f $out/forced.json ]] || run "$out/forced" \
-        "$BIN/hgkd" calibration forced "$dir/data-bin" --path "$checkpoint" "${cpu[@]}" --json "$out/forced.json"
+    calibrate forced.json forced
     # A model that has learnt nothing, as in a trial of some updates, may have no best temperature: then go on without.
-    if [[ -f $out/scaled.json ]]; then
-        :
-    elif (run "$out/temperature" "$BIN/hgkd" calibration temperature "$dir/data-bin" --path "$checkpoint" "${cpu[@]}" \
-        --json "$out/temperature.json"); then
-        run "$out/scaled" "$BIN/hgkd" calibration forced "$dir/data-bin" --path "$checkpoint" "${cpu[@]}" \
-            --temperature "$out/temperature.json" --json "$out/scaled.json"
+    if (calibrate temperature.json temperature); then
+        calibrate scaled.json forced --temperature "$out/temperature.json"
     else
         say "$1: scores without a temperature"
     fi
@@ -529,8 +542,10 @@ recipe() {
         [[ -f $dir/recipe ]] || printf '%s\n' "$name${style:+ --style $style}" >"$dir/recipe"
         [[ $(<"$dir/recipe") == "$name${style:+ --style $style}" ]] ||
             fail 1 "$dir holds $(<"$dir/recipe"): choose another --dir"
+        lock "$dir" || exit 1
     fi
     prepare
+    unlock
     [[ $until != data ]] || return 0
     if [[ $method_name == teacher ]]; then
         run_name=teacher
@@ -538,7 +553,10 @@ recipe() {
     else
         run_name=$method_name-$seed
         if [[ $method_name == seq-kd || " ${method[*]} " == *" --teacher-path "* ]]; then need_teacher; fi
-        if [[ $method_name == seq-kd ]]; then distil_data "$teacher"; fi
+        if [[ $method_name == seq-kd ]]; then
+            ((dry_run)) || lock "$dir" || exit 1
+            distil_data "$teacher"
+        fi
         set_settings "$seed" --task translation_with_teacher --criterion hard_gate_kd "${method[@]}"
         train "$run_name"
     fi

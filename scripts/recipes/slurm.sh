@@ -17,5 +17,7 @@
 # One task a machine: fairseq asks Slurm for the machines and starts a worker for each GPU itself.
 set -euo pipefail
 (($#)) || { echo "usage: sbatch scripts/recipes/slurm.sh RECIPE [its options]" >&2; exit 2; }
+[[ -n ${SLURM_SUBMIT_DIR:-} && -n ${SLURM_JOB_NUM_NODES:-} && -n ${SLURM_GPUS_ON_NODE:-} ]] ||
+    { echo "slurm.sh: works in a Slurm job with GPUs only: sbatch scripts/recipes/slurm.sh $*" >&2; exit 2; }
 recipe=$SLURM_SUBMIT_DIR/scripts/recipes/$1.sh
 exec bash "$recipe" --nodes "$SLURM_JOB_NUM_NODES" --gpus "$SLURM_GPUS_ON_NODE" "${@:2}"

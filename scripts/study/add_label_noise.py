@@ -17,6 +17,11 @@ import shutil
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout that this script lies in, installed or not
+
+from hgkd_fairseq import files
+from hgkd_fairseq.errors import UserError
+
 
 def shuffled(lines: list[str], share: float, seed: int) -> tuple[list[str], list[int]]:
     """The lines with round(share * number) of them moved among each other, none to where it was; and their numbers in
@@ -31,12 +36,8 @@ def shuffled(lines: list[str], share: float, seed: int) -> tuple[list[str], list
     return noisy, sorted(chosen)
 
 
-def read(file: Path) -> list[str]:
-    return file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-
-
 def write(file: Path, lines: list[str]) -> None:
-    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    files.write_text(file, "".join(f"{line}\n" for line in lines))
 
 
 def share(text: str) -> float:
@@ -60,22 +61,30 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{file} does not exist; give a folder with train.{args.target}, or another --target")
     if args.noisy.exists():
         parser.error(f"{args.noisy} exists; give the name of a new folder")
-    lines = read(file)
+    try:
+        return make(args, parser, file)
+    except UserError as error:
+        parser.error(str(error))
+
+
+def make(args: argparse.Namespace, parser: argparse.ArgumentParser, file: Path) -> int:
+    sides = {side: list(files.read_lines(side)) for side in sorted(args.text.glob("train.*"))}
+    lines = sides[file]
+    for side, others in sides.items():
+        if len(others) != len(lines):
+            parser.error(f"{file} has {len(lines)} lines and {side} {len(others)}: give a pair on each line")
     if not 0 <= args.clean < len(lines):
         parser.error(f"--clean {args.clean}: {file} has {len(lines)} lines; some must stay to be trained on")
     trained = len(lines) - args.clean
     noisy, numbers = shuffled(lines[:trained], args.noise_share, args.seed)
-    partial = args.noisy.with_name(args.noisy.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(args.text, partial)
-    if args.clean:
-        for side in args.text.glob("train.*"):
-            pairs = read(side)
-            write(partial / f"valid1{side.suffix}", pairs[trained:])
-            write(partial / side.name, pairs[:trained])
-    write(partial / file.name, noisy)
-    (partial / "noisy.txt").write_text("".join(f"{number}\n" for number in numbers))
-    partial.rename(args.noisy)  # last: a folder that exists is whole
+    with files.writing_folder(args.noisy) as folder:
+        shutil.copytree(args.text, folder, dirs_exist_ok=True)
+        for side, pairs in sides.items():
+            if args.clean:
+                write(folder / f"valid1{side.suffix}", pairs[trained:])
+                write(folder / side.name, pairs[:trained])
+        write(folder / file.name, noisy)
+        write(folder / "noisy.txt", [str(number) for number in numbers])
     print(f"{args.noisy}: {len(numbers)} of {trained} targets belong to other sources")
     return 0
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import json
 import os
 import shlex
 import shutil
@@ -26,9 +25,11 @@ from itertools import islice
 from pathlib import Path
 from typing import IO
 
-from study import Cell, Grid, user_dir, write_json
+from study import Cell, Grid, read_about, read_scores, user_dir
 
-from hgkd_fairseq.errors import UserError
+from hgkd_fairseq import files
+from hgkd_fairseq.cli import number
+from hgkd_fairseq.errors import UserError, in_one_line
 
 HERE = Path(__file__).parent
 SCRIPTS = HERE.parent
@@ -54,8 +55,15 @@ def say(text: str) -> None:
 def prepare(grid: Grid, folder: Path, source: str | None) -> None:
     """text/ and data-bin/ of the study, once."""
     made = folder / "data.json"
+    lock = claim(folder, wait=True)  # another run.py may be making it
+    assert lock is not None
+    with lock:
+        make_data(grid, folder, source, made, lock)
+
+
+def make_data(grid: Grid, folder: Path, source: str | None, made: Path, lock: IO) -> None:
     if made.exists():
-        before = json.loads(made.read_text())
+        before = files.read_json(made, {}, f"file of run.py; remove it, and {folder / 'data-bin'} is made anew")
         if before != grid.data:
             raise UserError(f"{folder} was made with other data ({before}, not {grid.data}); choose another --dir")
         return
@@ -63,27 +71,26 @@ def prepare(grid: Grid, folder: Path, source: str | None) -> None:
     if "corpus" in grid.data:
         whole = folder / "corpus"
         given = ["--from", source] if source else []
-        script("get_data.sh", grid.data["corpus"], whole, *given)
+        script("get_data.sh", lock, grid.data["corpus"], whole, *given)
     else:
         whole = Path(grid.data["text"])
     text.mkdir(exist_ok=True)
     held_out = ["valid1"] if (whole / "valid1.de").exists() else []
     for split in ("train", "valid", "test", *held_out):
         for language in ("de", "en"):
-            try:
-                with open(whole / f"{split}.{language}", encoding="utf-8", newline="\n") as lines:
-                    first = list(islice(lines, grid.data.get("pairs") if split == "train" else None))
-            except FileNotFoundError as error:
-                raise UserError(f"{error.filename} does not exist; [data] text names its folder") from None
-            (text / f"{split}.{language}").write_text("".join(first), encoding="utf-8", newline="\n")
+            lines = files.read_lines(whole / f"{split}.{language}", "[data] text names its folder")
+            first = islice(lines, grid.data.get("pairs") if split == "train" else None)
+            files.write_text(text / f"{split}.{language}", "".join(f"{line}\n" for line in first))
     shutil.rmtree(folder / "data-bin", ignore_errors=True)
-    script("prepare_data.sh", text, folder / "data-bin", "--vocab", grid.data["vocabulary"])
-    write_json(made, grid.data)
+    script("prepare_data.sh", lock, text, folder / "data-bin", "--vocab", grid.data["vocabulary"])
+    files.write_json(made, grid.data)
 
 
-def script(name: str, *arguments) -> None:
+def script(name: str, lock: IO, *arguments) -> None:
+    """Run one of scripts/, which keeps the lock as long as it works."""
     command = ["bash", str(SCRIPTS / name), *map(str, arguments)]
-    if subprocess.run(command, env={**os.environ, "PYTHON": sys.executable}, check=False).returncode:
+    environment = {**os.environ, "PYTHON": sys.executable}
+    if subprocess.run(command, env=environment, pass_fds=[lock.fileno()], check=False).returncode:
         raise UserError(f"{name} did not finish; it has said why")
 
 
@@ -93,10 +100,9 @@ def script(name: str, *arguments) -> None:
 def check(cells: list[Cell], folder: Path) -> None:
     """Refuse cells on disk that other options have made."""
     for cell in cells:
-        file = folder / cell.folder / "cell.json"
-        if not file.exists():
+        if not (folder / cell.folder / "cell.json").exists():
             continue
-        before = json.loads(file.read_text())["commands"]
+        before = read_about(folder / cell.folder, commands=[str])["commands"]
         if before != cell.commands:
             now, old = (shlex.split(" ".join(commands)) for commands in (cell.commands, before))
             changed = " ".join(option for option in old if option not in now) or "other options"
@@ -107,16 +113,25 @@ def check(cells: list[Cell], folder: Path) -> None:
 
 
 def finished(cell: Cell, folder: Path) -> bool:
-    return (folder / cell.folder / "scores.json").exists()
+    return is_finished(folder / cell.folder)
 
 
-def claim(folder: Path) -> IO | None:
+def is_finished(folder: Path) -> bool:
+    """Whether there are scores, whole ones: a cut or empty file, or one of an earlier score.py, is made again."""
+    try:
+        read_scores(folder)
+    except UserError:
+        return False
+    return True
+
+
+def claim(folder: Path, wait: bool = False) -> IO | None:
     """The lock of a cell, or None where another process works on it. Our children inherit it: a training that outlives
     this script keeps it until it ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / "lock", "w")  # noqa: SIM115  open as long as the cell is worked on
+    lock = open(folder / "lock", "a")  # noqa: SIM115  open as long as the cell is worked on
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         lock.close()
         return None
@@ -129,7 +144,12 @@ def trained(checkpoint: Path, updates: int) -> bool:
         return False
     from fairseq.checkpoint_utils import load_checkpoint_to_cpu
 
-    return load_checkpoint_to_cpu(str(checkpoint))["optimizer_history"][-1]["num_updates"] >= updates
+    try:
+        return load_checkpoint_to_cpu(str(checkpoint))["optimizer_history"][-1]["num_updates"] >= updates
+    except Exception as error:
+        raise UserError(
+            f"{checkpoint} is no whole checkpoint ({in_one_line(error)}); remove it to train again"
+        ) from error
 
 
 class Runner:
@@ -162,7 +182,7 @@ class Runner:
                 child.terminate()
             say("interrupted; the same command goes on from here")
             raise
-        return not self.failed
+        return all(finished(cell, self.folder) for cell in self.cells)
 
     def work(self) -> None:
         while not self.stopped.is_set():
@@ -172,13 +192,15 @@ class Runner:
             if lock is None:
                 time.sleep(POLL_S)
                 continue
-            try:
-                self.make(cell, lock)
-            except UserError as error:
-                say(f"{cell.folder}: {error}")
-                self.failed.add(cell.folder)
-            finally:
-                lock.close()
+            with lock:
+                try:
+                    self.make(cell, lock)
+                except Exception as error:  # whatever it is, the other cells go on
+                    self.fail(cell, in_one_line(error))
+
+    def fail(self, cell: Cell, why: object) -> None:
+        say(f"{cell.folder}: {why}")
+        self.failed.add(cell.folder)
 
     def next(self) -> tuple[Cell | None, IO | None]:
         """A cell to work on and its lock; a cell without a lock: there is something to wait for; neither: done."""
@@ -188,14 +210,18 @@ class Runner:
                 if cell.folder in self.failed or finished(cell, self.folder):
                     continue
                 if cell.teacher in self.failed:
-                    say(f"{cell.folder}: cannot be trained without {cell.teacher}")
-                    self.failed.add(cell.folder)
+                    self.fail(cell, f"cannot be trained without {cell.teacher}")
                     continue
-                waiting = waiting or cell
-                if cell.teacher and not (self.folder / cell.teacher / "scores.json").exists():
+                if cell.teacher and not is_finished(self.folder / cell.teacher):
+                    waiting = waiting or cell
                     continue
-                lock = claim(self.folder / cell.folder)
+                try:
+                    lock = claim(self.folder / cell.folder)
+                except OSError as error:
+                    self.fail(cell, in_one_line(error))
+                    continue
                 if lock is None:
+                    waiting = waiting or cell
                     continue
                 if not finished(cell, self.folder):
                     return cell, lock
@@ -204,16 +230,16 @@ class Runner:
 
     def make(self, cell: Cell, lock: IO) -> None:
         folder = self.folder / cell.folder
-        write_json(folder / "cell.json", cell.description())
+        files.write_json(folder / "cell.json", cell.description())
         place = f"cell {self.cells.index(cell) + 1} of {len(self.cells)}"
         if not trained(folder / "checkpoint_last.pt", cell.updates):
             say(f"{cell.folder}: training ({place}; log: {folder / 'train.log'})")
             train = [BIN / "fairseq-train", *cell.train, "--user-dir", user_dir(), *self.device]
             if not self.call(cell, train, "train.log", lock):
                 return
-        score = [sys.executable, HERE / "score.py", *cell.score, *self.device]
+        score = [sys.executable, HERE / "score.py", *cell.score, *self.device, "--debug"]
         if self.call(cell, score, "score.log", lock):
-            found = json.loads((folder / "scores.json").read_text())
+            found = read_scores(folder)
             say(
                 f"{cell.folder}: BLEU {found['bleu']:.1f}, ECE {100 * found['ece']:.2f} %, "
                 f"validation NLL {found['valid_nll_best']:.3f} bits, {found['minutes']:.1f} minutes"
@@ -232,8 +258,7 @@ class Runner:
             self.children.discard(child)
         if status and not self.stopped.is_set():
             lines = file.read_text(errors="replace").splitlines()
-            say(f"{cell.folder}: {Path(command[0]).name} ended with status {status}: {lines[-1] if lines else ''}")
-            self.failed.add(cell.folder)
+            self.fail(cell, f"{Path(command[0]).name} ended with status {status}: {lines[-1] if lines else ''}")
         return status == 0
 
 
@@ -251,9 +276,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("grid", type=Path, help="a .toml file such as scripts/study/multi30k.toml")
     parser.add_argument("--dir", type=Path, help="the study's folder (default: runs/study/NAME-OF-THE-GRID)")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at a time, of one thread (default: 1)")
+    parser.add_argument(
+        "--jobs", type=number(1, 1000), default=1, metavar="N", help="cells at a time, of one thread (default: 1)"
+    )
     parser.add_argument("--from", dest="source", metavar="FOLDER", help="a local copy of the data, see get_data.sh")
     parser.add_argument("--dry-run", action="store_true", help="print the cells and their commands")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, interrupt)
     try:
@@ -266,12 +294,14 @@ def main() -> int:
             return 0
         folder.mkdir(parents=True, exist_ok=True)
         prepare(grid, folder, args.source)
-        return 0 if Runner(cells, folder, max(args.jobs, 1)).run() else 1
-    except UserError as error:
-        print(f"run.py: error: {error}", file=sys.stderr)
-        return 1
+        return 0 if Runner(cells, folder, args.jobs).run() else 1
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if args.debug:
+            raise
+        print(f"run.py: error: {in_one_line(error)}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import re
 import shlex
 import sys
 import tempfile
+import traceback
 from importlib import metadata
 from pathlib import Path
 
@@ -24,11 +26,12 @@ from fairseq import options
 from fairseq.checkpoint_utils import load_checkpoint_to_cpu
 from fairseq_cli import generate
 from sacrebleu.metrics import BLEU, CHRF
-from study import write_json
+from study import SCORES, diverged
 
 import hgkd_fairseq
+from hgkd_fairseq import files
 from hgkd_fairseq.calibration import forced, inference, temperature
-from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.errors import UserError, in_one_line
 from hgkd_fairseq.generated import read_lines, read_references, texts, translations
 
 PACKAGES = ("torch", "ve-fairseq", "sacrebleu")
@@ -59,7 +62,7 @@ def translate_test(run: Path, data: str, how: str, cpu: bool, results: Path, cou
     if len(found) != count:
         counts = f"{len(found)} translations for {count} references"
         raise UserError(f"{run}: {counts}; name the text that the data was made from")
-    (run / file).write_text("".join(f"{line}\n" for line in found), encoding="utf-8")
+    files.write_text(run / file, "".join(f"{line}\n" for line in found))
     return found
 
 
@@ -88,15 +91,21 @@ def curve(log: str) -> list[dict[str, float]]:
         "train": {"train_teacher_share": "teacher_share"},
     }
     for tag, text in re.findall(r"\| (train|valid) \| (\{.*\})", log):
-        row = json.loads(text)
-        point = {name: float(row[key]) for key, name in wanted[tag].items() if key in row}
-        if "updates" in point:
-            point["updates"] = int(point["updates"])
-        epochs.setdefault(row["epoch"], {}).update(point)
+        try:
+            row = json.loads(text)
+            point = {name: float(row[key]) for key, name in wanted[tag].items() if key in row}
+            if "updates" in point:
+                point["updates"] = int(point["updates"])
+            epochs.setdefault(int(row["epoch"]), {}).update(point)
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            continue  # a line that another process wrote into
     return [epochs[epoch] for epoch in sorted(epochs) if "updates" in epochs[epoch]]
 
 
 def score(run: Path, data: str, references: list[str], how: str, cpu: bool) -> dict:
+    since = diverged(run)
+    if since is not None:
+        raise UserError(f"{run} has diverged: from update {since} on its NLL on validation is no number; train it anew")
     best = str(run / "checkpoint_best.pt")
     words = translate_test(run, data, how, cpu, run, len(references), "translations.txt")
     bleu, chrf = BLEU(), CHRF()
@@ -111,18 +120,18 @@ def score(run: Path, data: str, references: list[str], how: str, cpu: bool) -> d
     own.write(str(run / "inference.json"))
     gold = forced.evaluate(data, best, cpu=cpu)
     gold.write(str(run / "forced.json"))
-    # The control: what one number, fitted on the validation set, would have mended.
+    # The control: what one number, fitted on the validation set, would have corrected.
     fitted = temperature.fit(data, best, cpu=cpu).temperature
-    write_json(run / "temperature.json", {"temperature": fitted})
+    files.write_json(run / "temperature.json", {"temperature": fitted})
     scaled = forced.evaluate(data, best, cpu=cpu, temperature=fitted)
     scaled.write(str(run / "scaled.json"))
 
-    points = curve((run / "train.log").read_text(encoding="utf-8"))
+    points = curve(files.read_text(run / "train.log", "keep there what fairseq-train printed"))
     if not points:
         raise UserError(f"{run}/train.log has no line of a validation; train with --log-format json")
     last = load_checkpoint_to_cpu(str(run / "checkpoint_last.pt"))
-    lowest = min(points, key=lambda point: point["valid_nll"])
-    return {
+    lowest = min(points, key=lambda point: point.get("valid_nll", math.inf))
+    scores = {
         **found,
         "ece": gold["ece"].value,
         "nll": gold["nll"].value,
@@ -130,8 +139,8 @@ def score(run: Path, data: str, references: list[str], how: str, cpu: bool) -> d
         "temperature": fitted,
         "scaled_ece": scaled["ece"].value,
         "scaled_nll": scaled["nll"].value,
-        "valid_nll_best": lowest["valid_nll"],
-        "valid_nll_last": points[-1]["valid_nll"],
+        "valid_nll_best": lowest.get("valid_nll"),
+        "valid_nll_last": points[-1].get("valid_nll"),
         "best_updates": lowest["updates"],
         "last_updates": points[-1]["updates"],
         "teacher_share": points[-1].get("teacher_share", 0.0),
@@ -147,6 +156,10 @@ def score(run: Path, data: str, references: list[str], how: str, cpu: bool) -> d
         "versions": {"hgkd_fairseq": hgkd_fairseq.__version__, **{name: metadata.version(name) for name in PACKAGES}},
         "threads": torch.get_num_threads(),
     }
+    wrong = files.mismatch(scores, SCORES)
+    if wrong:
+        raise UserError(f"{run}: {wrong}; the training has diverged, or its log is of another")
+    return scores
 
 
 def main() -> int:
@@ -156,12 +169,16 @@ def main() -> int:
     parser.add_argument("--reference", required=True, type=Path, metavar="FILE", help="text, one reference a line")
     parser.add_argument("--generate", default="--beam 5", metavar="OPTIONS", help="search options (default: --beam 5)")
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     try:
         references = read_references(args.reference)
-        write_json(args.run / "scores.json", score(args.run, args.data, references, args.generate, args.cpu))
-    except UserError as error:
-        print(f"score.py: error: {error}", file=sys.stderr)
+        scores = score(args.run, args.data, references, args.generate, args.cpu)
+        files.write_json(args.run / "scores.json", scores)
+    except Exception as error:
+        if args.debug and not isinstance(error, UserError):
+            traceback.print_exc()
+        print(f"score.py: error: {in_one_line(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -12,7 +12,7 @@ study lives in one folder, whose commands run there with relative paths, so that
 from __future__ import annotations
 
 import functools
-import json
+import re
 import shlex
 import subprocess
 import tomllib
@@ -22,11 +22,85 @@ from pathlib import Path
 from typing import Any
 
 import hgkd_fairseq
+from hgkd_fairseq import files
 from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.files import Within
+from hgkd_fairseq.report import logs
 
 METHODS = Path(__file__).parents[1] / "recipes" / "methods.sh"
 PRECISIONS = {"fp32": [], "bf16": ["--bf16"], "fp16": ["--fp16"]}
 TEMPERATURE = 1.5  # of the teacher, the paper's
+TAKEN = ("teacher", "text", "corpus", "data-bin", "data.json", "lock")  # names in a study's folder
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+
+
+def option_string(value: Any) -> str | None:
+    """A schema (files.mismatch): options of a command line."""
+    if not isinstance(value, str) or "\0" in value:
+        return "is not text"
+    try:
+        shlex.split(value)
+    except ValueError as error:
+        return f"is no list of options: {error}"
+    return None
+
+
+def curve_points(value: Any) -> str | None:
+    point = {"updates": Within(0), "valid_nll": NUMBER, "valid_ece": SHARE, "teacher_share?": SHARE}
+    return files.mismatch(value, [point], "curve") or (None if value else "is empty")
+
+
+NUMBER = Within(-1e12, 1e12, float)
+SHARE = Within(0, 1 + 1e-9, float)
+SEED = Within(0, 2**32 - 1)
+COUNT = Within(1)
+GRID = {
+    "data": {"corpus?": str, "text?": str, "pairs?": COUNT, "vocabulary": Within(1, 2**31 - 1)},
+    "training": {"updates": COUNT, "precision": str, "options": option_string},
+    "sizes": {str: {"options": option_string}},
+    "settings": {str: {"teacher": str, "student": str, "updates?": COUNT}},
+    "teacher": {"method": str, "seed": SEED},
+    "generation": {"options": option_string},
+    "methods?": {str: {"options?": option_string}},
+    "cells": [{"settings": [str], "methods": [str], "seeds": [SEED], "temperatures?": [Within(0.01, 100, float)]}],
+}
+# What cell.json holds, as far as it is read again,
+ABOUT = {
+    "signature": str,
+    "setting": str,
+    "method": str,
+    "title": str,
+    "teacher": (str, None),
+    "seed": SEED,
+    "temperature": (NUMBER, None),
+}
+# and scores.json.
+SCORES = {
+    **dict.fromkeys(("bleu", "brevity_penalty", "chrf", "lenpen", "lenpen_bleu", "lenpen_brevity_penalty"), NUMBER),
+    **dict.fromkeys(("nll", "temperature", "scaled_nll", "valid_nll_best", "valid_nll_last", "minutes"), NUMBER),
+    **dict.fromkeys(("ece", "inference_ece", "scaled_ece", "teacher_share"), SHARE),
+    **dict.fromkeys(("best_updates", "last_updates", "parameters"), Within(0)),
+    "curve": curve_points,
+    "signatures": dict.fromkeys(("bleu", "chrf", "ece", "inference_ece"), str),
+}
+
+
+def read_scores(folder: Path) -> dict[str, Any]:
+    """Of a finished cell. Raises UserError where it is not: a file alone proves nothing."""
+    return files.read_json(
+        folder / "scores.json", SCORES, "file of score.py; remove it, and run.py scores the cell again"
+    )
+
+
+def diverged(folder: Path) -> int | None:
+    """The update from which on a cell's NLL on validation was no number; None where it is one, or none is logged."""
+    return logs.read(folder / "train.log").diverged if (folder / "train.log").exists() else None
+
+
+def read_about(folder: Path, **more: Any) -> dict[str, Any]:
+    """What cell.json says; `more`: other keys that are needed, with their schemas."""
+    what = f"file of run.py; remove {folder} to run the cell again"
+    return files.read_json(folder / "cell.json", {**ABOUT, **more}, what)
 
 
 @dataclass(frozen=True)
@@ -81,10 +155,21 @@ class Grid:
         for section in ("data", "training", "sizes", "settings", "teacher", "generation", "cells"):
             if section not in self.table:
                 raise UserError(f"{file} has no section [{section}]; multi30k.toml shows all of them")
+        found = files.mismatch(self.table, GRID)
+        if found:
+            raise UserError(f"{file}: {found}; multi30k.toml shows where it belongs")
         self.data: dict[str, Any] = self.table["data"]
         if ("corpus" in self.data) == ("text" in self.data):
             raise UserError(f"{file}: [data] needs either corpus, a name that get_data.sh knows, or text, a folder")
-        precision = self.table["training"].get("precision")
+        for kind in ("sizes", "settings"):
+            for name in self.table[kind]:
+                if not re.fullmatch(NAME, name) or name in TAKEN:
+                    raise UserError(f"{file}: [{kind}.{name}]: it becomes a folder's name; take other letters")
+        for block in self.table["cells"]:
+            for temperature in block.get("temperatures", []):
+                if float(f"{temperature:g}") != temperature:  # else two of them would be one folder
+                    raise UserError(f"{file}: temperatures {temperature!r}: give at most 6 digits")
+        precision = self.table["training"]["precision"]
         if precision not in PRECISIONS:
             raise UserError(f"{file}: [training] precision {precision!r}: it must be one of {', '.join(PRECISIONS)}")
         for name in self.table.get("methods", {}):
@@ -93,14 +178,11 @@ class Grid:
     def cells(self) -> list[Cell]:
         """All cells, each once, a teacher before its students; within a block of the grid seed by seed."""
         found: dict[str, Cell] = {}
-        try:
-            for block in self.table["cells"]:
-                for cell in self.block(block):
-                    if cell.teacher and cell.teacher not in found:
-                        found[cell.teacher] = self.teacher(Path(cell.teacher).parts[1])
-                    found.setdefault(cell.folder, cell)
-        except KeyError as error:
-            raise UserError(f"{self.file} lacks {error}; multi30k.toml shows where it belongs") from None
+        for block in self.table["cells"]:
+            for cell in self.block(block):
+                if cell.teacher and cell.teacher not in found:
+                    found[cell.teacher] = self.teacher(Path(cell.teacher).parts[1])
+                found.setdefault(cell.folder, cell)
         return list(found.values())
 
     def block(self, block: dict[str, Any]) -> Iterator[Cell]:
@@ -184,18 +266,11 @@ def methods() -> dict[str, dict[str, Any]]:
 
 def read_toml(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"there is no grid {file}; scripts/study/multi30k.toml is one") from None
-    except tomllib.TOMLDecodeError as error:
+        return tomllib.loads(files.read_text(file, "name a grid; scripts/study/multi30k.toml is one"))
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is no TOML: {error}") from None
-
-
-def write_json(file: Path, content: Any) -> None:
-    """In one step: a file that exists is whole."""
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(file)
 
 
 def user_dir() -> str:

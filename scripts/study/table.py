@@ -9,7 +9,6 @@ paired bootstrap.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 import statistics
@@ -20,9 +19,11 @@ from typing import Any
 
 from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
-from study import methods
+from study import diverged, methods, read_about, read_scores
 
-from hgkd_fairseq.errors import UserError
+from hgkd_fairseq import files
+from hgkd_fairseq.calibration import diagram
+from hgkd_fairseq.errors import UserError, in_one_line, printable
 from hgkd_fairseq.generated import read_references
 
 TEACHER = "teacher"  # the setting of the teachers' cells
@@ -39,10 +40,10 @@ class Cell:
     """A finished cell, as its folder holds it."""
 
     def __init__(self, folder: Path):
-        self.about: dict[str, Any] = json.loads((folder / "cell.json").read_text())
-        self.scores: dict[str, Any] = json.loads((folder / "scores.json").read_text())
-        if "lenpen" not in self.scores:
+        self.about: dict[str, Any] = read_about(folder)
+        if "lenpen" not in files.read_json(folder / "scores.json", {}):
             raise UserError(f"{folder} was scored by an earlier score.py; remove its scores.json and run it again")
+        self.scores: dict[str, Any] = read_scores(folder)
         self.translations = {key: read_references(folder / file) for key, file in TRANSLATIONS.items()}
 
 
@@ -58,9 +59,18 @@ class Study:
         finished = [path for path in found if (path / "scores.json").exists()]
         if not finished:
             raise UserError(f"{folder} holds no finished cell of a study; run.py makes them")
-        self.unfinished = [str(path.relative_to(folder)) for path in found if path not in finished]
+        others = {str(path.relative_to(folder)): diverged(path) for path in found if path not in finished}
+        self.diverged = {name: since for name, since in others.items() if since is not None}
+        self.unfinished = [name for name in others if name not in self.diverged]
         self.cells = {str(path.relative_to(folder)): Cell(path) for path in finished}
         self.references = read_references(folder / "text/test.en")
+        for name, cell in self.cells.items():
+            for key, lines in cell.translations.items():
+                if len(lines) != len(self.references):
+                    raise UserError(
+                        f"{folder / name / TRANSLATIONS[key]} has {len(lines)} lines and {folder / 'text/test.en'} "
+                        f"{len(self.references)}; remove the cell's scores.json and run it again"
+                    )
         order = list(methods())
         self.order = {name: place for place, name in enumerate(order)}
 
@@ -272,19 +282,22 @@ def how(study: Study) -> list[str]:
     ]
     if study.unfinished:
         lines += ["", f"Not finished, and not in the tables: {', '.join(study.unfinished)}."]
+    for name, since in study.diverged.items():
+        lines += [
+            "",
+            f"Diverged, and not in the tables: {name}, whose NLL on validation is no number from update {since} on.",
+        ]
     return lines
 
 
 def draw(study: Study, key: str, label: str, file: Path) -> None:
     """`key` of the curves over the updates, a panel a setting: the mean over seeds, and the range where there are
     several."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("figures need matplotlib: pip install 'hgkd-fairseq[report]'") from None
+    figure_class = diagram.figure_class()
+    import matplotlib
+
     settings = study.settings()
-    figure = Figure(figsize=(5.2 * len(settings) + 1.8, 4.2), layout="constrained")
+    figure = figure_class(figsize=(5.2 * len(settings) + 1.8, 4.2), layout="constrained")
     panels = figure.subplots(1, len(settings), sharey=True, squeeze=False)[0]
     lines: dict[str, Any] = {}
     lowest, last = math.inf, 0.0
@@ -304,35 +317,42 @@ def draw(study: Study, key: str, label: str, file: Path) -> None:
             if len(cells) > 1:
                 low, high = ([end(point) for point in values] for end in (min, max))
                 panel.fill_between(updates, low, high, color=style["color"], alpha=0.15, linewidth=0)
-        panel.set(title=setting, xlabel="updates")
+        panel.set_title(printable(setting), parse_math=False)
+        panel.set(xlabel="updates")
         panel.grid(color="0.9", linewidth=0.6)
-    if key == "valid_nll":
+    if key == "valid_nll" and lines:
         panels[0].set_ylim(top=max(1.2 * lowest, 1.02 * last))  # the fall in the first epochs would hide all else
     panels[0].set_ylabel(label)
     figure.set_figheight(max(4.2, 0.2 * len(lines) + 0.4))  # the legend's
-    figure.legend(list(lines.values()), list(lines), loc="outside right center", fontsize=9, frameon=False)
+    diagram.legend(figure, lines.values(), list(lines), loc="outside right center", fontsize=9, frameon=False)
     with matplotlib.rc_context({"svg.hashsalt": "study"}):
-        figure.savefig(file, metadata={"Date": None})
+        files.write_figure(figure, file)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dir", type=Path, metavar="DIR", help="the study's folder")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where tables.md and figures go (default: DIR)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     logging.getLogger().setLevel(logging.WARNING)  # fairseq, once imported, logs what every library has to say
     output = args.output or args.dir
     try:
         study = Study(args.dir)
         lines = [line for setting in study.settings() for line in setting_tables(study, setting)] + how(study)
+        if not study.settings():
+            lines = ["Only teachers are finished yet.", "", *lines]
         output.mkdir(parents=True, exist_ok=True)
-        (output / "tables.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        draw(study, "teacher_share", "share of tokens that the teacher teaches", output / "teacher_share.svg")
-        draw(study, "valid_nll", "validation NLL, bits a token", output / "validation_nll.svg")
-    except UserError as error:
-        print(f"table.py: error: {error}", file=sys.stderr)
+        files.write_text(output / "tables.md", "\n".join(lines) + "\n")
+        if study.settings():
+            draw(study, "teacher_share", "share of tokens that the teacher teaches", output / "teacher_share.svg")
+            draw(study, "valid_nll", "validation NLL, bits a token", output / "validation_nll.svg")
+        print("\n".join(lines), flush=True)
+    except Exception as error:
+        if args.debug:
+            raise
+        print(f"table.py: error: {in_one_line(error)}", file=sys.stderr)
         return 1
-    print("\n".join(lines))
     return 0
 
 

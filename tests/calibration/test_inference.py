@@ -76,6 +76,13 @@ def test_words_by_hand(tmp_path):
     assert "|eos:no|tok:word|" in found["ece_without_eos"].signature
 
 
+def test_words_of_pieces_that_span_words(tmp_path):
+    spanning = OUTPUT.replace("▁a ▁d og", "▁a▁d og x").replace("▁a ▁big", "▁a▁big")
+    assert evaluate(written(tmp_path, spanning))["ece"].value > 0
+    with pytest.raises(UserError, match="the piece ▁a▁d spans words, which have no probability of their own"):
+        evaluate(written(tmp_path, spanning), options=Options(words=True))
+
+
 def test_sentences_by_hand(tmp_path):
     """Sentence 0: probability 1/2, mean per token 2^-1/2, is the reference. Sentence 1: 2^-4, 2^-1, is not."""
     found = evaluate(written(tmp_path), settings=Settings(bins=4))
@@ -133,6 +140,8 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
             ("H-1\t-0.5\t▁a ▁d og", "H-1\t-0.5\ta dog"),
             "H-1 has 2 tokens and an end of sentence, P-1 4 scores; run fair",
         ),
+        # fairseq prints no end of sentence within a hypothesis
+        (("H-1\t-0.5\t▁a ▁d og", "H-1\t-0.5\t▁a ▁d"), "goes on after an end of .*without --diverse-beam-groups"),
         (("T-1\t▁a ▁big ▁d og\n", "T-1\ta big dog\n"), ""),  # one reference in pieces will do
         (("-2.0000 -0.0000", "nan -0.0000"), "P-1 holds a score that is NaN or above 0"),
         (("-2.0000 -0.0000", "0.7 -0.0000"), "P-1 holds a score that is NaN or above 0"),
@@ -167,6 +176,9 @@ def test_files_that_are_no_output(tmp_path):
 @pytest.mark.parametrize(
     ("tokens", "expected_mark", "expected_words"),
     [
+        ("▁of▁the ▁d og", "▁", ["of the", "dog"]),  # a piece that spans words
+        ("Ein▁ S atz▁ .", "▁", ["Ein", "Satz", "."]),  # sentencepiece's treat_whitespace_as_suffix
+        ("▁ og", "▁", ["og"]),
         ("▁a ▁d og", "▁", ["a", "dog"]),
         ("og ▁a", "▁", ["og", "a"]),  # a sentence that begins within a word
         ("a d@@ o@@ g .", "@@", ["a", "dog", "."]),

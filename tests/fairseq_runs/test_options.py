@@ -1,5 +1,6 @@
 """Options that cannot be used: one sentence each, before training, and no traceback."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -62,6 +63,23 @@ def refusals(data: Path, teacher: cl.Run, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize("case", CASES)
 def test_wrong_option_is_one_sentence(case: str, refusals: dict[str, cl.Result]):
     cl.one_sentence(refusals[case], CASES[case][1])
+
+
+def test_one_sentence_under_hydra(data: Path, tmp_path: Path):
+    """fairseq-hydra-train shows it without a traceback too."""
+    sections = {
+        "common": {"user_dir": cl.USER_DIR[1], "cpu": True},
+        "task": {"_name": "translation_with_teacher", "data": str(data), "source_lang": "de", "target_lang": "en"},
+        "criterion": {"_name": "hard_gate_kd"},
+        "optimizer": {"_name": "adam"},
+        "lr_scheduler": {"_name": "fixed"},
+        "dataset": {"max_tokens": 400, "num_workers": 0},
+        "checkpoint": {"save_dir": str(tmp_path / "run")},
+        "model": {"_name": "transformer_iwslt_de_en", "encoder_layers": 1, "decoder_layers": 1},
+    }
+    (tmp_path / "kd.yaml").write_text("# @package _group_\n" + json.dumps(sections))
+    options = ("--config-dir", tmp_path, "--config-name", "kd", f"hydra.run.dir={tmp_path / 'out'}")
+    cl.one_sentence(cl.fairseq("hydra-train", *options), ["give --teacher-path CHECKPOINT"])
 
 
 def test_dictionaries_are_compared(

@@ -19,7 +19,10 @@ pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
-if not INTERPRETED:
+if DEVICE == "cuda" and torch.cuda.is_available():
+    pytestmark = pytest.mark.cuda  # all that is below: the cases run on the GPU itself, and nothing is interpreted
+
+elif not INTERPRETED:
 
     def test_in_a_process_of_the_interpreter():
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-rP", __file__]
@@ -49,8 +52,10 @@ if INTERPRETED or torch.cuda.is_available():
 
     ULPS = 4  # an exponential of base 2 is good to 2
     FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-    # (num_warps, VECTOR, DEPTH): tiles of 128 to 256 tokens, so that a row has one to four of them, the last ragged.
-    SHAPES = {123: (1, 1, 4), 252: (1, 2, 4), 507: (2, 1, 4), 1000: (1, 4, 2)}
+    # (num_warps, VECTOR, DEPTH) by the distance of two rows: tiles of 128 to 256 tokens, so that a row has one to four
+    # of them, the last ragged.
+    SHAPES = {123: (1, 1, 4), 252: (1, 2, 4), 507: (2, 1, 4), 512: (1, 4, 2), 1000: (1, 4, 2)}
+    VOCABULARIES = (123, 252, 507, 1000)
 
     def soft(statistics) -> GateWeights:
         teacher = torch.sigmoid(statistics.student_logprob - statistics.teacher_logprob)
@@ -94,6 +99,7 @@ if INTERPRETED or torch.cuda.is_available():
         temperature: float = 1.5
         width: float = 3.0  # standard deviation of the logits
         offset: float = 0.0  # of the student's logits
+        stride: int = 0  # logits from one row to the next; 0: as many as there are types
 
         @property
         def options(self) -> Options:
@@ -106,7 +112,7 @@ if INTERPRETED or torch.cuda.is_available():
 
     def options_cases() -> list[Case]:
         """Every combination of the options, dtypes, vocabularies and scales taken in turn."""
-        turns = itertools.cycle(itertools.product((FP32, BF16, FP16), SHAPES, (1.0, None, 1024.0)))
+        turns = itertools.cycle(itertools.product((FP32, BF16, FP16), VOCABULARIES, (1.0, None, 1024.0)))
         combinations = itertools.product(
             ("token", "sentence", "none", "soft"), ("gold", "argmax"), (True, False), (0.0, 0.1), (False, True)
         )
@@ -120,7 +126,11 @@ if INTERPRETED or torch.cuda.is_available():
 
     CASES = [
         *options_cases(),
-        *(Case(dtype=d, vocabulary=v, tokens=11) for d in (FP32, BF16, FP16) for v in SHAPES),
+        *(Case(dtype=d, vocabulary=v, tokens=11) for d in (FP32, BF16, FP16) for v in VOCABULARIES),
+        *(Case(gate, dtype=d, stride=512) for gate in ("token", "soft", "none") for d in (FP32, BF16)),
+        Case("sentence", "argmax", dtype=BF16, vocabulary=123, stride=128),
+        Case(vocabulary=505, stride=512, smoothing=0.1, top1=True),
+        Case("none", vocabulary=505, stride=507, smoothing=0.1, top1=True),
         *(Case("sentence", dtype=d, vocabulary=v) for d, v in zip((FP32, BF16, FP16), (1000, 252, 123), strict=True)),
         *(Case(gate, dtype=d) for gate in USER for d in (FP32, FP16)),
         *(Case(gate, "argmax", teachers=2, dtype=d) for gate in ("token", "soft") for d in (FP32, BF16)),
@@ -168,14 +178,22 @@ if INTERPRETED or torch.cuda.is_available():
     def run(step, case: Case, data: Rows, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The results by name, on the CPU; `dtype`: convert the logits first."""
         dtype = dtype or data.student.dtype
-        student = data.student.to(DEVICE, dtype, copy=True)
-        teachers = [t.to(DEVICE, dtype) for t in data.teachers]
+        student = apart(data.student.to(DEVICE, dtype, copy=True), case.stride)
+        teachers = [apart(t.to(DEVICE, dtype), case.stride) for t in data.teachers]
         target, gate = data.target.to(DEVICE), decide(case.options, data.sentence[: len(student)].to(DEVICE))
         results, dz = step(student, teachers, target, gate, case.options, case.scale)
         if step is triton_rows.row_step and dz is not None and runs_kernels(case, student):
             assert dz.data_ptr() == student.data_ptr()
         named = {**results._asdict(), "gap": results.student_read - results.teacher_read, "dz": dz}
         return {name: value.cpu() for name, value in named.items() if value is not None}
+
+    def apart(logits: Tensor, stride: int) -> Tensor:
+        """The same logits in rows `stride` apart, with nan between them."""
+        if not stride:
+            return logits
+        room = logits.new_full((len(logits), stride), float("nan"))
+        room[:, : logits.size(1)] = logits
+        return room[:, : logits.size(1)]
 
     def runs_kernels(case: Case, logits: Tensor) -> bool:
         two_means = case.teachers > 1 and not case.gate_temperature and case.temperature != 1
@@ -227,7 +245,7 @@ if INTERPRETED or torch.cuda.is_available():
 
     @pytest.mark.parametrize("gate_on", ["gold", "argmax"])
     @pytest.mark.parametrize("gate", ["token", "token split"])
-    @pytest.mark.parametrize("vocabulary", SHAPES)
+    @pytest.mark.parametrize("vocabulary", VOCABULARIES)
     def test_equal_models_leave_every_token_to_the_data(vocabulary, gate, gate_on):
         case = Case(gate, gate_on, temperature=1.0, vocabulary=vocabulary, tokens=8)
         data = draw(case)
@@ -317,7 +335,7 @@ if INTERPRETED or torch.cuda.is_available():
         case = Case()
         data = draw(case)
         target, sentence, teacher = (x.to(DEVICE) for x in (data.target, data.sentence, data.teachers[0].to(BF16)))
-        strided = torch.empty(507, 6, device=DEVICE).t().copy_(data.student)
+        strided = torch.empty(507, 6, device=DEVICE).t().copy_(data.student)  # the columns are neighbours
         plain = rows.row_step(strided, [teacher], target, decide(case.options, sentence), case.options, 1.0)
         got = triton_rows.row_step(strided, [teacher], target, decide(case.options, sentence), case.options, 1.0)
         torch.testing.assert_close(got[0].loss, plain[0].loss, rtol=1e-6, atol=1e-6)

@@ -1,6 +1,8 @@
 """fairseq's logs, written by fairseq's own progress bars."""
 
 import logging
+import math
+import time
 
 import command_line as cl
 import pytest
@@ -78,6 +80,83 @@ def test_a_log_of_fairseq_train(student: cl.Run, tmp_path):
     assert log.settings["cpu"] is True
 
 
+HYDRA = "[2026-01-31 12:00:00,000][{}][INFO] - {}\n"
+
+
+def test_a_log_of_hydra(tmp_path):
+    """Another start of each line; the architecture is the model's name, and an option of another group a reference."""
+    settings = (
+        "{'_name': None, 'dataset': {'_name': None, 'max_tokens': 400}, 'model': {'_name': 'lstm', 'dropout': 0.2}, "
+        "'criterion': {'_name': 'hard_gate_kd', 'max_tokens': '${dataset.max_tokens}', 'lr': '${optimization.lr}'}, "
+        "'optimization': {'lr': [0.005]}, 'job_logging_cfg': {'version': 1, 'root': {'level': 'INFO'}}}"
+    )
+    lines = [("fairseq_cli.train", settings), ("fairseq.tasks.translation", "[de] dictionary: 56 types")]
+    valid = "epoch 001 | valid on 'valid' subset | loss 5.177 | nll_loss 5.177 | ece 0.0309 | wps 89.2 | num_updates 9"
+    lines += [("train_inner", "epoch 001:      5 / 9 loss=6.12, teacher_share=0.25, num_updates=5, lr=0.005")]
+    lines += [("valid", valid)]
+    (tmp_path / "train.log").write_text("".join(HYDRA.format(*line) for line in lines))
+    log = logs.read(tmp_path / "train.log")
+    assert log.curves == {"nll_loss": ([9], [5.177]), "ece": ([9], [0.0309]), "teacher_share": ([5], [0.25])}
+    expected = {"arch": "lstm", "dropout": 0.2, "max_tokens": 400, "criterion": "hard_gate_kd", "lr": [0.005]}
+    assert log.settings.items() >= expected.items()
+    assert not log.empty
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (["4.5", "3.5"], None),
+        (["4.5", "nan", "3.5"], None),  # it came back
+        (["4.5", "nan", "nan"], 20),
+        (["inf", "nan"], 10),
+    ],
+)
+def test_a_run_that_diverged(values: list[str], expected: int | None, bars):
+    bar, file = bars
+    for epoch, value in enumerate(values, start=1):
+        bar(epoch, "valid on 'valid' subset").print({"nll_loss": float(value), "num_updates": 10 * epoch}, "valid")
+    assert logs.read(file).diverged == expected
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-1", "1e308", "1" * 400, "9" * 5000, "[1]", "null", "true", "x"])
+@pytest.mark.parametrize(
+    "line", ['{{"valid_nll_loss": 1, "valid_num_updates": {}}}', "epoch 1 | loss 1 | num_updates {}"]
+)
+def test_updates_that_are_none(line: str, number: str, tmp_path):
+    """There is no point of the curve at an update that cannot be."""
+    start = "2026-01-31 12:00:00 | INFO | valid | "
+    (tmp_path / "train.log").write_text(f"{start}{line.format(7)}\n{start}{line.format(number)}\n")
+    found = logs.read(tmp_path / "train.log").curves["nll_loss"]
+    assert found == (([1], [1.0]) if number == "true" and line[0] == "{" else ([7], [1.0]))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "2026-01-31 12:00:00 | INFO | train | " + "a" * 300_000,
+        "2026-01-31 12:00:00 | INFO | " + "a" * 300_000,
+        "2026-01-31 12:00:00 | INFO | valid | " + "a=" * 150_000,
+        "2026-01-31 12:00:00 | INFO | valid | {" + '"a": ' * 60_000,
+        "2026-01-31 12:00:00 | INFO | valid | {" + '"a": [' * 50_000,
+        "2026-01-31 12:00:00 | INFO | x | {'_name': " + "a" * 300_000,
+        "2026-01-31 12:00:00 | INFO | x | {'_name': '" + "\\'" * 150_000,
+        "2026-01-31 12:00:00 | INFO | x | {'_name': " + "{" * 300_000,
+        "2026-01-31 12:00:00 | INFO | x | {'_name': " + "-" * 300_000,
+        "2026-01-31 12:00:00 | INFO | x | {'_name': [" + "a, " * 100_000 + "]}",
+        "2026-01-31 12:00:00 | INFO | x | {'_name'" + ": {'_name'" * 30_000,
+        "| INFO | " * 40_000,
+        "[" * 300_000,
+        "INFO:" * 60_000,
+    ],
+    ids=range(14),
+)
+def test_long_lines_take_no_time(line: str, tmp_path):
+    (tmp_path / "train.log").write_text(line + "\n")
+    start = time.process_time()
+    logs.read(tmp_path / "train.log")
+    assert time.process_time() - start < 1
+
+
 @pytest.mark.parametrize(
     ("message", "expected"),
     [
@@ -87,10 +166,25 @@ def test_a_log_of_fairseq_train(student: cl.Run, tmp_path):
         ("{'_name': None, 'model': Namespace(arch='tiny', betas='(0.9, 0.98)', lr=[0.1], data=None)}",
          {"arch": "tiny", "betas": "(0.9, 0.98)", "lr": [0.1], "data": None}),
         ("{'_name': None, 'common': {'seed': 1, 'fp", None),
+        ("{'_name': None, 'common': {'a': {}, 'b': (), 'c': (1, 'x'), 'd': {2, 3}, 'e': [[1]], 'f': b'x', 'g': 1+2j}}",
+         {"c": [1, "x"], "d": [2, 3], "e": [[1]], "f": "b'x'", "g": "1+2j"}),
+        ("{'_name': None, 'common': {'a': 1e308, 'b': inf, 'c': -nan, 'd': '\\ud800', 'e': '\\x1b', 7: 8}}",
+         {"a": 1e308, "b": math.inf, "d": "\ud800", "e": "\x1b", "7": 8}),
+        ("{'_name': None, 'model': Namespace(a=Namespace(b=1), c=__import__('os'), d=2)}", None),
+        ("{'_name'}", None),
+        ("{'_name': None, []: 1}", {}),
+        ("{'_name': {[]}}", {}),
+        ("{'_name': None} {", None),
+        ("{'_name': " + "[" * 5000 + "]" * 5000 + "}", None),
+        ("{'_name': None, 'common': {'a': " + "9" * 5000 + ", 'b': " + "-" * 5000 + "}}",
+         {"a": math.inf, "b": "-" * 5000}),
     ],
 )  # fmt: skip
 def test_settings(message: str, expected):
-    assert logs.settings(message) == expected
+    found = logs.settings(message)
+    if found:
+        found = {name: each for name, each in found.items() if each == each}  # nan is not itself
+    assert found == expected
 
 
 def test_no_text(tmp_path):

@@ -371,6 +371,56 @@ def test_refused_before_anything_is_read(folders, tmp_path, capsys):
     assert "make it first" in capsys.readouterr().err
 
 
+START = "2026-01-31 12:00:00 | INFO | "
+SETTINGS = START + "fairseq_cli.train | {'_name': None, 'model': Namespace(arch='lstm', data='%s', lr=[0.5], seed=7)}\n"
+VALID = START + "valid | epoch 001 | valid on 'valid' subset | loss %s | num_updates %s\n"
+ODD_LOGS = {
+    "diverged": (
+        VALID % (4, 10) + VALID % ("nan", 20) + VALID % ("inf", 30),
+        ["run diverged: its NLL on validation is no number from update 20 on."],
+    ),
+    "never a number": (VALID % ("nan", 20), ["run diverged: its NLL on validation is no number from update 20 on."]),
+    "out of any axis": (VALID % (1e308, 1e14) + VALID % (-1e308, 2e14), ["No generate-test.txt of run"]),
+    "of something else": (
+        "Epoch 1: loss 5.0\n" * 3,
+        ["Nothing of fairseq-train's in train.log of run: `fairseq-train"],
+    ),
+    "a log of hydra": (SETTINGS % "x" + "[2026-01-31 12:00:00,000][valid][INFO] - loss 5 | num_updates 9\n", []),
+    "control characters": (SETTINGS % r"\x1b[31mx\u202ey\ud800", [r"fairseq-train '\x1b[31mx\u202ey\ud800'"]),
+    "unknown parts": (
+        SETTINGS.replace("lstm", r"of another\x1b") % "x",
+        ["# fairseq-train, with options unknown here"],
+    ),
+    "empty": ("", ["Nothing of fairseq-train's in train.log of run"]),
+}
+
+
+@pytest.mark.parametrize("case", ODD_LOGS)
+def test_odd_logs(case: str, tmp_path, capsys):
+    """Reported as what they are; nothing of them steers a terminal or a page."""
+    content, expected = ODD_LOGS[case]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/train.log").write_text(content)
+    assert cli.main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "report.html")]) == 0
+    written = (tmp_path / "report.html").read_text()
+    Page(written)
+    shown = capsys.readouterr().out + html.unescape(written)
+    for text in expected:
+        assert text.replace("`", "") in shown.replace("`", "").replace("<code>", "").replace("</code>", "")
+    assert not set(shown) & {"\x1b", "\u202e", "\0"}
+
+
+def test_translations_of_nothing(tmp_path, capsys):
+    """A model that ends every sentence at once: no words, scores of the end of sentence alone."""
+    (tmp_path / "run").mkdir()
+    lines = "".join(f"S-{i}\tx\nT-{i}\ta b\nH-{i}\t-0.5\t\nD-{i}\t-0.5\t\nP-{i}\t-1.0\n" for i in range(4))
+    (tmp_path / "run/generate-test.txt").write_text(lines)
+    scored = ["calibration", "inference", str(tmp_path / "run/generate-test.txt")]
+    assert cli.main([*scored, "--json", str(tmp_path / "run/inference.json")]) == 0
+    assert cli.main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "report.html")]) == 0
+    assert "| run | 0.0 ± 0.0 | 0.0 ± 0.0 | 100.0 ± 0.0 |" in capsys.readouterr().out
+
+
 def test_unlike_resamples_are_said(folders, tmp_path):
     """Scores of another seed: no difference of them, and a line that says why."""
     run = tmp_path / "run"

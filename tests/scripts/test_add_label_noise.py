@@ -1,7 +1,9 @@
 """Label noise: which targets are shuffled, that all stay, and what is refused."""
 
+import contextlib
+import importlib.util
+import io
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,17 @@ LINES = [f"target {number}" for number in range(200)]
 
 
 def run(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, SCRIPT, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    """The script in this process, which has the package's imports behind it."""
+    spec = importlib.util.spec_from_file_location("add_label_noise", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    command = [str(argument) for argument in arguments]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as errors:
+        try:
+            code = script.main(command)
+        except SystemExit as exit:
+            code = exit.code
+    return subprocess.CompletedProcess(command, code, out.getvalue(), errors.getvalue())
 
 
 @pytest.fixture
@@ -86,3 +97,28 @@ def test_nothing_is_overwritten(text: Path):
     done = run(text, text)
     assert done.returncode == 2
     assert "exists; give the name of a new folder" in done.stderr
+
+
+def test_a_line_ends_at_its_line_feed(text: Path, tmp_path: Path):
+    """A carriage return, a form feed or U+2028 within a line of one side shifts no pair."""
+    odd = [f"a\rb\x0cc\u2028d\x85e {number}" if number % 3 == 0 else line for number, line in enumerate(LINES)]
+    (text / "train.en").write_bytes("".join(f"{line}\n" for line in odd).encode())
+    done = run(text, tmp_path / "noisy", "--noise-share", 0.5, "--clean", 50)
+    assert done.returncode == 0, done.stderr
+    numbers = [int(line) for line in (tmp_path / "noisy/noisy.txt").read_text().split()]
+    found = {name: (tmp_path / "noisy" / name).read_bytes().decode().split("\n") for name in ("train.en", "valid1.en")}
+    assert [number for number in range(150) if found["train.en"][number] != odd[number]] == numbers
+    assert found["valid1.en"] == [*odd[150:], ""]
+    assert (tmp_path / "noisy/valid1.de").read_text().split("\n")[0] == "Quelle 150"
+
+
+@pytest.mark.parametrize("name", ["train.de", "train.en"])
+def test_sides_of_different_length_are_refused(name: str, text: Path, tmp_path: Path):
+    with (text / name).open("a") as file:
+        file.write("one more\n")
+    done = run(text, tmp_path / "noisy")
+    assert done.returncode == 2
+    assert "train.en has" in done.stderr
+    assert "train.de" in done.stderr
+    assert "give a pair on each line" in done.stderr
+    assert not (tmp_path / "noisy").exists()

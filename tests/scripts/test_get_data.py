@@ -476,6 +476,8 @@ def test_libreoffice(help_tree: Path, tmp_path: Path) -> None:
     """From packages that apt downloads after an update, over the leavings of a run that was killed."""
     write_debs(help_tree, tmp_path / "debs")
     partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / ".made-by-hgkd").touch()
     for language, text in (("de", "Ein alter Satz."), ("en-US", "One old sentence.")):
         folder = partial / "tree/usr/share/libreoffice/help" / language / "text"
         folder.mkdir(parents=True)

@@ -22,6 +22,7 @@ def quickstart(*arguments) -> subprocess.CompletedProcess:
     [
         (["--smok"], 2, "unknown argument --smok; known are --smoke, --dir DIR, --from FOLDER"),
         (["--dir"], 2, "--dir needs a folder"),
+        (["--dir", "/nowhere/x:y"], 2, "fairseq takes a ':' for the end of a path; choose a folder without one"),
     ],
 )
 def test_usage(arguments, status, expected):

@@ -168,7 +168,7 @@ def test_what_is_run_next(tmp_path):
         return cell and cell.folder, lock is not None
 
     def finish_cell(folder: str) -> None:
-        (tmp_path / folder / "scores.json").touch()
+        (tmp_path / folder / "scores.json").write_text(json.dumps(numbers(20, 0.1, 1)))
 
     locks: list = []
     assert next_cell() == ("teacher/big/seed-0", True)
@@ -234,6 +234,26 @@ def test_cells(tmp_path):
         ('method = "base"', 'method = "hkd-t"', r"\[teacher\] method hkd-t needs a teacher itself"),
         ("[data]", "[data", "is no TOML"),
         ("[generation]", "[methods.bass]\n[generation]", "names bass, which is none of the methods: base, "),
+        ("seeds = [1]", "seeds = 1", r"cells\[0\].seeds is not a list"),
+        ("seeds = [1]", "seeds = [true]", r"cells\[0\].seeds\[0\] is not a whole number"),
+        ("seeds = [1]", "seeds = [-1]", r"cells\[0\].seeds\[0\] is not from 0 to"),
+        ("[[cells]]", "[cells]", "is no TOML|cells is not a list"),
+        ("pairs = 300", "pairs = 0", "data.pairs is not from 1 to"),
+        ("vocabulary = 36", 'vocabulary = "36"', "data.vocabulary is not a whole number"),
+        ("updates = 150", "updates = 1.5", "training.updates is not a whole number"),
+        ('precision = "fp32"', "precision = []", "training.precision is not text"),
+        ('"--beam 2', "\"--beam '2", "generation.options is no list of options: No closing quotation"),
+        ('"--beam 2', '"--beam \\u0000', "generation.options is not text"),
+        ("same", "../../x", r"is no TOML"),
+        ('"same"', '"../../x"', r"names \.\./\.\./x, which is none of the settings"),
+        ("[settings.same]", '[settings."../../x"]', r"settings\.\.\./\.\./x\]: it becomes a folder's name"),
+        ("[settings.same]", "[settings.teacher]", "it becomes a folder's name"),
+        ("[sizes.big]", '[sizes."a/b"]', "it becomes a folder's name"),
+        ("seeds = [1]", "seeds = [1]\ntemperatures = [nan]", r"temperatures\[0\] is not a number"),
+        ("seeds = [1]", "seeds = [1]\ntemperatures = [0]", r"temperatures\[0\] is not from 0.01 to 100"),
+        ("seeds = [1]", "seeds = [1]\ntemperatures = [1.2000001]", "temperatures 1.2000001: give at most 6 digits"),
+        ("[data]", "x = " + "[" * 5000, "is no TOML"),
+        ("pairs = 300", "pairs = " + "9" * 5000, "is no TOML"),
     ],
 )
 def test_grids_that_make_no_study(old, new, expected, tmp_path):
@@ -244,6 +264,53 @@ def test_grids_that_make_no_study(old, new, expected, tmp_path):
     else:
         with pytest.raises(UserError, match=expected):
             Grid(file).cells()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"bleu": NaN}', "cut", "nan", "text"])
+def test_a_file_of_scores_alone_proves_nothing(content, tmp_path):
+    """Cut short, empty or of something else: the cell is not finished, and scored again."""
+    cell = Grid(write_grid(tmp_path, block(["same"], ["base"], [1]))).cells()[0]
+    file = tmp_path / cell.folder / "scores.json"
+    file.parent.mkdir(parents=True)
+    whole = json.dumps(numbers(20, 0.1, 1))
+    file.write_text(whole)
+    assert runner.finished(cell, tmp_path)
+    changed = {"cut": whole[:-9], "nan": whole.replace("4.0", "NaN"), "text": whole.replace("4.0", '"4.0"')}
+    file.write_text(changed.get(content, content))
+    assert not runner.finished(cell, tmp_path)
+
+
+def test_a_cell_that_fails_somehow(tmp_path, capsys):
+    """Its error is no UserError: the others go on, what needs it fails too, and so does the whole."""
+    cells = Grid(write_grid(tmp_path, block(["same"], ["hkd-t"], [1]))).cells()
+    (tmp_path / "teacher/big/seed-0/train.log").mkdir(parents=True)
+    assert not runner.Runner(cells, tmp_path, jobs=1).run()
+    said = capsys.readouterr().out
+    assert "teacher/big/seed-0: " in said
+    assert "train.log: Is a directory" in said
+    assert "same/hkd-t/seed-1: cannot be trained without teacher/big/seed-0" in said
+
+
+def test_a_half_finished_study(tmp_path, monkeypatch, capsys):
+    """Of the teacher alone there are tables without figures; what is cut short is named."""
+    study = tmp_path / "study"
+    write_cell(study, "teacher/big/seed-0", 26, 0.08)
+    out = make_tables(tmp_path, study, monkeypatch)
+    assert (out / "tables.md").read_text().startswith("Only teachers are finished yet.\n")
+    for name, expected in (("cell.json", "is no file of run.py"), ("scores.json", "is no file of")):
+        file = study / "teacher/big/seed-0" / name
+        whole = file.read_text()
+        file.write_text(whole[:-5])
+        monkeypatch.setattr(sys, "argv", ["table.py", str(study), "--output", str(tmp_path / "other")])
+        capsys.readouterr()
+        assert table.main() == 1
+        (error,) = capsys.readouterr().err.splitlines()
+        assert error.startswith("table.py: error: ")
+        assert expected in error
+        file.write_text(whole)
+    (study / "teacher/big/seed-0/translations.txt").write_text("one line\n")
+    with pytest.raises(UserError, match=rf"has 1 lines and .*test\.en {len(REFERENCES)}"):
+        table.Study(study)
 
 
 def test_data(tmp_path, monkeypatch):
@@ -297,6 +364,17 @@ REFERENCES = [f"the cat number {i} sat on mat number {i + 1}" for i in range(12)
 NOISE = ["x"] * len(REFERENCES)
 
 
+def numbers(bleu: float, ece: float, seed: int, share: float = 0.0) -> dict:
+    """What a scores.json holds."""
+    curve = [{"updates": at, "valid_nll": 4.0, "valid_ece": 0.1, "teacher_share": share} for at in (20, 40)]
+    found = {"chrf": 2 * bleu, "nll": 3.0, "inference_ece": 0.2, "temperature": 1.25, "scaled_ece": ece / 4}
+    found |= {"scaled_nll": 2.5, "valid_nll_best": 3.5, "valid_nll_last": 4.0, "best_updates": 20, "last_updates": 40}
+    found |= {"teacher_share": share, "parameters": 1234, "minutes": 2.0, "curve": curve}
+    found["signatures"] = {key: f"{key}|by:hand" for key in ("bleu", "chrf", "ece", "inference_ece")}
+    found |= {"brevity_penalty": 0.9, "lenpen": seed + 0.5, "lenpen_bleu": bleu + seed, "lenpen_brevity_penalty": 1}
+    return {"bleu": bleu, "ece": ece, **found}
+
+
 def write_cell(study: Path, folder: str, bleu: float, ece: float, **more) -> None:
     """`more`: translations, those at the cell's own length penalty (lenpen), temperature, whether it is done."""
     translations, lenpen = more.get("translations", NOISE), more.get("lenpen", NOISE)
@@ -313,14 +391,8 @@ def write_cell(study: Path, folder: str, bleu: float, ece: float, **more) -> Non
     (path / "cell.json").write_text(json.dumps({**about, "signature": signature}))
     if not done:
         return
-    share = 0.5 if temperature else 0.0
-    curve = [{"updates": at, "valid_nll": 4.0, "valid_ece": 0.1, "teacher_share": share} for at in (20, 40)]
-    numbers = {"chrf": 2 * bleu, "nll": 3.0, "inference_ece": 0.2, "temperature": 1.25, "scaled_ece": ece / 4}
-    numbers |= {"scaled_nll": 2.5, "valid_nll_best": 3.5, "valid_nll_last": 4.0, "best_updates": 20, "last_updates": 40}
-    numbers |= {"teacher_share": share, "parameters": 1234, "minutes": 2.0, "curve": curve}
-    numbers["signatures"] = {key: f"{key}|by:hand" for key in ("bleu", "chrf", "ece", "inference_ece")}
-    numbers |= {"brevity_penalty": 0.9, "lenpen": seed + 0.5, "lenpen_bleu": bleu + seed, "lenpen_brevity_penalty": 1}
-    (path / "scores.json").write_text(json.dumps({"bleu": bleu, "ece": ece, **numbers}))
+    scores = numbers(bleu, ece, seed, share=0.5 if temperature else 0.0)
+    (path / "scores.json").write_text(json.dumps(scores))
     (path / "translations.txt").write_text("".join(f"{line}\n" for line in translations))
     (path / "translations-lenpen.txt").write_text("".join(f"{line}\n" for line in lenpen))
 
@@ -344,6 +416,13 @@ def test_tables_by_hand(tmp_path, monkeypatch, capsys):
     write_cell(study, "same/random/seed-2", 22.5, 0.09, temperature=1.5)
     write_cell(study, "same/hkd-t-tau-2/seed-1", 25, 0.03, temperature=2.0)
     write_cell(study, "same/hkd-s/seed-1", 0, 0, temperature=1.5, done=False)
+    write_cell(study, "same/always/seed-1", 0, 0, temperature=1.5, done=False)
+    logged = [
+        {"valid_num_updates": "20", "valid_nll_loss": "4.5"},
+        {"valid_num_updates": "40", "valid_nll_loss": "nan"},
+    ]
+    start = "2026-01-31 12:00:00 | INFO | valid | "
+    (study / "same/always/seed-1/train.log").write_text("".join(f"{start}{json.dumps(row)}\n" for row in logged))
 
     out = make_tables(tmp_path, study, monkeypatch)
     lines = (out / "tables.md").read_text().splitlines()
@@ -372,6 +451,11 @@ def test_tables_by_hand(tmp_path, monkeypatch, capsys):
         "| HKD-T | 2 | 1 | 25.0 | 26.0 | 50.0 | 3.00 | 3.000 | 0.50 |",
     ]
     assert sum(line.startswith("| HKD-T | ") for line in lines) == 5  # one in each of the other tables
+    assert lines[-1].startswith(
+        "Diverged, and not in the tables: same/always/seed-1, whose NLL on validation is no number"
+    )
+    assert lines[-1].endswith("from update 40 on.")
+    lines = lines[:-2]
     assert "BLEU `bleu|by:hand`" in lines[-3]
     assert "bs:1000" in lines[-3]
     assert lines[2] == "All its cells: `setting:same|updates:40|precision:fp32`."

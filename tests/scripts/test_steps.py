@@ -1,0 +1,89 @@
+"""What quickstart, recipes and data scripts share: folders to work in, records of what is finished, a lock."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+STEPS = Path(__file__).parents[2] / "scripts" / "steps.sh"
+
+
+def bash(code: str, folder: Path) -> subprocess.CompletedProcess:
+    script = f"set -euo pipefail; source {STEPS}; PYTHON={sys.executable}\n{code}"
+    return subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_record_is_of_the_content(tmp_path):
+    """A file that is cut short, changed, empty or gone is not what was recorded; nor is one of a like name."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("forced.json", "scaled_forced.json"):
+        (run / name).write_text(name)
+
+    def recorded(*names: str) -> bool:
+        return bash(f"recorded run {' '.join(names)}", tmp_path).returncode == 0
+
+    assert not recorded("forced.json")
+    assert bash("record run scaled_forced.json", tmp_path).returncode == 0
+    assert recorded("scaled_forced.json")
+    assert not recorded("forced.json")
+    with open(run / "recorded", "a") as file:  # killed while it wrote
+        file.write("0123")
+    assert bash("record run forced.json", tmp_path).returncode == 0
+    assert bash("record run forced.json", tmp_path).returncode == 0
+    assert recorded("forced.json", "scaled_forced.json")
+    for content in ("forced.jso", "forced.jsoN", ""):
+        (run / "forced.json").write_text(content)
+        assert not recorded("forced.json", "scaled_forced.json")
+    (run / "forced.json").unlink()
+    assert not recorded("scaled_forced.json", "forced.json")
+    (run / "recorded").write_text("")
+    assert not recorded("scaled_forced.json")
+
+
+def test_a_lock_is_that_of_what_was_left_running(tmp_path):
+    """And names its owner; it ends with the last of them."""
+    left = bash("lock .; sleep 60 >/dev/null 2>&1 & echo $!", tmp_path)
+    pid = int(left.stdout)
+    try:
+        second = bash("lock . || exit 7; echo works", tmp_path)
+        assert (second.returncode, second.stdout) == (7, "")
+        assert second.stderr == f". is being worked on by process {pid} (sleep): wait until it has ended, or end it\n"
+    finally:
+        os.kill(pid, 9)
+    assert bash("lock . && unlock && lock . && echo works", tmp_path).stdout == "works\n"
+
+
+@pytest.mark.parametrize("kind", ["none", "ours", "folder", "file", "link"])
+def test_folders_to_work_in(kind, tmp_path):
+    """Ours is used again; what somebody else has under the name stays as it is."""
+    partial = tmp_path / "out.partial"
+    (tmp_path / "elsewhere").mkdir()
+    if kind == "ours":
+        assert bash("work_folder out; touch $partial/download", tmp_path).returncode == 0
+    elif kind == "folder":
+        partial.mkdir()
+    elif kind == "file":
+        partial.write_text("mine")
+    elif kind == "link":
+        partial.symlink_to("elsewhere")
+    done = bash("umask 027; work_folder out; touch $partial/text; ls $partial; finish out; stat -c %a out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [
+        *(["download"] if kind == "ours" else []),
+        "text",
+        "755" if kind == "ours" else "750",
+    ]
+    assert os.path.lexists(partial) == (kind in ("folder", "file", "link"))
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == done.stdout.split()[:-1]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("08", "8"), ("0", "0"), ("007", "7"), ("1234567890", ""), ("-1", ""), ("1a", ""), ("", "")]
+)
+def test_whole_numbers(text, value, tmp_path):
+    done = bash(f"whole_number '{text}' || true", tmp_path)
+    assert done.stdout.strip() == value
