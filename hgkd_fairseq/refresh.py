@@ -79,6 +79,8 @@ class Refresh:
                 "share of the training sentences as 0.02"
             )
         try:
+            if "/" in self.subset:  # a path to one of those above
+                raise FileNotFoundError
             self.task.load_dataset(self.subset)
         except FileNotFoundError:
             raise UserError(

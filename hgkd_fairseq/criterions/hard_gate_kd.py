@@ -211,10 +211,13 @@ class HardGateKDCriterion(FairseqCriterion):
                 )
 
     @property
-    def remembers(self) -> bool:
-        """Whether validation depends on what the training has left in the task's memory, or in the moving average."""
-        kept = hasattr(self.gate.weights, "state") and not isinstance(self.gate.weights, Instance)
-        return kept or (self.gate.needs_teacher and isinstance(self.task.load_teacher(), PastTeacher))
+    def remembers(self) -> str | None:
+        """What of the training validation depends on, by its name in the task's memory or in the checkpoint."""
+        if hasattr(self.gate.weights, "state") and not isinstance(self.gate.weights, Instance):
+            return "gate"
+        if self.gate.needs_teacher and isinstance(self.task.load_teacher(), PastTeacher):
+            return {"ema": "ema", "previous-epoch": "previous_epoch"}[str(self.task.cfg.teacher_source)]
+        return None
 
     def make_gate(self):
         given = {name: getattr(self.cfg, name) for name in GATE_OPTIONS if getattr(self.cfg, name) is not None}

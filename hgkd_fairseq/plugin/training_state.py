@@ -136,8 +136,8 @@ def keep(task, path: str, state: dict) -> None:
     }
     if task.loaded["memory"] and hasattr(task, "set_checkpoint_dict"):
         task.set_checkpoint_dict(task.loaded["memory"])
-        if task.num_updates is None:  # of a checkpoint that does not say how far progress was
-            task.num_updates = (state.get("optimizer_history") or [{}])[-1].get("num_updates")
+        if task.num_updates is None:  # of an older checkpoint; validation came within the last update
+            task.num_updates = (state.get("optimizer_history") or [{}])[-1].get("num_updates", 1) - 1
 
 
 def restore(task, criterion) -> None:
@@ -146,18 +146,15 @@ def restore(task, criterion) -> None:
     Raises:
         UserError: the checkpoint has no such thing, or is of another method.
     """
-    loaded = task.loaded
-    remembers = getattr(criterion, "remembers", False)
-    learned = criterion.state_dict()
+    loaded, remembers = task.loaded, getattr(criterion, "remembers", None)
+    memory, learned = loaded["memory"], criterion.state_dict()
     if not learned and not remembers:
         return
     problem = ""
-    if hasattr(criterion, "method"):
-        held = loaded["memory"].get("method")
-        if not loaded["memory"]:
-            problem = "it holds nothing that such a run remembers"
-        elif held is not None:
-            problem = differences(criterion.method, held)
+    if hasattr(criterion, "method") and "method" in memory:
+        problem = differences(criterion.method, memory["method"])
+    elif remembers and memory.get(remembers) is None and loaded.get(remembers) is None:
+        problem = "it does not hold what such a run remembers"
     if not problem and learned and not same_shapes(learned, loaded["criterion"]):
         problem = "it has no parameters of the criterion, or others"
     if problem:
@@ -167,5 +164,5 @@ def restore(task, criterion) -> None:
         )
     if learned:
         criterion.load_state_dict(loaded["criterion"])
-    if changed(loaded["memory"].get("teacher"), task):
+    if changed(memory.get("teacher"), task):
         logger.warning("%s was distilled from another teacher than this one", loaded["path"])

@@ -62,6 +62,7 @@ def build(data: Path, *options):
         ),
         (("--gate", "instance", "--held-out", "nan"), "--held-out nan: a share"),
         (("--gate", "instance", "--held-out", "train1"), "--held-out train1: that is trained on"),
+        (("--gate", "instance", "--held-out", "../bin/valid"), "--held-out ../bin/valid: there is no such subset in"),
         (("--distill-start-update", 9, "--max-update", 9), "--distill-start-update 9: the training ends before"),
         (("--fp16",), "--fp16 needs a GPU; on the CPU give --memory-efficient-fp16, --amp or --bf16"),
         (("--loss-impl", "triton"), "--loss-impl triton: Triton "),
