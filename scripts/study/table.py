@@ -342,6 +342,7 @@ def main() -> int:
         lines = [line for setting in study.settings() for line in setting_tables(study, setting)] + how(study)
         if not study.settings():
             lines = ["Only teachers are finished yet.", "", *lines]
+        lines = [printable(line) for line in lines]  # titles and signatures are those of files
         output.mkdir(parents=True, exist_ok=True)
         files.write_text(output / "tables.md", "\n".join(lines) + "\n")
         if study.settings():
