@@ -78,6 +78,8 @@ def arguments_of(program: str, settings: dict[str, Any]) -> dict[str, str | None
     """The options, with their values, that give these settings: those that are not at their defaults, and the choices.
     None where this fairseq has not all that they name, such as an architecture of another plugin."""
     choices = {name: settings[name] for name in CHOICES if settings.get(name)}
+    if program == "fairseq-generate":  # the checkpoint knows its architecture; a default stands in the settings
+        choices.pop("arch", None)
     if not all(isinstance(choice, str) and choice in CHOICES[name] for name, choice in choices.items()):
         return None
     fairseqs = known(program, tuple(choices.items()))
