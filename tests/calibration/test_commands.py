@@ -179,7 +179,7 @@ def test_refusals(data, plain, tmp_path, capsys):
     cases = [
         (
             ("forced", empty / "bin", "--path", checkpoint),
-            "is empty or damaged (cannot mmap an empty file); name another",
+            "holds no sentences, or is damaged); run fairseq-preprocess again, or name another with --gen-subset",
         ),
         (("forced", data, "--path", tmp_path / "nan.pt"), "probabilities that are NaN"),
         (("temperature", data, "--path", tmp_path / "nan.pt"), "probabilities that are NaN"),
