@@ -11,7 +11,6 @@ from hgkd_fairseq.calibration import pieces
 from hgkd_fairseq.errors import UserError
 
 LINE = re.compile(r"([STHDP])-(\d+)\t(.*)", flags=re.DOTALL)
-SIZE = re.compile(r"fairseq\.tasks\b.* (\d{1,12}) examples\s*$")  # of the subset, where the log is in the file too
 AGAIN = "run fairseq-generate again"
 
 
@@ -27,8 +26,9 @@ def read_lines(file: str | Path) -> dict[str, dict[int, str]]:
     for line in files.read_lines(file, "name what fairseq-generate wrote"):
         found = LINE.match(line)
         if not found:
-            told = SIZE.search(line) if line.endswith("examples") else None
-            size = int(told[1]) if told else size
+            if line.endswith(" examples") and "fairseq.tasks." in line:  # the log is in the file too
+                told = line.split(" ")[-2]
+                size = int(told) if told.isdecimal() and len(told) <= 12 else size
             continue
         letter, number, text = found.groups()
         if len(number) > 12:
@@ -57,7 +57,7 @@ def check_whole(file: str | Path, lines: Mapping[str, Mapping[int, str]], size: 
         if missing is not None:
             raise UserError(
                 f"{file} has {len(lines[letter])} translations of {size} sentences (first one missing: {missing}); "
-                f"{AGAIN}, with --required-batch-size-multiple 1"
+                f"{AGAIN}, with --required-batch-size-multiple 1, or give the outputs of all its shards in one file"
             )
 
 

@@ -71,13 +71,15 @@ def expected(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     # Of sizes that do not fit each other fairseq derives nothing.
     with contextlib.suppress(Exception):
         ARCH_CONFIG_REGISTRY[settings["arch"]](namespace)
-    return {**vars(namespace), **settings}
+    return {**settings, **vars(namespace)}
 
 
 def arguments_of(program: str, settings: dict[str, Any]) -> dict[str, str | None] | None:
     """The options, with their values, that give these settings: those that are not at their defaults, and the choices.
     None where this fairseq has not all that they name, such as an architecture of another plugin."""
     choices = {name: settings[name] for name in CHOICES if settings.get(name)}
+    if program == "fairseq-generate":  # the checkpoint knows its architecture; a default stands in the settings
+        choices.pop("arch", None)
     if not all(isinstance(choice, str) and choice in CHOICES[name] for name, choice in choices.items()):
         return None
     fairseqs = known(program, tuple(choices.items()))
@@ -111,13 +113,13 @@ def command(program: str, settings: dict[str, Any]) -> str | None:
     if found is None:
         return None
     data = written(settings.get("data"))
-    words = [] if data.startswith("-") else [data]
+    words: list[str] = []
     for option, value in found.items():
         if value is not None and value.startswith("-"):  # it would be taken for an option
             words.append(f"{option}={value}")
         else:
             words += [option] if value is None else [option, value]
-    return shlex.join([program, *words, *([] if words[:1] == [data] else ["--", data])])
+    return shlex.join([program, *words, "--", data] if data.startswith("-") else [program, data, *words])
 
 
 def written(value: Any) -> str:

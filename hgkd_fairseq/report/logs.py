@@ -164,8 +164,8 @@ def tokenized(text: str) -> Iterator[str]:
 
 
 def value(token: str, tokens: Iterator[str], depth: int = 0) -> Any:
-    """What the repr of plain data says, from `token` on: None, bool, int, float, str, lists of them (tuples and sets
-    too) and dicts by str. What is none of these is its own text, such as a choice, which stands without quotes:
+    """What the repr of plain data says, from `token` on: None, bool, int, float, str, lists (sets too) and tuples
+    of them and dicts by str. What is none of these is its own text, such as a choice, which stands without quotes:
     previous-epoch.
 
     Raises:
@@ -211,4 +211,6 @@ def collection(closing: str, tokens: Iterator[str], depth: int) -> Any:
             token = next(tokens)
         elif token != closing:
             raise ValueError("no comma")
+    if closing == ")" and items:
+        return tuple(items)
     return items if items or closing == "]" else named

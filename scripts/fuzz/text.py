@@ -1,21 +1,15 @@
 """Damaged, odd and hostile logs, outputs of fairseq-generate and dictionaries, and the readers that must answer each
 with what is in it or with one error message.
-
-    python scripts/fuzz/text.py [INPUTS [SEED]]
-
-prints as checkpoints.py does, and exits as it does.
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from checkpoints import SLOWEST_S, bytes_changed, fuzz
+from checkpoints import bytes_changed
 
 from hgkd_fairseq import binarised
 from hgkd_fairseq.calibration import inference
@@ -191,18 +185,3 @@ def read_dictionary(path: str | Path) -> None:
 
 
 READERS = ((train_logs, read_train_log), (outputs, read_output), (dictionaries, read_dictionary))
-
-
-def main() -> int:
-    inputs, seed = (int(text) for text in [*sys.argv[1:], *("20000", "1")[len(sys.argv) - 1 :]])
-    logging.getLogger().setLevel(logging.WARNING)  # fairseq, once imported, logs what every library has to say
-    bad = False
-    for make, reader in READERS:
-        counts, slowest = fuzz(inputs, seed, make, reader)
-        print(reader.__name__, dict(counts), f"slowest {slowest:.2f} s", flush=True)
-        bad |= not counts.keys() <= {"read", "refused"} or slowest > SLOWEST_S
-    return int(bad)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -29,7 +29,7 @@ from study import Cell, Grid, read_about, read_scores, user_dir
 
 from hgkd_fairseq import files
 from hgkd_fairseq.cli import number
-from hgkd_fairseq.errors import UserError, guarded, in_one_line
+from hgkd_fairseq.errors import UserError, guarded, in_one_line, printable
 
 HERE = Path(__file__).parent
 SCRIPTS = HERE.parent
@@ -46,7 +46,7 @@ MEMORY = {
 
 
 def say(text: str) -> None:
-    print(time.strftime("%H:%M:%S"), "", text, flush=True)
+    print(time.strftime("%H:%M:%S"), "", printable(text), flush=True)  # it may quote a log
 
 
 # ---------------------------------------------------------------------------------------------------------------- data

@@ -344,12 +344,13 @@ def write(folder: Path, output: Path) -> int:
     lines = [line for setting in study.settings() for line in setting_tables(study, setting)] + how(study)
     if not study.settings():
         lines = ["Only teachers are finished yet.", "", *lines]
+    lines = [printable(line) for line in lines]  # titles and signatures are those of files
     output.mkdir(parents=True, exist_ok=True)
     files.write_text(output / "tables.md", "\n".join(lines) + "\n")
     if study.settings():
         draw(study, "teacher_share", "share of tokens that the teacher teaches", output / "teacher_share.svg")
         draw(study, "valid_nll", "validation NLL, bits a token", output / "validation_nll.svg")
-    print("\n".join(lines))
+    print("\n".join(lines), flush=True)
     return 0
 
 

@@ -179,10 +179,10 @@ def test_refusals(data, plain, tmp_path, capsys):
     cases = [
         (
             ("forced", empty / "bin", "--path", checkpoint),
-            "is empty or damaged (cannot mmap an empty file); name another",
+            "holds no sentences, or is damaged); run fairseq-preprocess again, or name another with --gen-subset",
         ),
-        (("forced", data, "--path", tmp_path / "nan.pt"), "probabilities that are NaN"),
-        (("temperature", data, "--path", tmp_path / "nan.pt"), "probabilities that are NaN"),
+        (("forced", data, "--path", tmp_path / "nan.pt"), "its training has diverged; name an earlier one"),
+        (("temperature", data, "--path", tmp_path / "nan.pt"), "its training has diverged; name an earlier one"),
         (("forced", data, "--path", checkpoint, "--temperature", "warm"), "--temperature warm is neither"),
         (("forced", data, "--path", checkpoint, "--tokens", tmp_path / "t.csv"), "ends in .tsv or .parquet"),
         (("inference", tmp_path / "generate.txt"), "H-0 has 2 tokens and an end of sentence, P-0 2 scores"),

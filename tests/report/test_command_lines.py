@@ -81,6 +81,7 @@ WRITES = "__import__('pathlib').Path('RAN').write_text('x')"  # would leave a fi
          "fairseq-train x --arch lstm --save-dir=--user-dir=payload"),
         ("fairseq-generate", {"data": "x", "path": "--user-dir=payload"},
          "fairseq-generate x --path=--user-dir=payload"),
+        ("fairseq-generate", {"data": "x", "path": "y", "arch": "wav2vec2"}, "fairseq-generate x --path y"),
         ("fairseq-train", {"data": "x", "arch": "--user-dir=payload"}, None),
         ("fairseq-train", {"data": "x", "task": ["--user-dir=payload"]}, None),
         ("fairseq-train", {"data": "x", "arch": "lstm", "optimizer": "adam", "adam_betas": WRITES},

@@ -167,7 +167,7 @@ def test_long_lines_take_no_time(line: str, tmp_path):
          {"arch": "tiny", "betas": "(0.9, 0.98)", "lr": [0.1], "data": None}),
         ("{'_name': None, 'common': {'seed': 1, 'fp", None),
         ("{'_name': None, 'common': {'a': {}, 'b': (), 'c': (1, 'x'), 'd': {2, 3}, 'e': [[1]], 'f': b'x', 'g': 1+2j}}",
-         {"c": [1, "x"], "d": [2, 3], "e": [[1]], "f": "b'x'", "g": "1+2j"}),
+         {"c": (1, "x"), "d": [2, 3], "e": [[1]], "f": "b'x'", "g": "1+2j"}),
         ("{'_name': None, 'common': {'a': 1e308, 'b': inf, 'c': -nan, 'd': '\\ud800', 'e': '\\x1b', 7: 8}}",
          {"a": 1e308, "b": math.inf, "d": "\ud800", "e": "\x1b", "7": 8}),
         ("{'_name': None, 'model': Namespace(a=Namespace(b=1), c=__import__('os'), d=2)}", None),
