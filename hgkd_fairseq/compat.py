@@ -162,8 +162,8 @@ def resuming_in_one_sentence() -> None:
         except Exception as error:  # fairseq's own; and whatever the content of a file leads to
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
-                f"the training cannot go on from {filename}: {reason[:500]}; give the options of the run that wrote it, "
-                "another --restore-file, or another --save-dir"
+                f"the training cannot go on from {filename}: {reason[:500]}; give the options of the run that wrote "
+                "it, another --restore-file, or another --save-dir"
             ) from error
 
     Trainer.load_checkpoint = load_checkpoint

@@ -465,22 +465,29 @@ class SelectiveGlobal:
     def __init__(self, *, kd_weight: float = 1.0, gate_share: float = 0.5, gate_queue: int = 30000):
         self.kd_weight, self.share = kd_weight, gate_share
         self.size = gate_queue
-        self.state = {"queue": torch.zeros(0), "threshold": torch.tensor(-torch.inf)}  # the newest NLLs, their quantile
+        # The newest NLLs, with nan before them until there are so many, and their quantile.
+        self.state = {"queue": torch.zeros(0), "threshold": torch.tensor(-torch.inf)}
 
     def __call__(self, statistics: TokenStatistics) -> GateWeights:
-        threshold = self.state["threshold"].to(statistics.student_logprob)
+        student = statistics.student_logprob
+        threshold = self.state["threshold"].to(student.device, student.dtype, non_blocking=True)
         return selected(statistics, threshold, self.kd_weight)
 
     def observe(self, output, gather: Callable[[Tensor], Tensor] = lambda values: values) -> None:
-        """Add a batch. `gather` joins one tensor of the same size from each worker."""
-        nll = output.token_nll[output.tokens_mask].float()[-self.size :]
-        padded = nll.new_full((self.size,), torch.nan)  # of one size, for `gather`
-        padded[: nll.numel()] = nll
-        fresh = gather(padded)
-        queue = torch.cat([self.state["queue"].to(fresh), fresh[~fresh.isnan()]])[-self.size :]
-        self.state["queue"] = queue
-        if queue.numel():
-            self.state["threshold"] = torch.quantile(queue.double(), 1 - self.share).float()
+        """Add a batch. `gather` joins one tensor of the same size from each worker. The host never waits: all sizes are
+        known beforehand."""
+        nll = output.token_nll.float().masked_fill(~output.tokens_mask, torch.nan).flatten()
+        fresh = gather(newest(nll, self.size))
+        before = {name: value.to(fresh, non_blocking=True) for name, value in self.state.items()}
+        queue = newest(torch.cat([before["queue"], fresh]), self.size)
+        threshold = torch.nanquantile(queue.double(), 1 - self.share).float()  # nan of none
+        self.state.update(queue=queue, threshold=torch.where(threshold.isnan(), before["threshold"], threshold))
+
+
+def newest(values: Tensor, size: int) -> Tensor:
+    """(size,) the last of the `values` (n,) that are not nan, in their order; nan before them where they are few."""
+    order = values.isnan().logical_not().to(torch.uint8).argsort(stable=True)  # nan first
+    return torch.cat([values.new_full((size,), torch.nan), values[order]])[-size:]
 
 
 # ---------------------------------------------------------------------------------- smoothing that depends on the token

@@ -60,6 +60,7 @@ def checked(checkpoint: str, memory: Any) -> dict[str, Tensor]:
     columns, epoch = [*weights, *masks], table.get("epoch")
     whole = (
         all(isinstance(column, Tensor) and column.dim() == 1 for column in columns)
+        and all(column.layout is torch.strided and column.device.type == "cpu" for column in columns)
         and len({len(column) for column in columns}) == 1
         and all(mask.dtype == torch.bool for mask in masks)
         and all(column.is_floating_point() and bool((column >= 0).all()) for column in weights)

@@ -151,12 +151,16 @@ class Output:
 def test_the_queue_forgets_and_is_shared():
     gate = get_gate("selective-global", gate_queue=4, gate_share=0.5).weights
     gate.observe(Output([1.0, 2.0, 3.0], pads=2))
-    assert gate.state["queue"].tolist() == [1, 2, 3]
+    assert gate.state["queue"].isnan().tolist() == [True, False, False, False]
+    assert gate.state["queue"][1:].tolist() == [1, 2, 3]
     assert gate.state["threshold"] == 2
     gate.observe(Output([7.0, 9.0]))
     assert gate.state["queue"].tolist() == [2, 3, 7, 9]
     assert gate.state["threshold"] == 5
     assert rows(gate(statistics(torch.float32))) == [(1, 0)] * 10
+    # A batch of pads alone adds nothing.
+    gate.observe(Output([], pads=3))
+    assert gate.state["queue"].tolist() == [2, 3, 7, 9]
     # Of two workers, each in a tensor of the queue's size.
     gate.observe(Output([0.5]), gather=lambda values: torch.cat([values, values + 1]))
     assert gate.state["queue"].tolist() == [7, 9, 0.5, 1.5]

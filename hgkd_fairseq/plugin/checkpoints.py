@@ -470,9 +470,7 @@ def check_translates(kind: type[nn.Module], name: str) -> None:
     from fairseq.models import FairseqEncoderModel, FairseqLanguageModel
 
     if issubclass(kind, FairseqLanguageModel | FairseqEncoderModel):
-        raise UserError(
-            f"{name} is no translation model but a {kind.__name__}; name one with an encoder and a decoder"
-        )
+        raise UserError(f"{name} is no translation model but a {kind.__name__}; name one with an encoder and a decoder")
     if missing := needs_more(kind):
         raise UserError(
             f"{name} is a {kind.__name__}, which does not translate from left to right (it asks for {missing}); name "

@@ -177,10 +177,9 @@ part_loss() {
     # What matters most comes first. Compiling takes longer than measuring: one shape has the compiled peers.
     local runs=(
         "wmt-base-bf16 --shape wmt-base --dtype bf16 --time --errors --memory"
-        "iwslt-bf16 --shape iwslt --dtype bf16 --time --memory --without compiled"
-        "large-bf16 --shape wmt-big nllb --dtype bf16 --time --memory --without compiled"
-        "fp32 --shape wmt-base iwslt wmt-big --dtype fp32 --time --memory --without compiled"
-        "nllb-fp32 --shape nllb --dtype fp32 --time --without compiled chunks TRL"
+        "bf16 --shape iwslt wmt-big nllb --dtype bf16 --time --memory --rungs triton --without compiled"
+        "fp32 --shape wmt-base iwslt wmt-big --dtype fp32 --time --memory --rungs triton --without compiled"
+        "nllb-fp32 --shape nllb --dtype fp32 --time --rungs triton --without compiled chunks TRL"
     )
     [[ $device == cuda ]] || runs=("toy --tokens 64 --dim 16 --vocabulary 101 --dtype fp32 --time --errors --rungs chunked --without compiled")
     for one in "${runs[@]}"; do
@@ -195,12 +194,17 @@ part_loss() {
 }
 
 part_step() {
-    local status arguments=(--arch-size wmt-base iwslt --dtype bf16 fp16 --repeats 9)
+    local end=$((SECONDS + $(limit step))) status=0 one arguments
     rm -f "$out/step.md" "$out/step.csv"
-    [[ $device == cuda ]] || arguments=(--arch-size tiny --rungs chunked --repeats 7)
-    limited "$(limit step)" "$out/step.log" "$python" "$here/step.py" --device "$device" "${arguments[@]}" \
-        --csv "$out/step.csv" --markdown "$out/step.md"
-    status=$?
+    local runs=("--arch-size wmt-base iwslt --dtype bf16" "--arch-size wmt-base iwslt --dtype fp16")
+    [[ $device == cuda ]] || runs=("--arch-size tiny")
+    for one in "${runs[@]}"; do
+        read -ra arguments <<<"$one"
+        ((SECONDS < end)) || { status=124 && break; }
+        limited $((end - SECONDS)) "$out/step.log" "$python" "$here/step.py" --device "$device" --repeats 9 "${arguments[@]}" \
+            --rungs "$([[ $device == cuda ]] && echo triton || echo chunked)" \
+            --csv "$out/step.csv" --markdown "$out/step.md" || status=$?
+    done
     outcome "A training step" "$status" "$out/step.log"
     [[ ! -f $out/step.md ]] || cat "$out/step.md" >>"$report"
 }

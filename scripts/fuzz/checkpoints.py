@@ -39,6 +39,7 @@ SLOWEST_S = 2.0
 STRINGS = ("", "x", "${a}", "${oc.env:HOME}", "???", "\x1b[2J", "\ud800", "a" * 5000, "é", "True", "[1]", "print(1)")
 NUMBERS = (0, 1, -1, 2**31, 2**63, 10**500, True, 0.5, float("nan"), float("inf"), -1e308, 1e-320)
 PIECES = (*"[](){}*+-,:19a. ", "**", "0.5", "'a'", "None", "lambda")
+ODD_OPTIONS = (None, [1], {"a": 1}, "lstm", "fconv", "[(4, 3)] * 9", 10**5, 3)
 
 
 def state() -> dict[str, Any]:
@@ -181,8 +182,8 @@ def transformer() -> tuple[TranslationTask, dict[str, Any]]:
     for name in "abc":
         dictionary.add_symbol(name)
     task = TranslationTask(TranslationConfig(), dictionary, dictionary)
-    sizes = dict.fromkeys(("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads"), 1)
-    sizes |= dict.fromkeys((f"{side}_{part}_dim" for side in ("encoder", "decoder") for part in ("embed", "ffn_embed")), 4)
+    parts = {"layers": 1, "attention_heads": 1, "embed_dim": 4, "ffn_embed_dim": 4}
+    sizes = {f"{side}_{part}": size for side in ("encoder", "decoder") for part, size in parts.items()}
     options = Namespace(arch="transformer", _name="transformer", **sizes)
     model = models.build_model(options, task)  # which fills the options in
     return task, {**state(), "cfg": {**state()["cfg"], "model": options}, "model": model.state_dict()}
@@ -194,7 +195,7 @@ def transformers(rng: random.Random) -> Iterator[bytes]:
     while True:
         options = vars(found["cfg"]["model"]).copy()
         for name in rng.sample(list(options), rng.choice((1, 1, 1, 2, 4))):
-            options[name] = rng.choice((*STRINGS, *NUMBERS, None, [1], {"a": 1}, "lstm", "fconv", "[(4, 3)] * 9", 10**5, 3))
+            options[name] = rng.choice((*STRINGS, *NUMBERS, *ODD_OPTIONS))
         with contextlib.suppress(RuntimeError, UnicodeEncodeError):  # torch does not save everything
             yield saved({**found, "cfg": {**found["cfg"], "model": Namespace(**options)}}, zipped=True)
 

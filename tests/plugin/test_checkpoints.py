@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from hgkd_fairseq import weight_table
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.plugin import checkpoints
 from hgkd_fairseq.plugin.literals import literal
@@ -289,9 +290,37 @@ def test_meters_of_old(tmp_path: Path):
 
 def test_memory_without_end(tmp_path: Path):
     """Outside the options it takes no time."""
-    extra = checkpoints.read(saved(tmp_path / "a.pt", extra_state={"a": laughs(tuple), "b": laughs()})).state["extra_state"]
+    file = saved(tmp_path / "a.pt", extra_state={"a": laughs(tuple), "b": laughs()})
+    extra = checkpoints.read(file).state["extra_state"]
     assert extra["a"][0] is extra["a"][1]
     assert extra["b"][0] is extra["b"][1]
+
+
+ROWS = {"held_out": torch.tensor([False, True]), "data": torch.ones(2), "teacher": torch.ones(2)}
+TABLES = {
+    "none": None,
+    "a string": "held_out",
+    "no epoch": ROWS,
+    "an epoch in words": {**ROWS, "epoch": "1"},
+    "an epoch of nan": {**ROWS, "epoch": torch.tensor(torch.nan)},
+    "an epoch without end": {**ROWS, "epoch": 10**400},
+    "no teacher": {**ROWS, "epoch": 1, "teacher": None},
+    "other lengths": {**ROWS, "epoch": 1, "teacher": torch.ones(3)},
+    "whole numbers": {**ROWS, "epoch": 1, "held_out": torch.tensor([0, 1])},
+    "a table of tables": {**ROWS, "epoch": 1, "data": torch.ones(2, 2)},
+    "sparse": {**ROWS, "epoch": 1, "data": torch.ones(2).to_sparse()},
+    "on no device": {**ROWS, "epoch": 1, "data": torch.ones(2, device="meta")},
+    "learned in words": {**ROWS, "epoch": 1, "learned": "all"},
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_weights_of_sentences_that_are_none(name: str, tmp_path: Path):
+    file = saved(tmp_path / "a.pt", extra_state={"TranslationWithTeacherTask": {"gate": TABLES[name]}})
+    with pytest.raises(UserError, match="has no weights of sentences"):
+        weight_table.read(str(file))
+    saved(file, extra_state={"TranslationWithTeacherTask": {"gate": {**ROWS, "epoch": 2}}})
+    assert weight_table.read(str(file)).epoch == 2
 
 
 def test_of_a_diverged_run_without_its_weights(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""A bounded part of scripts/fuzz/checkpoints.py: checkpoints that others wrote are read or answered with one message."""
+"""A bounded part of scripts/fuzz/checkpoints.py: they are read or answered with one message."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "fuzz"))
 
-import checkpoints  # noqa: E402
+import checkpoints
 
 
 @pytest.mark.parametrize(
