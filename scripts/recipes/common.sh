@@ -389,7 +389,7 @@ train() {
     say "$1: training (log: $run/train.log)"
     if ! ((dry_run)); then
         printf '%s\n' "$wanted" >"$run/settings"
-        rm -f "$run/recorded" # what was measured of another model
+        rm -f "$run/recorded" "$run"/*/recorded # what was measured of another model
     fi
     run "$run/train.log" "${launch[@]}" "$BIN/fairseq-train" "$data" --user-dir "$root/hgkd_fairseq" --save-dir "$run" \
         "${placement[@]}" --no-progress-bar --log-format simple --log-interval 100 "${settings[@]}" "${extra[@]}"

@@ -38,6 +38,8 @@ def option_string(value: Any) -> str | None:
     """A schema (files.mismatch): options of a command line."""
     if not isinstance(value, str) or "\0" in value:
         return "is not text"
+    if len(value) > 10_000:
+        return "is too long"
     try:
         shlex.split(value)
     except ValueError as error:
