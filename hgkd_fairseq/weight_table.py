@@ -14,7 +14,6 @@ from hgkd_fairseq.calibration.diagram import figure_class, legend
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.gates import Instance
 
-
 HELD = ("cpu", torch.strided)  # numbers that are there: not those of device "meta", nor sparse ones
 
 
