@@ -14,6 +14,8 @@ from hgkd_fairseq.calibration.diagram import figure_class, legend
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.gates import Instance
 
+HELD = ("cpu", torch.strided)  # numbers that are there: not those of device "meta", nor sparse ones
+
 
 class Weights(NamedTuple):
     """Of S sentences whose weights the checkpoint's run has learned, in the data set's order."""
@@ -59,13 +61,13 @@ def checked(checkpoint: str, memory: Any) -> dict[str, Tensor]:
     masks = [table[name] for name in ("held_out", "learned") if name in table]
     columns, epoch = [*weights, *masks], table.get("epoch")
     whole = (
-        all(isinstance(column, Tensor) and column.dim() == 1 for column in columns)
+        all(isinstance(one, Tensor) and (one.device.type, one.layout) == HELD for one in [*columns, epoch])
+        and all(column.dim() == 1 for column in columns)
         and all(column.layout is torch.strided and column.device.type == "cpu" for column in columns)
         and len({len(column) for column in columns}) == 1
         and all(mask.dtype == torch.bool for mask in masks)
         and all(column.is_floating_point() and bool((column >= 0).all()) for column in weights)
         and all(bool(column.isfinite().all()) for column in weights)
-        and isinstance(epoch, Tensor)
         and epoch.dtype == torch.int64
         and epoch.numel() == 1
     )
