@@ -33,7 +33,7 @@ from fairseq import options, tasks, utils
 from fairseq.data import Dictionary, indexed_dataset
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.trainer import Trainer
-from measuring import LEAST_REPEATS, RUNGS, append_csv, environment, interleaved, markdown, median_ratio
+from measuring import LEAST_REPEATS, RUNGS, append_csv, environment, interleaved, markdown, median_ratio, seconds
 
 USER_DIR = Path(__file__).parents[2] / "hgkd_fairseq"
 LANGUAGES = ("de", "en")
@@ -204,10 +204,11 @@ def take_turns(
     for trainer in trainers.values():
         trainer.begin_epoch(1)
     runs = {name: functools.partial(step, trainer) for name, trainer in trainers.items()}
-    runs |= teacher_parts(trainers[distilling])
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    parts = teacher_parts(trainers[distilling])  # in their order: the product is of what the forward pass gave
+    times: dict[str, list[float]] = {name: [] for name in (*runs, *parts)}
     for index, batch in enumerate(batches):
         turn = interleaved({name: functools.partial(run, batch) for name, run in runs.items()}, 1, device, seed=index)
+        turn |= {name: [seconds(functools.partial(part, batch), device)] for name, part in parts.items()}
         if index >= WARM_ROUNDS:
             for name, (value,) in turn.items():
                 times[name].append(value)
