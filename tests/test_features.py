@@ -63,6 +63,7 @@ def test_find_unused_parameters_with_an_untied_output_is_refused(process_group):
     """Without the refusal DDP raises in the backward pass, on a parameter marked as ready twice."""
     wrapped = ModuleProxyWrapper(DistributedDataParallel(transformer(False), find_unused_parameters=True))
     with pytest.raises(UserError, match="--find-unused-parameters does not work with an output layer of its own"):
-        features.head(wrapped, NET_INPUT)
+        features.check_student(wrapped)
     tied = ModuleProxyWrapper(DistributedDataParallel(transformer(True), find_unused_parameters=True))
+    features.check_student(tied)
     assert features.head(tied, NET_INPUT).hidden.shape == (1, 3, 8)
