@@ -332,7 +332,7 @@ def test_every_method_of_the_table_is_one_that_fairseq_knows():
         (["--style", "paper"], 2, "--style: this recipe has no styles"),
         (["--precision", "half"], 2, "--precision half: must be fp16, bf16 or fp32"),
         (["--gpus", "0", "--precision", "fp16"], 2, "--precision fp16: needs a GPU; give bf16 or fp32"),
-        (["--dir", "x:y"], 2, "fairseq takes a ':' for the end of a path; choose a folder without one"),
+        (["--dir", "{empty}/x:y"], 2, "--dir {empty}/x:y: fairseq takes a ':' for the end of a path; choose a folder"),
         (["--until", "train"], 2, "--until train: must be data, training or scores"),
         (["--average", "11"], 2, "--average 11: the last 10 epochs are kept; give at most 10"),
         (["--gpus", "128"], 2, "--gpus 128: too many for updates of 32768 tokens: give at most 64"),
