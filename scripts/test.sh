@@ -6,5 +6,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$root"
 # One thread a process: several OpenMP processes on few cores spin against each other and take 5 to 10 times as long.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-(($#)) || set -- --numprocesses "$(nproc)" --dist loadfile
+# nproc itself counts OMP_NUM_THREADS.
+(($#)) || set -- --numprocesses "$(env -u OMP_NUM_THREADS nproc)" --dist loadfile --no-loadscope-reorder
 exec "$PYTHON" -m pytest "$@"
