@@ -178,7 +178,8 @@ def _gate_gradient(
     loss = weights.data * results.data_term + weights.teacher * results.kl
     if weights.uniform is not None:
         loss = loss + weights.uniform * results.uniform_term
-    return loss.sum() - loss.sum().detach()
+    total = loss.sum()
+    return total - total.detach()
 
 
 def _row_step(implementation: str, student: Head) -> chunked.RowStep | None:
