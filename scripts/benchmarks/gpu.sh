@@ -177,8 +177,9 @@ part_loss() {
     # What matters most comes first. Compiling takes longer than measuring: one shape has the compiled peers.
     local runs=(
         "wmt-base-bf16 --shape wmt-base --dtype bf16 --time --errors --memory"
-        "bf16 --shape iwslt wmt-big nllb --dtype bf16 --time --memory --rungs triton --without compiled"
-        "fp32 --shape wmt-base iwslt wmt-big --dtype fp32 --time --memory --rungs triton --without compiled"
+        "fp16 --shape wmt-base --dtype fp16 --time --memory --rungs triton --without compiled chunks TRL"
+        "fp32 --shape wmt-base iwslt --dtype fp32 --time --memory --rungs triton --without compiled chunks TRL"
+        "bf16 --shape iwslt wmt-big nllb --dtype bf16 --time --memory --rungs triton --without compiled TRL"
         "nllb-fp32 --shape nllb --dtype fp32 --time --rungs triton --without compiled chunks TRL"
     )
     [[ $device == cuda ]] || runs=("toy --tokens 64 --dim 16 --vocabulary 101 --dtype fp32 --time --errors --rungs chunked --without compiled")
@@ -196,7 +197,7 @@ part_loss() {
 part_step() {
     local end=$((SECONDS + $(limit step))) status=0 one arguments
     rm -f "$out/step.md" "$out/step.csv"
-    local runs=("--arch-size wmt-base iwslt --dtype bf16" "--arch-size wmt-base iwslt --dtype fp16")
+    local runs=("--arch-size wmt-base --dtype bf16 fp16" "--arch-size iwslt --dtype bf16 fp16")
     [[ $device == cuda ]] || runs=("--arch-size tiny")
     for one in "${runs[@]}"; do
         read -ra arguments <<<"$one"

@@ -33,12 +33,23 @@ from fairseq import options, tasks, utils
 from fairseq.data import Dictionary, indexed_dataset
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.trainer import Trainer
-from measuring import LEAST_REPEATS, RUNGS, append_csv, environment, interleaved, markdown, median_ratio, seconds
+from measuring import (
+    LEAST_REPEATS,
+    RUNGS,
+    append_csv,
+    environment,
+    interleaved,
+    markdown,
+    median_ratio,
+    quantile,
+    seconds,
+)
 
 USER_DIR = Path(__file__).parents[2] / "hgkd_fairseq"
 LANGUAGES = ("de", "en")
 MAX_UPDATE = 100_000  # more than are made
 WARM_ROUNDS = 3
+HEADINGS = ["a training step", "ms", "p20 to p80", "/ CE, fairseq", "/ KD, ours", "tokens/s", "peak MiB"]
 
 
 class Size(NamedTuple):
@@ -140,6 +151,8 @@ def teacher_parts(trainer: Trainer) -> dict[str, Callable[[dict], None]]:
 class Row(NamedTuple):
     name: str
     median_ms: float
+    p20_ms: float
+    p80_ms: float
     over_ce: float  # over "CE, fairseq"
     over_ours: float  # over ours, the first of the rungs
     tokens_a_second: float  # of the targets, without pads
@@ -167,7 +180,7 @@ def measure(setting: Setting, device: str, dtype: str, rungs: Sequence[str], rep
     return [
         Row(
             name,
-            1e3 * statistics.median(mine),
+            *(1e3 * value for value in (statistics.median(mine), quantile(mine, 0.2), quantile(mine, 0.8))),
             median_ratio(mine, base),
             median_ratio(mine, ours),
             statistics.median(count / time for count, time in zip(tokens, mine, strict=True)),
@@ -265,7 +278,8 @@ def main() -> int:
         rows = measure(setting, args.device, dtype, args.rungs or RUNGS[args.device], args.repeats)
         table = [
             [
-                *(row.name, f"{row.median_ms:.1f}", f"{row.over_ce:.3f}", f"{row.over_ours:.3f}"),
+                *(row.name, f"{row.median_ms:.1f}", f"{row.p20_ms:.1f} to {row.p80_ms:.1f}"),
+                *(f"{row.over_ce:.3f}", f"{row.over_ours:.3f}"),
                 *(f"{row.tokens_a_second:,.0f}", "" if row.peak_mib is None else f"{row.peak_mib:,.0f}"),
             ]
             for row in rows
@@ -276,7 +290,7 @@ def main() -> int:
         )
         text = "\n\n".join([
             f"{title}\n{shape}",
-            markdown(["a training step", "ms", "/ CE, fairseq", "/ KD, ours", "tokens/s", "peak MiB"], table).strip(),
+            markdown(HEADINGS, table).strip(),
             "\n".join(summary(rows)) + "\n",
         ])  # fmt: skip
         print(text, flush=True)

@@ -23,6 +23,7 @@ always|always the teacher|--teacher-path TEACHER --gate always --kd-weight 1
 seq-kd|Seq-KD|--gate none
 hkd-t|HKD-T|--teacher-path TEACHER --gate token
 hkd-s|HKD-S|--teacher-path TEACHER --gate sentence
+hkd-t-argmax|HKD-T, argmax|--teacher-path TEACHER --gate token --gate-on argmax
 hkd-t-reversed|HKD-T reversed|--teacher-path TEACHER --gate token-reversed
 hkd-s-reversed|HKD-S reversed|--teacher-path TEACHER --gate sentence-reversed
 random|random gate|--teacher-path TEACHER --gate random
