@@ -1,17 +1,9 @@
 """Hard-gate knowledge distillation for fairseq: the folder that ``--user-dir`` names.
 
-Importing it applies the compatibility patches, then registers the task and the criterion. Without fairseq installed,
-:mod:`hgkd_fairseq.loss`, :mod:`hgkd_fairseq.gates` and :mod:`hgkd_fairseq.calibration` can still be imported.
+fairseq imports what is in :mod:`hgkd_fairseq.tasks` where it takes this folder for its ``--user-dir``: that registers
+the task and the criterion and applies the compatibility patches. In a program, `hgkd_fairseq.plugin.register()` does
+the same. Importing :mod:`hgkd_fairseq.loss`, :mod:`hgkd_fairseq.gates` or :mod:`hgkd_fairseq.calibration` changes
+nothing, with or without fairseq installed.
 """
 
-from importlib.util import find_spec
-
 __version__ = "0.1.0"
-
-if find_spec("fairseq") is not None:
-    from hgkd_fairseq import compat
-
-    compat.apply()
-
-    import hgkd_fairseq.criterions.hard_gate_kd
-    import hgkd_fairseq.tasks.translation_with_teacher  # noqa: F401

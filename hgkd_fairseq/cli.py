@@ -31,17 +31,16 @@ def doctor(_args) -> int:
     return report()
 
 
-def gates(_args) -> int:
-    from hgkd_fairseq.gates import GATES, parameters
+def gates(args) -> int:
+    from hgkd_fairseq.gates import listing
+    from hgkd_fairseq.sentence_weights import gate  # noqa: F401  registers its own
 
-    for name, gate in GATES.items():
-        defaults = ", ".join(f"{key}={value}" for key, value in parameters(name).items() if value is not None)
-        print(name, f"    {gate.equation}", f"    {gate.source}", *([f"    {defaults}"] if defaults else []), sep="\n")
+    print(listing.markdown() if args.markdown else listing.text())
     return 0
 
 
 def weights(args) -> int:
-    from hgkd_fairseq.weight_table import report
+    from hgkd_fairseq.sentence_weights.table import report
 
     report(args.checkpoint, args.output, args.compare, args.plot)
     return 0
@@ -64,7 +63,7 @@ def show(results, args) -> int:
 
 
 def calibration_forced(args) -> int:
-    from hgkd_fairseq.calibration import forced, temperature
+    from hgkd_fairseq.evaluation import forced, temperature
 
     degree = temperature.read(args.temperature)
     results = forced.evaluate(
@@ -74,14 +73,14 @@ def calibration_forced(args) -> int:
 
 
 def calibration_inference(args) -> int:
-    from hgkd_fairseq.calibration.inference import Options, evaluate
+    from hgkd_fairseq.evaluation.inference import Options, evaluate
 
     options = Options(args.labels, args.words)
     return show(evaluate(args.file, args.reference, options, settings_of(args), args.tokens), args)
 
 
 def calibration_temperature(args) -> int:
-    from hgkd_fairseq.calibration.temperature import fit
+    from hgkd_fairseq.evaluation.temperature import fit
 
     found = fit(args.data, args.path, args.gen_subset, args.max_tokens, args.cpu, settings_of(args))
     if args.json:
@@ -94,7 +93,7 @@ def calibration_temperature(args) -> int:
 
 
 def calibration_diagram(args) -> int:
-    from hgkd_fairseq.calibration.diagram import draw
+    from hgkd_fairseq.report.diagram import draw
 
     draw(args.files, args.output, args.label, "eos:no" if args.without_eos else "eos:yes")
     return 0
@@ -111,7 +110,7 @@ def report(args) -> int:
 
 
 def search_of(args):
-    from hgkd_fairseq.compare import Search
+    from hgkd_fairseq.evaluation.compare import Search
 
     if args.max_len_a + args.max_len_b < 1:
         raise UserError(
@@ -123,7 +122,7 @@ def search_of(args):
 
 def export(args) -> int:
     from hgkd_fairseq import export as exporting
-    from hgkd_fairseq.generated import read_references
+    from hgkd_fairseq.evaluation.generated import read_references
 
     if args.ctranslate2:
         exporting.check_conversion(args.path, args.ctranslate2, args.data)
@@ -147,7 +146,7 @@ def compare(args) -> int:
 
 
 def print_comparison(data: str, models: list[str], args) -> int:
-    from hgkd_fairseq.compare import compare
+    from hgkd_fairseq.evaluation.compare import compare
 
     found = compare(
         data, models, args.gen_subset, search_of(args), args.max_tokens, args.repeats, args.cpu, args.reference
@@ -314,6 +313,7 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(run=doctor)
 
     command = commands.add_parser("gates", help="list the answers to when to distil, the values of --gate")
+    command.add_argument("--markdown", action="store_true", help="as a table, with their options")
     command.set_defaults(run=gates)
 
     command = commands.add_parser("weights", help="the weights of training sentences that --gate instance has learned")

@@ -39,7 +39,7 @@ def fairseq() -> str:
         import fairseq.checkpoint_utils  # noqa: F401  what a half-working installation fails at
     except Exception as error:
         raise Problem(f"{', '.join(names)} does not import ({error}); pip install ve-fairseq==0.12.3") from error
-    from hgkd_fairseq import compat
+    from hgkd_fairseq.plugin import compat
 
     unpatched = [name for name, applied in compat.APPLIED.items() if not applied]
     if unpatched:
@@ -85,7 +85,9 @@ def loss_implementations() -> str:
     """Each implementation that this device can run, on a tiny input, against the eager oracle."""
     import torch
 
-    from hgkd_fairseq.loss import IMPLEMENTATIONS, cpu_rows, gated_distillation, triton_rows
+    from hgkd_fairseq.loss import IMPLEMENTATIONS, gated_distillation
+    from hgkd_fairseq.loss.native import rows as cpu_rows
+    from hgkd_fairseq.loss.triton import rows as triton_rows
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     why_not = {"native": cpu_rows.usable(device), "triton": triton_rows.usable(device)}

@@ -20,10 +20,12 @@ from fairseq.tasks.translation import TranslationConfig
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from hgkd_fairseq import files
+from hgkd_fairseq import files, plugin
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.plugin import checkpoints
 from hgkd_fairseq.plugin.checkpoints import split_paths
+
+plugin.register()  # the options of ours are known, and fairseq runs no code in those of a file
 
 PACKAGE = __name__.partition(".")[0]
 QUANTIZATIONS = ("int8", "int8_float16", "float16")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
-from hgkd_fairseq import binarised
 from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.plugin import binarised
 
 
 def task(folder: Path) -> TranslationTask:

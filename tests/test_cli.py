@@ -29,7 +29,7 @@ def hgkd(*arguments) -> subprocess.CompletedProcess:
 
 def test_user_dir(capsys):
     assert cli.main(["user-dir"]) == 0
-    assert (Path(capsys.readouterr().out.strip()) / "compat.py").exists()
+    assert (Path(capsys.readouterr().out.strip()) / "tasks").exists()
 
 
 def test_doctor_passes_here(capsys):

@@ -7,8 +7,8 @@ from pathlib import Path
 import command_line as cl
 import pytest
 
-from hgkd_fairseq import cli, compare
-from hgkd_fairseq.calibration import forced
+from hgkd_fairseq import cli
+from hgkd_fairseq.evaluation import compare, forced
 
 
 @pytest.mark.parametrize(

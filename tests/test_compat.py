@@ -180,7 +180,7 @@ def test_options_are_all_that_torch_must_allow(run: str, request: pytest.Fixture
 
 def test_no_variable_lets_code_run(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     """The usual remedy for fairseq under torch 2.6 has no effect on what fairseq loads by itself, and that is said."""
-    from hgkd_fairseq import compat
+    from hgkd_fairseq.plugin import compat
 
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     compat.allow_fairseq_options()
@@ -191,7 +191,7 @@ def test_no_variable_lets_code_run(monkeypatch: pytest.MonkeyPatch, caplog: pyte
 def test_patches_are_applied_once():
     from fairseq import checkpoint_utils
 
-    from hgkd_fairseq import compat
+    from hgkd_fairseq.plugin import compat
 
     patched = checkpoint_utils.load_checkpoint_to_cpu
     hook = sys.excepthook
@@ -201,7 +201,7 @@ def test_patches_are_applied_once():
 
 
 def test_another_fairseq_is_left_alone(caplog: pytest.LogCaptureFixture):
-    from hgkd_fairseq import compat
+    from hgkd_fairseq.plugin import compat
 
     def unknown():
         return 1

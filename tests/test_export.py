@@ -14,8 +14,8 @@ from fairseq.data import Dictionary
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 from hgkd_fairseq import cli
-from hgkd_fairseq.calibration import inference
-from hgkd_fairseq.compare import Search, compare
+from hgkd_fairseq.evaluation import inference
+from hgkd_fairseq.evaluation.compare import Search, compare
 
 SEARCH = ("--gen-subset", "test", "--beam", 3, "--max-len-b", 20, "--required-batch-size-multiple", 1, "--cpu")
 

@@ -7,8 +7,8 @@ from fairseq.distributed import ModuleProxyWrapper
 from fairseq.models.transformer import TransformerConfig, TransformerModelBase
 from torch.nn.parallel import DistributedDataParallel
 
-from hgkd_fairseq import features
 from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.plugin import features
 
 
 class Task:

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from hgkd_fairseq import files
-from hgkd_fairseq.calibration.token_table import TokenTable
 from hgkd_fairseq.errors import UserError, in_one_line
+from hgkd_fairseq.evaluation.token_table import TokenTable
 
 
 @pytest.fixture

@@ -1,11 +1,14 @@
 """Gates: the weights that each one gives, on a batch whose probabilities can be compared by eye."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from hgkd_fairseq import gates
-from hgkd_fairseq.gates import GateWeights, TokenStatistics, get_gate, register_gate
+from hgkd_fairseq.gates import GateWeights, TokenStatistics, get_gate, hard, register_gate
 from hgkd_fairseq.loss import gated_distillation
+from hgkd_fairseq.sentence_weights import gate as _instance  # noqa: F401  registers the gate instance
 
 # (sentence, student's p, teacher's q, data and teacher weight of gate token, of gate sentence)
 TABLE = [
@@ -70,10 +73,12 @@ def statistics(dtype: torch.dtype, progress: float = 0.0) -> TokenStatistics:
 
 
 @pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> dict:
+def registry() -> Iterator[dict]:
     """The registry, put back after the test."""
-    monkeypatch.setattr(gates, "GATES", dict(gates.GATES))
-    return gates.GATES
+    before = dict(gates.GATES)
+    yield gates.GATES
+    gates.GATES.clear()
+    gates.GATES.update(before)
 
 
 def rows(weights: GateWeights) -> list[tuple]:
@@ -294,7 +299,7 @@ def test_a_gate_that_observes_is_called_as_documented():
 
     class Mine:
         def __call__(self, statistics):
-            return gates.none(statistics)
+            return hard.none(statistics)
 
         def observe(self, output, gather):
             self.seen = gather(output)

@@ -8,9 +8,8 @@ from fairseq.data import Dictionary
 from fairseq.data.data_utils import post_process
 from sacrebleu.metrics import BLEU
 
-from hgkd_fairseq import generated
-from hgkd_fairseq.calibration import inference
 from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.evaluation import generated, inference
 from hgkd_fairseq.report import runs
 
 SENTENCES = [

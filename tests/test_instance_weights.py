@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hgkd_fairseq.gates import get_gate
-from hgkd_fairseq.instance_weights import Group, meta_gradient, step, widen
 from hgkd_fairseq.loss import Head, Options, chunked
+from hgkd_fairseq.sentence_weights.meta_gradient import Group, meta_gradient, step, widen
 
 V, D, RATE = 17, 5, 0.05
 LENGTHS = (4, 0, 7, 1)  # the second sentence has no token

@@ -268,9 +268,9 @@ def token_results(
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
         inputs = tuple(None if x is None else x.to(dtype) for x in inputs)
-        teachers = [Head(*[None if x is None else x.to(dtype) for x in teacher]) for teacher in teachers]
+        teachers = [teacher.map(lambda tensor: tensor.to(dtype)) for teacher in teachers]
     with torch.no_grad():
-        views = [Rows(Head(*[None if x is None else x.detach() for x in teacher]), kept) for teacher in teachers]
+        views = [Rows(teacher.map(Tensor.detach), kept) for teacher in teachers]
     tokens, vocabulary = target.numel(), student.vocabulary
     whole_sentences = lengths if options.gate.scope == "sentence" else None
     bounds = chunk_bounds(tokens, whole_sentences, chunk_tokens(device, inputs[0].dtype, vocabulary))

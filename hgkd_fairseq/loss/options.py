@@ -12,6 +12,7 @@ from hgkd_fairseq.gates import Gate, GateWeights
 from hgkd_fairseq.ranges import BELOW_1, POSITIVE, SHARE, WEIGHT
 
 GATE_ON = ("gold", "argmax")
+TEACHER_TEMPERATURE = 1.5  # of the paper
 RANGES = {"teacher_temperature": POSITIVE, "label_smoothing": BELOW_1, "confidence_penalty": WEIGHT}
 
 # A chunk's weights: known beforehand, or made from the log-probability of the token that the gate reads under the
@@ -37,6 +38,10 @@ class Head(NamedTuple):
     def vocabulary(self) -> int:
         return self.hidden.size(-1) if self.weight is None else self.weight.size(0)
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Head:
+        """The head with `function` of each tensor that it has."""
+        return Head(*[None if tensor is None else function(tensor) for tensor in self])  # type: ignore[arg-type]
+
 
 @dataclass(frozen=True)
 class Options:
@@ -44,7 +49,7 @@ class Options:
 
     gate: Gate
     gate_on: str = "gold"
-    teacher_temperature: float = 1.5
+    teacher_temperature: float = TEACHER_TEMPERATURE
     gate_temperature: bool = True
     label_smoothing: float = 0.0
     confidence_penalty: float = 0.0

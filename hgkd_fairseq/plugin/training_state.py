@@ -1,4 +1,4 @@
-"""What a training has learned and remembers beside its model: compared with what is asked for, and put back.
+"""What criterion, gates and teacher may see of a training, and what it has learned and remembers beside its model.
 
 fairseq-train restores the criterion's parameters and the task's memory when it resumes, whatever run they are of, and
 fairseq-validate restores neither. `prepare` looks at a checkpoint before fairseq-train takes it up, `keep` and
@@ -8,11 +8,17 @@ fairseq-validate restores neither. `prepare` looks at a checkpoint before fairse
 from __future__ import annotations
 
 import logging
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from fairseq import utils
+from fairseq.tasks import FairseqTask
 
 from hgkd_fairseq import gates
+from hgkd_fairseq.data.held_out import HeldOut
 from hgkd_fairseq.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -28,14 +34,64 @@ FREE = (
 )
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """Of the checkpoint that a task was made from, not to train: what fairseq-validate needs."""
+
+    path: str
+    criterion: dict | None  # parameters
+    memory: dict[str, Any]
+    ema: dict | None  # fairseq's moving average
+
+
+@dataclass
+class TrainingState:
+    """Of one task. `of` finds it."""
+
+    updates: int | None = None  # made so far; None outside training
+    idle: bool = False  # whether this step's batch is one that only keeps the workers in step, and counts for nothing
+    # What a gate or the student's past teacher remembers, by name: tensors in (nested) dicts, in the checkpoints.
+    memory: dict[str, dict] = field(default_factory=dict)
+    keeps_memory: bool = False  # whether the task saves it
+    method: dict[str, Any] = field(default_factory=dict)  # the criterion's, kept in the checkpoints
+    loaded: Loaded | None = None
+    held_out: HeldOut = field(default_factory=HeldOut)
+    teacher_fingerprint: str | None = None
+    # Called with (epoch, model) when data and checkpoint are loaded, and before each epoch of training.
+    at_training_begin: list[Callable[[int, torch.nn.Module], None]] = field(default_factory=list)
+    at_epoch_begin: list[Callable[[int, torch.nn.Module], None]] = field(default_factory=list)
+
+    def progress(self, max_update: int) -> float:
+        """Share of the training's updates that are made; 0 outside of training and where their number is unknown."""
+        return min(self.updates / max_update, 1.0) if self.updates and max_update else 0.0
+
+    def checkpoint(self) -> dict[str, Any]:
+        """What the task saves."""
+        kept = {"method": self.method, "updates": self.updates, "teacher": self.teacher_fingerprint}
+        return {**utils.move_to_cpu(self.memory), **kept}
+
+    def resume(self, kept: dict[str, Any]) -> None:
+        """From what was saved."""
+        self.memory |= {name: what for name, what in kept.items() if name not in ("method", "updates", "teacher")}
+        self.updates = kept.get("updates")
+
+
+_states: weakref.WeakKeyDictionary[FairseqTask, TrainingState] = weakref.WeakKeyDictionary()
+
+
+def of(task: FairseqTask) -> TrainingState:
+    """The state of a task, whatever task it is."""
+    return _states.setdefault(task, TrainingState())
+
+
 def method(criterion_cfg: Any, teacher_source: str) -> dict[str, Any]:
     """What decides what a run learns and remembers: its gate with all parameters, and where its teacher comes from."""
     name = str(criterion_cfg.gate)
     found: dict[str, Any] = {"gate": name}
-    for parameter, default in (gates.parameters(name) if name in gates.GATES else {}).items():
-        given = getattr(criterion_cfg, parameter, None)
-        if parameter != SENTENCES and parameter not in FREE:
-            found[parameter] = default if given is None else given
+    for parameter in gates.GATES[name].parameters.values() if name in gates.GATES else ():
+        given = getattr(criterion_cfg, parameter.name, None)
+        if parameter.name != SENTENCES and parameter.name not in FREE:
+            found[parameter.name] = parameter.default if given is None else given
     if name not in gates.GATES or gates.GATES[name].needs_teacher:
         found["teacher_source"] = teacher_source
     return found
@@ -101,7 +157,7 @@ def prepare(state: dict, path: str, task, criterion, new_run: bool) -> None:
     if ours is not None:
         of_criterion = (state.get("optimizer_history") or [{}])[-1].get("criterion_name", "another criterion")
         problem = f"{of_criterion} made it" if held is None else differences(ours, held)
-        if not problem and changed(memory.get("teacher"), task):
+        if not problem and changed(memory.get("teacher"), of(task)):
             problem = "another teacher taught its student, or its training data were others"
     if problem and not new_run:
         raise UserError(f"{path} is of another run: {problem}; {remedy}")
@@ -119,50 +175,46 @@ def prepare(state: dict, path: str, task, criterion, new_run: bool) -> None:
         state["extra_state"] = {name: kept for name, kept in state["extra_state"].items() if kept is not memory}
 
 
-def changed(kept: str | None, task) -> bool:
+def changed(kept: str | None, state: TrainingState) -> bool:
     """Whether a checkpoint's run had another teacher than this one."""
-    now = getattr(getattr(task, "teacher", None), "fingerprint", None)
-    return None not in (kept, now) and kept != now
+    return None not in (kept, state.teacher_fingerprint) and kept != state.teacher_fingerprint
 
 
-def keep(task, path: str, state: dict) -> None:
+def keep(task: FairseqTask, path: str, state: dict) -> None:
     """Keep in a task that was made from a checkpoint what its criterion and teacher will need of it."""
-    extra = state.get("extra_state") or {}
-    task.loaded = {
-        "path": path,
-        "criterion": state.get("criterion"),
-        "memory": memory_in(extra),
-        "ema": extra.get("ema"),
-    }
-    if task.loaded["memory"] and hasattr(task, "set_checkpoint_dict"):
-        task.set_checkpoint_dict(task.loaded["memory"])
-        if task.num_updates is None:  # of an older checkpoint; validation came within the last update
-            task.num_updates = (state.get("optimizer_history") or [{}])[-1].get("num_updates", 1) - 1
+    extra, ours = state.get("extra_state") or {}, of(task)
+    ours.loaded = Loaded(path, state.get("criterion"), memory_in(extra), extra.get("ema"))
+    if ours.loaded.memory:
+        ours.resume(ours.loaded.memory)
+        if ours.updates is None:  # of an older checkpoint; validation came within the last update
+            ours.updates = (state.get("optimizer_history") or [{}])[-1].get("num_updates", 1) - 1
 
 
-def restore(task, criterion) -> None:
+def restore(task: FairseqTask, criterion) -> None:
     """Bring back what the criterion learned, in a task that was made from a checkpoint.
 
     Raises:
         UserError: the checkpoint has no such thing, or is of another method.
     """
-    loaded, remembers = task.loaded, getattr(criterion, "remembers", None)
-    memory, learned = loaded["memory"], criterion.state_dict()
+    ours = of(task)
+    assert ours.loaded is not None
+    loaded, remembers = ours.loaded, getattr(criterion, "remembers", None)
+    memory, learned = loaded.memory, criterion.state_dict()
     if not learned and not remembers:
         return
     problem = ""
     if hasattr(criterion, "method") and "method" in memory:
         problem = differences(criterion.method, memory["method"])
-    elif remembers and memory.get(remembers) is None and loaded.get(remembers) is None:
+    elif remembers and memory.get(remembers) is None and (remembers != "ema" or loaded.ema is None):
         problem = "it does not hold what such a run remembers"
-    if not problem and learned and not same_shapes(learned, loaded["criterion"]):
+    if not problem and learned and not same_shapes(learned, loaded.criterion):
         problem = "it has no parameters of the criterion, or others"
     if problem:
         raise UserError(
-            f"{loaded['path']} cannot be validated in this way: {problem}; give the options of its training, or "
+            f"{loaded.path} cannot be validated in this way: {problem}; give the options of its training, or "
             "--criterion hard_gate_kd --gate none"
         )
     if learned:
-        criterion.load_state_dict(loaded["criterion"])
-    if changed(memory.get("teacher"), task):
-        logger.warning("%s was distilled from another teacher than this one", loaded["path"])
+        criterion.load_state_dict(loaded.criterion)
+    if changed(memory.get("teacher"), ours):
+        logger.warning("%s was distilled from another teacher than this one", loaded.path)

@@ -8,8 +8,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from hgkd_fairseq.calibration import diagram
 from hgkd_fairseq.errors import printable
+from hgkd_fairseq.report import diagram
 from hgkd_fairseq.report.runs import Run
 
 STYLE: Any = {

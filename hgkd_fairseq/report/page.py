@@ -11,9 +11,8 @@ from importlib.metadata import packages_distributions, version
 from typing import Any
 
 import hgkd_fairseq
-from hgkd_fairseq.calibration import diagram
 from hgkd_fairseq.errors import UserError, printable
-from hgkd_fairseq.report import commands, figures
+from hgkd_fairseq.report import commands, diagram, figures
 from hgkd_fairseq.report.runs import FILES, Run
 from hgkd_fairseq.report.tables import Report, Table, missing
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hgkd_fairseq import generated
-from hgkd_fairseq.calibration import temperature
 from hgkd_fairseq.calibration.scores import read_results
 from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.evaluation import generated, temperature
 from hgkd_fairseq.report import logs
 
 GENERATED = "generate-test.txt"

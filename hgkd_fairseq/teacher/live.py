@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,19 +13,20 @@ import torch
 from fairseq.data import Dictionary, LanguagePairDataset, data_utils
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
-from hgkd_fairseq import binarised, features
 from hgkd_fairseq.errors import UserError
-from hgkd_fairseq.loss import Head
-from hgkd_fairseq.plugin import checkpoints
+from hgkd_fairseq.plugin import binarised, checkpoints, features
 from hgkd_fairseq.plugin.checkpoints import split_paths
 from hgkd_fairseq.plugin.literals import literal
+from hgkd_fairseq.teacher.signals import Dense
+from hgkd_fairseq.teacher.source import Request, TeacherSource, register_source
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class LiveTeacher:
+@register_source("checkpoint", help="the checkpoint of --teacher-path, or an ensemble of several")
+class LiveTeacher(TeacherSource):
     """Frozen models in eval mode, an ensemble where there are several.
 
     Args:
@@ -38,8 +40,6 @@ class LiveTeacher:
         UserError: a file that is missing, refused or no translation model; languages or dictionaries that differ.
     """
 
-    ready = True
-
     def __init__(
         self,
         paths: Sequence[str],
@@ -52,23 +52,43 @@ class LiveTeacher:
         self.paths = list(paths)
         self.dtype = dtype
         given = parse_overrides(overrides)
-        self.models = [load_model(path, source_dictionary, target_dictionary, languages, given) for path in self.paths]
-        self.fingerprint = fingerprint(self.models)
-        for path, model in zip(self.paths, self.models, strict=True):
+        self.members = [load_model(path, source_dictionary, target_dictionary, languages, given) for path in self.paths]
+        self.hash = fingerprint(self.members)
+        for path, model in zip(self.paths, self.members, strict=True):
             logger.info("teacher %s: %s, %d parameters", path, type(model).__name__, count_parameters(model))
 
     def __repr__(self):
         return f"LiveTeacher({':'.join(self.paths)}, dtype={self.dtype})"
 
-    def check_lengths(self, split: str, dataset: LanguagePairDataset, limits: tuple[int, int]) -> None:
-        """Refuse data with sentences that a model has no positions for, though the student has.
+    @classmethod
+    def make(cls, request: Request) -> TeacherSource:
+        options = request.options
+        if not options.teacher_path:
+            raise UserError(
+                "--criterion hard_gate_kd distils from a teacher and there is none: give --teacher-path CHECKPOINT "
+                "(fairseq-validate without one: --criterion hard_gate_kd --gate none)"
+            )
+        if request.state.loaded is None:
+            refuse_what_training_writes(options.teacher_path, options.save_dir)
+        return cls(
+            split_paths(options.teacher_path),
+            request.source_dictionary,
+            request.target_dictionary,
+            dtype=options.teacher_dtype,
+            overrides=options.teacher_model_overrides,
+            languages=request.languages,
+        )
 
-        Args:
-            split: the data's name.
-            limits: tokens of the longest source and the longest target that the student takes; fairseq leaves out, or
-                refuses, what is longer.
-        """
-        for path, model in zip(self.paths, self.models, strict=True):
+    @property
+    def models(self) -> list[torch.nn.Module]:
+        return self.members
+
+    @property
+    def fingerprint(self) -> str:
+        return self.hash
+
+    def check_data(self, split: str, dataset: LanguagePairDataset, limits: tuple[int, int]) -> None:
+        for path, model in zip(self.paths, self.members, strict=True):
             for side, sizes, positions, limit in zip(
                 ("source", "target"), (dataset.src_sizes, dataset.tgt_sizes), model.max_positions(), limits, strict=True
             ):
@@ -82,10 +102,10 @@ class LiveTeacher:
                     )
 
     @torch.no_grad()
-    def heads(self, sample: dict, device: torch.device, dtype: torch.dtype) -> list[Head]:
-        for model in self.models:
+    def signal(self, sample: dict, device: torch.device, dtype: torch.dtype) -> Dense:
+        for model in self.members:
             model.to(device=device, dtype=DTYPES.get(self.dtype, dtype))  # moves on the first batch, then does nothing
-        return [features.head(model, sample["net_input"]) for model in self.models]
+        return Dense([features.head(model, sample["net_input"]) for model in self.members])
 
 
 def fingerprint(models: Sequence[torch.nn.Module]) -> str:
@@ -183,3 +203,27 @@ def dictionary_difference(teacher: Dictionary, student: Dictionary) -> str | Non
         if theirs != ours:
             return f"{name} is {theirs} for the teacher and {ours} for the student"
     return None
+
+
+# What fairseq-train writes, replaces or removes in its --save-dir.
+WRITTEN = re.compile(r"(checkpoint(\d+|_\d+_\d+|_best|_last|\.best_.+)|crash)(-.+)?\.pt")
+
+
+def refuse_what_training_writes(teacher_path: str, save_dir: str) -> None:
+    """A teacher that lies where the student's checkpoints go, itself or a link to it, would become the student.
+
+    Raises:
+        UserError: it names the file.
+    """
+    folder = os.path.realpath(save_dir)
+    for path in split_paths(teacher_path):
+        name, seen = path, set()
+        while name not in seen:
+            seen.add(name)
+            if WRITTEN.fullmatch(os.path.basename(name)) and os.path.realpath(os.path.dirname(name) or ".") == folder:
+                raise UserError(
+                    f"--teacher-path {path} lies in --save-dir {save_dir} under a name that this training writes: it "
+                    "would be replaced by the student; give another --save-dir, or move the teacher"
+                )
+            if os.path.islink(name):
+                name = os.path.join(os.path.dirname(name), os.readlink(name))

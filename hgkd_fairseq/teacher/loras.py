@@ -7,11 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hgkd_fairseq.loss import Head, chunked, rows
+from hgkd_fairseq.teacher.signals import Dense
+from hgkd_fairseq.teacher.source import Request, TeacherSource, register_source
 
 RANK, DROPOUT, ENTROPY = 20, 0.4, 0.1  # as published
 
 
-class Loras(nn.Module):
+@register_source("loras", help="a distribution of low rank for each gold token, learned beside the student")
+class Loras(nn.Module, TeacherSource):
     """Low-rank adaptive label smoothing (Ghoshal et al., ICLR 2021): what is smoothed with follows the gold token y,
 
         V_y = softmax(L_y L^T)       L (V, 20), learned, with dropout
@@ -22,18 +25,22 @@ class Loras(nn.Module):
     begins with ones; the dropout makes its entries differ. The KL that the loss reports is E_{V_y}[-log p] - H(V_y).
     """
 
-    ready = True
+    learns = True
+
+    @classmethod
+    def make(cls, request: Request) -> TeacherSource:
+        return cls(len(request.target_dictionary))
 
     def __init__(self, vocabulary: int):
         super().__init__()
         self.embedding = nn.Parameter(torch.ones(vocabulary, RANK))
         self.dropped: Tensor | None = None  # the embedding of this step
 
-    def heads(self, sample: dict, device: torch.device, dtype: torch.dtype) -> list[Head]:
+    def signal(self, sample: dict, device: torch.device, dtype: torch.dtype) -> Dense:
         training = self.training and torch.is_grad_enabled()
         self.dropped = F.dropout(self.embedding.clone(), DROPOUT, training=training)  # never the parameter itself
         fixed = self.dropped.detach()
-        return [Head(F.embedding(sample["target"], fixed), fixed)]
+        return Dense([Head(F.embedding(sample["target"], fixed), fixed)])
 
     def objective(self, student: Head, target: Tensor) -> Tensor:
         """0, with the gradient of what L minimises.
@@ -43,7 +50,7 @@ class Loras(nn.Module):
             target: (N,) gold tokens.
         """
         assert self.dropped is not None
-        student = Head(*[None if x is None else x.detach() for x in student])
+        student = student.map(torch.Tensor.detach)
         embedding = rows.widen(self.dropped.detach()).requires_grad_()
         gradient = torch.zeros_like(embedding)
         size = chunked.chunk_tokens(target.device, student.hidden.dtype, student.vocabulary)

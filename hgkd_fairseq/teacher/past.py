@@ -7,14 +7,17 @@ import copy
 import torch
 from torch import nn
 
-from hgkd_fairseq import features
-from hgkd_fairseq.loss import Head
+from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.plugin import features
+from hgkd_fairseq.plugin.training_state import TrainingState
+from hgkd_fairseq.teacher.signals import Dense
+from hgkd_fairseq.teacher.source import Request, TeacherSource, register_source
 
 
-class PastTeacher:
-    """A frozen copy of the student that the task replaces as training goes on. Ready once there is one."""
+class PastTeacher(TeacherSource):
+    """A frozen model that is replaced as training goes on. Ready once there is one."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.model: nn.Module | None = None
 
     @property
@@ -28,11 +31,52 @@ class PastTeacher:
             self.model.load_state_dict(state)
         self.model.requires_grad_(False)
 
-    def watch(self, model: nn.Module) -> None:
-        """Use a model that is kept elsewhere (fairseq's moving average)."""
-        self.model = model
-
     @torch.no_grad()
-    def heads(self, sample: dict, device: torch.device, dtype: torch.dtype) -> list[Head]:
+    def signal(self, sample: dict, device: torch.device, dtype: torch.dtype) -> Dense:
         assert self.model is not None
-        return [features.head(self.model.eval(), sample["net_input"])]
+        return Dense([features.head(self.model.eval(), sample["net_input"])])
+
+
+@register_source("previous-epoch", help="the student as it was when the epoch began")
+class PreviousEpoch(PastTeacher):
+    """PS-KD (Kim et al., ICCV 2021, arXiv:2006.12000). The copy goes into the checkpoints: a run that is resumed in the
+    middle of an epoch finds there what the epoch began with."""
+
+    remembers = "previous_epoch"
+
+    @classmethod
+    def make(cls, request: Request) -> TeacherSource:
+        return cls()
+
+    def begin_epoch(self, epoch: int, model: nn.Module, state: TrainingState) -> None:
+        if epoch < 2:
+            return
+        kept = state.memory.get(self.remembers)
+        self.take(model, kept["model"] if kept is not None and kept["epoch"] == epoch else None)
+        assert self.model is not None
+        state.memory[self.remembers] = {"epoch": epoch, "model": self.model.state_dict()}
+
+    def before_step(self, model: nn.Module, ema_model: nn.Module | None, state: TrainingState) -> None:
+        kept = state.memory.get(self.remembers)
+        if state.loaded is not None and not self.ready and kept is not None:
+            self.take(model, kept["model"])
+
+
+@register_source("ema", help="the moving average of its parameters (with fairseq's --store-ema --ema-decay)")
+class MovingAverage(PastTeacher):
+    """fairseq's own moving average, which it keeps and saves."""
+
+    needs_ema = True
+    remembers = "ema"
+
+    @classmethod
+    def make(cls, request: Request) -> TeacherSource:
+        if not request.options.store_ema:
+            raise UserError("--teacher-source ema needs fairseq's moving average: add --store-ema --ema-decay 0.999")
+        return cls()
+
+    def before_step(self, model: nn.Module, ema_model: nn.Module | None, state: TrainingState) -> None:
+        if ema_model is not None:
+            self.model = ema_model
+        elif state.loaded is not None and not self.ready and state.loaded.ema is not None:
+            self.take(model, state.loaded.ema)

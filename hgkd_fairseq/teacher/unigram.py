@@ -6,11 +6,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hgkd_fairseq.loss import Head
+from hgkd_fairseq.teacher.signals import Dense
+from hgkd_fairseq.teacher.source import Request, TeacherSource, register_source
 
 SENTENCES = 10_000  # counted together
 
@@ -26,17 +29,28 @@ def log_frequencies(sentences: Iterable[Tensor], vocabulary: int) -> Tensor:
     return (counts / counts.sum()).log().float()
 
 
-class UnigramTeacher:
+@register_source("unigram", help="the frequencies of the training targets")
+class UnigramTeacher(TeacherSource):
     """Log-probabilities (V,) of the types, as `log_frequencies` counts them."""
-
-    ready = True
 
     def __init__(self, logprobs: Tensor):
         self.logprobs = logprobs
-        self.fingerprint = hashlib.sha256(logprobs.cpu().numpy().tobytes()).hexdigest()
+        self.hash = hashlib.sha256(logprobs.cpu().numpy().tobytes()).hexdigest()
 
-    def heads(self, sample: dict, device: torch.device, dtype: torch.dtype) -> list[Head]:
+    @classmethod
+    def make(cls, request: Request) -> TeacherSource:
+        counted: Any = request.state.memory.get("unigram")  # as in the training, also where its data are not at hand
+        if counted is None:
+            counted = log_frequencies(request.training_targets(), len(request.target_dictionary))
+            request.state.memory["unigram"] = counted
+        return cls(counted)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.hash
+
+    def signal(self, sample: dict, device: torch.device, dtype: torch.dtype) -> Dense:
         self.logprobs = self.logprobs.to(device)
         # An output layer of width 1 and weight 0: its bias alone is the logits.
         hidden = self.logprobs.new_zeros(*sample["target"].shape, 1)
-        return [Head(hidden, self.logprobs.new_zeros(self.logprobs.numel(), 1), self.logprobs)]
+        return Dense([Head(hidden, self.logprobs.new_zeros(self.logprobs.numel(), 1), self.logprobs)])

@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 # A process that interprets cannot compile. Triton reads both when it is imported.
 os.environ.pop("TRITON_INTERPRET", None)
 
-from hgkd_fairseq.loss.triton_rows import Variant, all_variants  # noqa: E402
+from hgkd_fairseq.loss.triton.rows import Variant, all_variants  # noqa: E402
 
 # Bytes a program may ask for, by compute capability.
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
@@ -126,7 +126,7 @@ def report(job: Job) -> Report:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from hgkd_fairseq.loss import triton_kernels
+    from hgkd_fairseq.loss.triton import kernels as triton_kernels
 
     begin = time.perf_counter()
     variant, dtype, capability = job

@@ -137,7 +137,7 @@ def teacher_parts(trainer: Trainer) -> dict[str, Callable[[dict], None]]:
 
     def forward(batch: dict) -> None:
         sample, _ = trainer._prepare_sample(batch)
-        heads[:] = source.heads(sample, trainer.device, dtype)
+        heads[:] = source.signal(sample, trainer.device, dtype).heads
 
     @torch.no_grad()
     def product(batch: dict) -> None:

@@ -30,7 +30,7 @@ from fairseq import models
 from fairseq.data import Dictionary
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
-import hgkd_fairseq  # noqa: F401  fairseq's eval becomes ours
+import hgkd_fairseq.tasks  # noqa: F401  fairseq's eval becomes ours
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.plugin import checkpoints
 from hgkd_fairseq.plugin.literals import literal

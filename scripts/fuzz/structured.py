@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from checkpoints import bytes_changed, odd, saved, state
 
-from hgkd_fairseq import files, weight_table
-from hgkd_fairseq.calibration import diagram, scores, temperature
-from hgkd_fairseq.report import runs, tables
+from hgkd_fairseq import files
+from hgkd_fairseq.calibration import scores
+from hgkd_fairseq.evaluation import temperature
+from hgkd_fairseq.report import diagram, runs, tables
+from hgkd_fairseq.sentence_weights import table as weight_table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from checkpoints import bytes_changed
 
-from hgkd_fairseq import binarised
-from hgkd_fairseq.calibration import inference
 from hgkd_fairseq.calibration.scores import Settings
+from hgkd_fairseq.evaluation import inference
+from hgkd_fairseq.plugin import binarised
 from hgkd_fairseq.report import commands, figures, logs, page, runs, tables
 
 NUMBERS = (

@@ -28,9 +28,9 @@ from study import SCORES, diverged
 
 import hgkd_fairseq
 from hgkd_fairseq import files
-from hgkd_fairseq.calibration import forced, inference, temperature
 from hgkd_fairseq.errors import UserError, guarded
-from hgkd_fairseq.generated import read_lines, read_references, texts, translations
+from hgkd_fairseq.evaluation import forced, inference, temperature
+from hgkd_fairseq.evaluation.generated import read_lines, read_references, texts, translations
 from hgkd_fairseq.plugin import checkpoints
 
 PACKAGES = ("torch", "ve-fairseq", "sacrebleu")

@@ -22,9 +22,9 @@ from sacrebleu.significance import PairedTest
 from study import diverged, methods, read_about, read_scores
 
 from hgkd_fairseq import files
-from hgkd_fairseq.calibration import diagram
 from hgkd_fairseq.errors import UserError, guarded, printable
-from hgkd_fairseq.generated import read_references
+from hgkd_fairseq.evaluation.generated import read_references
+from hgkd_fairseq.report import diagram
 
 TEACHER = "teacher"  # the setting of the teachers' cells
 ABSENT = ""

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hgkd_fairseq import cli
-from hgkd_fairseq.calibration.forced import load
-from hgkd_fairseq.calibration.inference import read
+from hgkd_fairseq.evaluation.forced import load
+from hgkd_fairseq.evaluation.inference import read
 
 
 def run(*arguments) -> int:

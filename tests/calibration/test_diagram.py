@@ -6,8 +6,8 @@ import sys
 import pytest
 from matplotlib.figure import Figure
 
-from hgkd_fairseq.calibration import diagram
 from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.report import diagram
 
 # 4 bins: one empty, one with fewer tokens than FEW.
 BARS = {

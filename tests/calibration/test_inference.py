@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from hgkd_fairseq.calibration.inference import Options, evaluate, read
 from hgkd_fairseq.calibration.pieces import join, mark, words
 from hgkd_fairseq.calibration.scores import Settings
 from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.evaluation.inference import Options, evaluate, read
 
 # Two sentences, out of order, between what else stands in such a file. Of sentence 1 there are two translations.
 OUTPUT = """2026-01-01 | INFO | fairseq_cli.generate | loading model(s)

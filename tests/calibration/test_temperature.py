@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from hgkd_fairseq.calibration.temperature import minimum, nll_slopes, read
 from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.evaluation.temperature import minimum, nll_slopes, read
 from hgkd_fairseq.loss.eager import mean_logprobs
 from hgkd_fairseq.loss.options import Head
 

@@ -33,7 +33,7 @@ def parts(data: Path, teacher: cl.Run):
 def test_frozen_and_without_dropout(parts):
     task, model, criterion, sample = parts
     before = [p.detach().clone() for p in task.teacher.models[0].parameters()]
-    one, other = (task.teacher.heads(sample, torch.device("cpu"), torch.float32)[0].hidden for _ in range(2))
+    one, other = (task.teacher.signal(sample, torch.device("cpu"), torch.float32).heads[0].hidden for _ in range(2))
     assert torch.equal(one, other)
     assert not one.requires_grad
     # The student's dropout is alive at the same time, or the comparison says nothing.

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from hgkd_fairseq.errors import UserError
-from hgkd_fairseq.gates import Instance
 from hgkd_fairseq.plugin import training_state
-from hgkd_fairseq.tasks.translation_with_teacher import refuse_what_training_writes
+from hgkd_fairseq.sentence_weights.gate import Instance
+from hgkd_fairseq.teacher.live import refuse_what_training_writes
 from hgkd_fairseq.teacher.unigram import log_frequencies
 
 SELF = ("--task", "translation_with_teacher", "--criterion", "hard_gate_kd", *cl.USER_DIR)
@@ -267,7 +267,7 @@ def test_nan_gradients_are_said(data: Path, teacher: cl.Run, tmp_path: Path):
 def test_weights_of_the_sentences_that_were_learned(data: Path, teacher: cl.Run, tmp_path: Path):
     """`hgkd weights` reads the rows of sentences that are short enough to train on and were not kept aside, whatever
     the task's class is called."""
-    from hgkd_fairseq import weight_table
+    from hgkd_fairseq.sentence_weights import table as weight_table
 
     gate = ("--gate", "instance", "--held-out", 0.1, "--refresh-interval", 1, "--max-update", 2)
     options = (*gate, "--max-source-positions", 7, "--max-target-positions", 7, "--disable-validation", *cl.KEEP_LAST)

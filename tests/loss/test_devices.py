@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from hgkd_fairseq import gates
-from hgkd_fairseq.gates import GATES, Gate
+from hgkd_fairseq.gates import GATES, Gate, hard, tools
 from hgkd_fairseq.loss import DistillationOutput, chunked, gated_distillation
 from hgkd_fairseq.loss.options import Options
+from hgkd_fairseq.sentence_weights import gate as _instance  # noqa: F401  registers the gate instance
 
 cuda = pytest.mark.cuda
 IMPLEMENTATIONS = [
@@ -94,7 +95,7 @@ LARGE = [
 
 def fixed(bits: Tensor) -> Gate:
     """A gate that decides as `bits` (N,) say."""
-    return Gate("fixed", lambda s: gates.hard_weights(bits, s.student_logprob.dtype), scope="batch")
+    return Gate("fixed", lambda s: tools.hard_weights(bits, s.student_logprob.dtype), scope="batch")
 
 
 @everywhere
@@ -251,7 +252,8 @@ def test_autocast(gate: str, dtype: torch.dtype, device: str, implementation: st
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
 def test_rows_beyond_32_bits(device: str):
     """Tokens x vocabulary above 2^31: the last rows are what they are alone. (On the CPU too few to get there.)"""
-    from hgkd_fairseq.loss import cpu_rows, triton_rows
+    from hgkd_fairseq.loss.native import rows as cpu_rows
+    from hgkd_fairseq.loss.triton import rows as triton_rows
 
     step = {"cpu": cpu_rows.row_step, "cuda": triton_rows.row_step}[device]
     vocabulary, count = (256001, 8400) if device == "cuda" else (4001, 64)
@@ -259,7 +261,7 @@ def test_rows_beyond_32_bits(device: str):
     options = Options(GATES["token"], teacher_temperature=1.5, label_smoothing=0.1)
 
     def decide(student_read: Tensor, teacher_read: Tensor) -> gates.GateWeights:
-        return gates.token(gates.TokenStatistics(student_read, teacher_read, student_read, 1))
+        return hard.token(gates.TokenStatistics(student_read, teacher_read, student_read, 1))
 
     student, teacher = (torch.zeros(count, vocabulary, dtype=BF16, device=device) for _ in range(2))
     last = slice(count - 3, count)
@@ -390,7 +392,7 @@ def test_memory(gate: str):
 @cuda
 def test_auto_is_triton(monkeypatch: pytest.MonkeyPatch):
     """On a GPU `auto` takes the Triton rows, without a warning: their self-check holds."""
-    from hgkd_fairseq.loss import triton_rows
+    from hgkd_fairseq.loss.triton import rows as triton_rows
 
     assert triton_rows.usable("cuda") is None
     calls = []

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hgkd_fairseq import gates
 from hgkd_fairseq.loss import DistillationOutput, chunked, gated_distillation
+from hgkd_fairseq.sentence_weights import gate as _instance  # noqa: F401  registers the gate instance
 
 ROOT = Path(__file__).parents[2]
 PAD = 1
@@ -947,7 +948,7 @@ def precision(implementation: str) -> tuple[torch.dtype, float, dict[str, float]
 @pytest.mark.parametrize("penalty", [0.0, 0.3])
 @pytest.mark.parametrize("name", sorted(gates.GATES))
 def test_gradient_of_every_gate(name: str, penalty: float, implementation: str, monkeypatch: pytest.MonkeyPatch):
-    values = {"kd_weight": 0.3} if "kd_weight" in gates.parameters(name) else {}
+    values = {"kd_weight": 0.3} if "kd_weight" in gates.GATES[name].parameters else {}
     dtype, near, tolerance = precision(implementation)
     batch, gate = make(dtype=dtype), gates.get_gate(name, **values)
     if name != "random":  # drawn for the tokens in view

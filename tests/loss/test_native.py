@@ -12,17 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hgkd_fairseq import gates
-from hgkd_fairseq.gates import GATES, Gate, TokenStatistics
-from hgkd_fairseq.loss import cpu_rows, gated_distillation, rows
+from hgkd_fairseq.gates import GATES, Gate, TokenStatistics, hard, published
+from hgkd_fairseq.loss import gated_distillation, rows
+from hgkd_fairseq.loss.native import rows as cpu_rows
 from hgkd_fairseq.loss.options import Options
 
 ROOT = Path(__file__).parents[2]
 # What one call does, through the two calls of any other gate.
 SPLIT = {
-    "token": Gate("mine", lambda statistics: gates.token(statistics)),
-    "none": Gate("mine", lambda statistics: gates.none(statistics), needs_teacher=False),
-    "always": Gate("mine", lambda statistics: gates.always(statistics, kd_weight=0.3)),
-    "virtual-teacher": Gate("mine", lambda s: gates.virtual_teacher(s), needs_teacher=False, uniform=True),
+    "token": Gate("mine", lambda statistics: hard.token(statistics)),
+    "none": Gate("mine", lambda statistics: hard.none(statistics), needs_teacher=False),
+    "always": Gate("mine", lambda statistics: published.always(statistics, kd_weight=0.3)),
+    "virtual-teacher": Gate("mine", lambda s: published.virtual_teacher(s), needs_teacher=False, uniform=True),
 }
 ONE = {**GATES, "always": gates.get_gate("always", kd_weight=0.3)}
 

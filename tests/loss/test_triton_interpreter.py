@@ -33,7 +33,7 @@ elif not INTERPRETED:
         assert " passed" in run.stdout
 
     def test_usable_says_why_not():
-        from hgkd_fairseq.loss import triton_rows
+        from hgkd_fairseq.loss.triton import rows as triton_rows
 
         assert triton_rows.usable("cpu") == 'Triton compiles for CUDA devices, and this is "cpu".'
 
@@ -43,9 +43,11 @@ if INTERPRETED or torch.cuda.is_available():
     from torch import Tensor
 
     from hgkd_fairseq import gates
-    from hgkd_fairseq.gates import GATES, Gate, GateWeights, TokenStatistics
-    from hgkd_fairseq.loss import rows, triton_rows
+    from hgkd_fairseq.gates import GATES, Gate, GateWeights, TokenStatistics, hard
+    from hgkd_fairseq.loss import rows
     from hgkd_fairseq.loss.options import Options
+    from hgkd_fairseq.loss.triton import rows as triton_rows
+    from hgkd_fairseq.sentence_weights import gate as _instance  # noqa: F401  registers the gate instance
 
     if INTERPRETED:
         import triton_interpreter  # after the package, where Triton is imported
@@ -81,8 +83,8 @@ if INTERPRETED or torch.cuda.is_available():
         "soft": Gate("soft", soft),
         "halves": Gate("halves", halves, needs_teacher=False),
         # The gates of the fused kernel, through the split ones.
-        "token split": Gate("token", lambda s: gates.token(s)),
-        "none split": Gate("none", lambda s: gates.none(s), needs_teacher=False),
+        "token split": Gate("token", lambda s: hard.token(s)),
+        "none split": Gate("none", lambda s: hard.none(s), needs_teacher=False),
     }
 
     class Case(NamedTuple):

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from hgkd_fairseq import weight_table
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.plugin import checkpoints
 from hgkd_fairseq.plugin.literals import literal
+from hgkd_fairseq.sentence_weights import table as weight_table
 
 CUT = "cannot be read: it is cut short or damaged"
 

@@ -13,8 +13,9 @@ import torch
 from sacrebleu.metrics import BLEU, CHRF, TER
 
 from hgkd_fairseq import cli
-from hgkd_fairseq.calibration import CalibrationHistogram, inference
+from hgkd_fairseq.calibration import CalibrationHistogram
 from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.evaluation import inference
 from hgkd_fairseq.report import page, runs, tables
 
 

@@ -8,11 +8,13 @@ import pytest
 import torch
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
-import hgkd_fairseq  # noqa: F401  registers
+from hgkd_fairseq import plugin
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.teacher.live import LiveTeacher
 
 CODE = "__import__('pathlib').Path('code_has_run').touch()"
+
+plugin.register()
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +168,6 @@ def test_fewer_positions_than_the_data(task, teacher: cl.Run):
         ((8, 1024), "valid has a target sentence of 10 tokens"),
     ):
         with pytest.raises(UserError, match=expected):
-            short.check_lengths("valid", dataset, limits)
-    short.check_lengths("valid", dataset, (8, 9))
-    load(task, teacher.path()).check_lengths("valid", dataset, (1024, 1024))
+            short.check_data("valid", dataset, limits)
+    short.check_data("valid", dataset, (8, 9))
+    load(task, teacher.path()).check_data("valid", dataset, (1024, 1024))

@@ -22,7 +22,7 @@ def test_gradients(training: bool, monkeypatch: pytest.MonkeyPatch):
     with torch.no_grad():
         loras.embedding.copy_(random(V, RANK, seed=2) / 3)
     torch.manual_seed(0)
-    (head,) = loras.heads({"target": target}, hidden.device, hidden.dtype)
+    (head,) = loras.signal({"target": target}, hidden.device, hidden.dtype).heads
     out = gated_distillation(
         hidden, weight, head.hidden, head.weight, target, gate="always", teacher_temperature=1.0, padding_idx=PAD
     )
@@ -49,15 +49,15 @@ def test_it_learns_what_stands_beside_what():
     torch.manual_seed(0)
     p = torch.tensor([[0.5, 0.4, 0.05, 0.05], [0.4, 0.5, 0.05, 0.05], [0.05, 0.05, 0.5, 0.4], [0.05, 0.05, 0.4, 0.5]])
     loras, target = Loras(4), torch.arange(4)
-    loras.eval().heads({"target": target[None]}, p.device, p.dtype)  # a validation comes first
+    loras.eval().signal({"target": target[None]}, p.device, p.dtype)  # a validation comes first
     loras.train()
     optimizer = torch.optim.Adam(loras.parameters(), lr=0.02)
     for _ in range(1000):
-        loras.heads({"target": target[None]}, p.device, p.dtype)
+        loras.signal({"target": target[None]}, p.device, p.dtype)
         optimizer.zero_grad()
         loras.objective(Head(p.log(), None), target).backward()
         optimizer.step()
-    (head,) = loras.eval().heads({"target": target[None]}, p.device, p.dtype)
+    (head,) = loras.eval().signal({"target": target[None]}, p.device, p.dtype).heads
     v = (head.hidden[0] @ head.weight.t()).softmax(1)
     pairs = torch.block_diag(torch.ones(2, 2), torch.ones(2, 2))
     assert ((v * pairs).sum(1) > 0.9).all()

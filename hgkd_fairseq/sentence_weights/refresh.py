@@ -13,11 +13,11 @@ from fairseq.data import data_utils
 from fairseq.distributed import utils as distributed_utils
 from torch import Tensor
 
-from hgkd_fairseq import features
 from hgkd_fairseq.errors import UserError
-from hgkd_fairseq.gates import Instance
-from hgkd_fairseq.instance_weights import Group, meta_gradient, step, widen
 from hgkd_fairseq.loss import Options
+from hgkd_fairseq.plugin import features, training_state
+from hgkd_fairseq.sentence_weights.gate import Instance
+from hgkd_fairseq.sentence_weights.meta_gradient import Group, meta_gradient, step, widen
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class Refresh:
 
     def __init__(self, criterion):
         self.criterion, self.cfg, self.task = criterion, criterion.cfg, criterion.task
+        self.state = training_state.of(criterion.task)
         self.subset: str | None = None
         self.share = 0.0
         held_out = self.gate().held_out
@@ -49,9 +50,9 @@ class Refresh:
         except ValueError:
             self.subset = held_out
         self.check()
-        self.task.held_out_share = self.share
-        self.task.at_training_begin.append(self.begin_training)
-        self.task.at_epoch_begin.append(self.begin_epoch)
+        self.state.held_out.share = self.share
+        self.state.at_training_begin.append(self.begin_training)
+        self.state.at_epoch_begin.append(self.begin_epoch)
 
     def gate(self) -> Instance:
         return self.criterion.gate_in_use().weights
@@ -92,7 +93,7 @@ class Refresh:
     def begin_training(self, epoch: int, model: torch.nn.Module) -> None:
         """Makes the table where there is none yet, and looks whether it is one of these data."""
         gate = self.gate()
-        held_out = torch.from_numpy(self.task.held_out(len(self.training())))
+        held_out = torch.from_numpy(self.state.held_out.mask(len(self.training())))
         self.held_out_sentences(epoch, model)
         if not gate.state:
             gate.begin(held_out)
@@ -130,7 +131,7 @@ class Refresh:
             there = dataset.ordered_indices()
         there, _ = dataset.filter_indices_by_size(there, self.limit(model))
         if self.subset is None:
-            there = there[self.task.held_out(len(dataset))[there]]
+            there = there[self.state.held_out.mask(len(dataset))[there]]
         if not len(there):
             raise UserError(
                 f"--held-out {self.gate().held_out}: none of its sentences is short enough; keep more aside"
@@ -168,7 +169,7 @@ class Refresh:
             student = features.head(model, sample["net_input"])
             heads = [student]
             if with_teacher:
-                heads += self.task.load_teacher().heads(sample, device, student.hidden.dtype)
+                heads += self.task.load_teacher().signal(sample, device, student.hidden.dtype).heads
             first, *others = [widen(head._replace(hidden=head.hidden[:, skip:][kept])) for head in heads]
             students.append(first)
             teachers.append(others)

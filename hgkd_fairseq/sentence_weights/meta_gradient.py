@@ -23,9 +23,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hgkd_fairseq.gates import GATES, Gate, GateWeights, Instance, TokenStatistics
+from hgkd_fairseq.gates import GATES, Gate, GateWeights, TokenStatistics
 from hgkd_fairseq.loss import chunked, rows
 from hgkd_fairseq.loss.options import Head, Options
+from hgkd_fairseq.sentence_weights.gate import Instance
 
 
 class Group(NamedTuple):
@@ -44,7 +45,7 @@ class Group(NamedTuple):
 
 def widen(head: Head) -> Head:
     """The head in the precision of the look-ahead, without gradient."""
-    return Head(*[None if x is None else rows.widen(x.detach()) for x in head])
+    return head.map(lambda tensor: rows.widen(tensor.detach()))
 
 
 def _output_gradient(group: Group, options: Options) -> Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from fairseq.logging import progress_bar
 
-from hgkd_fairseq.calibration import CalibrationHistogram, diagram
+from hgkd_fairseq.calibration import CalibrationHistogram
 from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.report import diagram
 
 TAG = "reliability"
 

@@ -16,9 +16,9 @@ from tqdm import tqdm
 from hgkd_fairseq.calibration.labels import ter_labels
 from hgkd_fairseq.calibration.pieces import join, mark, spans_words, text, words
 from hgkd_fairseq.calibration.scores import Predictions, Results, Score, Settings
-from hgkd_fairseq.calibration.token_table import TokenTable, opened
 from hgkd_fairseq.errors import UserError
-from hgkd_fairseq.generated import read_lines, read_references, split
+from hgkd_fairseq.evaluation.generated import read_lines, read_references, split
+from hgkd_fairseq.evaluation.token_table import TokenTable, opened
 
 EOS = "</s>"
 LABELS = ("wang2020", "ter")

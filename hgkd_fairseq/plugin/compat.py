@@ -344,8 +344,8 @@ def same_run_after_resume() -> None:
     @functools.wraps(load)
     def load_and_begin(cfg, trainer, *args, **kwargs):
         extra_state, iterator = load(cfg, trainer, *args, **kwargs)
-        if hasattr(trainer.task, "begin_training"):
-            trainer.task.begin_training(iterator.next_epoch_idx, trainer.model)
+        for call in training_state.of(trainer.task).at_training_begin:
+            call(iterator.next_epoch_idx, trainer.model)
         return extra_state, iterator
 
     Trainer.load_checkpoint = load_checkpoint
@@ -383,7 +383,7 @@ def what_was_learned_is_validated() -> None:
     @functools.wraps(build)
     def build_criterion(self, *args, **kwargs):
         criterion = build(self, *args, **kwargs)
-        if getattr(self, "loaded", None) is not None:
+        if training_state.of(self).loaded is not None:
             training_state.restore(self, criterion)
         return criterion
 

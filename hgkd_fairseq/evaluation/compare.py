@@ -17,11 +17,10 @@ from fairseq import utils
 from fairseq.dataclass.configs import GenerationConfig
 from sacrebleu.metrics import BLEU
 
-from hgkd_fairseq import generated
-from hgkd_fairseq.calibration import forced, inference
-from hgkd_fairseq.calibration.inference import Translation
 from hgkd_fairseq.calibration.scores import Score, Settings
 from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.evaluation import forced, generated, inference
+from hgkd_fairseq.evaluation.inference import Translation
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hgkd_fairseq import gates
-from hgkd_fairseq.gates import GATES, Gate
+from hgkd_fairseq.gates import GATES, Gate, hard
 from hgkd_fairseq.loss import chunked, rows
 from hgkd_fairseq.loss.options import GATE_ON, Decide, Options, TokenResults, decided
 
@@ -56,7 +55,7 @@ def launch_shape(stride: int, itemsize: int) -> tuple[int, int, int]:
 
 def fused(gate: Gate) -> bool:
     """Whether the gate is one that the kernel knows: by its function, for any gate may bear any name."""
-    return gate.weights in (gates.token, gates.none)
+    return gate.weights in (hard.token, hard.none)
 
 
 def variants(
@@ -96,7 +95,7 @@ def all_variants(vocabulary: int, itemsize: int) -> list[Variant]:
     """Every kernel that any options can launch at a vocabulary, on rows as `chunked` lays them out on a GPU."""
     found = []
     strides = (chunked.row_stride(vocabulary, itemsize),) * 2
-    split = (Gate("user", lambda s: gates.none(s), needs_teacher=needs) for needs in (True, False))
+    split = (Gate("user", lambda s: hard.none(s), needs_teacher=needs) for needs in (True, False))
     for gate, gate_on, gate_temperature, smoothing, top1, make_gradient in itertools.product(
         (GATES["token"], GATES["none"], *split), GATE_ON, (True, False), (0.0, 0.1), (True, False), (True, False)
     ):
@@ -106,7 +105,7 @@ def all_variants(vocabulary: int, itemsize: int) -> list[Variant]:
 
 
 def _launch(variant: Variant, *arguments: Tensor | float) -> None:
-    from hgkd_fairseq.loss import triton_kernels
+    from hgkd_fairseq.loss.triton import kernels as triton_kernels
 
     kernel = getattr(triton_kernels, variant.kernel)
     kernel[(arguments[0].size(0),)](*arguments, **variant.constants, num_warps=variant.num_warps)

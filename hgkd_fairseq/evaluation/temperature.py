@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 
 from hgkd_fairseq import files
-from hgkd_fairseq.calibration.forced import batches, chunks, load, measure, token_batches
 from hgkd_fairseq.calibration.scores import Results, Settings
 from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.evaluation.forced import batches, chunks, load, measure, token_batches
 from hgkd_fairseq.loss.eager import mean_logprobs
 
 HIGHEST = 20.0  # temperatures from 1 / HIGHEST to HIGHEST are tried

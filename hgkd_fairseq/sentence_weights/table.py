@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from hgkd_fairseq import files
-from hgkd_fairseq.calibration.diagram import figure_class, legend
 from hgkd_fairseq.errors import UserError
-from hgkd_fairseq.gates import Instance
+from hgkd_fairseq.report.diagram import figure_class, legend
+from hgkd_fairseq.sentence_weights.gate import Instance
 
 HELD = ("cpu", torch.strided)  # numbers that are there: not those of device "meta", nor sparse ones
 

@@ -1,6 +1,6 @@
 """The row mathematics of one chunk on the C kernel: `row_step` does what `rows.row_step` does, on CPUs.
 
-cpu_kernels.c is compiled for the processor in hand on first use, by the C compiler of the machine (some tenths of a
+kernels.c is compiled for the processor in hand on first use, by the C compiler of the machine (some tenths of a
 second), and kept in ``~/.cache/hgkd_fairseq``, where nobody else may write. `usable` says whether that works here.
 
     gate "token", and weights that are known   one call: statistics, gate and gradient while a row is in the cache
@@ -25,14 +25,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hgkd_fairseq import gates
-from hgkd_fairseq.gates import GateWeights
+from hgkd_fairseq.gates import GateWeights, hard
 from hgkd_fairseq.loss import rows
 from hgkd_fairseq.loss.options import Decide, Options, TokenResults, decided
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("cpu_kernels.c")
+SOURCE = Path(__file__).with_name("kernels.c")
 # No flag that changes what nan and inf do: an overflow in the logits must reach fairseq's loss scaler as it is.
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 COMPILE_TIMEOUT_S = 60
@@ -157,7 +156,7 @@ def compiled(program: str, folder: Path, key: str) -> Path:
 
 @functools.cache
 def kernel():
-    """The function `rows` of cpu_kernels.c."""
+    """The function `rows` of kernels.c."""
     function = ctypes.CDLL(str(library())).rows
     pointer, size, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
     function.argtypes = [*[pointer] * 8, size, size, *[number] * 6, *[real] * 5]
@@ -233,7 +232,7 @@ def row_step(
 
     # Kept until the kernel has run.
     weights = known(decide) if isinstance(decide, GateWeights) else None
-    token = options.gate.weights is gates.token
+    token = options.gate.weights is hard.token
     if gradient_scale is None or not (weights or token):
         run(STATISTICS_ALONE)
     elif weights:

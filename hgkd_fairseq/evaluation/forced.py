@@ -17,15 +17,14 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from hgkd_fairseq import binarised, features
 from hgkd_fairseq.calibration.distribution import brier, weighted_tables
 from hgkd_fairseq.calibration.pieces import gold as gold_piece
 from hgkd_fairseq.calibration.scores import Mean, Predictions, Results, Settings
-from hgkd_fairseq.calibration.token_table import TokenTable, opened
 from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.evaluation.token_table import TokenTable, opened
 from hgkd_fairseq.loss.eager import mean_logprobs
 from hgkd_fairseq.loss.options import Head
-from hgkd_fairseq.plugin import checkpoints
+from hgkd_fairseq.plugin import binarised, checkpoints, features
 from hgkd_fairseq.plugin.checkpoints import split_paths
 
 logger = logging.getLogger(__name__)

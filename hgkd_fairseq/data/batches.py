@@ -1,0 +1,52 @@
+"""What a batch says of its targets, and all targets that are trained on."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from fairseq import utils
+from fairseq.data import FairseqDataset
+from fairseq.tasks import FairseqTask
+
+from hgkd_fairseq.errors import UserError
+
+
+def with_target_lengths(collater: Callable[..., dict], pad: int, samples: list, **options) -> dict:
+    """A batch that also says how many tokens each target has, as host integers: to count them on a GPU the host would
+    have to wait for it in every step."""
+    batch = collater(samples, **options)
+    if batch.get("target") is not None:
+        batch["target_lengths"] = batch["target"].ne(pad).sum(1).tolist()
+    return batch
+
+
+def count_targets(dataset: FairseqDataset, pad: int) -> None:
+    """Have the batches of a data set say so."""
+    dataset.collater = functools.partial(with_target_lengths, dataset.collater, pad)
+
+
+def training_targets(task: FairseqTask, max_tokens: int | None) -> Iterator[torch.Tensor]:
+    """The targets (length,) that a task trains on, those of fairseq's train1, ... and repeated ones among them, in all
+    folders; without those that are too long or kept aside.
+
+    Raises:
+        UserError: the data are not there.
+    """
+    subset = task.cfg.train_subset
+    shown = task.datasets.get(subset)
+    limit = utils.resolve_max_positions(task.max_positions(), max_tokens)
+    for epoch, _ in enumerate(utils.split_paths(task.cfg.data), 1):
+        try:
+            task.load_dataset(subset, epoch=epoch, combine=True)
+        except FileNotFoundError as error:
+            raise UserError(f"--teacher-source unigram counts the training data: {error}") from None
+        dataset = task.datasets[subset]
+        kept = task.filter_indices_by_size(np.arange(len(dataset)), dataset, limit, ignore_invalid_inputs=True)
+        yield from (dataset.tgt[index] for index in kept)
+    if shown is None:
+        del task.datasets[subset]
+    else:
+        task.datasets[subset] = shown

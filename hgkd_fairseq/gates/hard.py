@@ -1,0 +1,76 @@
+"""The paper's gates, token and sentence, the data alone, and the hard gates' controls.
+
+Lee et al., "Hard Gate Knowledge Distillation", EMNLP 2022, arXiv:2210.12427.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+
+from hgkd_fairseq.gates.contract import GateWeights, Option, TokenStatistics
+from hgkd_fairseq.gates.registry import register_gate
+from hgkd_fairseq.gates.tools import hard_weights, sentence_margin
+from hgkd_fairseq.ranges import SHARE
+
+TeacherShare = Annotated[float | None, Option("share of the tokens that the teacher gets", SHARE)]
+HKD = "Lee et al., EMNLP 2022, arXiv:2210.12427"
+
+
+@register_gate(
+    "none", equation="data 1, teacher 0", source="cross-entropy", needs_teacher=False, compares=False, constant=True
+)
+def none(statistics: TokenStatistics) -> GateWeights:
+    ones = torch.ones_like(statistics.student_logprob)
+    return GateWeights(data=ones, teacher=torch.zeros_like(ones))
+
+
+@register_gate("token", equation="g_t = 1[p_t > q_t]; data 1 - g_t, teacher g_t", source=f"HKD-T, {HKD}")
+def token(statistics: TokenStatistics) -> GateWeights:
+    # Strict: where both agree exactly the data teaches.
+    return hard_weights(statistics.student_logprob > statistics.teacher_logprob, statistics.student_logprob.dtype)
+
+
+@register_gate(
+    "sentence",
+    scope="sentence",
+    equation="g = 1[sum_t log p_t > sum_t log q_t]; data 1 - g, teacher g",
+    source=f"HKD-S, {HKD}",
+)
+def sentence(statistics: TokenStatistics) -> GateWeights:
+    return hard_weights(sentence_margin(statistics) > 0, statistics.student_logprob.dtype)
+
+
+@register_gate(
+    "token-reversed", equation="g_t = 1[p_t < q_t]; data 1 - g_t, teacher g_t", source="control: HKD-T upside down"
+)
+def token_reversed(statistics: TokenStatistics) -> GateWeights:
+    return hard_weights(statistics.student_logprob < statistics.teacher_logprob, statistics.student_logprob.dtype)
+
+
+@register_gate(
+    "sentence-reversed",
+    scope="sentence",
+    equation="g = 1[sum_t log p_t < sum_t log q_t]; data 1 - g, teacher g",
+    source="control: HKD-S upside down",
+)
+def sentence_reversed(statistics: TokenStatistics) -> GateWeights:
+    return hard_weights(sentence_margin(statistics) < 0, statistics.student_logprob.dtype)
+
+
+@register_gate(
+    "random",
+    equation="the decisions of gate token, shuffled among the tokens in view; with --gate-share Bernoulli(share)",
+    source="control: opens as often as HKD-T, but anywhere",
+)
+def random(
+    statistics: TokenStatistics,
+    *,
+    gate_share: TeacherShare = None,
+) -> GateWeights:
+    student = statistics.student_logprob
+    drawn = torch.rand(student.shape, device=student.device)
+    if gate_share is None:
+        return hard_weights((token(statistics).teacher > 0)[drawn.argsort()], student.dtype)
+    return hard_weights(drawn < gate_share, student.dtype)

@@ -1,0 +1,1 @@
+"""The rows of a chunk in Triton kernels, for a GPU."""

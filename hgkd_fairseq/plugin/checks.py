@@ -1,0 +1,92 @@
+"""Combinations of options that cannot be used: refused at start-up, with the option and the fix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from fairseq.tasks import FairseqTask
+
+from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.gates import Gate, GateError, all_parameters, get_gate
+from hgkd_fairseq.loss import unusable
+from hgkd_fairseq.plugin import features
+from hgkd_fairseq.plugin.config import RANGES, flag
+from hgkd_fairseq.plugin.training_state import TrainingState
+
+
+def make_gate(cfg: Any) -> Gate:
+    """The gate of --gate with the parameters that are given.
+
+    Raises:
+        UserError: there is none, or a parameter does not fit.
+    """
+    given = {name: getattr(cfg, name) for name in all_parameters() if getattr(cfg, name, None) is not None}
+    try:
+        return get_gate(cfg.gate, **given)
+    except GateError as error:
+        raise UserError(f"{flag(error.option)}: {error}") from None
+
+
+def check_options(cfg: Any, gate: Gate, state: TrainingState) -> None:
+    """Of the criterion, whatever the task is.
+
+    Raises:
+        UserError: a value out of its range, or an option that means nothing beside the others.
+    """
+    if gate.remembering and not state.keeps_memory:
+        raise UserError(f"--gate {cfg.gate} remembers past batches: add --task translation_with_teacher")
+    if not gate.compares and (cfg.gate_on != "gold" or cfg.untempered_gate):
+        which = "--untempered-gate" if cfg.untempered_gate else "--gate-on"
+        raise UserError(f"{which}: gate {cfg.gate} does not compare the student with the teacher; drop the option")
+    if gate.timed and not cfg.max_update:
+        raise UserError(f"--gate {cfg.gate} changes over the training and needs to know its length: --max-update N")
+    if cfg.teacher_temperature_start is not None and not cfg.max_update:
+        raise UserError("--teacher-temperature-start needs to know the length of the training: give --max-update N")
+    for name, span in RANGES.items():
+        value = getattr(cfg, name)
+        if value is not None and (problem := span.problem(value)):
+            raise UserError(f"{flag(name)} {value}: {problem}")
+
+
+def check_training(cfg: Any, gate: Gate, task: FairseqTask) -> None:
+    """Of a training, which a task that was made from a checkpoint is not.
+
+    Raises:
+        UserError: a training that would end before it distils, cannot run on this machine or saves no checkpoint.
+    """
+    device = "cuda" if torch.cuda.is_available() and not cfg.cpu else "cpu"
+    if cfg.max_update and gate.needs_teacher and cfg.distill_start_update >= cfg.max_update:
+        raise UserError(
+            f"--distill-start-update {cfg.distill_start_update}: the training ends before, at --max-update "
+            f"{cfg.max_update}; start earlier, or give --gate none"
+        )
+    if device == "cpu" and cfg.fp16 and not cfg.memory_efficient_fp16:
+        raise UserError("--fp16 needs a GPU; on the CPU give --memory-efficient-fp16, --amp or --bf16")
+    if problem := unusable(cfg.loss_impl, device):
+        raise UserError(f"--loss-impl {cfg.loss_impl}: {problem}; use auto")
+    logged = {"loss", "nll_loss", "ppl", "kd_loss", "teacher_share", "gap", "ece"}
+    logged |= {"accuracy"} if cfg.report_accuracy else set()
+    logged |= {"bleu"} if getattr(task.cfg, "eval_bleu", False) else set()
+    known = type(task).__module__.startswith(("fairseq.", "hgkd_fairseq."))  # another's task may log more
+    if known and not cfg.disable_validation and cfg.best_checkpoint_metric not in logged:
+        raise UserError(
+            f"--best-checkpoint-metric {cfg.best_checkpoint_metric}: name one of {', '.join(sorted(logged))}, "
+            "which validation logs (accuracy comes with --report-accuracy, bleu with --eval-bleu)"
+        )
+
+
+def check_model(cfg: Any, model: torch.nn.Module, teachers: list[torch.nn.Module]) -> None:
+    """Of the student's and the teachers' architectures.
+
+    Raises:
+        UserError: one that the loss, or the way it is computed, cannot use.
+    """
+    features.check_student(model)
+    linear = [features.linear_output(member) is not None for member in (model, *teachers)]
+    if cfg.loss_impl not in ("auto", "eager") and not all(linear):
+        raise UserError(
+            f"--loss-impl {cfg.loss_impl} needs a student and a teacher with a linear output layer; use auto"
+        )
+    if cfg.gate == "instance" and not linear[0]:
+        raise UserError("--gate instance needs a student with a linear output layer; use another --gate or --arch")

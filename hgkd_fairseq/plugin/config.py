@@ -1,0 +1,125 @@
+"""The options of the criterion. Those of the gates are made from the gates' registry: a gate's parameter is declared
+where the gate is, and nowhere else."""
+
+# No `from __future__ import annotations` here: fairseq reads the types of the options at run time.
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, List, Optional  # noqa: UP035  fairseq's parser reads List[...]
+
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from omegaconf import II
+
+from hgkd_fairseq.gates import all_parameters
+from hgkd_fairseq.loss import IMPLEMENTATIONS
+from hgkd_fairseq.loss import options as loss_options
+from hgkd_fairseq.ranges import COUNT, POSITIVE
+from hgkd_fairseq.sentence_weights import gate  # noqa: F401  registers the gate "instance"
+
+
+@dataclass
+class CriterionOptions(FairseqDataclass):
+    """All but the gates' own."""
+
+    gate: str = field(
+        default="token",
+        metadata={
+            "help": "when to learn from the teacher instead of the data: token (HKD-T), where the student gives the "
+            "gold token more probability than the teacher does; sentence (HKD-S), the same for whole sentences; "
+            "none: never (plain cross-entropy, no teacher needed); `hgkd gates` lists the others"
+        },
+    )
+    gate_on: ChoiceEnum(list(loss_options.GATE_ON)) = field(  # type: ignore[valid-type]
+        default="gold",
+        metadata={"help": "the token whose probability the gate compares: the gold one or the student's argmax"},
+    )
+    teacher_temperature: float = field(
+        default=loss_options.TEACHER_TEMPERATURE,
+        metadata={"help": "divides the teacher's logits; the student's stay as they are"},
+    )
+    untempered_gate: bool = field(
+        default=False,
+        metadata={"help": "compare with the teacher at temperature 1 in the gate, and temper only what is learnt from"},
+    )
+    teacher_temperature_start: Optional[float] = field(  # noqa: UP045  fairseq's parser reads Optional[...]
+        default=None,
+        metadata={
+            "help": "the teacher's temperature at the first update; its inverse goes evenly to that of "
+            "--teacher-temperature at the last (Annealing KD)"
+        },
+    )
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "epsilon for label smoothing of the data term, in fairseq's convention"}
+    )
+    confidence_penalty: float = field(
+        default=0.0, metadata={"help": "beta: the data term loses beta times the entropy of the student (ConfPen)"}
+    )
+    distill_start_update: int = field(
+        default=0, metadata={"help": "plain cross-entropy, without the teacher's forward pass, before this update"}
+    )
+    loss_impl: ChoiceEnum(list(IMPLEMENTATIONS)) = field(  # type: ignore[valid-type]
+        default="auto",
+        metadata={
+            "help": "how the loss is computed; auto: triton on a GPU, native on the CPU, chunked where these cannot be "
+            "used, eager without a linear output layer"
+        },
+    )
+    report_accuracy: bool = field(default=False, metadata={"help": "report accuracy metric"})
+    ignore_prefix_size: int = field(default=0, metadata={"help": "ignore the first N tokens of each target"})
+    sentence_avg: bool = II("optimization.sentence_avg")
+    max_update: int = II("optimization.max_update")
+    lr: List[float] = II("optimization.lr")  # noqa: RUF009, UP006
+    max_tokens: Optional[int] = II("dataset.max_tokens")  # noqa: UP045
+    batch_size: Optional[int] = II("dataset.batch_size")  # noqa: UP045
+    valid_subset: str = II("dataset.valid_subset")
+    combine_valid_subsets: Optional[bool] = II("dataset.combine_valid_subsets")  # noqa: UP045
+    disable_validation: bool = II("dataset.disable_validation")
+    best_checkpoint_metric: str = II("checkpoint.best_checkpoint_metric")
+    cpu: bool = II("common.cpu")
+    fp16: bool = II("common.fp16")
+    memory_efficient_fp16: bool = II("common.memory_efficient_fp16")
+
+
+RANGES = {
+    **loss_options.RANGES,
+    "teacher_temperature_start": POSITIVE,
+    "ignore_prefix_size": COUNT,
+    "distill_start_update": COUNT,
+}
+
+
+def flag(name: str) -> str:
+    """The option of a field: gate_share is --gate-share."""
+    return "--" + name.replace("_", "-")
+
+
+def gate_help(takers: list[tuple[str, Any]]) -> str:
+    """The help text of an option: of each meaning the gates that have it, with their defaults."""
+    meanings: dict[str, list[str]] = {}
+    for name, parameter in takers:
+        default = "" if parameter.default is None else f" ({parameter.default})"
+        meanings.setdefault(parameter.option.help, []).append(name + default)
+    texts = [f"{help}; of the gate{'s' * (len(gates) > 1)} {', '.join(gates)}" for help, gates in meanings.items()]
+    choices = takers[0][1].option.choices
+    return ". ".join(texts).replace("%", "%%") + (f". One of {', '.join(choices)}" if choices else "")
+
+
+def criterion_config(module: str) -> type[CriterionOptions]:
+    """The options of the criterion with those of all gates that are registered by now.
+
+    Args:
+        module: where the class stands under its name, HardGateKDConfig, so that it can be pickled.
+
+    Raises:
+        ValueError: a gate's parameter has the name of another option.
+    """
+    taken = {one.name for one in dataclasses.fields(CriterionOptions)}
+    options = []
+    for name, takers in all_parameters().items():
+        if name in taken:
+            raise ValueError(f"parameter {name} of gate {takers[0][0]} has the name of an option of the criterion")
+        kind = takers[0][1].type
+        option = field(default=None, metadata={"help": gate_help(takers)})
+        options.append((name, Optional[kind], option))  # noqa: UP045
+    made = dataclasses.make_dataclass("HardGateKDConfig", options, bases=(CriterionOptions,))
+    made.__module__ = module
+    return made

@@ -1,0 +1,1 @@
+"""Weights of training sentences that are learned beside the student (ALM-KD): gate, meta-gradient, refresh, table."""

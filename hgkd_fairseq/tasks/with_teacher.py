@@ -1,0 +1,114 @@
+"""A teacher for any of fairseq's translation tasks: a mix-in. Its options are in teacher/config.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from fairseq import utils
+from fairseq.distributed import utils as distributed_utils
+
+from hgkd_fairseq import teacher
+from hgkd_fairseq.data import batches
+from hgkd_fairseq.plugin import training_state
+from hgkd_fairseq.report.tensorboard import write_reliability
+
+
+class WithTeacher:
+    """Before a task of fairseq's in the list of bases: its data, and a frozen teacher that stands outside every module.
+
+    The teacher is loaded by the criterion that asks for it (:meth:`load_teacher`), so generation, export and validation
+    with another criterion never touch it, and no checkpoint of the student holds any of it.
+    """
+
+    cfg: Any
+    datasets: dict
+    src_dict: Any
+    tgt_dict: Any
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.teacher: teacher.TeacherSource | None = None
+        self.training = training_state.of(self)  # type: ignore[arg-type]
+        self.training.keeps_memory = True
+        self.validated = 0  # subsets, in the validation that is going on
+
+    def load_teacher(self) -> teacher.TeacherSource:
+        """The teacher, loaded on the first call; on the CPU until it meets the first batch.
+
+        Raises:
+            UserError: no --teacher-path, a file that cannot be used, dictionaries that differ from the student's.
+        """
+        if self.teacher is None:
+            request = teacher.Request(
+                self.cfg,
+                self.src_dict,
+                self.tgt_dict,
+                (self.cfg.source_lang, self.cfg.target_lang),
+                self.training,
+                lambda: batches.training_targets(self, self.cfg.max_tokens),  # type: ignore[arg-type]
+            )
+            self.teacher = teacher.make(request)
+            self.training.teacher_fingerprint = self.teacher.fingerprint
+        return self.teacher
+
+    def load_dataset(self, split, *args, **kwargs):
+        super().load_dataset(split, *args, **kwargs)  # type: ignore[misc]
+        batches.count_targets(self.datasets[split], self.tgt_dict.pad())
+        if self.teacher is not None:
+            self.teacher.check_data(split, self.datasets[split], self.max_positions())  # type: ignore[attr-defined]
+
+    def filter_indices_by_size(self, indices, dataset, *args, **kwargs):
+        """fairseq's filter, which every training sentence passes on its way to a batch, keeps the held-out ones aside
+        as well."""
+        indices = super().filter_indices_by_size(indices, dataset, *args, **kwargs)  # type: ignore[misc]
+        if dataset is self.datasets.get(self.cfg.train_subset):
+            return self.training.held_out.leave_out(indices, len(dataset))
+        return indices
+
+    @property
+    def uses_ema(self) -> bool:
+        """Whether fairseq's trainer shall hand its moving average to each step."""
+        return teacher.SOURCES[str(self.cfg.teacher_source)].needs_ema
+
+    def begin_epoch(self, epoch, model):
+        super().begin_epoch(epoch, model)  # type: ignore[misc]
+        if self.teacher is not None:
+            self.teacher.begin_epoch(epoch, model, self.training)
+        for call in self.training.at_epoch_begin:
+            call(epoch, model)
+
+    def begin_valid_epoch(self, epoch, model):
+        super().begin_valid_epoch(epoch, model)  # type: ignore[misc]
+        self.validated = 0
+
+    def post_validate(self, model, stats, agg):
+        """Called by fairseq after each of --valid-subset, in their order, with the meters of that subset."""
+        subset = self.cfg.valid_subset.split(",")[self.validated]
+        self.validated += 1
+        master = distributed_utils.get_global_rank() == 0
+        if self.cfg.tensorboard_logdir and master and "_calibration" in agg:
+            write_reliability(self.cfg.tensorboard_logdir, subset, agg["_calibration"].sum, stats["num_updates"])
+
+    # fairseq saves FairseqTask.state as well, but does not restore it when training resumes; these two it calls.
+
+    def get_checkpoint_dict(self) -> dict:
+        return {type(self).__name__: self.training.checkpoint()}
+
+    def set_checkpoint_dict(self, kept: dict) -> None:
+        self.training.resume(kept)
+
+    def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False, ema_model=None):
+        self.training.updates, self.training.idle = update_num, ignore_grad
+        self.before_step(model, ema_model)
+        return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)  # type: ignore[misc]
+
+    def valid_step(self, sample, model, criterion, ema_model=None):
+        self.before_step(model, ema_model)
+        # What a gate draws at random is the same whenever this batch is validated, in training and in fairseq-validate.
+        with utils.set_torch_seed(sample["ntokens"]):
+            return super().valid_step(sample, model, criterion)  # type: ignore[misc]
+
+    def before_step(self, model: torch.nn.Module, ema_model: torch.nn.Module | None) -> None:
+        if self.teacher is not None:
+            self.teacher.before_step(model, ema_model, self.training)

@@ -1,0 +1,41 @@
+"""The options of a task with a teacher."""
+
+# No `from __future__ import annotations` here: fairseq reads the types of the options at run time.
+from dataclasses import dataclass, field
+from typing import Optional
+
+from fairseq.dataclass import ChoiceEnum
+from omegaconf import II
+
+from hgkd_fairseq.teacher import SOURCES
+
+
+@dataclass
+class TeacherConfig:
+    teacher_source: ChoiceEnum(list(SOURCES)) = field(  # type: ignore[valid-type]
+        default="checkpoint",
+        metadata={"help": "what teaches: " + "; ".join(f"{name}, {it.help}" for name, it in SOURCES.items())},
+    )
+    teacher_path: Optional[str] = field(  # noqa: UP045  fairseq's parser reads Optional[...], not X | None
+        default=None,
+        metadata={
+            "help": "fairseq checkpoint of the teacher, or several with ':' between them, averaged in probability "
+            "space; any architecture and size, the same dictionaries as the student; needed for training and "
+            "validation with a distilling criterion, never for generation"
+        },
+    )
+    teacher_dtype: ChoiceEnum(["auto", "fp32", "fp16", "bf16"]) = field(  # type: ignore[valid-type]
+        default="auto", metadata={"help": "precision of the teacher's forward pass; auto: the student's"}
+    )
+    teacher_model_overrides: str = field(
+        default="{}",
+        metadata={
+            "help": "a dict that overrides settings in the teacher's checkpoint, as --model-overrides does for the "
+            "student's; {'data': 'DIR'} names the folder of its dictionaries where they have moved"
+        },
+    )
+    store_ema: bool = II("ema.store_ema")
+    save_dir: str = II("checkpoint.save_dir")
+    max_tokens: Optional[int] = II("dataset.max_tokens")  # noqa: UP045
+    valid_subset: str = II("dataset.valid_subset")
+    tensorboard_logdir: Optional[str] = II("common.tensorboard_logdir")  # noqa: UP045
