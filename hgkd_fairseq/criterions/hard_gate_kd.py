@@ -129,6 +129,7 @@ class HardGateKDCriterion(FairseqCriterion):
             gate_on=self.cfg.gate_on,
             teacher_temperature=self.temperature(),
             gate_temperature=not self.cfg.untempered_gate,
+            divergence=self.cfg.divergence,
             label_smoothing=self.cfg.label_smoothing,
             confidence_penalty=self.cfg.confidence_penalty,
             progress=self.state.progress(self.cfg.max_update),

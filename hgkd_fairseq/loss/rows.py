@@ -19,7 +19,8 @@ from torch import Tensor
 
 from hgkd_fairseq import gates
 from hgkd_fairseq.gates import GateWeights, TokenStatistics
-from hgkd_fairseq.loss.options import Decide, Options, TokenResults, decided
+from hgkd_fairseq.loss import eager
+from hgkd_fairseq.loss.options import FUSED, Decide, Head, Options, TokenResults, decided
 
 
 class RowStatistics(NamedTuple):
@@ -176,6 +177,8 @@ def row_step(
     dtype, is multiplied by `gradient_scale`; None: no gradient is made. An implementation of this function may write it
     over `student_logits`.
     """
+    if options.divergence != FUSED:
+        return autograd_step(student_logits, teacher_logits, target, decide, options, gradient_scale)
     statistics, p, q = row_statistics(student_logits, teacher_logits, target, 1 / options.teacher_temperature, options)
     weights = decided(decide, statistics.student_read, statistics.teacher_read)
     results = row_results(statistics, weights, p.size(1), options)
@@ -183,6 +186,31 @@ def row_step(
         return results, None
     gradient, gold = row_gradient(p, q, weights, statistics.entropy, gradient_scale, options)
     return results, gradient.scatter_add_(1, target[:, None], gold[:, None]).to(student_logits.dtype)
+
+
+def autograd_step(
+    student_logits: Tensor,
+    teacher_logits: list[Tensor],
+    target: Tensor,
+    decide: Decide,
+    options: Options,
+    gradient_scale: float | None,
+) -> tuple[TokenResults, Tensor | None]:
+    """`row_step` for any divergence, from the equations as they stand and autograd, in a chunk's memory some times."""
+    logq = gate_logq = None
+    if options.gate.needs_teacher:
+        logq, gate_logq = (
+            eager.mean_logprobs([Head(logits, None) for logits in teacher_logits], temperature)
+            for temperature in (options.teacher_temperature, 1.0)
+        )
+        gate_logq = logq if options.gate_temperature else gate_logq
+    with torch.set_grad_enabled(gradient_scale is not None):
+        z = widen(student_logits).detach().requires_grad_(gradient_scale is not None)
+        results = eager.from_logits(z, logq, gate_logq, target, decide, options)
+        if gradient_scale is None:
+            return results, None
+        (gradient,) = torch.autograd.grad(results.loss.sum() * gradient_scale, z)
+    return results._replace(loss=results.loss.detach()), gradient.to(student_logits.dtype)
 
 
 def mean_probability(logits: list[Tensor], inverse_temperature: float, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
 
 from hgkd_fairseq.gates import all_parameters
-from hgkd_fairseq.loss import IMPLEMENTATIONS
+from hgkd_fairseq.loss import DIVERGENCES, IMPLEMENTATIONS
 from hgkd_fairseq.loss import options as loss_options
 from hgkd_fairseq.ranges import COUNT, POSITIVE
 from hgkd_fairseq.sentence_weights import gate  # noqa: F401  registers the gate "instance"
@@ -45,6 +45,13 @@ class CriterionOptions(FairseqDataclass):
         metadata={
             "help": "the teacher's temperature at the first update; its inverse goes evenly to that of "
             "--teacher-temperature at the last (Annealing KD)"
+        },
+    )
+    divergence: ChoiceEnum(list(DIVERGENCES)) = field(  # type: ignore[valid-type]
+        default=loss_options.FUSED,
+        metadata={
+            "help": "what of the student's distribution p from the teacher's q is made small: "
+            + ", ".join(f"{name}: {it.equation}" for name, it in DIVERGENCES.items())
         },
     )
     label_smoothing: float = field(

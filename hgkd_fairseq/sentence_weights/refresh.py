@@ -63,6 +63,8 @@ class Refresh:
             raise UserError(
                 "--gate instance numbers the training sentences and needs them in one folder; join the data"
             )
+        if cfg.divergence != "kl":
+            raise UserError(f"--divergence {cfg.divergence}: gate instance learns its weights with kl; drop the option")
         if cfg.teacher_temperature_start is not None:
             raise UserError("--teacher-temperature-start: gate instance learns its weights at one temperature; drop it")
         if self.subset is None:
