@@ -40,7 +40,8 @@ def markdown() -> str:
     for name, takers in all_parameters().items():
         for gate, it in takers:
             default = "" if it.default is None else f" {it.default}"
-            taken.setdefault((f"`{flag(name)}`", it.option.help), []).append(f"`{gate}`{default}")
+            meaning = ": ".join([it.option.help, *([" or ".join(it.option.choices)] if it.option.choices else [])])
+            taken.setdefault((f"`{flag(name)}`", meaning), []).append(f"`{gate}`{default}")
     options = [[option, meaning, ", ".join(takers)] for (option, meaning), takers in taken.items()]
     return "\n\n".join(
         [table(["`--gate`", "weights", "source"], gates), table(["option", "meaning", "gates, defaults"], options)]
