@@ -539,10 +539,10 @@ recipe() {
     if ! ((dry_run)); then
         [[ -n ${PYTHON:-} ]] || source "$root/scripts/env.sh"
         mkdir -p -- "$dir" 2>/dev/null || fail 1 "--dir $dir cannot be made: name a folder to write to"
+        lock "$dir" wait || exit 1 # another method's recipe may be making the data
         [[ -f $dir/recipe ]] || printf '%s\n' "$name${style:+ --style $style}" >"$dir/recipe"
         [[ $(<"$dir/recipe") == "$name${style:+ --style $style}" ]] ||
             fail 1 "$dir holds $(<"$dir/recipe"): choose another --dir"
-        lock "$dir" || exit 1
     fi
     prepare
     unlock
@@ -554,7 +554,7 @@ recipe() {
         run_name=$method_name-$seed
         if [[ $method_name == seq-kd || " ${method[*]} " == *" --teacher-path "* ]]; then need_teacher; fi
         if [[ $method_name == seq-kd ]]; then
-            ((dry_run)) || lock "$dir" || exit 1
+            ((dry_run)) || lock "$dir" wait || exit 1
             distil_data "$teacher"
         fi
         set_settings "$seed" --task translation_with_teacher --criterion hard_gate_kd "${method[@]}"

@@ -247,6 +247,17 @@ def test_a_killed_preparation_restarts_cleanly(trials: dict[str, Trial], tmp_pat
         assert ours == theirs
 
 
+def test_two_at_once_prepare_the_data_once(tmp_path: Path):
+    """The second waits for the first and says so; the lock of a run's own folder is no wait."""
+    original("iwslt15-en-vi", tmp_path / "from")
+    arguments = ("--dir", tmp_path / "run", "--from", tmp_path / "from", "--until", "data", "--gpus", 0)
+    done = cl.together(*[lambda: recipe("iwslt15-en-vi", *arguments)] * 2)
+    assert [one.returncode for one in done] == [0, 0], [one.stderr for one in done]
+    said = "".join(one.stderr for one in done)
+    assert len(re.findall(r"waiting: \S+/run is being worked on by process \d+ \(\S+\)", said)) == 1
+    assert said.count("train: 230 pairs") == said.count("pieces (log: ") == 1
+
+
 def test_cased_multi30k(tmp_path: Path):
     """Sentencepiece on the text as it is."""
     env = original("multi30k-de-en", tmp_path / "from") | {"pieces": "150"}
