@@ -168,6 +168,7 @@ place() {
         precision=${precision:-fp32}
         # fairseq looks for a GPU where an update overflows, and the first ones do.
         [[ $precision != fp16 ]] || fail 2 "--precision fp16: needs a GPU; give bf16 or fp32"
+        set -a && source "$root/scripts/cpu_memory.env" && set +a
     else
         placement+=(--distributed-world-size "$workers")
         precision=${precision:-fp16}

@@ -292,6 +292,14 @@ def planned_lines(name: str, *arguments) -> list[str]:
     return dry.stdout.splitlines()
 
 
+@pytest.mark.parametrize(("gpus", "expected"), [(0, "1"), (1, "unset")])
+def test_memory_on_the_cpu(gpus: int, expected: str):
+    settings = "files=() title= batch_tokens=4096 gpu_tokens=4096 updates=1 average=0"
+    code = f"source {RECIPES}/common.sh; {settings}; options --gpus {gpus}; echo ${{THP_MEM_ALLOC_ENABLE-unset}}"
+    done = subprocess.run(["bash", "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [expected]
+
+
 def test_launchers():
     def started(*arguments) -> str:
         return next(line for line in planned_lines("wmt14-en-de", *arguments) if "fairseq-train" in line)
