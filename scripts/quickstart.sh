@@ -107,12 +107,12 @@ progress() {
         s/ \|.* num_updates ([0-9]+).*/, \1 updates/"
 }
 
-distil=(--task translation_with_teacher --teacher-path "$dir/teacher/checkpoint_best.pt"
-    --criterion hard_gate_kd --teacher-temperature 1.5)
 train teacher "$teacher_updates" "${teacher_size[@]}" --criterion label_smoothed_cross_entropy --label-smoothing 0
-train base "$student_updates" "${student_size[@]}" --criterion hard_gate_kd --gate none
-train hkd-t "$student_updates" "${student_size[@]}" "${distil[@]}" --gate token
-train hkd-s "$student_updates" "${student_size[@]}" "${distil[@]}" --gate sentence
+for method in base hkd-t hkd-s; do
+    mapfile -t options < <("$BIN/hgkd" methods "$method" --teacher "$dir/teacher/checkpoint_best.pt")
+    train "$method" "$student_updates" "${student_size[@]}" --task translation_with_teacher --criterion hard_gate_kd \
+        "${options[@]}"
+done
 
 # ----------------------------------------------------------------------------------------------- translating, scoring
 # measure RUN FILE COMMAND...: RUN/FILE by `hgkd COMMAND... --json`, unless it is there, whole.

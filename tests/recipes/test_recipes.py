@@ -317,25 +317,34 @@ def test_launchers():
     assert not re.search("--(fp16|bf16)", started("--gpus", 0))
 
 
-def test_every_method_of_the_table_is_one_that_fairseq_knows():
+def test_every_method_of_the_table_is_one_that_fairseq_knows(capsys):
     """Names and options, against the criterion's and the task's own parsers; what they do is tested with the gates."""
     from fairseq import options
 
+    from hgkd_fairseq import cli, plugin
     from hgkd_fairseq.gates import GATES
 
-    table = subprocess.run(["bash", str(RECIPES / "methods.sh")], capture_output=True, text=True, check=True).stdout
-    rows = [line.split("\t") for line in table.splitlines()]
-    assert len({name for name, _, _ in rows}) == len(rows) == 23
-    ours = ("--user-dir", str(cl.ROOT / "hgkd_fairseq"), "--task", "translation_with_teacher")
-    for name, _, given in rows:
-        one = ["bash", str(RECIPES / "methods.sh"), name, "/some/where & else.pt"]
-        listed = subprocess.run(one, capture_output=True, text=True, check=True).stdout.splitlines()
-        assert listed == [word.replace("TEACHER", "/some/where & else.pt") for word in given.split()]
-        arguments = ["data", *ours, "--criterion", "hard_gate_kd", "--arch", "transformer_iwslt_de_en", *listed]
+    plugin.register()
+
+    def listed(*arguments: str) -> list[str]:
+        assert cli.main(["methods", *arguments]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    rows = [line.split("\t") for line in listed()]
+    assert len(rows) == 24
+    ours = ("--task", "translation_with_teacher", "--criterion", "hard_gate_kd")
+    planned = cl.together(*[lambda name=name: planned_lines("iwslt14-de-en", "--method", name) for name, _, _ in rows])
+    for (name, _, given), lines in zip(rows, planned, strict=True):
+        words = listed(name, "--teacher", "/some/where & else.pt")
+        assert words == [word.replace("TEACHER", "/some/where & else.pt") for word in given.split()]
+        assert listed(name) == given.split()
+        arguments = ["data", *ours, "--arch", "transformer_iwslt_de_en", *words]
         args = options.parse_args_and_arch(options.get_training_parser(), input_args=arguments)
         assert args.gate in GATES
-        line = next(line for line in planned_lines("iwslt14-de-en", "--method", name) if f"{name}-1" in line)
+        line = next(line for line in lines if f"{name}-1" in line)
         assert given.replace("TEACHER", str(cl.ROOT / "runs/iwslt14-de-en/teacher/checkpoint_best.pt")) in line
+    assert cli.main(["methods", "hkd"]) == 1
+    assert "hkd is no method; known are: base, ls-uniform" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
