@@ -21,7 +21,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["hgkd_fairseq", "hgkd_fairseq.*"]),
-    package_data={"hgkd_fairseq.loss.native": ["*.c"]},
+    package_data={"hgkd_fairseq": ["methods.toml"], "hgkd_fairseq.loss.native": ["*.c"]},
     # Ranges; the set that is tested is pinned in scripts/constraints.txt.
     install_requires=[
         "torch>=2.6",

@@ -39,6 +39,13 @@ def gates(args) -> int:
     return 0
 
 
+def methods(args) -> int:
+    from hgkd_fairseq import methods
+
+    print("\n".join(methods.options(args.name, args.teacher)) if args.name else methods.text())
+    return 0
+
+
 def weights(args) -> int:
     from hgkd_fairseq.sentence_weights.table import report
 
@@ -315,6 +322,13 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("gates", help="list the answers to when to distil, the values of --gate")
     command.add_argument("--markdown", action="store_true", help="as a table, with their options")
     command.set_defaults(run=gates)
+
+    command = commands.add_parser("methods", help="the options of fairseq-train that make each method, or those of one")
+    command.add_argument("name", nargs="?", metavar="NAME", help="print this one's options, one a line")
+    command.add_argument(
+        "--teacher", default="TEACHER", metavar="CKPT", help="the teacher's checkpoint in them (default: TEACHER)"
+    )
+    command.set_defaults(run=methods)
 
     command = commands.add_parser("weights", help="the weights of training sentences that --gate instance has learned")
     command.add_argument("checkpoint", type=Input, metavar="CKPT", help="of fairseq-train")

@@ -39,10 +39,6 @@ fi
 mkdir -p -- "$dir" 2>/dev/null || { echo "quickstart.sh: --dir $dir cannot be made: name a folder to write to" >&2; exit 1; }
 dir=$(cd -- "$dir" && pwd)
 lock "$dir" || exit 1
-# On the CPU a training step allocates and frees hundreds of megabytes. glibc would hand them back to the kernel each time,
-# and getting them again can cost more than the arithmetic: keep them, in large pages.
-export MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
-export THP_MEM_ALLOC_ENABLE=1
 say() { printf '%s  %s\n' "$(date +%H:%M:%S)" "$*"; }
 
 # ---------------------------------------------------------------------------------------------------------- settings
@@ -56,7 +52,12 @@ student_size=(--encoder-layers 2 --decoder-layers 2 --encoder-embed-dim 128 --de
 if ((smoke)); then
     vocab=2000 teacher_updates=90 student_updates=70 warmup=40 beam=1 longest=1.0
 fi
-if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then device=(--fp16); else device=(--cpu); fi
+if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    device=(--fp16)
+else
+    device=(--cpu)
+    set -a && source "$root/scripts/cpu_memory.env" && set +a
+fi
 
 # -------------------------------------------------------------------------------------------------------------- data
 data=""
@@ -106,12 +107,12 @@ progress() {
         s/ \|.* num_updates ([0-9]+).*/, \1 updates/"
 }
 
-distil=(--task translation_with_teacher --teacher-path "$dir/teacher/checkpoint_best.pt"
-    --criterion hard_gate_kd --teacher-temperature 1.5)
 train teacher "$teacher_updates" "${teacher_size[@]}" --criterion label_smoothed_cross_entropy --label-smoothing 0
-train base "$student_updates" "${student_size[@]}" --criterion hard_gate_kd --gate none
-train hkd-t "$student_updates" "${student_size[@]}" "${distil[@]}" --gate token
-train hkd-s "$student_updates" "${student_size[@]}" "${distil[@]}" --gate sentence
+for method in base hkd-t hkd-s; do
+    mapfile -t options < <("$BIN/hgkd" methods "$method" --teacher "$dir/teacher/checkpoint_best.pt")
+    train "$method" "$student_updates" "${student_size[@]}" --task translation_with_teacher --criterion hard_gate_kd \
+        "${options[@]}"
+done
 
 # ----------------------------------------------------------------------------------------------- translating, scoring
 # measure RUN FILE COMMAND...: RUN/FILE by `hgkd COMMAND... --json`, unless it is there, whole.

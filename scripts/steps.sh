@@ -33,12 +33,13 @@ recorded() {
     done
 }
 
-# lock FOLDER: status 1, and one line that names the owner, where another run works in the folder, or what it has left
-# running. The lock is this script's and that of all it starts from now on: it ends with the last of them, or by unlock.
+# lock FOLDER [wait]: status 1, and one line that names the owner, where another run works in the folder, or what it has
+# left running; with `wait`, the line and then the lock, once that has ended. The lock is this script's and that of all it
+# starts from now on: it ends with the last of them, or by unlock.
 lock() {
     exec 9>>"$1/lock"
     "$PYTHON" -c '
-import fcntl, os, sys
+import fcntl, os, signal, sys
 try:
     fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
     sys.exit()
@@ -55,8 +56,13 @@ for number in filter(str.isdecimal, os.listdir("/proc") if os.path.isdir("/proc"
     except OSError:  # it has ended, or is somebody else'\''s
         pass
 who = "process " + ", ".join(owners[:3]) if owners else "a process of another user or machine"
-sys.exit(f"{sys.argv[1]} is being worked on by {who}: wait until it has ended, or end it")
-' "$1"
+found = f"{sys.argv[1]} is being worked on by {who}"
+if "wait" not in sys.argv[2:]:
+    sys.exit(f"{found}: wait until it has ended, or end it")
+print(f"waiting: {found}", file=sys.stderr)
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+fcntl.flock(9, fcntl.LOCK_EX)
+' "$@"
 }
 unlock() { exec 9>&-; }
 

@@ -183,6 +183,7 @@ def _gate_gradient(
     weights = options.gate.weights(TokenStatistics(results.student_read, results.teacher_read, *view))
     loss = weights.data * results.data_term + weights.teacher * results.kl
     if weights.uniform is not None:
+        assert results.uniform_term is not None
         loss = loss + weights.uniform * results.uniform_term
     total = loss.sum()
     return total - total.detach()

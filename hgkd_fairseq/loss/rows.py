@@ -112,20 +112,25 @@ def row_results(statistics: RowStatistics, weights: GateWeights, vocabulary: int
     gold_weight, every_weight = options.gold_weight(vocabulary)
     data_term = -gold_weight * statistics.gold
     if options.label_smoothing:
+        assert statistics.mean is not None
         data_term = data_term - (every_weight * vocabulary) * statistics.mean
     if options.confidence_penalty:
+        assert statistics.entropy is not None
         data_term = data_term - options.confidence_penalty * statistics.entropy
     loss = weights.data * data_term
     if options.gate.needs_teacher:
         loss = loss + weights.teacher * statistics.kl
+    uniform_term = None
     if weights.uniform is not None:
-        loss = loss - weights.uniform * statistics.mean
+        assert statistics.mean is not None
+        uniform_term = -statistics.mean
+        loss = loss + weights.uniform * uniform_term
     return TokenResults(
         loss=loss,
         nll=-statistics.gold,
         data_term=data_term,
         kl=statistics.kl,
-        uniform_term=-statistics.mean if weights.uniform is not None else None,
+        uniform_term=uniform_term,
         student_read=statistics.student_read,
         teacher_read=statistics.teacher_read,
         teacher_mask=weights.teacher > 0,
@@ -239,6 +244,7 @@ def difference_of(step: Callable, device: torch.device) -> float:
     found = []
     for made in (row_step, step):
         result, dz = made(student.clone(), [teacher], target, decide, options, 1.0)
+        assert dz is not None
         reads = (result.student_read, result.teacher_read)
         found.append(torch.cat([result.loss, result.nll, result.data_term, result.kl, *reads, dz.flatten()]))
     return (found[0] - found[1]).abs().max().item()

@@ -13,7 +13,6 @@ from hgkd_fairseq.gates import all_parameters
 from hgkd_fairseq.loss import DIVERGENCES, IMPLEMENTATIONS
 from hgkd_fairseq.loss import options as loss_options
 from hgkd_fairseq.ranges import COUNT, POSITIVE
-from hgkd_fairseq.sentence_weights import gate  # noqa: F401  registers the gate "instance"
 
 
 @dataclass
@@ -92,6 +91,12 @@ RANGES = {
     "ignore_prefix_size": COUNT,
     "distill_start_update": COUNT,
 }
+
+
+def temperature(cfg: Any, progress: float) -> float:
+    """The teacher's, at a share of the training: constant, or its inverse goes evenly from the one at the start."""
+    end, start = cfg.teacher_temperature, cfg.teacher_temperature_start
+    return end if start is None else 1 / (1 / start + (1 / end - 1 / start) * progress)
 
 
 def flag(name: str) -> str:

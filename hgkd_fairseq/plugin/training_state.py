@@ -101,8 +101,8 @@ def method(criterion_cfg: Any, teacher_source: str) -> dict[str, Any]:
 def memory_in(extra_state: dict) -> dict[str, Any]:
     """The memory of a task of ours, or of one derived from it, in a checkpoint's extra state."""
     found = [kept for kept in extra_state.values() if isinstance(kept, dict) and isinstance(kept.get("method"), dict)]
-    found += [extra_state.get(TASK)] if isinstance(extra_state.get(TASK), dict) else []
-    return found[0] if found else {}
+    older = extra_state.get(TASK)
+    return found[0] if found else older if isinstance(older, dict) else {}
 
 
 def method_of(state: dict) -> dict[str, Any] | None:

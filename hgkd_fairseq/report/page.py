@@ -11,6 +11,7 @@ from importlib.metadata import packages_distributions, version
 from typing import Any
 
 import hgkd_fairseq
+from hgkd_fairseq import drawing
 from hgkd_fairseq.errors import UserError, printable
 from hgkd_fairseq.report import commands, diagram, figures
 from hgkd_fairseq.report.runs import FILES, Run
@@ -71,7 +72,7 @@ def check(count: int) -> None:
     """Before any work. Raises UserError: too many runs for the styles there are, or no matplotlib."""
     if count > diagram.MOST:
         raise UserError(f"{count} runs are too many for one report; give at most {diagram.MOST}")
-    diagram.figure_class()
+    drawing.figure_class()
 
 
 def html(report: Report) -> str:

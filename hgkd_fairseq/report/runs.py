@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hgkd_fairseq.calibration.scores import read_results
 from hgkd_fairseq.errors import UserError
-from hgkd_fairseq.evaluation import generated, temperature
+from hgkd_fairseq.evaluation import generated, results, temperature
 from hgkd_fairseq.report import logs
 
 GENERATED = "generate-test.txt"
@@ -147,7 +146,7 @@ def progress(run: Run, file: str) -> tuple[int | None, float | None]:
 
 
 def scores(file: Path, mode: str) -> dict[str, Any]:
-    found = read_results(file)
+    found = results.read(file)
     if found["mode"] != mode:
         raise UserError(
             f"{file} holds scores of `hgkd calibration {found['mode']}`; write it again: {FILES[file.name]}"

@@ -124,7 +124,9 @@ class Refresh:
         return list(dataset.batch_by_size(indices, max_tokens=self.cfg.max_tokens, max_sentences=self.cfg.batch_size))
 
     def limit(self, model: torch.nn.Module):
-        return utils.resolve_max_positions(self.task.max_positions(), model.max_positions(), self.cfg.max_tokens)
+        return utils.resolve_max_positions(
+            self.task.max_positions(), features.max_positions(model), self.cfg.max_tokens
+        )
 
     def held_out_sentences(self, epoch: int, model: torch.nn.Module):
         """The data set that the held-out sentences are of, and their numbers, without those that are too long."""

@@ -23,7 +23,6 @@ root=$(cd "$here/../.." && pwd)
 name=$(basename "$0" .sh)
 style="" more_usage=""
 keep=10 # epochs whose checkpoints stay, so that any --average up to this can be chosen after the training
-source "$here/methods.sh"
 source "$root/scripts/steps.sh"
 
 say() { printf '%s  %s\n' "$(date +%H:%M:%S)" "$*" >&2; }
@@ -36,12 +35,22 @@ fail() {
     exit "$status"
 }
 
+# methods ...: of `hgkd methods`, by whatever Python is there, so that --dry-run needs no .venv.
+methods() {
+    local python
+    for python in "${PYTHON:-$root/.venv/bin/python}" python3.11 python3.12 python3; do
+        ! PYTHONPATH=$root "$python" -m hgkd_fairseq.cli methods "$@" 2>/dev/null || return 0
+    done
+    fail 2 "needs Python 3.11 or later for its table of methods: name one in PYTHON"
+}
+method_names() { methods | cut -f1 | paste -sd' '; } # on one line
+
 usage() {
     cat <<END
 usage: $name.sh [--method NAME] [options] [-- OPTIONS]
 $title: data, teacher, one method, translations, scores. Start it again after any
 interruption: it goes on where it was.
-  --method NAME   teacher, or one of (methods.sh has their options; default hkd-t):
+  --method NAME   teacher, or one of (\`hgkd methods\` has their options; default hkd-t):
                   $(method_names | fold -s -w 62 | sed '2,$s/^/                  /')
   --seed N        of the student (default 1); the teacher's is 1
   --teacher CKPT  a teacher of your own; default: trained by this recipe, once, plain cross-entropy
@@ -67,7 +76,7 @@ END
 number() { value=$(whole_number "$2") || fail 2 "$1 $2: needs a whole number of at most 9 digits"; }
 
 options() {
-    local i
+    local i names
     originals=()
     for ((i = 0; i < ${#files[@]}; i += 2)); do originals+=("${files[i]}"); done
     method_name=hkd-t seed=1 teacher="" dir="" from="" gpus="" nodes=1 torchrun=0 precision="" until=scores
@@ -114,8 +123,9 @@ options() {
     [[ $dir != *:* ]] || fail 2 "--dir $dir: fairseq takes a ':' for the end of a path; choose a folder without one"
     [[ -z $style ]] || set_style
     if [[ $method_name != teacher ]]; then
-        method_options "$method_name" "${teacher:-$dir/teacher/checkpoint_best.pt}" ||
-            fail 2 "--method $method_name: unknown; known are: teacher $(method_names)"
+        names=$(method_names) || exit
+        [[ " $names " == *" $method_name "* ]] || fail 2 "--method $method_name: unknown; known are: teacher $names"
+        mapfile -t method < <(methods "$method_name" --teacher "${teacher:-$dir/teacher/checkpoint_best.pt}")
     fi
     [[ -z $teacher || -f $teacher ]] || fail 2 "--teacher $teacher: no such file"
     [[ -z $from || -d $from ]] || fail 2 "--from $from: no such folder"
@@ -168,6 +178,7 @@ place() {
         precision=${precision:-fp32}
         # fairseq looks for a GPU where an update overflows, and the first ones do.
         [[ $precision != fp16 ]] || fail 2 "--precision fp16: needs a GPU; give bf16 or fp32"
+        set -a && source "$root/scripts/cpu_memory.env" && set +a
     else
         placement+=(--distributed-world-size "$workers")
         precision=${precision:-fp16}
@@ -539,10 +550,10 @@ recipe() {
     if ! ((dry_run)); then
         [[ -n ${PYTHON:-} ]] || source "$root/scripts/env.sh"
         mkdir -p -- "$dir" 2>/dev/null || fail 1 "--dir $dir cannot be made: name a folder to write to"
+        lock "$dir" wait || exit 1 # another method's recipe may be making the data
         [[ -f $dir/recipe ]] || printf '%s\n' "$name${style:+ --style $style}" >"$dir/recipe"
         [[ $(<"$dir/recipe") == "$name${style:+ --style $style}" ]] ||
             fail 1 "$dir holds $(<"$dir/recipe"): choose another --dir"
-        lock "$dir" || exit 1
     fi
     prepare
     unlock
@@ -554,7 +565,7 @@ recipe() {
         run_name=$method_name-$seed
         if [[ $method_name == seq-kd || " ${method[*]} " == *" --teacher-path "* ]]; then need_teacher; fi
         if [[ $method_name == seq-kd ]]; then
-            ((dry_run)) || lock "$dir" || exit 1
+            ((dry_run)) || lock "$dir" wait || exit 1
             distil_data "$teacher"
         fi
         set_settings "$seed" --task translation_with_teacher --criterion hard_gate_kd "${method[@]}"

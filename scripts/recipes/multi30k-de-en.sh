@@ -4,7 +4,7 @@
 #   --style paper   tokenised and lowercased, BPE of 10,000 merges: as the text-only results of multimodal translation
 #   --style cased   the text as it is, sentencepiece of 8,000 pieces: what a user wants, scored by sacreBLEU alone
 #
-# Time: on 2 cores of a CPU, with --precision bf16 and the three MALLOC_ settings at the head of quickstart.sh, the
+# Time: on 2 cores of a CPU, with --precision bf16 and the MALLOC_ settings of ../cpu_memory.env (always set there), the
 # teacher took 61 minutes (63 epochs; other work ran beside its first ones), HKD-T 76 (75 epochs). On an H200 an epoch of
 # the teacher took 4 s in fp16 with `-- --max-tokens 8192 --update-freq 1`: some 4 minutes for all of it.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

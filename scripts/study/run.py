@@ -35,14 +35,12 @@ HERE = Path(__file__).parent
 SCRIPTS = HERE.parent
 BIN = Path(sys.executable).parent
 POLL_S = 1.0
-# On the CPU a training step allocates and frees hundreds of megabytes. glibc would hand them back to the kernel each
-# time, and getting them again can cost more than the arithmetic: keep them, in large pages.
-MEMORY = {
-    "MALLOC_MMAP_THRESHOLD_": "33554432",
-    "MALLOC_TRIM_THRESHOLD_": "8589934592",
-    "MALLOC_TOP_PAD_": "268435456",
-    "THP_MEM_ALLOC_ENABLE": "1",
-}
+
+
+def cpu_memory() -> dict[str, str]:
+    """What the environment of a training on the CPU needs."""
+    lines = (SCRIPTS / "cpu_memory.env").read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines if not line.startswith("#"))
 
 
 def say(text: str) -> None:
@@ -159,12 +157,12 @@ class Runner:
         self.stopped = threading.Event()
         self.failed: set[str] = set()
         self.children: set[subprocess.Popen] = set()
-        self.environment = {**os.environ, **MEMORY}
-        if jobs > 1:  # threads of several processes spin against each other and take 5 to 10 times as long
-            self.environment["OMP_NUM_THREADS"] = "1"
         import torch
 
         self.device = [] if torch.cuda.is_available() else ["--cpu"]
+        self.environment = os.environ | (cpu_memory() if self.device else {})
+        if jobs > 1:  # threads of several processes spin against each other and take 5 to 10 times as long
+            self.environment["OMP_NUM_THREADS"] = "1"
 
     def run(self) -> bool:
         """Whether every cell is finished."""

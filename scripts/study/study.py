@@ -1,6 +1,6 @@
 """A study as its grid file describes it: the data, and cells that are each one training run and its scores.
 
-A grid is a .toml file, see multi30k.toml beside this one; ../recipes/methods.sh says what the methods' names mean. A
+A grid is a .toml file, see multi30k.toml beside this one; `hgkd methods` says what the methods' names mean. A
 study lives in one folder, whose commands run there with relative paths, so that it can be moved:
 
     data.json  text/  data-bin/         the data, once (text/ may hold valid1.LANG, see prepare_data.sh)
@@ -11,10 +11,8 @@ study lives in one folder, whose commands run there with relative paths, so that
 
 from __future__ import annotations
 
-import functools
 import re
 import shlex
-import subprocess
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import hgkd_fairseq
-from hgkd_fairseq import files
+from hgkd_fairseq import files, methods
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.files import Within
 from hgkd_fairseq.report import logs
 
-METHODS = Path(__file__).parents[1] / "recipes" / "methods.sh"
 PRECISIONS = {"fp32": [], "bf16": ["--bf16"], "fp16": ["--fp16"]}
 TEMPERATURE = 1.5  # of the teacher, the paper's
 TAKEN = ("teacher", "text", "corpus", "data-bin", "data.json", "lock")  # names in a study's folder
@@ -111,7 +108,7 @@ class Cell:
 
     folder: str  # in the study's: same/hkd-t/seed-1
     setting: str
-    method: str  # of methods.sh
+    method: str  # of `hgkd methods`
     title: str  # the method's
     seed: int
     temperature: float | None  # of the teacher; None: there is none, or the method has its own
@@ -196,7 +193,7 @@ class Grid:
                         yield self.cell(setting, method, seed, temperature, sizes["student"], sizes["teacher"])
 
     def known(self, kind: str, name: str) -> dict[str, Any]:
-        table = methods() if kind == "methods" else self.table[kind]
+        table = methods.table() if kind == "methods" else self.table[kind]
         if name not in table:
             raise UserError(f"{self.file} names {name}, which is none of the {kind}: {', '.join(table)}")
         return table[name]
@@ -211,14 +208,14 @@ class Grid:
         if name == "seq-kd":
             raise UserError(f"{self.file}: seq-kd trains on translations, which a study does not make; take a recipe")
         added = self.table.get("methods", {}).get(name, {}).get("options", "")  # [methods.NAME]: for this study
-        options, teacher = [*method["options"], *shlex.split(added)], None
+        options, teacher = [*methods.options(name), *shlex.split(added)], None
         if "--teacher-path" not in options:
             temperature = None
         else:
             if teacher_size is None:
                 raise UserError(f"{self.file}: [teacher] method {name} needs a teacher itself; take base")
             teacher = f"teacher/{teacher_size}/seed-{self.table['teacher']['seed']}"
-            options = [f"{teacher}/checkpoint_best.pt" if word == "TEACHER" else word for word in options]
+            options = [f"{teacher}/checkpoint_best.pt" if word == methods.TEACHER else word for word in options]
             if "--teacher-temperature" in options:
                 temperature = None
             else:
@@ -256,14 +253,6 @@ class Grid:
         return Cell(
             folder, setting, name, method["title"], seed, temperature, updates, signature, train, score, teacher
         )
-
-
-@functools.cache
-def methods() -> dict[str, dict[str, Any]]:
-    """The table of methods.sh: by name its "title" and its "options" of fairseq-train, with TEACHER for a path."""
-    lines = subprocess.run(["bash", str(METHODS)], capture_output=True, text=True, check=True).stdout.splitlines()
-    rows = (line.split("\t") for line in lines)
-    return {name: {"title": title, "options": shlex.split(options)} for name, title, options in rows}
 
 
 def read_toml(file: Path) -> dict[str, Any]:

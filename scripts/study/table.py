@@ -19,9 +19,9 @@ from typing import Any
 
 from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
-from study import diverged, methods, read_about, read_scores
+from study import diverged, read_about, read_scores
 
-from hgkd_fairseq import files
+from hgkd_fairseq import files, methods
 from hgkd_fairseq.errors import UserError, guarded, printable
 from hgkd_fairseq.evaluation.generated import read_references
 from hgkd_fairseq.report import diagram
@@ -71,14 +71,14 @@ class Study:
                         f"{folder / name / TRANSLATIONS[key]} has {len(lines)} lines and {folder / 'text/test.en'} "
                         f"{len(self.references)}; remove the cell's scores.json and run it again"
                     )
-        order = list(methods())
+        order = list(methods.table())
         self.order = {name: place for place, name in enumerate(order)}
 
     def settings(self) -> list[str]:
         return sorted({cell.about["setting"] for cell in self.cells.values()} - {TEACHER})
 
     def rows(self, setting: str) -> list[tuple[tuple[str, float | None], list[Cell]]]:
-        """((method, temperature), its cells by seed), in the order of methods.sh."""
+        """((method, temperature), its cells by seed), in the order of `hgkd methods`."""
         groups: dict[tuple[str, float | None], list[Cell]] = {}
         for cell in self.cells.values():
             if cell.about["setting"] == setting:

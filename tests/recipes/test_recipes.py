@@ -247,6 +247,17 @@ def test_a_killed_preparation_restarts_cleanly(trials: dict[str, Trial], tmp_pat
         assert ours == theirs
 
 
+def test_two_at_once_prepare_the_data_once(tmp_path: Path):
+    """The second waits for the first and says so; the lock of a run's own folder is no wait."""
+    original("iwslt15-en-vi", tmp_path / "from")
+    arguments = ("--dir", tmp_path / "run", "--from", tmp_path / "from", "--until", "data", "--gpus", 0)
+    done = cl.together(*[lambda: recipe("iwslt15-en-vi", *arguments)] * 2)
+    assert [one.returncode for one in done] == [0, 0], [one.stderr for one in done]
+    said = "".join(one.stderr for one in done)
+    assert len(re.findall(r"waiting: \S+/run is being worked on by process \d+ \(\S+\)", said)) == 1
+    assert said.count("train: 230 pairs") == said.count("pieces (log: ") == 1
+
+
 def test_cased_multi30k(tmp_path: Path):
     """Sentencepiece on the text as it is."""
     env = original("multi30k-de-en", tmp_path / "from") | {"pieces": "150"}
@@ -281,6 +292,14 @@ def planned_lines(name: str, *arguments) -> list[str]:
     return dry.stdout.splitlines()
 
 
+@pytest.mark.parametrize(("gpus", "expected"), [(0, "1"), (1, "unset")])
+def test_memory_on_the_cpu(gpus: int, expected: str):
+    settings = "files=() title= batch_tokens=4096 gpu_tokens=4096 updates=1 average=0"
+    code = f"source {RECIPES}/common.sh; {settings}; options --gpus {gpus}; echo ${{THP_MEM_ALLOC_ENABLE-unset}}"
+    done = subprocess.run(["bash", "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [expected]
+
+
 def test_launchers():
     def started(*arguments) -> str:
         return next(line for line in planned_lines("wmt14-en-de", *arguments) if "fairseq-train" in line)
@@ -298,25 +317,34 @@ def test_launchers():
     assert not re.search("--(fp16|bf16)", started("--gpus", 0))
 
 
-def test_every_method_of_the_table_is_one_that_fairseq_knows():
+def test_every_method_of_the_table_is_one_that_fairseq_knows(capsys):
     """Names and options, against the criterion's and the task's own parsers; what they do is tested with the gates."""
     from fairseq import options
 
+    from hgkd_fairseq import cli, plugin
     from hgkd_fairseq.gates import GATES
 
-    table = subprocess.run(["bash", str(RECIPES / "methods.sh")], capture_output=True, text=True, check=True).stdout
-    rows = [line.split("\t") for line in table.splitlines()]
-    assert len({name for name, _, _ in rows}) == len(rows) == 23
-    ours = ("--user-dir", str(cl.ROOT / "hgkd_fairseq"), "--task", "translation_with_teacher")
-    for name, _, given in rows:
-        one = ["bash", str(RECIPES / "methods.sh"), name, "/some/where & else.pt"]
-        listed = subprocess.run(one, capture_output=True, text=True, check=True).stdout.splitlines()
-        assert listed == [word.replace("TEACHER", "/some/where & else.pt") for word in given.split()]
-        arguments = ["data", *ours, "--criterion", "hard_gate_kd", "--arch", "transformer_iwslt_de_en", *listed]
+    plugin.register()
+
+    def listed(*arguments: str) -> list[str]:
+        assert cli.main(["methods", *arguments]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    rows = [line.split("\t") for line in listed()]
+    assert len(rows) == 24
+    ours = ("--task", "translation_with_teacher", "--criterion", "hard_gate_kd")
+    planned = cl.together(*[lambda name=name: planned_lines("iwslt14-de-en", "--method", name) for name, _, _ in rows])
+    for (name, _, given), lines in zip(rows, planned, strict=True):
+        words = listed(name, "--teacher", "/some/where & else.pt")
+        assert words == [word.replace("TEACHER", "/some/where & else.pt") for word in given.split()]
+        assert listed(name) == given.split()
+        arguments = ["data", *ours, "--arch", "transformer_iwslt_de_en", *words]
         args = options.parse_args_and_arch(options.get_training_parser(), input_args=arguments)
         assert args.gate in GATES
-        line = next(line for line in planned_lines("iwslt14-de-en", "--method", name) if f"{name}-1" in line)
+        line = next(line for line in lines if f"{name}-1" in line)
         assert given.replace("TEACHER", str(cl.ROOT / "runs/iwslt14-de-en/teacher/checkpoint_best.pt")) in line
+    assert cli.main(["methods", "hkd"]) == 1
+    assert "hkd is no method; known are: base, ls-uniform" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import command_line as cl
 import pytest
 from sacrebleu.metrics import BLEU
 
+from hgkd_fairseq import methods
 from hgkd_fairseq.errors import UserError
 
 STUDY = Path(__file__).parents[2] / "scripts" / "study"
@@ -384,7 +385,7 @@ def write_cell(study: Path, folder: str, bleu: float, ece: float, **more) -> Non
     method = method.partition("-tau-")[0] if setting != "teacher" else "base"
     path = study / folder
     path.mkdir(parents=True)
-    about = {"setting": setting, "method": method, "title": table.methods()[method]["title"]}
+    about = {"setting": setting, "method": method, "title": methods.table()[method]["title"]}
     about |= {"teacher": "teacher/big/seed-0" if temperature else None, "seed": seed, "temperature": temperature}
     updates = 30 if setting == "teacher" else 40
     signature = f"setting:{setting}|seed:{seed}|updates:{updates}|precision:fp32"

@@ -104,11 +104,12 @@ def all_variants(vocabulary: int, itemsize: int) -> list[Variant]:
     return found
 
 
-def _launch(variant: Variant, *arguments: Tensor | float) -> None:
+def _launch(variant: Variant, logits: Tensor, *arguments: Tensor | float) -> None:
+    """One program a row."""
     from hgkd_fairseq.loss.triton import kernels as triton_kernels
 
     kernel = getattr(triton_kernels, variant.kernel)
-    kernel[(arguments[0].size(0),)](*arguments, **variant.constants, num_warps=variant.num_warps)
+    kernel[(logits.size(0),)](logits, *arguments, **variant.constants, num_warps=variant.num_warps)
 
 
 def _rows(logits: Tensor) -> Tensor:

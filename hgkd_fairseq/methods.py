@@ -1,0 +1,34 @@
+"""The table of methods, methods.toml: what each adds to a training."""
+
+from __future__ import annotations
+
+import functools
+import shlex
+import tomllib
+from pathlib import Path
+
+from hgkd_fairseq.errors import UserError
+
+TEACHER = "TEACHER"  # stands for the teacher's checkpoint
+
+
+@functools.cache
+def table() -> dict[str, dict[str, str]]:
+    """By name a method's "title" and its "options" of fairseq-train, which may hold TEACHER."""
+    return tomllib.loads(Path(__file__).with_name("methods.toml").read_text(encoding="utf-8"))
+
+
+def options(name: str, teacher: str = TEACHER) -> list[str]:
+    """The options of a method, with the checkpoint `teacher`.
+
+    Raises:
+        UserError: there is no such method.
+    """
+    if name not in table():
+        raise UserError(f"{name} is no method; known are: {', '.join(table())}")
+    return [teacher if word == TEACHER else word for word in shlex.split(table()[name]["options"])]
+
+
+def text() -> str:
+    """A line for each method: name, title and options with tabs between them."""
+    return "\n".join(f"{name}\t{row['title']}\t{row['options']}" for name, row in table().items())
