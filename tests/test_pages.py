@@ -6,6 +6,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -81,6 +82,12 @@ def test_table_of_gates():
         cwd=ROOT, env=cl.environment(), capture_output=True, text=True, timeout=cl.TIMEOUT_S, check=True,
     )  # fmt: skip
     assert found[1] == done.stdout.strip(), "write the output of `hgkd gates --markdown` between the two comments"
+
+
+def test_table_of_methods():
+    written = (ROOT / "hgkd_fairseq" / "methods.toml").read_text()
+    rows = [f"| {it['title']} | `{name}` | `{it['options']}` |" for name, it in tomllib.loads(written).items()]
+    assert "\n" + "\n".join(rows) + "\n\n" in PAGES["hgkd_fairseq/gates/README.md"].read_text()
 
 
 def test_tables_of_the_study():
