@@ -18,6 +18,8 @@ from hgkd_fairseq.calibration.bootstrap import LEVEL, SentenceBootstrap
 from hgkd_fairseq.calibration.fine import FineHistogram
 from hgkd_fairseq.errors import UserError
 
+MOST_RESAMPLED = 20_000_000  # bins x replicates: 1.5 GB of sums
+
 
 @dataclass(frozen=True)
 class Score:
@@ -51,6 +53,10 @@ class Settings:
     min_count: int = 1  # predictions that a bin needs to count for the MCE
     replicates: int = 1000  # of the bootstrap; 0: no intervals
     seed: int = 1
+
+    def __post_init__(self):
+        if self.bins * self.replicates > MOST_RESAMPLED:
+            raise UserError(f"--bins {self.bins} x --replicates {self.replicates} are too many; lower one of them")
 
 
 class Mean(NamedTuple):
@@ -242,8 +248,9 @@ class Results:
             },
         }
 
-    def write(self, file: str) -> None:
-        files.write_json(file, self.to_json())
+    def write(self, file: str | Path, command: str) -> None:
+        """`command`: as it was typed, for the report."""
+        files.write_json(file, {"command": command, **self.to_json()})
 
 
 NUMBER = (files.Within(-1e12, 1e12, float), None)  # None: NaN, of no tokens
