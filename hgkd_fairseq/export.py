@@ -22,13 +22,13 @@ from torch import Tensor
 
 from hgkd_fairseq import files, plugin
 from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.evaluation import compare, generated
 from hgkd_fairseq.plugin import checkpoints
 from hgkd_fairseq.plugin.checkpoints import split_paths
 
 plugin.register()  # the options of ours are known, and fairseq runs no code in those of a file
 
 PACKAGE = __name__.partition(".")[0]
-QUANTIZATIONS = ("int8", "int8_float16", "float16")
 CONVERTED_MODELS = ("transformer", "transformer_align", "bart")
 # Options of fairseq's transformer that CTranslate2's converter reads, refuses itself or finds in the weights, and those
 # that matter in training only. With any other one in use the converted model may be another.
@@ -46,6 +46,37 @@ CONVERTED_OPTIONS = {
 }
 # Options of a translation that are not in the dataclass of fairseq's transformer.
 UNDECLARED = ("scale_attn", "scale_heads", "scale_fc", "scale_resids", "append_source_id")
+
+
+def export_all(
+    path: str,
+    output: str,
+    ema: bool,
+    ctranslate2: str | None,
+    quantization: str | None,
+    data: str | None,
+    comparison: dict[str, Any] | None,
+) -> None:
+    """:func:`export`, and to the folder `ctranslate2` too (:func:`to_ctranslate2`), and print how both compare.
+
+    Args:
+        comparison: arguments of :func:`compare.compare` after its models; None: no comparison.
+    """
+    if not ctranslate2:
+        if quantization:
+            raise UserError("--quantization is of the CTranslate2 model: add --ctranslate2 DIR")
+        comparison = None
+    else:
+        check_conversion(path, ctranslate2, data)
+        if comparison and comparison["reference_file"]:
+            generated.read_references(comparison["reference_file"])  # what it refuses is told before the work
+    export(path, output, ema)
+    print(f"{output}: for any fairseq, without --user-dir")
+    if ctranslate2:
+        to_ctranslate2(output, ctranslate2, data, quantization)
+        print(f"{ctranslate2}: for CTranslate2")
+    if ctranslate2 and comparison:
+        print(compare.compare(data or data_of(path), [output, ctranslate2], **comparison))
 
 
 def export(path: str, output: str, ema: bool = False) -> None:
@@ -209,7 +240,7 @@ def to_ctranslate2(checkpoint: str, folder: str, data: str | None = None, quanti
         checkpoint: the file.
         folder: to write; CTranslate2's Translator takes it.
         data: folder with the dictionaries; the one the model was trained on unless given.
-        quantization: one of QUANTIZATIONS, of the weights; None: as they are.
+        quantization: of the weights, as CTranslate2 names it ("int8"); None: as they are.
 
     Raises:
         UserError: ctranslate2 is not installed, a model that it does not know, dictionaries that are missing or do not

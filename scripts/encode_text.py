@@ -17,7 +17,7 @@ import sentencepiece
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout that this script lies in, installed or not
 
 from hgkd_fairseq import files
-from hgkd_fairseq.cli import number
+from hgkd_fairseq.arguments import number
 from hgkd_fairseq.errors import UserError, guarded
 
 SPLITS = ("train", "valid", "test")

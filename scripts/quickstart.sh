@@ -86,7 +86,6 @@ train() {
     shift 2
     recorded "$run" checkpoint_best.pt checkpoint_last.pt && { say "$name: trained before"; return; }
     mkdir -p "$run"
-    rm -f "$run/recorded" # what was measured of another model
     say "$name: training, $updates updates (log: $run/train.log)"
     "$BIN/fairseq-train" "$bin" --user-dir "$root/hgkd_fairseq" --save-dir "$run" "${device[@]}" \
         --arch transformer_iwslt_de_en --share-all-embeddings --dropout 0.2 --max-tokens "$batch" "${every[@]}" --seed 1 \
@@ -115,53 +114,21 @@ for method in base hkd-t hkd-s; do
 done
 
 # ----------------------------------------------------------------------------------------------- translating, scoring
-# measure RUN FILE COMMAND...: RUN/FILE by `hgkd COMMAND... --json`, unless it is there, whole.
-measure() {
-    local run=$1 name=$2 log=$1/${2%.json}.log
-    shift 2
-    recorded "$run" "$name" && return
-    "$BIN/hgkd" "$@" --json "$run/$name" >"$log" 2>&1 || { tail -n 1 "$log" >&2; exit 1; }
-    record "$run" "$name"
-}
-
-# translate RUN SUBFOLDER OPTIONS...: the test set, to generate-test.txt in RUN or in a folder of it. The translations stay
-# in pieces, one for each score: inference calibration needs them, and the report joins them.
-translate() {
-    local run=$1 folder=$1${2:+/$2} file=${2:+$2/}generate-test.txt
-    shift 2
-    recorded "$run" "$file" && return
-    mkdir -p "$folder"
-    say "${run##*/}: translating the test set, beam $beam (log: $folder/generate.log)"
-    "$BIN/fairseq-generate" "$bin" --path "$run/checkpoint_best.pt" --user-dir "$root/hgkd_fairseq" "${device[@]}" \
-        --gen-subset test --beam "$beam" --max-len-a "$longest" --max-len-b 10 --max-tokens 4000 "${every[@]}" \
-        --results-path "$folder" "$@" >"$folder/generate.log" 2>&1 || { tail -n 1 "$folder/generate.log" >&2; exit 1; }
-    record "$run" "$file"
-}
-
-# score NAME: all that is measured of a model, as it is and at the temperature that the validation set asks for.
+say "translating the test set and scoring, beam $beam (log: $dir/score-*.log)"
+# score NAME...: all that is measured of these models
 score() {
-    local name=$1 run=$dir/$1 degree
-    local model=("$bin" --path "$run/checkpoint_best.pt")
-    translate "$run" ""
-    say "$name: calibration"
-    measure "$run" forced.json calibration forced "${model[@]}"
-    measure "$run" inference.json calibration inference "$run/generate-test.txt"
-    measure "$run" temperature.json calibration temperature "${model[@]}"
-    measure "$run" scaled.json calibration forced "${model[@]}" --temperature "$run/temperature.json"
-    degree=$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["temperature"])' "$run/temperature.json")
-    translate "$run" scaled --temperature "$degree"
-    measure "$run" inference_scaled.json calibration inference "$run/scaled/generate-test.txt"
+    local log=$dir/score-$1.log
+    OMP_NUM_THREADS=1 "$BIN/hgkd" score "$bin" "${@/#/$dir/}" --reference "$text/test.en" \
+        --generate "--beam $beam --max-len-a $longest --max-len-b 10 ${device[*]}" >"$log" 2>&1 ||
+        { tail -n 1 "$log" >&2; exit 1; }
 }
 
 # Two at a time, of one thread each: so small a model does not keep two cores busy.
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
-for pair in "teacher base" "hkd-t hkd-s"; do
-    read -r one other <<<"$pair"
-    (export OMP_NUM_THREADS=1; score "$one") &
-    (export OMP_NUM_THREADS=1; score "$other") &
-    wait -n
-    wait -n
-done
+score teacher hkd-t &
+score base hkd-s &
+wait -n
+wait -n
 
 say "report: comparing"
 "$BIN/hgkd" report "$dir/base" "$dir/teacher" "$dir/hkd-t" "$dir/hkd-s" --reference "$text/test.en" \

@@ -157,6 +157,7 @@ def refused(capsys, *arguments) -> str:
 
 MODEL = ("calibration", "forced", "data", "--path", "x")
 COMPARE = ("compare", "data", "x")
+SCORE = ("score", "data", "run")
 HUGE = "9" * 5000
 
 
@@ -174,6 +175,10 @@ HUGE = "9" * 5000
         (("calibration", "diagram", "x.json"), "--output", ("", "gone/x.svg", ".", "x.gif", "x")),
         (("report", "run"), "--output", ("", "gone/x.html", ".")),
         (("report", "run"), "--reference", ("",)),
+        (SCORE, "--reference", ("",)),
+        (SCORE, "--checkpoint", ("",)),
+        (SCORE, "--tokenize", ("", "x")),
+        (SCORE, "--generate", ("--beam '5", "--beam x", "--beams 5")),
         (COMPARE, "--beam", ("0", "-1", "100000", "x")),
         (COMPARE, "--lenpen", ("nan", "inf", "1e308", "-1e308", "x")),
         (COMPARE, "--max-len-a", ("nan", "inf", "-1", "1e308")),

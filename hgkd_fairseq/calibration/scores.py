@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 import hgkd_fairseq
-from hgkd_fairseq import files
 from hgkd_fairseq.calibration import histogram
 from hgkd_fairseq.calibration.bootstrap import LEVEL, SentenceBootstrap
 from hgkd_fairseq.calibration.fine import FineHistogram
+from hgkd_fairseq.errors import UserError
+
+MOST_RESAMPLED = 20_000_000  # bins x replicates: 1.5 GB of sums
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,10 @@ class Settings:
     min_count: int = 1  # predictions that a bin needs to count for the MCE
     replicates: int = 1000  # of the bootstrap; 0: no intervals
     seed: int = 1
+
+    def __post_init__(self):
+        if self.bins * self.replicates > MOST_RESAMPLED:
+            raise UserError(f"--bins {self.bins} x --replicates {self.replicates} are too many; lower one of them")
 
 
 class Mean(NamedTuple):
@@ -239,6 +245,3 @@ class Results:
                 for which, row in self.resampled_ece.items()
             },
         }
-
-    def write(self, file: str) -> None:
-        files.write_json(file, self.to_json())

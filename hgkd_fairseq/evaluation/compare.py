@@ -32,6 +32,11 @@ class Search:
     max_len_a: float = 0.0
     max_len_b: int = 200
 
+    def __post_init__(self):
+        if self.max_len_a + self.max_len_b < 1:
+            given = f"--max-len-a {self.max_len_a:g} and --max-len-b {self.max_len_b}"
+            raise UserError(f"{given} leave no room for a translation; raise one")
+
 
 class Batch(NamedTuple):
     """S sentences of the subset."""

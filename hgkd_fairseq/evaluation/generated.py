@@ -96,3 +96,16 @@ def joined(sentences: Sequence[Sequence[str]]) -> list[str]:
 def translations(lines: Mapping[str, Mapping[int, str]]) -> dict[int, str]:
     """The text of each translation, of the lines that :func:`read_lines` gave."""
     return texts(lines["D"] or lines["H"])
+
+
+def read_texts(file: str | Path) -> tuple[list[str], list[str] | None]:
+    """(translations, references) of a whole output, as text and in order; None where a reference is missing.
+
+    Raises:
+        UserError: as of :func:`read_lines`.
+    """
+    lines = read_lines(file)
+    found, references = translations(lines), texts(lines["T"])
+    order = sorted(found)
+    whole = references.keys() == found.keys()
+    return [found[index] for index in order], [references[index] for index in order] if whole else None

@@ -21,7 +21,6 @@ from hgkd_fairseq.evaluation.generated import read_lines, read_references, split
 from hgkd_fairseq.evaluation.token_table import TokenTable, opened
 
 EOS = "</s>"
-LABELS = ("wang2020", "ter")
 # fairseq writes differences of summed logarithms: a probability of 1 may come out above it by a rounding.
 ROUNDING_BITS = 0.01
 WITH_PIECES = "run fairseq-generate without --remove-bpe and without --bpe, so that its lines hold pieces"
@@ -38,7 +37,7 @@ class Translation(NamedTuple):
 
 @dataclass(frozen=True)
 class Options:
-    """How tokens are labelled: `labels` of LABELS, and whether whole words are scored instead of pieces."""
+    """How tokens are labelled: `labels` "wang2020" or "ter", and whether whole words are scored instead of pieces."""
 
     labels: str = "wang2020"
     words: bool = False

@@ -31,6 +31,17 @@ class Fit(NamedTuple):
     raw: Results
     scaled: Results
 
+    def to_json(self) -> dict[str, Any]:
+        return {"temperature": self.temperature, "raw": self.raw.to_json(), "scaled": self.scaled.to_json()}
+
+    def __str__(self) -> str:
+        shown = [results[key] for results in (self.raw, self.scaled) for key in ("nll", "ece", "ece_without_eos")]
+        return "\n".join([*map(str, shown), f"temperature = {self.temperature:.4f}"])
+
+
+class NoMinimum(UserError):
+    """No temperature is the best one: of a model that has learnt nothing, or data it was trained on."""
+
 
 def fit(
     data: str,
@@ -43,7 +54,7 @@ def fit(
     """The temperature under which a subset has the least NLL; arguments as of :func:`forced.evaluate`.
 
     Raises:
-        UserError: as of :func:`forced.evaluate`, or the NLL has no minimum between 1/20 and 20.
+        UserError: as of :func:`forced.evaluate`; NoMinimum: the NLL has none between 1/20 and 20.
     """
     settings = settings or Settings()
     models, task, device = load(data, path, cpu)
@@ -60,7 +71,7 @@ def fit(
     try:
         temperature = 1 / minimum(slope)
     except ValueError:
-        raise UserError(
+        raise NoMinimum(
             f"the NLL of subset {subset} falls up to a temperature of {HIGHEST:g} or down to 1/{HIGHEST:g}; "
             "fit it on data the model was not trained on, with --gen-subset"
         ) from None

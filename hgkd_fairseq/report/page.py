@@ -8,14 +8,15 @@ import platform
 import re
 from collections.abc import Sequence
 from importlib.metadata import packages_distributions, version
+from pathlib import Path
 from typing import Any
 
 import hgkd_fairseq
-from hgkd_fairseq import drawing
+from hgkd_fairseq import drawing, files
 from hgkd_fairseq.errors import UserError, printable
 from hgkd_fairseq.report import commands, diagram, figures
-from hgkd_fairseq.report.runs import FILES, Run
-from hgkd_fairseq.report.tables import Report, Table, missing
+from hgkd_fairseq.report.runs import FILES, Run, read_all
+from hgkd_fairseq.report.tables import Report, Table, measure, missing
 
 CSS = """
 :root { color-scheme: light dark; --ground: #fff; --text: #16191d; --quiet: #59616b; --line: #d9dde2; --soft: #f5f6f8;
@@ -66,6 +67,14 @@ pre { background: var(--soft); padding: .75rem; border-radius: 6px; white-space:
 @media print { main { max-width: none; padding: 0; } .scroll { overflow: visible; } figure { break-inside: avoid; } }
 """
 PACKAGES = ("torch", "fairseq", "sacrebleu", "numpy")  # by the names they are imported by
+
+
+def report(folders: Sequence[str], output: str, reference: str | None = None) -> str:
+    """Write the page of these runs; their tables in markdown."""
+    check(len(folders))
+    found = measure(read_all([Path(folder) for folder in folders], Path(reference) if reference else None))
+    files.write_text(output, html(found))
+    return found.markdown()
 
 
 def check(count: int) -> None:
@@ -209,7 +218,7 @@ def how(runs: Sequence[Run]) -> str:
     """Commands and versions."""
     blocks = []
     for run in runs:
-        lines = [line for line in commands_of(run) if line]
+        lines = list(filter(None, dict.fromkeys(commands_of(run))))  # `hgkd score` wrote several files
         if lines:
             text = "\n\n".join(map(escape, lines))
             blocks.append(f"<details><summary>{escape(run.name)}</summary><pre>{text}</pre></details>")

@@ -9,24 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from hgkd_fairseq.errors import UserError
-from hgkd_fairseq.evaluation import generated, results, temperature
-from hgkd_fairseq.report import logs
+from hgkd_fairseq.evaluation import generated, logs, results, temperature
 
 GENERATED = "generate-test.txt"
-# What a run may lack, and the command that fills it in, with the run's folder for RUN. Of a file of `hgkd calibration`
-# the field of Run is its name without .json.
+SCORE = "hgkd score DATA RUN"
+# What a run may lack, and the command that fills it in, with the run's folder for RUN. Of a file of scores the field of
+# Run is its name without .json.
 FILES = {
     "checkpoint_best.pt": "fairseq-train DATA --save-dir RUN",
     "checkpoint_last.pt": "fairseq-train DATA --save-dir RUN, without --no-last-checkpoints",
     "train.log": "fairseq-train DATA --save-dir RUN 2>&1 | tee -a RUN/train.log",
-    GENERATED: "fairseq-generate DATA --path RUN/checkpoint_best.pt --results-path RUN",
-    "forced.json": "hgkd calibration forced DATA --path RUN/checkpoint_best.pt --json RUN/forced.json",
-    "inference.json": f"hgkd calibration inference RUN/{GENERATED} --json RUN/inference.json",
-    "temperature.json": "hgkd calibration temperature DATA --path RUN/checkpoint_best.pt --json RUN/temperature.json",
-    "scaled.json": "hgkd calibration forced DATA --path RUN/checkpoint_best.pt --temperature RUN/temperature.json "
-    "--json RUN/scaled.json",
-    "inference_scaled.json": "fairseq-generate DATA --path RUN/checkpoint_best.pt --temperature T --results-path "
-    f"RUN/scaled, then hgkd calibration inference RUN/scaled/{GENERATED} --json RUN/inference_scaled.json",
+    **dict.fromkeys((GENERATED, "forced.json", "inference.json", "temperature.json"), SCORE),
+    **dict.fromkeys(("scaled.json", "inference_scaled.json"), SCORE),
 }
 MODES = {"forced": "forced", "inference": "inference", "scaled": "forced", "inference_scaled": "inference"}
 
@@ -103,7 +97,7 @@ def read(folder: Path, name: str) -> Run:
             f"{folder} is no run: it holds none of {', '.join(FILES)}; name the --save-dir of a run of fairseq-train"
         )
     if GENERATED not in run.missing:
-        run.translations, run.references = translations(folder / GENERATED)
+        run.translations, run.references = generated.read_texts(folder / GENERATED)
     run.best_update, _ = progress(run, "checkpoint_best.pt")
     run.last_update, run.minutes = progress(run, "checkpoint_last.pt")
     if "train.log" not in run.missing:
@@ -123,16 +117,6 @@ def read(folder: Path, name: str) -> Run:
                 f"says {fitted:.4g}; write scaled.json again"
             )
     return run
-
-
-def translations(file: Path) -> tuple[list[str], list[str] | None]:
-    """The translations of a subset and its references, as text, in order."""
-    lines = generated.read_lines(file)
-    found, references = generated.translations(lines), generated.texts(lines["T"])
-    order = sorted(found)
-    return [found[index] for index in order], (
-        [references[index] for index in order] if references.keys() == found.keys() else None
-    )
 
 
 def progress(run: Run, file: str) -> tuple[int | None, float | None]:

@@ -251,11 +251,11 @@ summary() {
     done
     echo
     echo '```'
-    for run in "$recipe"/*/{best,average*}; do
-        [[ -f $run/forced.json ]] || continue
+    for run in "$recipe"/* "$recipe"/*/average*; do
+        [[ -f $run/scores.json ]] || continue
         printf '%s\n' "${run#"$recipe"/}"
-        grep -h '^BLEU' "$run/bleu"
-        grep -hsE '^ECE' "$run/forced" "$run/scaled"
+        grep '^BLEU' "$run/bleu"
+        grep '^ECE.*mode:forced' "$run/scores"
     done
     echo '```'
 }

@@ -23,7 +23,7 @@ import checkpoints
 import structured
 import text
 
-from hgkd_fairseq.cli import number
+from hgkd_fairseq.arguments import number
 
 READERS = {
     "checkpoint": (checkpoints.cases, checkpoints.read),

@@ -12,9 +12,9 @@ from pathlib import Path
 from checkpoints import bytes_changed
 
 from hgkd_fairseq.calibration.scores import Settings
-from hgkd_fairseq.evaluation import inference
+from hgkd_fairseq.evaluation import inference, logs
 from hgkd_fairseq.plugin import binarised
-from hgkd_fairseq.report import commands, figures, logs, page, runs, tables
+from hgkd_fairseq.report import commands, figures, page, runs, tables
 
 NUMBERS = (
     *(

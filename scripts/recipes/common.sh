@@ -8,8 +8,7 @@
 #                          score is to be on untokenised text DIR/reference.TARGET
 #   make_pieces DIR        function: from $dir/text to DIR/{train,valid,test}.{SOURCE,TARGET} in pieces
 #   dictionary=()          how fairseq-preprocess makes the dictionaries
-#   post_process           how pieces become words again: subword_nmt or sentencepiece
-#   scores=()              tokenised, or detokenised, or both: see bleu below
+#   scores=()              tokenised, or detokenised, or both: see bleu below. With tokenised, text/ holds tokens
 #   model=() training=()   options of fairseq-train
 #   batch_tokens           target tokens of one update, over all GPUs: the same recipe on any number of them
 #   gpu_tokens             of these, at most on one GPU at a time
@@ -360,7 +359,12 @@ distil_data() {
         mkdir -p "$out"
         printf '%s\n' "$1" >"$out/teacher"
     fi
-    translate "$dir/data-bin" train "$1" "$out"
+    if ! recorded "$out" generate-train.txt; then
+        # fairseq drops a last batch whose size is no multiple of --required-batch-size-multiple, 8 by default.
+        run "$out/generate.log" "$BIN/fairseq-generate" "$dir/data-bin" --user-dir "$root/hgkd_fairseq" --path "$1" \
+            --gen-subset train "${generation[@]}" --required-batch-size-multiple 1 "${device[@]}" --results-path "$out"
+        ((dry_run)) || record "$out" generate-train.txt
+    fi
     if ! ((dry_run)); then
         for side in "S $source" "H $target"; do
             sentences "${side% *}" "$out/generate-train.txt" >"$out/train.${side#* }"
@@ -433,17 +437,6 @@ need_teacher() {
 
 # ----------------------------------------------------------------------------------------------- translating, scoring
 
-# translate DATA SPLIT CHECKPOINT OUT [OPTIONS]: OUT/generate-SPLIT.txt
-translate() {
-    local out=$4
-    ! recorded "$out" "generate-$2.txt" || return 0
-    ((dry_run)) || mkdir -p "$out"
-    # fairseq drops a last batch whose size is no multiple of --required-batch-size-multiple, 8 by default.
-    run "$out/generate.log" "$BIN/fairseq-generate" "$1" --user-dir "$root/hgkd_fairseq" --path "$3" --gen-subset "$2" \
-        "${generation[@]}" --required-batch-size-multiple 1 "${device[@]}" --results-path "$out" "${@:5}"
-    ((dry_run)) || record "$out" "generate-$2.txt"
-}
-
 # sentences LETTER FILE: of fairseq-generate's output, the lines of a kind (S source, H hypothesis) in the corpus'
 # order.
 sentences() {
@@ -476,11 +469,9 @@ average_checkpoints() {
 bleu() {
     local out=$1 kind
     if ! ((dry_run)); then
-        sentences H "$out/generate-test.txt" | published_tokens >"$out/test.hypothesis"
+        published_tokens <"$out/translations.txt" >"$out/test.hypothesis"
         published_tokens <"$dir/text/test.$target" >"$out/test.reference"
-        if [[ " ${scores[*]} " == *" detokenised "* ]]; then
-            sentences H "$out/generate-test.txt" | detokenise >"$out/test.text"
-        fi
+        [[ " ${scores[*]} " != *" detokenised "* ]] || detokenise <"$out/translations.txt" >"$out/test.text"
         rm -f "$out/bleu"
     fi
     for kind in "${scores[@]}"; do
@@ -496,50 +487,34 @@ bleu() {
 published_tokens() { cat; } # wmt14-en-de.sh splits compounds here
 sacrebleu=()                # -lc where the text is lowercased
 
-detokenise() {
-    if [[ $post_process == sentencepiece ]]; then cat; else "$BIN/sacremoses" -q -l "$target" detokenize; fi
-}
+tokens() { [[ " ${scores[*]} " == *" tokenised "* ]]; } # whether text/ holds tokens
+detokenise() { if tokens; then "$BIN/sacremoses" -q -l "$target" detokenize; else cat; fi; }
 
-# calibrate FILE KIND [OPTIONS]: OUT/FILE by `hgkd calibration KIND`, for evaluate
-calibrate() {
-    ! recorded "$out" "$1" || return 0
-    run "$out/${1%.json}" "$BIN/hgkd" calibration "$2" "$dir/data-bin" --path "$checkpoint" "${cpu[@]}" "${@:3}" \
-        --json "$out/$1"
-    ((dry_run)) || record "$out" "$1"
-}
-
-# evaluate RUN: translate the test set and score, in RUN/best or RUN/averageN.
+# evaluate RUN: translate the test set and score, in RUN or RUN/averageN.
 evaluate() {
-    local run=$dir/$1 checkpoint out cpu=()
-    ((gpus > 0)) || cpu=(--cpu)
+    local run=$dir/$1 out=$dir/$1 how=()
     if ((average)); then
-        out=$run/average$average checkpoint=$run/average$average/checkpoint.pt
+        out=$run/average$average how=(--checkpoint "average$average/checkpoint.pt")
         recorded "$out" checkpoint.pt || average_checkpoints "$run" "$out"
-    else
-        out=$run/best checkpoint=$run/checkpoint_best.pt
     fi
+    ! tokens || how+=(--tokenize none)
+    ((gpus > 0)) || how+=(--cpu)
     say "$1: translating and scoring (in $out)"
-    translate "$dir/data-bin" test "$checkpoint" "$out" --post-process "$post_process"
+    ((dry_run)) || rm -f "$out/scores"
+    run "$out/scores" "$BIN/hgkd" score "$dir/data-bin" "$run" "${how[@]}" --reference "$dir/text/test.$target" \
+        --generate "${generation[*]} ${device[*]}"
     bleu "$out"
-    # With the control that every claim of calibration needs: a temperature, fitted on the validation set.
-    calibrate forced.json forced
-    # A model that has learnt nothing, as in a trial of some updates, may have no best temperature: then go on without.
-    if (calibrate temperature.json temperature); then
-        calibrate scaled.json forced --temperature "$out/temperature.json"
-    else
-        say "$1: scores without a temperature"
-    fi
     ((dry_run)) || summary
 }
 
 # What is known of all models of this folder.
 summary() {
     local folder
-    for folder in "$dir"/*/{best,average*}; do
-        [[ -f $folder/forced.json ]] || continue
+    for folder in "$dir"/* "$dir"/*/average*; do
+        [[ -f $folder/scores.json ]] || continue
         printf '%s\n' "${folder#"$dir"/}"
         grep -h '^BLEU' "$folder/bleu"
-        grep -hsE '^ECE' "$folder/forced" "$folder/scaled" || true
+        grep '^ECE.*mode:forced' "$folder/scores"
     done
 }
 

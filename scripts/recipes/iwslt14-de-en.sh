@@ -47,7 +47,6 @@ tokenised() { moses "$2" tokenize <"$1" | lowercase; } # FILE LANGUAGE
 merges=10000 # as fairseq's script
 make_pieces() { subword_nmt_pieces "$1"; }
 dictionary=() # one for each language, as fairseq's README
-post_process=subword_nmt
 scores=(tokenised detokenised) # published: the first. The second ignores case, which the text no longer has
 sacrebleu=(-lc)
 

@@ -31,7 +31,6 @@ spaced() { each_line '" ".join(line.split()) + "\n"' <"$1"; } # FILE: single spa
 merges=10000
 make_pieces() { subword_nmt_pieces "$1"; }
 dictionary=()
-post_process=subword_nmt
 scores=(tokenised) # the only published one: nobody detokenises this set
 
 # No published fairseq recipe is the standard; the data is of IWSLT14's kind and size, so its options, see there.

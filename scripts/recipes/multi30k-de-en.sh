@@ -29,13 +29,11 @@ set_style() {
     case $style in
         paper)
             merges=10000 # as Wu et al. 2021 (arXiv:2105.14462), whose text-only baseline is the model below
-            post_process=subword_nmt
             dictionary=(--joined-dictionary)
             scores=(tokenised detokenised)
             sacrebleu=(-lc)
             ;;
         cased)
-            post_process=sentencepiece
             dictionary=(--joined-dictionary --srcdict "$dir/pieces/dict.txt")
             scores=(detokenised)
             sacrebleu=()

@@ -56,7 +56,6 @@ make_pieces() {
     rm -rf "$1/bpe"
 }
 dictionary=(--joined-dictionary) # needed to share all embeddings
-post_process=subword_nmt
 scores=(tokenised detokenised) # published: the first, compounds split; comparable over toolkits: the second
 
 # Compounds that the tokenizer left whole are split for the tokenised score, as in the published ones (fairseq's

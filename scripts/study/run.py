@@ -21,18 +21,17 @@ import subprocess
 import sys
 import threading
 import time
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import IO
 
-from study import Cell, Grid, read_about, read_scores, user_dir
+from study import Cell, Grid, diverged, read_about, read_scores, user_dir
 
 from hgkd_fairseq import files
-from hgkd_fairseq.cli import number
+from hgkd_fairseq.arguments import number
 from hgkd_fairseq.errors import UserError, guarded, in_one_line, printable
 
-HERE = Path(__file__).parent
-SCRIPTS = HERE.parent
+SCRIPTS = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 POLL_S = 1.0
 
@@ -101,8 +100,8 @@ def check(cells: list[Cell], folder: Path) -> None:
         if not (folder / cell.folder / "cell.json").exists():
             continue
         before = read_about(folder / cell.folder, commands=[str])["commands"]
-        if before != cell.commands:
-            now, old = (shlex.split(" ".join(commands)) for commands in (cell.commands, before))
+        now, old = (shlex.split(" ".join(commands)) for commands in (cell.commands, before))
+        if decisive(now) != decisive(old):
             changed = " ".join(option for option in old if option not in now) or "other options"
             raise UserError(
                 f"{folder / cell.folder} was made with {changed} and the grid says otherwise now; "
@@ -110,12 +109,18 @@ def check(cells: list[Cell], folder: Path) -> None:
             )
 
 
+def decisive(words: list[str]) -> list[str]:
+    """Of a cell's commands what its scores depend on: the training, and the search."""
+    training = takewhile(lambda word: word != "--user-dir", words)
+    return [*training, *(word for word in words if word.startswith("--generate="))]
+
+
 def finished(cell: Cell, folder: Path) -> bool:
     return is_finished(folder / cell.folder)
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether there are scores, whole ones: a cut or empty file, or one of an earlier score.py, is made again."""
+    """Whether there are scores, whole ones: a cut or empty file, or one of an earlier version, is made again."""
     try:
         read_scores(folder)
     except UserError:
@@ -233,7 +238,10 @@ class Runner:
             train = [BIN / "fairseq-train", *cell.train, "--user-dir", user_dir(), *self.device]
             if not self.call(cell, train, "train.log", lock):
                 return
-        score = [sys.executable, HERE / "score.py", *cell.score, *self.device, "--debug"]
+        since = diverged(folder)
+        if since is not None:
+            raise UserError(f"diverged: from update {since} on its NLL on validation is no number; train it anew")
+        score = [BIN / "hgkd", "score", *cell.score, *self.device, "--debug"]
         if self.call(cell, score, "score.log", lock):
             found = read_scores(folder)
             say(

@@ -5,7 +5,7 @@ study lives in one folder, whose commands run there with relative paths, so that
 
     data.json  text/  data-bin/         the data, once (text/ may hold valid1.LANG, see prepare_data.sh)
     SETTING/METHOD/seed-N/              a cell: cell.json (signature, commands), train.log, checkpoints, score.log,
-                                        translations, scores.json (there when all is done)
+                                        what hgkd score writes, scores.json last
     teacher/SIZE/seed-N/                the cell of a teacher
 """
 
@@ -23,7 +23,6 @@ import hgkd_fairseq
 from hgkd_fairseq import files, methods
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.files import Within
-from hgkd_fairseq.report import logs
 
 PRECISIONS = {"fp32": [], "bf16": ["--bf16"], "fp16": ["--fp16"]}
 TEMPERATURE = 1.5  # of the teacher, the paper's
@@ -87,12 +86,14 @@ SCORES = {
 def read_scores(folder: Path) -> dict[str, Any]:
     """Of a finished cell. Raises UserError where it is not: a file alone proves nothing."""
     return files.read_json(
-        folder / "scores.json", SCORES, "file of score.py; remove it, and run.py scores the cell again"
+        folder / "scores.json", SCORES, "file of `hgkd score` on a finished cell; remove it, and run.py scores it again"
     )
 
 
 def diverged(folder: Path) -> int | None:
     """The update from which on a cell's NLL on validation was no number; None where it is one, or none is logged."""
+    from hgkd_fairseq.evaluation import logs
+
     return logs.read(folder / "train.log").diverged if (folder / "train.log").exists() else None
 
 
@@ -115,7 +116,7 @@ class Cell:
     updates: int
     signature: str
     train: list[str] = field(hash=False)  # arguments of fairseq-train
-    score: list[str] = field(hash=False)  # arguments of score.py
+    score: list[str] = field(hash=False)  # arguments of hgkd score
     teacher: str | None = None  # the folder of the teacher's cell, which must be finished first
 
     @property
@@ -123,7 +124,7 @@ class Cell:
         """For the reader, to be run in the study's folder."""
         return [
             f"fairseq-train {shlex.join(self.train)} --user-dir $(hgkd user-dir)",
-            f"score.py {shlex.join(self.score)}",
+            f"hgkd score {shlex.join(self.score)}",
         ]
 
     def description(self) -> dict[str, Any]:
@@ -236,7 +237,7 @@ class Grid:
             *("--no-progress-bar", "--log-format", "json"),
         ]
         generation = f"--generate={self.table['generation']['options']}"
-        score = [folder, "--data", "data-bin", "--reference", "text/test.en", generation]
+        score = ["data-bin", folder, "--reference", "text/test.en", "--own-lenpen", generation]
         parts = {
             "setting": setting,
             "method": variant,

@@ -147,7 +147,7 @@ def test_trains_and_scores(name: str, trials: dict[str, Trial]):
     run, expected = trials[name], RECIPE[name]
     student = "hkd-t-1" if name == "multi30k-de-en" else "base-1"
     assert cl.load(run.folder / student / "checkpoint_last.pt")["optimizer_history"][-1]["num_updates"] == UPDATES
-    printed = run.output[run.output.index(f"{student}/best\n") :]
+    printed = run.output[run.output.index(f"{student}\n") :]
     for line, (case, tok) in zip(printed.splitlines()[1:], expected.scores, strict=False):
         assert re.match(BLEU.format(case=case, tok=tok), line), printed
     assert len(re.findall("^BLEU", printed, flags=re.MULTILINE)) == len(expected.scores)
@@ -155,8 +155,7 @@ def test_trains_and_scores(name: str, trials: dict[str, Trial]):
     assert len(re.findall(r"^ECE\|bins:20\|mode:forced\|eos:yes\|tok:bpe\|version", printed, re.MULTILINE)) == 1
     assert len(re.findall(r"^ECE\|bins:20\|mode:forced\|eos:yes\|tok:bpe\|temp:", printed, re.MULTILINE)) == 1
     # One hypothesis for each reference, in the corpus' order; fairseq cannot print a piece that training did not hold.
-    folder = run.folder / student / "best"
-    written = (folder / "generate-test.txt").read_text(encoding="utf-8")
+    written = (run.folder / student / "generate-test.txt").read_text(encoding="utf-8").replace("@@ ", "")
     by_number = {int(number): text for number, text in re.findall(r"^T-(\d+)\t(.*)$", written, re.MULTILINE)}
     told = [by_number[i] for i in range(expected.pairs[2])]
     known = [(text, line) for text, line in zip(told, run.lines(f"text/test.{LANGUAGES[name][1]}"), strict=True)
@@ -165,7 +164,7 @@ def test_trains_and_scores(name: str, trials: dict[str, Trial]):
     assert all(text == line for text, line in known)
     by_number = {int(number): text for number, text in re.findall(r"^H-(\d+)\t\S+\t(.*)$", written, re.MULTILINE)}
     assert [by_number[i] for i in range(expected.pairs[2])] == [
-        text.replace(" ##AT##-##AT## ", "-") for text in run.lines(f"{student}/best/test.hypothesis")
+        text.replace(" ##AT##-##AT## ", "-") for text in run.lines(f"{student}/test.hypothesis")
     ]
 
 
@@ -198,7 +197,9 @@ def test_goes_on_where_it_was(trials: dict[str, Trial]):
     again = recipe(run.name, *where, *TRIAL, "--", *SMALL)
     assert again.returncode == 0, again.stderr
     assert again.stdout == run.output
-    assert [Path(shlex.split(line)[0]).name for line in run.lines("commands")[before:]] == ["sacrebleu"] * 2
+    programs = [Path(shlex.split(line)[0]).name for line in run.lines("commands")[before:]]
+    assert programs == ["hgkd", "sacrebleu", "sacrebleu"]
+    assert (run.folder / "hkd-t-1" / "scores").read_text().splitlines()[0] == str(run.folder / "hkd-t-1")  # from files
     for arguments, refused in (
         ((*where, *TRIAL), "hkd-t-1 was begun with other settings"),
         ((*where, "--gpus", 0, "--max-update", 30, "--", *SMALL), "teacher was trained with other settings"),
@@ -267,7 +268,7 @@ def test_cased_multi30k(tmp_path: Path):
     pieces = (tmp_path / "run" / "pieces" / "test.en").read_text(encoding="utf-8").splitlines()
     assert pieces[0].replace(" ", "").replace("\u2581", " ").strip() == corpora.BY_HAND["en"]
     planned = recipe("multi30k-de-en", *where, "--dry-run").stdout
-    assert "--post-process sentencepiece" in planned
+    assert "sacrebleu" in planned
     assert "--tokenize none" not in planned
 
 

@@ -8,7 +8,8 @@ import command_line as cl
 import pytest
 from fairseq import options
 
-from hgkd_fairseq.report import commands, logs
+from hgkd_fairseq.evaluation import logs
+from hgkd_fairseq.report import commands
 
 
 def parse(program: str, arguments: list[str]) -> dict:

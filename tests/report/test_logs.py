@@ -9,7 +9,7 @@ import pytest
 from fairseq.logging import progress_bar
 
 from hgkd_fairseq.errors import UserError
-from hgkd_fairseq.report import logs
+from hgkd_fairseq.evaluation import logs
 
 
 @pytest.fixture(params=["simple", "json"])
@@ -78,6 +78,25 @@ def test_a_log_of_fairseq_train(student: cl.Run, tmp_path):
     assert log.settings["teacher_path"].endswith("teacher_then_deleted.pt")
     assert log.settings["task"] == "translation_with_teacher"
     assert log.settings["cpu"] is True
+
+
+def test_epochs_of_a_killed_run(tmp_path):
+    """Epoch 2 was made twice, and the share of epoch 3 was lost between its checkpoint and its line."""
+    lines = [
+        '| INFO | valid | {"epoch": 1, "valid_nll_loss": "5.5", "valid_ece": "0.1", "valid_num_updates": "10"}',
+        '| INFO | train | {"epoch": 1, "train_teacher_share": "0.25", "train_num_updates": "10"}',
+        '| INFO | valid | {"epoch": 2, "valid_nll_loss": "9", "valid_ece": "0.9", "valid_num_updates": "20"}',
+        '| INFO | valid | {"epoch": 2, "valid_nll_loss": "4.5", "valid_ece": "0.2", "valid_num_updates": "20"}',
+        '| INFO | train | {"epoch": 2, "train_teacher_share": "0.5", "train_num_updates": "20"}',
+        '| INFO | valid | {"epoch": 3, "valid_nll_loss": "4.0", "valid_ece": "0.3", "valid_num_updates": "30"}',
+        '| INFO | train | {"epoch": 4, "train_teacher_share": "0.75", "train_num_updates": "40"}',
+    ]
+    (tmp_path / "train.log").write_text("\n".join(lines))
+    assert logs.read(tmp_path / "train.log").epochs == [
+        {"updates": 10, "valid_nll": 5.5, "valid_ece": 0.1, "teacher_share": 0.25},
+        {"updates": 20, "valid_nll": 4.5, "valid_ece": 0.2, "teacher_share": 0.5},
+        {"updates": 30, "valid_nll": 4.0, "valid_ece": 0.3},
+    ]
 
 
 HYDRA = "[2026-01-31 12:00:00,000][{}][INFO] - {}\n"

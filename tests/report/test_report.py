@@ -7,7 +7,6 @@ import re
 import shutil
 from pathlib import Path
 
-import command_line as cl
 import pytest
 import torch
 from sacrebleu.metrics import BLEU, CHRF, TER
@@ -30,37 +29,10 @@ def folders(data, teacher, student, tmp_path_factory) -> list[Path]:
             (home / name / checkpoint).symlink_to(run.path(checkpoint))
         (home / name / "train.log").write_text(run.result.output)
 
-    def generate(folder: Path) -> cl.Result:
-        options = ("--cpu", "--beam", 2, "--max-len-b", 12, "--results-path", folder)
-        return cl.fairseq("generate", data, *cl.USER_DIR, "--path", folder / "checkpoint_best.pt", *options)
-
-    def measure(folder: Path, file: str, *command) -> None:
-        assert cli.main(["calibration", *map(str, command), "--json", f"{folder}/{file}"]) == 0
-
     folders = [home / name for name in found]
-    for folder in folders:
-        model = (data, "--path", folder / "checkpoint_best.pt", "--cpu")
-        measure(folder, "forced.json", "forced", *model)
-        measure(folder, "temperature.json", "temperature", *model, "--replicates", 0)
-        measure(folder, "scaled.json", "forced", *model, "--temperature", folder / "temperature.json")
-    results = cl.together(*[lambda folder=folder: generate(folder) for folder in folders])
-    for folder, result in zip(folders, results, strict=True):
-        assert result.code == 0, result.end()
-        (folder / "generate.log").write_text(result.output)
-        measure(folder, "inference.json", "inference", folder / "generate-test.txt")
-        (folder / "scaled").mkdir()
-        scaled_probabilities(folder / "generate-test.txt", folder / "scaled" / "generate-test.txt")
-        measure(folder, "inference_scaled.json", "inference", folder / "scaled" / "generate-test.txt")
+    options = ("--cpu", "--generate=--beam 2 --max-len-b 12")
+    assert cli.main(["score", str(data), *map(str, folders), *options]) == 0
     return folders
-
-
-def scaled_probabilities(file: Path, output: Path) -> None:
-    """Other probabilities of the same tokens: a translation at a temperature is another run of fairseq-generate."""
-
-    def half(found: re.Match) -> str:
-        return found[1] + " ".join(str(float(number) / 2) for number in found[2].split())
-
-    output.write_text(re.sub(r"^(P-\d+\t)(.*)$", half, file.read_text(), flags=re.MULTILINE))
 
 
 @pytest.fixture(scope="module")
@@ -163,9 +135,6 @@ def test_a_run_does_not_differ_from_itself(folders, tmp_path):
         assert (cell.text, cell.interval, cell.p) == ("0.00", "[0.00, 0.00]", "p = 1.000")
 
 
-KINDS = ("forced", "inference", "temperature", "forced", "inference")  # in the order of runs.FILES
-
-
 class Page(html.parser.HTMLParser):
     """Checks that elements are closed in order, and collects what a page refers to."""
 
@@ -229,9 +198,8 @@ def test_the_page_holds_all(written, found):
         "Teacher&#x27;s share of training tokens",
     ]
     assert "<b>student" not in written.replace("<b>&lt;b&gt;student", "")
-    commands = re.findall(r"^(fairseq-\w+|hgkd calibration \w+) ", re.sub("<pre>", "\n", written), flags=re.MULTILINE)
-    once = ["fairseq-train", "fairseq-generate", *(f"hgkd calibration {kind}" for kind in KINDS)]
-    assert commands == 2 * once
+    commands = re.findall(r"^(fairseq-\w+|hgkd \w+) ", re.sub("<pre>", "\n", written), flags=re.MULTILINE)
+    assert commands == 2 * ["fairseq-train", "fairseq-generate", "hgkd score"]
     assert f"torch {torch.__version__}" in written
     options = dict(re.findall(r"<tr><td><code>(.*?)</code></td>(.*?)</tr>", written))
     values = {option: re.findall(r"<div>(.*?)</div>", cells) for option, cells in options.items()}
@@ -266,13 +234,9 @@ def test_what_is_missing_is_said(folders, tmp_path, capsys):
     printed = capsys.readouterr().out
     (quality,) = [line for line in printed.splitlines() if line.startswith("| lean |") and "(" not in line][:1]
     assert quality.startswith("| lean |  |  |  | ")
-    for file, command in (
-        ("checkpoint_best.pt", "fairseq-train DATA --save-dir RUN"),
-        ("generate-test.txt", "fairseq-generate DATA --path RUN/checkpoint_best.pt --results-path RUN"),
-        ("inference.json", "hgkd calibration inference RUN/generate-test.txt --json RUN/inference.json"),
-        ("temperature.json", "hgkd calibration temperature DATA --path RUN/checkpoint_best.pt"),
-    ):
-        assert printed.count(f"No {file} of lean: `{command}") == 1
+    assert printed.count("No checkpoint_best.pt of lean: `fairseq-train DATA --save-dir RUN") == 1
+    for file in ("generate-test.txt", "inference.json", "temperature.json"):
+        assert printed.count(f"No {file} of lean: `hgkd score DATA RUN`") == 1
     assert "of base" not in printed
     written = (tmp_path / "report.html").read_text()
     Page(written)
@@ -329,7 +293,7 @@ REFUSED = {
     ),
     "scores of another kind": (
         lambda run: shutil.copy(run / "inference.json", run / "forced.json"),
-        "forced.json holds scores of `hgkd calibration inference`; write it again: hgkd calibration forced",
+        "forced.json holds scores of `hgkd calibration inference`; write it again: hgkd score DATA RUN",
     ),
     "scores at a temperature": (
         lambda run: change(run, "forced.json", "|tok:bpe|version", "|tok:bpe|temp:2|version"),

@@ -17,12 +17,12 @@ from sacrebleu.metrics import BLEU
 
 from hgkd_fairseq import methods
 from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.evaluation.score import LENGTH_PENALTIES
 
 STUDY = Path(__file__).parents[2] / "scripts" / "study"
 sys.path.insert(0, str(STUDY))
 
 import run as runner  # noqa: E402
-import score  # noqa: E402
 import table  # noqa: E402
 from study import Grid  # noqa: E402
 
@@ -138,7 +138,7 @@ def test_killed_and_restarted(tmp_path):
     gold = {name: (study / f"text/{name}.en").read_text().splitlines() for name in ("valid", "test")}
     valid = {
         penalty: BLEU().corpus_score(translations(moved, cell, "valid", penalty), [gold["valid"]]).score
-        for penalty in score.LENGTH_PENALTIES
+        for penalty in LENGTH_PENALTIES
     }
     assert valid[found["lenpen"]] == max(valid.values()) > min(valid.values())
     own = translations(moved, cell, "test", found["lenpen"])
@@ -341,24 +341,6 @@ def test_a_cell_is_worked_on_once(tmp_path):
         child.kill()
         child.wait()
     assert runner.claim(tmp_path) is not None
-
-
-def test_curve_of_a_killed_run():
-    """Epoch 2 was made twice, and the share of epoch 3 was lost between its checkpoint and its line."""
-    lines = [
-        '| valid | {"epoch": 1, "valid_nll_loss": "5.5", "valid_ece": "0.1", "valid_num_updates": "10"}',
-        '| train | {"epoch": 1, "train_teacher_share": "0.25"}',
-        '| valid | {"epoch": 2, "valid_nll_loss": "9", "valid_ece": "0.9", "valid_num_updates": "20"}',
-        '| valid | {"epoch": 2, "valid_nll_loss": "4.5", "valid_ece": "0.2", "valid_num_updates": "20"}',
-        '| train | {"epoch": 2, "train_teacher_share": "0.5"}',
-        '| valid | {"epoch": 3, "valid_nll_loss": "4.0", "valid_ece": "0.3", "valid_num_updates": "30"}',
-        '| train | {"epoch": 4, "train_teacher_share": "0.75"}',
-    ]
-    assert score.curve("\n".join(lines)) == [
-        {"updates": 10, "valid_nll": 5.5, "valid_ece": 0.1, "teacher_share": 0.25},
-        {"updates": 20, "valid_nll": 4.5, "valid_ece": 0.2, "teacher_share": 0.5},
-        {"updates": 30, "valid_nll": 4.0, "valid_ece": 0.3},
-    ]
 
 
 REFERENCES = [f"the cat number {i} sat on mat number {i + 1}" for i in range(12)]

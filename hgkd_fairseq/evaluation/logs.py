@@ -36,7 +36,8 @@ class Log:
     """What a log tells."""
 
     settings: dict[str, Any] = field(default_factory=dict)  # of the last start, by the options' names; see `value`
-    # By name, ([updates], [value]): those of CURVES and, of training, teacher_share. A value may be nan or infinite.
+    # By name, ([updates], [value]): those of CURVES and, of training, teacher_share, many points an epoch where the log
+    # has them, and epoch_share, the mean of each epoch. A value may be nan or infinite.
     curves: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
 
     @property
@@ -51,6 +52,18 @@ class Log:
             first = None if math.isfinite(value) else updates if first is None else first
         return first
 
+    @property
+    def epochs(self) -> list[dict[str, float]]:
+        """Of each validation: updates, NLL (bits) and ECE, and the teacher's share in the epoch that ends there. What
+        is no number, or not logged, is left out."""
+        names = {"valid_nll": "nll_loss", "valid_ece": "ece", "teacher_share": "epoch_share"}
+        known = {key: dict(zip(*self.curves.get(name, ([], [])), strict=True)) for key, name in names.items()}
+        found = []
+        for updates in known["valid_nll"]:
+            values = {key: curve.get(updates, math.nan) for key, curve in known.items()}
+            found.append({"updates": updates} | {key: one for key, one in values.items() if math.isfinite(one)})
+        return found
+
 
 def read(file: Path) -> Log:
     """Read the log of a run and, where it was stopped and resumed, of its resumptions, one after the other.
@@ -63,9 +76,10 @@ def read(file: Path) -> Log:
         found = next((found for form in FORMS if (found := form.search(line))), None)
         if found:
             take(log, found[1], found[2].rstrip())
-    if "train_inner" in log.curves:  # many points an epoch; without it one an epoch
-        log.curves["teacher_share"] = log.curves["train_inner"]
-    return Log(log.settings, {name: log.curves[name] for name in (*CURVES, "teacher_share") if name in log.curves})
+    train = log.curves.get("train")
+    shares = {"teacher_share": log.curves.get("train_inner", train), "epoch_share": train}
+    curves = {name: log.curves.get(name) for name in CURVES} | shares
+    return Log(log.settings, {name: curve for name, curve in curves.items() if curve})
 
 
 def take(log: Log, tag: str, message: str) -> None:
@@ -75,7 +89,7 @@ def take(log: Log, tag: str, message: str) -> None:
         return
     if tag in ("train", "train_inner"):
         numbers = numbers_of(tag, message)
-        add(log, "teacher_share" if tag == "train" else tag, numbers.get("num_updates"), numbers.get("teacher_share"))
+        add(log, tag, numbers.get("num_updates"), numbers.get("teacher_share"))
     elif tag == str(log.settings.get("valid_subset", "valid")).split(",")[0]:  # the one that chooses the checkpoint
         numbers = numbers_of(tag, message)
         # fairseq's cross_entropy, whose loss it is, logs no nll_loss of its own.

@@ -1,0 +1,103 @@
+"""Arguments of our commands: numbers in their range, files that can be written, inputs that stay as they are."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from hgkd_fairseq import files
+from hgkd_fairseq.errors import UserError, printable
+
+
+class Parser(argparse.ArgumentParser):
+    """Of the command and of its subcommands, which argparse makes of the same class."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+        )
+
+
+def number(low: float, high: float = 2**53, kind: type = int) -> Callable[[str], float]:
+    """An argument's type: a number from `low` to `high`, a whole one unless `kind` is float."""
+
+    def convert(text: str) -> float:
+        what = "number" if kind is float else "whole number"
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{printable(text[:40])} is no {what}") from None
+        if not low <= value <= high:  # NaN is not
+            limits = f"above {low - 1}" if (low, kind) == (1, int) and value < low else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{printable(text[:40])} is no {what} {limits}")
+        return value
+
+    return convert
+
+
+class Output(str):
+    """The name of a file that a command writes; it can be written: told before the work, not after it."""
+
+    def __new__(cls, text: str):
+        try:
+            files.check_output(text)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return super().__new__(cls, text)
+
+
+class NewOutput(Output):
+    """The name of a file or folder that is not there yet."""
+
+    def __new__(cls, text: str):
+        if os.path.lexists(text):
+            raise argparse.ArgumentTypeError(f"{text} exists; name another file or folder, or remove it")
+        return super().__new__(cls, text)
+
+
+class Input(str):
+    """The name of what a command reads: a file, several with ':' between them, or a folder."""
+
+    content: tuple[str, ...] = ("*",)  # what is read of a folder
+
+    def __new__(cls, text: str):
+        if not text:
+            raise argparse.ArgumentTypeError("the name is empty; give one")
+        return super().__new__(cls, text)
+
+    def is_read(self, output: str) -> bool:
+        """Whether an output would write over it, or over what is read in it."""
+        if not os.path.isfile(output):
+            return False
+        for part in {str(self), *self.split(":")}:
+            if os.path.isdir(part):
+                inside = Path(output).resolve().is_relative_to(Path(part).resolve())
+                if inside and any(fnmatch.fnmatch(os.path.basename(output), pattern) for pattern in self.content):
+                    return True
+            elif files.same_file(output, part):
+                return True
+        return False
+
+
+class Data(Input):
+    content = ("*.bin", "*.idx", "dict.*.txt")
+
+
+class RunFolder(Input):
+    content = ("*.pt", "*.log", "*.txt", "*.json")
+
+
+def refuse_overwriting(args) -> None:
+    """An output that is an input, or another output."""
+    named = [one for value in vars(args).values() for one in (value if isinstance(value, list) else [value])]
+    outputs = [one for one in named if isinstance(one, Output)]
+    for place, output in enumerate(outputs):
+        if any(isinstance(one, Input) and one.is_read(output) for one in named):
+            raise UserError(f"{output} is read by this command and would be written over; name another file to write")
+        special = os.path.exists(output) and not os.path.isfile(output)
+        if not special and any(files.same_file(output, other) for other in outputs[:place]):
+            raise UserError(f"{output} is named for two outputs; name another file for one of them")

@@ -1,0 +1,297 @@
+"""All that is measured of a trained run, in the files that `hgkd report` reads; what is there is not done again.
+
+Of each checkpoint: translations of the test set with BLEU and chrF, forced and inference calibration, a temperature
+fitted on the validation set (the control of every claim of calibration) and the scores at it, and, where it is asked
+for, translations at the length penalty that the validation set prefers (likewise of BLEU).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import math
+import shlex
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq import options
+from fairseq_cli import generate
+from sacrebleu.metrics import BLEU, CHRF
+
+import hgkd_fairseq
+from hgkd_fairseq import files
+from hgkd_fairseq.calibration.scores import Score
+from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.evaluation import forced, generated, inference, logs, results, temperature
+from hgkd_fairseq.plugin import binarised, checkpoints
+
+CHECKPOINTS = {"best": "checkpoint_best.pt", "last": "checkpoint_last.pt"}
+LENGTH_PENALTIES = (0.5, 1.0, 1.5, 2.0, 3.0)
+PACKAGES = ("torch", "ve-fairseq", "sacrebleu")
+RECORD = "scored.json"
+GENERATED = "generate-test.txt"
+SHOWN = ("nll", "ece", "ece_without_eos")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How runs are scored."""
+
+    generate: str = "--beam 5"  # options of fairseq-generate
+    reference: str | None = None  # text, one reference a line; None: those in the data, with their pieces joined
+    tokenize: str = "13a"  # of sacreBLEU's BLEU; "none" where texts are tokenised
+    own_lenpen: bool = False
+    cpu: bool = False
+    command: str = ""  # as it was typed, for the report
+
+    @property
+    def search(self) -> list[str]:
+        try:
+            return shlex.split(self.generate)
+        except ValueError as error:
+            raise UserError(f"--generate: {error}") from None
+
+
+def score_all(data: str, runs: Sequence[str], names: Sequence[str], how: Options) -> None:
+    """Score checkpoints of runs, and print what a reader asks for first.
+
+    Args:
+        data: folder of fairseq-preprocess, with the subsets valid and test.
+        runs: folders that fairseq-train saved to.
+        names: of the checkpoints in each: "best", "last" or a file. The scores of the best one are in the run's folder,
+            those of checkpoint_NAME.pt in its folder NAME.
+        how: see there.
+
+    Raises:
+        UserError: something that is missing or cannot be used.
+    """
+    generation(data, "--path", "PATH", *how.search)  # what it refuses is told before the work
+    references = generated.read_references(how.reference) if how.reference else None
+    for run in runs:
+        for name in names:
+            print(*Scoring(data, Path(run), name, how).score(references), sep="\n", flush=True)
+
+
+class Steps:
+    """The files of a folder that are whole and come from known inputs: RECORD has the hashes of both."""
+
+    def __init__(self, folder: Path, *inputs: Any):
+        self.folder, self.inputs = folder, [content(one) for one in inputs]
+        self.table: dict[str, list[str]] = {}
+        with contextlib.suppress(UserError):  # there is none, or one that was cut short
+            self.table = files.read_json(folder / RECORD, {str: [str]})
+
+    def once(self, name: str, make: Callable[[Path], object], *inputs: Any) -> Path:
+        """The file `name`, which make(file) writes unless it is there, byte for byte, from the same inputs. Of a Path
+        the content counts."""
+        file = self.folder / name
+        known = json.dumps([*self.inputs, *map(content, inputs)])
+        key = hashlib.sha256(known.encode()).hexdigest()
+        if not file.is_file() or self.table.get(name) != [key, content(file)]:
+            print(f"hgkd: {file}", file=sys.stderr, flush=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            make(file)
+            self.table[name] = [key, content(file)]
+            files.write_json(self.folder / RECORD, self.table)
+        return file
+
+
+def content(value: Any) -> Any:
+    """The SHA-256 of a Path's content; any other value as it is."""
+    if not isinstance(value, Path):
+        return value
+    with open(value, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def generation(*words: str) -> argparse.Namespace:
+    """Arguments of fairseq-generate.
+
+    Raises:
+        UserError: it does not know them.
+    """
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            return options.parse_args_and_arch(options.get_generation_parser(), input_args=list(words))
+    except SystemExit:
+        why = told.getvalue().strip().rpartition("error: ")[2]
+        raise UserError(f"--generate: fairseq-generate {shlex.join(words)}: {why}") from None
+
+
+@contextlib.contextmanager
+def logged(file: Path) -> Iterator[None]:
+    """What fairseq logs, its settings first, goes to a file; hydra's warnings of fairseq's ways to nobody."""
+    handler = logging.FileHandler(file, "w", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(name)s | %(message)s"))
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers
+    root.handlers = [handler]
+    root.setLevel(logging.INFO)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        root.setLevel(level)
+        root.handlers = handlers
+        handler.close()
+
+
+class Scoring:
+    """One checkpoint of a run."""
+
+    def __init__(self, data: str, run: Path, name: str, how: Options):
+        self.data, self.run, self.how = data, run, how
+        self.path = run / CHECKPOINTS.get(name, name)
+        if not self.path.is_file():
+            raise UserError(f"{self.path} does not exist; --checkpoint is best, last or a file in the run's folder")
+        self.folder = self.path.parent / self.path.stem.removeprefix("checkpoint").lstrip("_.")
+        if name == "best":
+            self.folder = run
+        corpus = Path(binarised.first_shard(data))
+        subsets = [file for split in ("dict", "valid", "test") for file in sorted(corpus.glob(f"{split}.*"))]
+        self.once = Steps(self.folder, hgkd_fairseq.__version__, self.path, *subsets).once
+
+    def translated(self, name: str, *more: str) -> Path:
+        """The output of fairseq-generate, in pieces; beside it generate.log, which has its settings."""
+        return self.once(name, lambda file: self.translate(file, *more), self.how.generate, self.how.cpu, more)
+
+    def translate(self, file: Path, *more: str) -> None:
+        args = generation(
+            *(self.data, "--path", str(self.path), "--user-dir", str(Path(hgkd_fairseq.__file__).parent)),
+            *("--gen-subset", file.stem.removeprefix("generate-"), "--results-path", str(file.parent)),
+            *("--required-batch-size-multiple", "1", "--max-tokens", "4000", "--no-progress-bar"),
+            *("--num-workers", "0"),  # torch may wait 5 s for the end of a worker, as long as the whole translation
+            *(["--cpu"] if self.how.cpu else []),
+            *self.how.search,
+            *more,
+        )
+        with logged(file.with_name("generate.log")), contextlib.redirect_stdout(sys.stderr):
+            generate.main(args)
+
+    def forced(self, name: str, degree: float = 1.0) -> dict[str, Any]:
+        def make(file: Path) -> None:
+            found = forced.evaluate(self.data, str(self.path), cpu=self.how.cpu, temperature=degree)
+            results.write(found, file, self.how.command)
+
+        return results.read(self.once(name, make, degree))
+
+    def inference(self, name: str, translations: Path) -> dict[str, Any]:
+        def make(file: Path) -> None:
+            results.write(inference.evaluate(str(translations)), file, self.how.command)
+
+        return results.read(self.once(name, make, translations))
+
+    def temperature(self) -> float | None:
+        """Fitted on the validation set; None where none is best."""
+
+        def make(file: Path) -> None:
+            results.write(temperature.fit(self.data, str(self.path), cpu=self.how.cpu), file, self.how.command)
+
+        try:
+            return temperature.read_file(self.once("temperature.json", make))["temperature"]
+        except temperature.NoMinimum as error:
+            print(f"hgkd: {self.folder}: scored without a temperature: {error}", file=sys.stderr)
+            for name in ("temperature", "scaled", "inference_scaled"):  # of another checkpoint
+                (self.folder / f"{name}.json").unlink(missing_ok=True)
+            return None
+
+    def score(self, references: list[str] | None) -> list[str]:
+        """Measure, and write scores.json; the lines to print."""
+        found = {"": self.forced("forced.json")}
+        found["inference_"] = self.inference("inference.json", self.translated(GENERATED))
+        degree = self.temperature()
+        if degree is not None:
+            found["scaled_"] = self.forced("scaled.json", degree)
+            translations = self.translated(f"scaled/{GENERATED}", "--temperature", str(degree))
+            found["scaled_inference_"] = self.inference("inference_scaled.json", translations)
+        quality, signatures = self.quality(references)
+        scores = {
+            **quality,
+            "temperature": degree,
+            **{kind + key: each[key] for kind, each in found.items() for key in ("ece", "nll") if key in each},
+            **self.training(),
+            "parameters": found[""]["parameters"],
+            "signatures": {**signatures, **{f"{key}ece": found[key]["signature"] for key in ("", "inference_")}},
+            "versions": {"hgkd_fairseq": hgkd_fairseq.__version__, **{one: metadata.version(one) for one in PACKAGES}},
+            "threads": torch.get_num_threads(),
+        }
+        files.write_json(self.folder / "scores.json", scores)
+        labels = (("bleu", "BLEU"), ("chrf", "chrF2"))
+        lines = [f"{label}|{signatures[key]} = {quality[key]:.2f}" for key, label in labels]
+        if self.how.own_lenpen:
+            lines.append(f"BLEU|lenpen:{quality['lenpen']:g}|{signatures['bleu']} = {quality['lenpen_bleu']:.2f}")
+        for kind, measured in found.items():
+            rows = [row for row in measured["scores"] if row["key"] in SHOWN and row["value"] is not None]
+            lines += [f"At temperature {degree:.4f}:"] if kind == "scaled_" else []
+            lines += [str(Score(**row)) for row in rows]
+        return [str(self.folder), *lines]
+
+    def quality(self, references: list[str] | None) -> tuple[dict[str, float], dict[str, str]]:
+        """Scores of the texts, and their signatures."""
+        texts, references = self.texts(GENERATED, "translations.txt", references)
+        bleu, chrf = self.bleu(), CHRF()
+        scored = bleu.corpus_score(texts, [references])
+        found = {"bleu": scored.score, "brevity_penalty": scored.bp}
+        found["chrf"] = chrf.corpus_score(texts, [references]).score
+        if self.how.own_lenpen:
+            chosen = self.once("lenpen.json", self.choose_lenpen, self.how.generate, self.how.cpu, self.how.tokenize)
+            penalty = files.read_json(chosen, {"lenpen": float})["lenpen"]
+            name = f"lenpen/{GENERATED}"
+            self.translated(name, "--lenpen", str(penalty))
+            scored = bleu.corpus_score(self.texts(name, "translations-lenpen.txt", references)[0], [references])
+            found |= {"lenpen": penalty, "lenpen_bleu": scored.score, "lenpen_brevity_penalty": scored.bp}
+        return found, {"bleu": str(bleu.get_signature()), "chrf": str(chrf.get_signature())}
+
+    def bleu(self) -> BLEU:
+        return BLEU(tokenize=self.how.tokenize, force=True)  # without a warning that texts are tokenised
+
+    def texts(self, name: str, output: str, references: list[str] | None) -> tuple[list[str], list[str]]:
+        """Translations, written to `output` as well, and their references."""
+        found, own = generated.read_texts(self.folder / name)
+        references = (own or []) if references is None else references
+        if len(found) != len(references):
+            counts = f"{len(found)} translations for {len(references)} references"
+            raise UserError(f"{self.folder}: {counts}; name the text that the data was made from with --reference")
+        files.write_text(self.folder / output, "".join(f"{line}\n" for line in found))
+        return found, references
+
+    def choose_lenpen(self, file: Path) -> None:
+        """The control of BLEU, as a fitted temperature is that of ECE: which --lenpen has the highest BLEU on the
+        validation set (against the references in the data)."""
+        valid = {}
+        with tempfile.TemporaryDirectory() as folder:
+            for penalty in LENGTH_PENALTIES:
+                output = Path(folder, "generate-valid.txt")
+                self.translate(output, "--lenpen", str(penalty))
+                found, gold = generated.read_texts(output)
+                valid[penalty] = self.bleu().corpus_score(found, [gold or []]).score
+        files.write_json(file, {"lenpen": max(valid, key=lambda penalty: valid[penalty]), "bleu": valid})
+
+    def training(self) -> dict[str, Any]:
+        """What the run's log and its last checkpoint tell."""
+        log = self.run / "train.log"
+        curve = logs.read(log).epochs if log.exists() else []
+        lowest = min(curve, key=lambda point: point.get("valid_nll", math.inf), default={})
+        latest = curve[-1] if curve else {}
+        last = self.run / CHECKPOINTS["last"]
+        return {
+            "valid_nll_best": lowest.get("valid_nll"),
+            "valid_nll_last": latest.get("valid_nll"),
+            "best_updates": lowest.get("updates"),
+            "last_updates": latest.get("updates"),
+            "teacher_share": latest.get("teacher_share", 0.0),
+            "minutes": checkpoints.read(last if last.exists() else self.path, model=False).seconds / 60,
+            "curve": curve,
+        }

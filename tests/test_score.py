@@ -1,0 +1,147 @@
+"""`hgkd score`: its files against the single commands', what is done again, three checkpoints of one run."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import command_line as cl
+import pytest
+from sacrebleu.metrics import BLEU, CHRF
+
+from hgkd_fairseq import cli
+from hgkd_fairseq.evaluation import score
+from hgkd_fairseq.report import runs, tables
+
+GENERATE = "--beam 2 --max-len-b 12"
+
+
+@pytest.fixture(scope="module")
+def run(student, tmp_path_factory) -> Path:
+    """A run's folder as fairseq-train left it, to be scored."""
+    folder = tmp_path_factory.mktemp("runs") / "student"
+    folder.mkdir()
+    for name in ("checkpoint_best.pt", "checkpoint_last.pt"):
+        shutil.copy(student.path(name), folder)
+    (folder / "train.log").write_text(student.result.output)
+    return folder
+
+
+def scored(data: Path, run: Path, *options) -> int:
+    return cli.main(["score", str(data), str(run), "--cpu", f"--generate={GENERATE}", *map(str, options)])
+
+
+def written(run: Path) -> dict[str, int]:
+    return {str(file.relative_to(run)): file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}
+
+
+def done_again(before: dict[str, int], run: Path) -> set[str]:
+    always = {"scores.json", "translations.txt"}  # cheap
+    return {name for name, time in written(run).items() if before.get(name) != time} - always
+
+
+def sentences(output: str) -> list[str]:
+    return re.findall("^[STHDP]-.*$", output, re.MULTILINE)
+
+
+def test_files_are_those_of_the_single_commands(data, run, student, tmp_path, capsys):
+    assert scored(data, run) == 0
+    shown = capsys.readouterr().out.splitlines()
+    scores = json.loads((run / "scores.json").read_text())
+    path = run / "checkpoint_best.pt"
+
+    def single(file: str, *command) -> None:
+        assert cli.main(["calibration", *map(str, command), "--json", str(tmp_path / file)]) == 0
+        theirs, ours = (json.loads((folder / file).read_text()) for folder in (tmp_path, run))
+        assert {**theirs, "command": "", "file": ""} == {**ours, "command": "", "file": ""}
+
+    single("forced.json", "forced", data, "--path", path, "--cpu")
+    single("temperature.json", "temperature", data, "--path", path, "--cpu")
+    single("scaled.json", "forced", data, "--path", path, "--cpu", "--temperature", run / "temperature.json")
+    degree = json.loads((run / "temperature.json").read_text())["temperature"]
+    for folder, more in (("", ()), ("scaled", ("--temperature", degree))):
+        options = (*GENERATE.split(), *more, "--cpu", *cl.USER_DIR, "--required-batch-size-multiple", 1)
+        result = cl.fairseq("generate", data, "--path", path, "--max-tokens", 4000, *options)
+        assert result.code == 0, result.output
+        assert sentences((run / folder / "generate-test.txt").read_text()) == sentences(result.output)
+    single("inference.json", "inference", run / "generate-test.txt")
+    single("inference_scaled.json", "inference", run / "scaled" / "generate-test.txt")
+
+    lines = (run / "generate-test.txt").read_text()
+    hypotheses, references = (dict(re.findall(rf"^{key}-(\d+)\t(.*)$", lines, re.MULTILINE)) for key in "HT")
+    texts = [hypotheses[str(i)].split("\t")[1] for i in range(64)]
+    assert (run / "translations.txt").read_text().splitlines() == texts
+    gold = [references[str(i)] for i in range(64)]
+    assert scores["bleu"] == BLEU().corpus_score(texts, [gold]).score
+    assert scores["chrf"] == CHRF().corpus_score(texts, [gold]).score
+    valid = student.result.logs("valid")
+    assert scores["valid_nll_best"] == min(row["nll_loss"] for row in valid)
+    assert [point["updates"] for point in scores["curve"]] == [row["num_updates"] for row in valid]
+    assert scores["teacher_share"] == student.result.logs("train")[-1]["teacher_share"]
+    forced = json.loads((run / "forced.json").read_text())
+    assert (scores["ece"], scores["nll"], scores["parameters"]) == (forced["ece"], forced["nll"], forced["parameters"])
+    assert shown[0] == str(run)
+    assert f"BLEU|{scores['signatures']['bleu']} = {scores['bleu']:.2f}" in shown
+    assert any(line.startswith(f"{forced['signature']} = {100 * forced['ece']:.2f} %") for line in shown)
+    # All that a report asks for is there, the settings of the search too.
+    found = runs.read(run, "student")
+    assert found.missing == []
+    assert found.generation.settings["beam"] == 2
+    assert tables.measure([found]).quality.rows[0][1].text == f"{scores['bleu']:.1f}"
+
+
+def test_what_is_done_again(data, run):
+    """Nothing; a file that was cut short and what follows from it; all, where the checkpoint is another one."""
+    assert scored(data, run) == 0
+    before = written(run)
+    assert scored(data, run) == 0
+    assert done_again(before, run) == set()
+    whole = (run / "generate-test.txt").read_bytes()
+    (run / "generate-test.txt").write_bytes(whole[:-50])
+    before = written(run)
+    assert scored(data, run) == 0
+    assert done_again(before, run) == {"generate-test.txt", "generate.log", "scored.json"}
+    assert (run / "generate-test.txt").read_bytes() == whole
+    shutil.copy(run / "checkpoint_last.pt", run / "checkpoint_best.pt")
+    assert scored(data, run) == 0
+    measured = {"forced.json", "inference.json", "temperature.json", "scaled.json", "inference_scaled.json"}
+    assert measured <= done_again(before, run)
+
+
+def test_checkpoints_of_one_run(data, run, capsys):
+    """best, last and any other lie side by side, and their scores too."""
+    shutil.copy(run / "checkpoint_last.pt", run / "checkpoint.best_bleu_20.5.pt")
+    names = ("best", "last", "checkpoint.best_bleu_20.5.pt")
+    assert scored(data, run, *[word for name in names for word in ("--checkpoint", name)]) == 0
+    folders = [run, run / "last", run / "best_bleu_20.5"]
+    shown = capsys.readouterr().out.splitlines()
+    assert [line for line in shown if "|" not in line and ":" not in line] == list(map(str, folders))
+    scores = [json.loads((folder / "scores.json").read_text()) for folder in folders]
+    assert scores[1] == scores[2]
+    assert cli.main(["report", *map(str, folders), "--output", str(run / "report.html")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--generate=--beams 5"], "--generate: fairseq-generate .*: unrecognized arguments: --beams 5"),
+        (["--generate=--beam '5"], "--generate: No closing quotation"),
+        (["--checkpoint", "worst"], "worst does not exist; --checkpoint is best, last or a file in the run's folder"),
+        (["--reference", "{short}"], r"64 translations for 1 references; name the text .* with --reference"),
+    ],
+)
+def test_what_is_refused(options, expected, data, run, tmp_path, capsys):
+    (tmp_path / "short").write_text("one line\n")
+    assert scored(data, run, *(word.format(short=tmp_path / "short") for word in options)) == 1
+    assert re.search(f"^hgkd: error: .*{expected}", capsys.readouterr().err, re.MULTILINE)
+
+
+def test_a_model_that_has_no_best_temperature(data, run, monkeypatch, capsys):
+    """The others' scores are there, and none of a temperature of before."""
+    monkeypatch.setattr(score.temperature, "HIGHEST", 1.0000001)
+    (run / "scored.json").unlink()
+    assert scored(data, run) == 0
+    assert "scored without a temperature: the NLL of subset valid falls" in capsys.readouterr().err
+    found = runs.read(run, "student")
+    assert found.missing == ["temperature.json", "scaled.json", "inference_scaled.json"]
+    assert json.loads((run / "scores.json").read_text())["temperature"] is None
