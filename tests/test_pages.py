@@ -221,12 +221,13 @@ def prepare(page: str, folder: Path, data: Path, teacher: cl.Run) -> None:
 
 
 def type_commands(page: str, folder: Path) -> list[cl.Result]:
-    """Types the commands of a page; a training is short and small, by options after its own."""
+    """Types the commands of a page; training and search are short and small, by options after their own."""
     short = (*cl.SIZE, *cl.LOGS, "--max-update", 4, *(("--warmup-updates", 1) if page == "README.md" else ()))
     results = []
     for words in [words for block in blocks(page, "sh") if needs(block) is None for words in commands(block)]:
         if words[0] == "hgkd":
-            assert cli.main(words[1:]) == 0, words
+            few = ["--generate", "--beam 2 --max-len-b 5"] if words[1] == "score" else []
+            assert cli.main([*words[1:], *few]) == 0, words
             continue
         assert words[0] == "fairseq-train"
         results.append(cl.fairseq("train", *words[1:], *short, cwd=folder))
