@@ -202,7 +202,7 @@ def _row_step(implementation: str, student: Head) -> chunked.RowStep | None:
         return step
     if implementation != "auto":
         raise ValueError(f'implementation="{implementation}" cannot be used: {problem}')
-    _say_once(f"the loss runs in plain torch, slower: {problem}")
+    _log_once(f"the loss runs in plain torch, slower: {problem}")
     return rows.row_step
 
 
@@ -221,7 +221,7 @@ def unusable(implementation: str, device: torch.device | str) -> str | None:
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def _log_once(message: str) -> None:
     logger.warning(message)
 
 

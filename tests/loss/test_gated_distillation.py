@@ -751,7 +751,7 @@ def arguments(**changes) -> dict:
         ),
     ],
 )
-def test_bad_input_is_one_sentence(changes: dict, message: str):
+def test_bad_input_is_one_error_message(changes: dict, message: str):
     with pytest.raises(ValueError, match=message) as caught:
         gated_distillation(**arguments(**changes))
     assert "\n" not in str(caught.value)

@@ -165,7 +165,7 @@ def kernel():
 
 
 def usable(device: torch.device | str) -> str | None:
-    """None where `row_step` runs on `device` and agrees with plain torch; otherwise a sentence that says why not."""
+    """None where `row_step` runs on `device` and agrees with plain torch; otherwise why not, as an error message."""
     device = torch.device(device)
     return _usable() if device.type == "cpu" else f'the row kernel is for CPUs, and this is "{device}".'
 

@@ -183,7 +183,7 @@ def row_step(
 
 
 def usable(device: torch.device | str) -> str | None:
-    """None where `row_step` runs on `device` and agrees with plain torch; otherwise a sentence that says why not."""
+    """None where `row_step` runs on `device` and agrees with plain torch; otherwise why not, as an error message."""
     device = torch.device(device)
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
