@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -9,11 +10,14 @@ VERSION = next(
     if line.startswith("__version__")
 )
 
+# A package index shows the page alone: a link to a file beside it names the file, which the source distribution has.
+README = re.sub(r"\[([^]]+)\]\((?!\w+:)([^)]+)\)", r"\1 (`\2`)", (HERE / "README.md").read_text())
+
 setup(
     name="hgkd-fairseq",
     version=VERSION,
     description="Hard-gate knowledge distillation of neural translation models, as a fairseq plugin",
-    long_description=(HERE / "README.md").read_text(),
+    long_description=README,
     long_description_content_type="text/markdown",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["hgkd_fairseq", "hgkd_fairseq.*"]),

@@ -39,8 +39,10 @@ def fairseq() -> str:
         import fairseq.checkpoint_utils  # noqa: F401  what a half-working installation fails at
     except Exception as error:
         raise Problem(f"{', '.join(names)} does not import ({error}); pip install ve-fairseq==0.12.3") from error
+    from hgkd_fairseq import plugin
     from hgkd_fairseq.plugin import compat
 
+    plugin.register()
     unpatched = [name for name, applied in compat.APPLIED.items() if not applied]
     if unpatched:
         raise Problem(f"version unknown to {', '.join(unpatched)}; pip install ve-fairseq=={compat.TESTED_FAIRSEQ}")

@@ -15,6 +15,9 @@ import torch  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "plain_runs" in getattr(item, "fixturenames", ()):  # models are trained before the first one of these
+            item.add_marker(pytest.mark.slow)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):

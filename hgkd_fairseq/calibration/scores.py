@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -248,61 +247,6 @@ class Results:
             },
         }
 
-    def write(self, file: str | Path, command: str) -> None:
+    def write(self, file: str, command: str) -> None:
         """`command`: as it was typed, for the report."""
         files.write_json(file, {"command": command, **self.to_json()})
-
-
-NUMBER = (files.Within(-1e12, 1e12, float), None)  # None: NaN, of no tokens
-SHARE = files.Within(0, 1 + 1e-9, float)
-SUM = files.Within(0, 1e15, float)
-BARS = {"count": [SUM], "confidence": [SUM], "correct": [SUM], "low?": [SHARE], "high?": [SHARE]}
-WHAT = "file of `hgkd calibration forced --json` or `hgkd calibration inference --json`"
-# Of what `Results.to_json` gives that which a diagram needs,
-DRAWN = {
-    "mode": str,
-    "bins": files.Within(1, 1_000_000),
-    "ece": (SHARE, None),
-    "ece_without_eos": (SHARE, None),
-    "histograms": {"eos:yes": BARS, "eos:no": BARS},
-}
-# and what a report does.
-RESULTS = {
-    **DRAWN,
-    "tokens": files.Within(0),
-    "sentences": files.Within(0),
-    "replicates": files.Within(0),
-    "seed": files.Within(0),
-    "signature": str,
-    "scores": [{"key": str, "signature": str, "value": NUMBER, "low": NUMBER, "high": NUMBER, "unit": str}],
-    "resampled_ece?": {"eos:yes": [(SHARE, None)], "eos:no": [(SHARE, None)]},
-    "command?": str,
-    "subset?": str,
-    "temperature?": files.Within(1e-6, 1e6, float),
-    "parameters?": files.Within(0),
-}
-
-
-def read_results(file: str | Path) -> dict[str, Any]:
-    """What :meth:`Results.write` wrote.
-
-    Raises:
-        UserError: the file cannot be read, or something in it is missing or cannot be.
-    """
-    found = files.read_json(file, RESULTS, WHAT)
-    check_bars(file, found)
-    of_forced = {"nll"} if found["mode"] == "forced" else set()
-    missing = {"ece", "ece_without_eos", *of_forced} - {row["key"] for row in found["scores"]}
-    if of_forced:
-        missing |= {"temperature", "parameters"} - found.keys()
-    if missing:
-        raise UserError(f"{file} is no {WHAT}: it has no {sorted(missing)[0]}")
-    if any(len(row) not in (0, found["replicates"]) for row in found.get("resampled_ece", {}).values()):
-        raise UserError(f"{file} is no {WHAT}: resampled_ece has not a number for each of the replicates")
-    return found
-
-
-def check_bars(file: str | Path, found: dict[str, Any]) -> None:
-    """Raises UserError where a histogram has not a number for each bin."""
-    if any(len(row) != found["bins"] for table in found["histograms"].values() for row in table.values()):
-        raise UserError(f"{file} is no {WHAT}: a list of histograms has not {found['bins']} numbers, one for each bin")

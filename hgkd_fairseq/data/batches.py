@@ -28,6 +28,13 @@ def count_targets(dataset: FairseqDataset, pad: int) -> None:
     dataset.collater = functools.partial(with_target_lengths, dataset.collater, pad)
 
 
+def target_lengths(sample: dict, skip: int, pad: int) -> list[int]:
+    """Tokens of each target of a batch from its `skip`-th on. A task with a teacher has counted them; elsewhere it is
+    done here: before anything of the batch is queued on the device, so that the host waits for the last step alone."""
+    counted = None if skip else sample.get("target_lengths")
+    return (sample["target"][:, skip:] != pad).sum(1).tolist() if counted is None else counted
+
+
 def training_targets(task: FairseqTask, max_tokens: int | None) -> Iterator[torch.Tensor]:
     """The targets (length,) that a task trains on, those of fairseq's train1, ... and repeated ones among them, in all
     folders; without those that are too long or kept aside.

@@ -31,9 +31,9 @@ from sacrebleu.metrics import BLEU, CHRF
 
 import hgkd_fairseq
 from hgkd_fairseq import files
-from hgkd_fairseq.calibration.scores import Score, read_results
+from hgkd_fairseq.calibration.scores import Score
 from hgkd_fairseq.errors import UserError
-from hgkd_fairseq.evaluation import forced, generated, inference, logs, temperature
+from hgkd_fairseq.evaluation import forced, generated, inference, logs, results, temperature
 from hgkd_fairseq.plugin import binarised, checkpoints
 
 CHECKPOINTS = {"best": "checkpoint_best.pt", "last": "checkpoint_last.pt"}
@@ -183,15 +183,15 @@ class Scoring:
     def forced(self, name: str, degree: float = 1.0) -> dict[str, Any]:
         def make(file: Path) -> None:
             found = forced.evaluate(self.data, str(self.path), cpu=self.how.cpu, temperature=degree)
-            found.write(file, self.how.command)
+            found.write(str(file), self.how.command)
 
-        return read_results(self.once(name, make, degree))
+        return results.read(self.once(name, make, degree))
 
     def inference(self, name: str, translations: Path) -> dict[str, Any]:
         def make(file: Path) -> None:
-            inference.evaluate(str(translations)).write(file, self.how.command)
+            inference.evaluate(str(translations)).write(str(file), self.how.command)
 
-        return read_results(self.once(name, make, translations))
+        return results.read(self.once(name, make, translations))
 
     def temperature(self) -> float | None:
         """Fitted on the validation set; None where none is best."""
@@ -232,8 +232,8 @@ class Scoring:
         lines = [f"{label}|{signatures[key]} = {quality[key]:.2f}" for key, label in labels]
         if self.how.own_lenpen:
             lines.append(f"BLEU|lenpen:{quality['lenpen']:g}|{signatures['bleu']} = {quality['lenpen_bleu']:.2f}")
-        for kind, results in found.items():
-            rows = [row for row in results["scores"] if row["key"] in SHOWN and row["value"] is not None]
+        for kind, each in found.items():
+            rows = [row for row in each["scores"] if row["key"] in SHOWN and row["value"] is not None]
             lines += [f"At temperature {degree:.4f}:"] if kind == "scaled_" else []
             lines += [str(Score(**row)) for row in rows]
         return [str(self.folder), *lines]

@@ -1,13 +1,19 @@
-"""The registered gates as text and as a table in markdown."""
+"""The registered gates as text and as tables in markdown."""
 
 from __future__ import annotations
 
-from hgkd_fairseq.gates.registry import GATES
+import re
+
+from hgkd_fairseq.gates.registry import GATES, all_parameters
+
+
+def flag(parameter: str) -> str:
+    return "--" + parameter.replace("_", "-")
 
 
 def defaults(gate: str) -> list[str]:
     """The options of a gate with their defaults."""
-    options = {"--" + name.replace("_", "-"): it.default for name, it in GATES[gate].parameters.items()}
+    options = {flag(name): it.default for name, it in GATES[gate].parameters.items()}
     return [option if default is None else f"{option} {default}" for option, default in options.items()]
 
 
@@ -19,10 +25,24 @@ def text() -> str:
     return "\n".join(lines)
 
 
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
 def markdown() -> str:
-    rows = ["| `--gate` | weights | options, defaults | source |", "|---|---|---|---|"]
-    for name, gate in GATES.items():
-        options = ", ".join(f"`{option}`" for option in defaults(name))
-        cells = (f"`{name}`", gate.equation, options, gate.source)
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(rows)
+    """A table of the gates and one of their options."""
+    gates = [
+        [f"`{name}`", gate.equation, re.sub(r"arXiv:([\d.]*\d)", r"[\g<0>](https://arxiv.org/abs/\1)", gate.source)]
+        for name, gate in GATES.items()
+    ]
+    taken: dict[tuple[str, str], list[str]] = {}  # of an option and its meaning: the gates, with their defaults
+    for name, takers in all_parameters().items():
+        for gate, it in takers:
+            default = "" if it.default is None else f" {it.default}"
+            meaning = ": ".join([it.option.help, *([" or ".join(it.option.choices)] if it.option.choices else [])])
+            taken.setdefault((f"`{flag(name)}`", meaning), []).append(f"`{gate}`{default}")
+    options = [[option, meaning, ", ".join(takers)] for (option, meaning), takers in taken.items()]
+    return "\n\n".join(
+        [table(["`--gate`", "weights", "source"], gates), table(["option", "meaning", "gates, defaults"], options)]
+    )

@@ -1,6 +1,10 @@
 """HOW to distil: from hidden states and output layers to a summed loss and its gradients; without fairseq."""
 
 from hgkd_fairseq.loss.api import IMPLEMENTATIONS, DistillationOutput, gated_distillation, unusable
+from hgkd_fairseq.loss.equations import DIVERGENCES, register_divergence
 from hgkd_fairseq.loss.options import Head, Options
 
-__all__ = ["IMPLEMENTATIONS", "DistillationOutput", "Head", "Options", "gated_distillation", "unusable"]
+__all__ = [
+    "DIVERGENCES", "IMPLEMENTATIONS", "DistillationOutput", "Head", "Options", "gated_distillation",
+    "register_divergence", "unusable",
+]  # fmt: skip

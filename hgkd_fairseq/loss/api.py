@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from hgkd_fairseq.gates import Gate, TokenStatistics, get_gate
-from hgkd_fairseq.loss import chunked, eager, rows
+from hgkd_fairseq.loss import chunked, eager, equations, rows
 from hgkd_fairseq.loss.native import rows as cpu_rows
-from hgkd_fairseq.loss.options import Head, Options, TokenResults
+from hgkd_fairseq.loss.options import FUSED, TEACHER_TEMPERATURE, Head, Options, TokenResults
 
 __all__ = ["IMPLEMENTATIONS", "DistillationOutput", "Head", "Options", "gated_distillation", "unusable"]
 
@@ -78,8 +78,9 @@ def gated_distillation(
     padding_idx: int = 1,
     gate: str | Gate = "token",
     gate_on: str = "gold",
-    teacher_temperature: float = 1.5,
+    teacher_temperature: float = TEACHER_TEMPERATURE,
     gate_temperature: bool = True,
+    divergence: str = FUSED,
     label_smoothing: float = 0.0,
     confidence_penalty: float = 0.0,
     progress: float = 0.0,
@@ -109,6 +110,7 @@ def gated_distillation(
         gate_on: the token whose probability the gate compares: the "gold" one or the student's "argmax".
         teacher_temperature: tau; divides the teacher's logits only, so no tau^2 factor belongs to the loss.
         gate_temperature: whether the gate's teacher probability is tempered too.
+        divergence: of the student from the teacher: "kl", as above, or another of `equations.DIVERGENCES`.
         label_smoothing: fairseq's eps on the data term: every token gets eps / (V - 1).
         confidence_penalty: beta; the data term loses beta H(P_student) (Pereyra et al. 2017, arXiv:1701.06548).
         progress: share of the training that is over, for gates that change with it.
@@ -133,7 +135,10 @@ def gated_distillation(
         float(confidence_penalty),
         float(progress),
         top1,
+        divergence,
     )
+    if divergence not in equations.DIVERGENCES:
+        raise ValueError(f'unknown divergence "{divergence}"; known are: {", ".join(equations.DIVERGENCES)}')
     student = Head(student_hidden, student_weight, student_bias)
     teachers = _teacher_heads(teacher_hidden, teacher_weight, teacher_bias, options)
     _check_shapes(student, teachers, target)
@@ -178,6 +183,7 @@ def _gate_gradient(
     weights = options.gate.weights(TokenStatistics(results.student_read, results.teacher_read, *view))
     loss = weights.data * results.data_term + weights.teacher * results.kl
     if weights.uniform is not None:
+        assert results.uniform_term is not None
         loss = loss + weights.uniform * results.uniform_term
     total = loss.sum()
     return total - total.detach()

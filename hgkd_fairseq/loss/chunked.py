@@ -246,7 +246,8 @@ def concatenate(parts: list[TokenResults], empty: Tensor, options: Options) -> T
         return TokenResults(empty, empty, empty, empty, uniform, empty, empty, no, *top)
     if len(parts) == 1:
         return parts[0]
-    return TokenResults(*[None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)])
+    joined = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
+    return TokenResults(*joined)  # type: ignore[arg-type]  # what may be None is the same in all
 
 
 def token_results(
@@ -261,7 +262,7 @@ def token_results(
     row_step: RowStep = rows.row_step,
 ) -> TokenResults:
     """As :func:`hgkd_fairseq.loss.eager.token_results`, but `loss` is the scalar sum. `row_step` does the rows."""
-    inputs = (student.hidden, student.weight, student.bias)
+    inputs: tuple = (student.hidden, student.weight, student.bias)
     # Asked for outside the Function: inside, needs_input_grad stays True under torch.no_grad().
     needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
     device = student.hidden.device
@@ -294,7 +295,8 @@ def token_results(
             decided = _decide_whole_batch(chunks, target, weights, options, row_step)
 
             def decide(start: int, end: int) -> Decide:
-                return GateWeights(*[None if part is None else part[start:end] for part in decided])
+                uniform = None if decided.uniform is None else decided.uniform[start:end]
+                return GateWeights(decided.data[start:end], decided.teacher[start:end], uniform)
 
         return TokenResults(*_Chunked.apply(*inputs, kept, views, target, bounds, decide, options, needs, row_step))
 

@@ -2,13 +2,9 @@
 
     z_s = h_s W_s^T + b_s        z_t = (h_t W_t^T + b_t) / tau
     log p = log_softmax(z_s)     q = mean over teachers of softmax(z_t)
-    data term     (1 - eps - eps_i) * -log p(gold) + eps_i * sum_v -log p(v) - beta H(p),     eps_i = eps / (V - 1)
-    teacher term  KL(q || p) = sum_v q (log q - log p)
-    uniform term  - 1/V sum_v log p(v)
-    loss_t = data_t * data term + teacher_t * teacher term + uniform_t * uniform term
+    loss_t = data_t * data term + teacher_t * divergence of p from q + uniform_t * uniform term
 
-with weights from the gate and no gradient through it (arXiv:2210.12427; label smoothing is fairseq's; the entropy bonus
-beta H(p) is Pereyra et al.'s, arXiv:1701.06548).
+with the terms of equations.py, weights from the gate and no gradient through it (arXiv:2210.12427).
 Softmax arithmetic is fp32, or fp64 for fp64 inputs.
 """
 
@@ -21,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hgkd_fairseq.gates import TokenStatistics
-from hgkd_fairseq.loss.options import Head, Options, TokenResults
+from hgkd_fairseq.gates import GateWeights, TokenStatistics
+from hgkd_fairseq.loss import equations
+from hgkd_fairseq.loss.options import Decide, Head, Options, TokenResults, decided
 
 
 def logits(head: Head) -> Tensor:
@@ -37,52 +34,38 @@ def mean_logprobs(heads: Sequence[Head], temperature: float) -> Tensor:
     return members[0] if len(members) == 1 else torch.logsumexp(torch.stack(members), dim=0) - math.log(len(members))
 
 
-def token_results(
-    student: Head,  # hidden (N, Ds)
-    teachers: Sequence[Head],  # hidden (N, Dt) each; empty for a gate that needs none
+def from_logits(
+    z: Tensor,  # (N, V), the student's, in fp32 or fp64
+    logq: Tensor | None,  # (N, V), the teacher's at its temperature; None for a gate that needs none
+    gate_logq: Tensor | None,  # (N, V), what the gate reads of the teacher
     target: Tensor,  # (N,) int64
-    sentence: Tensor,  # (N,) int64
-    sentence_count: int,
+    decide: Decide,
     options: Options,
-    instance: Tensor | None = None,  # (N,) int64, number of the token's sentence in the training set
 ) -> TokenResults:
-    z = logits(student)  # (N, V)
+    """The results of N tokens; `loss` (N,) has a gradient where `z` has one."""
     logp = F.log_softmax(z, dim=-1)
     gold = logp.gather(1, target[:, None]).squeeze(1)
-    gold_weight, every_weight = options.gold_weight(logp.size(1))
-    data_term = -gold_weight * gold
-    if every_weight:
-        data_term = data_term - every_weight * logp.sum(1)
-    if options.confidence_penalty:
-        data_term = data_term - options.confidence_penalty * -(logp.exp() * logp).sum(1)
-
+    data_term = equations.data_term(logp, target, options)
     confidence = correct = None
     read = target
     if options.needs_argmax:
         argmax = z.detach().argmax(1)  # the lowest index where several are equal
         confidence, correct = logp.detach().gather(1, argmax[:, None]).squeeze(1).exp(), argmax == target
         read = argmax if options.gate_on == "argmax" else target
-
     student_read = logp.detach().gather(1, read[:, None]).squeeze(1)
-    if not options.gate.needs_teacher:
+    if logq is None or gate_logq is None:
         teacher_read, kl = student_read, torch.zeros_like(gold)
     else:
-        with torch.no_grad():
-            logq = mean_logprobs(teachers, options.teacher_temperature)  # (N, V)
-            gate_logq = logq if options.gate_temperature else mean_logprobs(teachers, 1.0)
-            teacher_read = gate_logq.gather(1, read[:, None]).squeeze(1).to(gold.dtype)
-            q = logq.exp()
-        # Where q underflows to 0 its token contributes 0, whatever the difference of logarithms is.
-        kl = torch.where(q > 0, q * (logq - logp), torch.zeros_like(q)).sum(1).to(gold.dtype)
+        teacher_read = gate_logq.gather(1, read[:, None]).squeeze(1).to(gold.dtype)
+        kl = equations.DIVERGENCES[options.divergence].of(logp, logq).to(gold.dtype)
 
-    view = (sentence, sentence_count, logp.size(1), options.progress, instance)
-    weights = options.gate.weights(TokenStatistics(student_read, teacher_read, *view))
+    weights = decided(decide, student_read, teacher_read)
     loss = weights.data.detach() * data_term
-    if options.gate.needs_teacher:
+    if logq is not None:
         loss = loss + weights.teacher.detach() * kl
     uniform_term = None
     if weights.uniform is not None:
-        uniform_term = -logp.mean(1)
+        uniform_term = equations.uniform_term(logp)
         loss = loss + weights.uniform.detach() * uniform_term
     return TokenResults(
         loss=loss,
@@ -96,3 +79,25 @@ def token_results(
         confidence=confidence,
         correct=correct,
     )
+
+
+def token_results(
+    student: Head,  # hidden (N, Ds)
+    teachers: Sequence[Head],  # hidden (N, Dt) each; empty for a gate that needs none
+    target: Tensor,  # (N,) int64
+    sentence: Tensor,  # (N,) int64
+    sentence_count: int,
+    options: Options,
+    instance: Tensor | None = None,  # (N,) int64, number of the token's sentence in the training set
+) -> TokenResults:
+    logq = gate_logq = None
+    if options.gate.needs_teacher:
+        with torch.no_grad():
+            logq = mean_logprobs(teachers, options.teacher_temperature)  # (N, V)
+            gate_logq = logq if options.gate_temperature else mean_logprobs(teachers, 1.0)
+
+    def decide(student_read: Tensor, teacher_read: Tensor) -> GateWeights:
+        view = (sentence, sentence_count, student.vocabulary, options.progress, instance)
+        return options.gate.weights(TokenStatistics(student_read, teacher_read, *view))
+
+    return from_logits(logits(student), logq, gate_logq, target, decide, options)

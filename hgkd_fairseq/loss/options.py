@@ -12,6 +12,7 @@ from hgkd_fairseq.gates import Gate, GateWeights
 from hgkd_fairseq.ranges import BELOW_1, POSITIVE, SHARE, WEIGHT
 
 GATE_ON = ("gold", "argmax")
+FUSED = "kl"  # the divergence that the kernels know
 TEACHER_TEMPERATURE = 1.5  # of the paper
 RANGES = {"teacher_temperature": POSITIVE, "label_smoothing": BELOW_1, "confidence_penalty": WEIGHT}
 
@@ -55,6 +56,7 @@ class Options:
     confidence_penalty: float = 0.0
     progress: float = 0.0
     top1: bool = False
+    divergence: str = FUSED  # a key of equations.DIVERGENCES
 
     def __post_init__(self):
         if self.gate_on not in GATE_ON:
@@ -89,7 +91,7 @@ class TokenResults(NamedTuple):
     loss: Tensor  # (N,) or, where an implementation sums as it goes, a scalar sum
     nll: Tensor  # (N,) nats, plain -log p(gold)
     data_term: Tensor  # (N,) nats, what the gate's data weight multiplies
-    kl: Tensor  # (N,) nats, KL(teacher || student) of every token, whatever its weight; 0 without a teacher
+    kl: Tensor  # (N,) nats, the divergence, KL(teacher || student), of every token, whatever its weight; 0: no teacher
     uniform_term: Tensor | None  # (N,) nats, the cross-entropy with the uniform distribution; of a gate that weights it
     student_read: Tensor  # (N,) nats, log p of the token the gate reads
     teacher_read: Tensor  # (N,) nats, log q of it; that of the student without a teacher

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from hgkd_fairseq import gates
 from hgkd_fairseq.gates import GateWeights, TokenStatistics
-from hgkd_fairseq.loss.options import Decide, Options, TokenResults, decided
+from hgkd_fairseq.loss import eager
+from hgkd_fairseq.loss.options import FUSED, Decide, Head, Options, TokenResults, decided
 
 
 class RowStatistics(NamedTuple):
@@ -111,20 +112,25 @@ def row_results(statistics: RowStatistics, weights: GateWeights, vocabulary: int
     gold_weight, every_weight = options.gold_weight(vocabulary)
     data_term = -gold_weight * statistics.gold
     if options.label_smoothing:
+        assert statistics.mean is not None
         data_term = data_term - (every_weight * vocabulary) * statistics.mean
     if options.confidence_penalty:
+        assert statistics.entropy is not None
         data_term = data_term - options.confidence_penalty * statistics.entropy
     loss = weights.data * data_term
     if options.gate.needs_teacher:
         loss = loss + weights.teacher * statistics.kl
+    uniform_term = None
     if weights.uniform is not None:
-        loss = loss - weights.uniform * statistics.mean
+        assert statistics.mean is not None
+        uniform_term = -statistics.mean
+        loss = loss + weights.uniform * uniform_term
     return TokenResults(
         loss=loss,
         nll=-statistics.gold,
         data_term=data_term,
         kl=statistics.kl,
-        uniform_term=-statistics.mean if weights.uniform is not None else None,
+        uniform_term=uniform_term,
         student_read=statistics.student_read,
         teacher_read=statistics.teacher_read,
         teacher_mask=weights.teacher > 0,
@@ -176,6 +182,8 @@ def row_step(
     dtype, is multiplied by `gradient_scale`; None: no gradient is made. An implementation of this function may write it
     over `student_logits`.
     """
+    if options.divergence != FUSED:
+        return autograd_step(student_logits, teacher_logits, target, decide, options, gradient_scale)
     statistics, p, q = row_statistics(student_logits, teacher_logits, target, 1 / options.teacher_temperature, options)
     weights = decided(decide, statistics.student_read, statistics.teacher_read)
     results = row_results(statistics, weights, p.size(1), options)
@@ -183,6 +191,31 @@ def row_step(
         return results, None
     gradient, gold = row_gradient(p, q, weights, statistics.entropy, gradient_scale, options)
     return results, gradient.scatter_add_(1, target[:, None], gold[:, None]).to(student_logits.dtype)
+
+
+def autograd_step(
+    student_logits: Tensor,
+    teacher_logits: list[Tensor],
+    target: Tensor,
+    decide: Decide,
+    options: Options,
+    gradient_scale: float | None,
+) -> tuple[TokenResults, Tensor | None]:
+    """`row_step` for any divergence, from the equations as they stand and autograd, in a chunk's memory some times."""
+    logq = gate_logq = None
+    if options.gate.needs_teacher:
+        logq, gate_logq = (
+            eager.mean_logprobs([Head(logits, None) for logits in teacher_logits], temperature)
+            for temperature in (options.teacher_temperature, 1.0)
+        )
+        gate_logq = logq if options.gate_temperature else gate_logq
+    with torch.set_grad_enabled(gradient_scale is not None):
+        z = widen(student_logits).detach().requires_grad_(gradient_scale is not None)
+        results = eager.from_logits(z, logq, gate_logq, target, decide, options)
+        if gradient_scale is None:
+            return results, None
+        (gradient,) = torch.autograd.grad(results.loss.sum() * gradient_scale, z)
+    return results._replace(loss=results.loss.detach()), gradient.to(student_logits.dtype)
 
 
 def mean_probability(logits: list[Tensor], inverse_temperature: float, dtype: torch.dtype) -> Tensor:
@@ -211,6 +244,7 @@ def difference_of(step: Callable, device: torch.device) -> float:
     found = []
     for made in (row_step, step):
         result, dz = made(student.clone(), [teacher], target, decide, options, 1.0)
+        assert dz is not None
         reads = (result.student_read, result.teacher_read)
         found.append(torch.cat([result.loss, result.nll, result.data_term, result.kl, *reads, dz.flatten()]))
     return (found[0] - found[1]).abs().max().item()

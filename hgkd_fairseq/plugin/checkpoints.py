@@ -271,7 +271,7 @@ KNOWN = {
 def names(pickled: BinaryIO, count: int = 1) -> set[str]:
     """What `count` pickles, one after the other, would import."""
     operations = (operation for _ in range(count) for operation in pickletools.genops(pickled))
-    return {".".join(name.split(" ", 1)) for code, name, _ in operations if code.name in ("GLOBAL", "INST")}
+    return {".".join(str(name).split(" ", 1)) for code, name, _ in operations if code.name in ("GLOBAL", "INST")}
 
 
 def check_names(found: set[str]) -> None:
@@ -502,7 +502,7 @@ def check_translates(kind: type[nn.Module], name: str) -> None:
 
     if issubclass(kind, FairseqLanguageModel | FairseqEncoderModel):
         raise UserError(f"{name} is no translation model but a {kind.__name__}; name one with an encoder and a decoder")
-    if missing := needs_more(kind):
+    if missing := needs_more(kind):  # type: ignore[arg-type]  # a class is hashable
         raise UserError(
             f"{name} is a {kind.__name__}, which does not translate from left to right (it asks for {missing}); name "
             "an autoregressive model"

@@ -76,6 +76,26 @@ def check_training(cfg: Any, gate: Gate, task: FairseqTask) -> None:
         )
 
 
+def load_teacher(cfg: Any, task: Any) -> Any:
+    """The task's teacher: now, so that one that cannot be used stops the run before it starts.
+
+    Raises:
+        UserError: the task has none, it cannot be used, or not with the other options.
+    """
+    if not hasattr(task, "load_teacher"):
+        raise UserError(
+            f"--criterion hard_gate_kd --gate {cfg.gate} needs a teacher, which the task {type(task).__name__} "
+            "does not have; add --task translation_with_teacher --teacher-path CHECKPOINT"
+        )
+    teacher, start = task.load_teacher(), cfg.teacher_temperature_start
+    if teacher.learns and (cfg.gate != "always" or cfg.teacher_temperature != 1 or start is not None):
+        raise UserError(
+            f"--teacher-source {teacher.name} is a label smoothing and learns with the gate always at temperature 1: "
+            "add --gate always --kd-weight 0.1 --teacher-temperature 1"
+        )
+    return teacher
+
+
 def check_model(cfg: Any, model: torch.nn.Module, teachers: list[torch.nn.Module]) -> None:
     """Of the student's and the teachers' architectures.
 

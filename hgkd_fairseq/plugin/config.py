@@ -10,10 +10,9 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
 
 from hgkd_fairseq.gates import all_parameters
-from hgkd_fairseq.loss import IMPLEMENTATIONS
+from hgkd_fairseq.loss import DIVERGENCES, IMPLEMENTATIONS
 from hgkd_fairseq.loss import options as loss_options
 from hgkd_fairseq.ranges import COUNT, POSITIVE
-from hgkd_fairseq.sentence_weights import gate  # noqa: F401  registers the gate "instance"
 
 
 @dataclass
@@ -45,6 +44,13 @@ class CriterionOptions(FairseqDataclass):
         metadata={
             "help": "the teacher's temperature at the first update; its inverse goes evenly to that of "
             "--teacher-temperature at the last (Annealing KD)"
+        },
+    )
+    divergence: ChoiceEnum(list(DIVERGENCES)) = field(  # type: ignore[valid-type]
+        default=loss_options.FUSED,
+        metadata={
+            "help": "what of the student's distribution p from the teacher's q is made small: "
+            + ", ".join(f"{name}: {it.equation}" for name, it in DIVERGENCES.items())
         },
     )
     label_smoothing: float = field(
@@ -85,6 +91,12 @@ RANGES = {
     "ignore_prefix_size": COUNT,
     "distill_start_update": COUNT,
 }
+
+
+def temperature(cfg: Any, progress: float) -> float:
+    """The teacher's, at a share of the training: constant, or its inverse goes evenly from the one at the start."""
+    end, start = cfg.teacher_temperature, cfg.teacher_temperature_start
+    return end if start is None else 1 / (1 / start + (1 / end - 1 / start) * progress)
 
 
 def flag(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+from typing import Any
 
 from fairseq.models import BaseFairseqModel, FairseqDecoder
 from fairseq.models.transformer import TransformerDecoderBase
@@ -17,18 +18,23 @@ from hgkd_fairseq.plugin.checkpoints import check_translates
 logger = logging.getLogger(__name__)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> Any:
     """The fairseq model inside fairseq's and torch's data-parallel wrappers."""
     while not isinstance(model, BaseFairseqModel) and hasattr(model, "module"):
         model = model.module
     return model
 
 
+def max_positions(model: Any) -> tuple[int, int]:
+    """Tokens of the longest source and the longest target that a translation model takes."""
+    return model.max_positions()
+
+
 def linear_output(model: nn.Module) -> nn.Linear | None:
     """The linear layer that makes the model's logits from its features, or None where logits are made otherwise
     (adaptive softmax, a pointer generator, a decoder that is no transformer)."""
     model = unwrap(model)
-    decoder = getattr(model, "decoder", None)
+    decoder: Any = getattr(model, "decoder", None)
     plain = (
         isinstance(decoder, TransformerDecoderBase)
         and type(decoder).output_layer is TransformerDecoderBase.output_layer
@@ -71,7 +77,7 @@ def check_student(model: nn.Module) -> None:
         )
 
 
-def refuse_unused_parameters(model: nn.Module, output: nn.Linear) -> None:
+def refuse_unused_parameters(model: Any, output: nn.Linear) -> None:
     """torch's DDP with find_unused_parameters takes an output layer that its own forward did not use for unused, and
     fails when the loss brings its gradient ("marked as ready twice"). A layer tied to the embedding was used."""
     while not isinstance(model, BaseFairseqModel) and hasattr(model, "module"):

@@ -30,8 +30,9 @@ SENTENCES = "held_out"
 # What a run may go on with otherwise than it began, as with another learning rate; a warning says so.
 FREE = (
     *("gate_on", "teacher_temperature", "teacher_temperature_start", "untempered_gate", "label_smoothing"),
-    *("confidence_penalty", "distill_start_update", "refresh_interval", "refresh_change"),
+    *("confidence_penalty", "divergence", "distill_start_update", "refresh_interval", "refresh_change"),
 )
+NEW = ("divergence",)  # of these, what checkpoints of version 0.1.0 do not have
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,8 @@ def method(criterion_cfg: Any, teacher_source: str) -> dict[str, Any]:
 def memory_in(extra_state: dict) -> dict[str, Any]:
     """The memory of a task of ours, or of one derived from it, in a checkpoint's extra state."""
     found = [kept for kept in extra_state.values() if isinstance(kept, dict) and isinstance(kept.get("method"), dict)]
-    found += [extra_state.get(TASK)] if isinstance(extra_state.get(TASK), dict) else []
-    return found[0] if found else {}
+    older = extra_state.get(TASK)
+    return found[0] if found else older if isinstance(older, dict) else {}
 
 
 def method_of(state: dict) -> dict[str, Any] | None:
@@ -114,8 +115,11 @@ def method_of(state: dict) -> dict[str, Any] | None:
     return kept or method(criterion, str(getattr(task, "teacher_source", "checkpoint")))
 
 
-def options_of(criterion_cfg: Any) -> dict[str, Any]:
-    return {name: getattr(criterion_cfg, name, None) for name in FREE}
+def changes(asked_cfg: Any, held_cfg: Any) -> str:
+    """Of the options that a run may go on with otherwise: those of the criterion that differ, in words. A checkpoint
+    of an older version has fewer of them."""
+    names = [name for name in FREE if name not in NEW or getattr(held_cfg, name, None) is not None]
+    return differences(*({name: getattr(cfg, name, None) for name in names} for cfg in (asked_cfg, held_cfg)))
 
 
 def differences(asked: dict[str, Any], held: dict[str, Any]) -> str:
@@ -162,9 +166,9 @@ def prepare(state: dict, path: str, task, criterion, new_run: bool) -> None:
     if problem and not new_run:
         raise UserError(f"{path} is of another run: {problem}; {remedy}")
     if ours is not None and held is not None and not new_run:
-        changes = differences(options_of(criterion.cfg), options_of(state["cfg"].criterion))
-        if changes:
-            logger.warning("%s is resumed with other options: %s", path, changes)
+        others = changes(criterion.cfg, state["cfg"].criterion)
+        if others:
+            logger.warning("%s is resumed with other options: %s", path, others)
     learned = criterion.state_dict()
     if learned and (problem or not same_shapes(learned, state.get("criterion"))):
         if not new_run:

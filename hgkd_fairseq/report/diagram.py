@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hgkd_fairseq import drawing
 from hgkd_fairseq import files as file_access
-from hgkd_fairseq.calibration.scores import DRAWN, WHAT, check_bars
-from hgkd_fairseq.errors import UserError, printable
+from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.evaluation.results import DRAWN, WHAT, check_bars
 
 # Wong's colours (Nature Methods 2011), from dark to light: apart for the colour-blind, and in grey.
 STYLES: tuple[dict[str, Any], ...] = (
@@ -38,7 +39,7 @@ def draw(files: Sequence[str], output: str, labels: Sequence[str] | None = None,
     Raises:
         UserError: matplotlib is missing, a file is not such a one, or numbers of files, labels and bins do not fit.
     """
-    Figure = figure_class()
+    Figure = drawing.figure_class()
     from matplotlib.legend_handler import HandlerTuple
 
     file_access.figure_format("--output", output)
@@ -59,29 +60,11 @@ def draw(files: Sequence[str], output: str, labels: Sequence[str] | None = None,
     lines = reliability(top, results, names, which)
     bars = confidences(bottom, results, which)
     handles: list[Any] = list(zip(lines, bars, strict=True))
-    legend(  # outside: there is no corner that no model's points reach
+    drawing.legend(  # outside: there is no corner that no model's points reach
         figure, handles, [line.get_label() for line in lines], loc="outside lower center", fontsize=9, frameon=False,
         handler_map={tuple: HandlerTuple(ndivide=None)}, handlelength=6,
     )  # fmt: skip
     file_access.write_figure(figure, output)
-
-
-def figure_class():
-    """matplotlib's Figure. Raises UserError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("diagrams need matplotlib: pip install 'hgkd-fairseq[report]'") from None
-    return Figure
-
-
-def legend(place, handles: Sequence[Any], labels: Sequence[str], **options: Any) -> None:
-    """A legend of a figure or of axes whose texts are shown as they are: matplotlib would take `$` for mathematics and
-    leave out what begins with `_`."""
-    made = place.legend(list(handles), [str(number) for number in range(len(labels))], **options)
-    for text, label in zip(made.get_texts(), labels, strict=True):
-        text.set_parse_math(False)
-        text.set_text(printable(label))
 
 
 def default_names(files: Sequence[str]) -> list[str]:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from hgkd_fairseq import drawing
 from hgkd_fairseq.errors import printable
 from hgkd_fairseq.report import diagram
 from hgkd_fairseq.report.runs import Run
@@ -70,7 +71,7 @@ def reliability(run: Run, found: dict[str, Any], number: int, name: str, which: 
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        figure = diagram.figure_class()(figsize=(WIDTH, 2.9), layout="constrained")
+        figure = drawing.figure_class()(figsize=(WIDTH, 2.9), layout="constrained")
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         styles = [{**diagram.STYLES[number], "hatch": ""}]  # a hatch is many lines of SVG, and there is one model only
         diagram.reliability(top, [found], [run.name], which, styles)
@@ -89,7 +90,7 @@ def curve(runs: Sequence[Run], key: str) -> str:
     if not any(drawn.values()):
         return ""
     with matplotlib.rc_context(STYLE):
-        figure = diagram.figure_class()(figsize=(WIDTH, 1.9), layout="constrained")
+        figure = drawing.figure_class()(figsize=(WIDTH, 1.9), layout="constrained")
         axes = figure.subplots()
         for run, style in zip(runs, diagram.STYLES, strict=False):
             if drawn[run.name]:
@@ -123,7 +124,7 @@ def swatch(number: int, place: str) -> str:
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        figure = diagram.figure_class()(figsize=(0.42, 0.14))
+        figure = drawing.figure_class()(figsize=(0.42, 0.14))
         axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 1), ylim=(-1, 1))
         axes.axis("off")
         style = diagram.STYLES[number]

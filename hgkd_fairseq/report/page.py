@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import hgkd_fairseq
-from hgkd_fairseq import files
+from hgkd_fairseq import drawing, files
 from hgkd_fairseq.errors import UserError, printable
 from hgkd_fairseq.report import commands, diagram, figures
 from hgkd_fairseq.report.runs import FILES, Run, read_all
@@ -81,7 +81,7 @@ def check(count: int) -> None:
     """Before any work. Raises UserError: too many runs for the styles there are, or no matplotlib."""
     if count > diagram.MOST:
         raise UserError(f"{count} runs are too many for one report; give at most {diagram.MOST}")
-    diagram.figure_class()
+    drawing.figure_class()
 
 
 def html(report: Report) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fairseq.logging import progress_bar
 
+from hgkd_fairseq import drawing
 from hgkd_fairseq.calibration import CalibrationHistogram
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.report import diagram
@@ -24,7 +25,7 @@ def write_reliability(logdir: str, subset: str, sums, step: int) -> None:
     if progress_bar.SummaryWriter is None:
         return
     try:
-        figure = diagram.figure_class()(figsize=(5.0, 6.3), layout="constrained")
+        figure = drawing.figure_class()(figsize=(5.0, 6.3), layout="constrained")
     except UserError:
         return
     histogram = CalibrationHistogram(sums=sums)

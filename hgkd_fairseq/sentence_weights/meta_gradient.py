@@ -50,6 +50,7 @@ def widen(head: Head) -> Head:
 
 def _output_gradient(group: Group, options: Options) -> Tensor:
     """(V, D) gradient of the group's loss, a sum over tokens, at W."""
+    assert group.student.weight is not None
     weight = group.student.weight.detach().requires_grad_()
     student, sentence = group.student._replace(weight=weight), group.sentence()
     every = torch.arange(group.target.numel(), device=group.target.device)
@@ -74,6 +75,7 @@ def meta_gradient(group: Group, weights: Tensor, held_out: Group, rate: float, o
         return GateWeights(*weights[statistics.instance].unbind(1))
 
     weighted = replace(options, gate=Gate("weights of sentences", of_sentence))
+    assert group.student.weight is not None
     ahead = group.student.weight - rate * _output_gradient(group, weighted)
     there = held_out._replace(student=held_out.student._replace(weight=ahead))
     direction = _output_gradient(there, Options(GATES["none"])) / max(held_out.target.numel(), 1)
@@ -95,7 +97,8 @@ def _changes(group: Group, direction: Tensor, options: Options):
         one, none = torch.ones_like(statistics.gold), torch.zeros_like(statistics.gold)
         gradient, gold = rows.row_gradient(p, None, GateWeights(one, none), statistics.entropy, 1.0, options)
         data = torch.linalg.vecdot(gradient, slope) + gold * slope.gather(1, target[:, None]).squeeze(1)
-        teacher = torch.linalg.vecdot(p - q, slope)
+        toward_teacher, _ = rows.row_gradient(p, q, GateWeights(none, one), None, 1.0, options)
+        teacher = torch.linalg.vecdot(toward_teacher, slope)
         yield torch.stack([data, teacher], 1)
 
 

@@ -63,6 +63,8 @@ class Refresh:
             raise UserError(
                 "--gate instance numbers the training sentences and needs them in one folder; join the data"
             )
+        if cfg.divergence != "kl":
+            raise UserError(f"--divergence {cfg.divergence}: gate instance learns its weights with kl; drop the option")
         if cfg.teacher_temperature_start is not None:
             raise UserError("--teacher-temperature-start: gate instance learns its weights at one temperature; drop it")
         if self.subset is None:
@@ -122,7 +124,9 @@ class Refresh:
         return list(dataset.batch_by_size(indices, max_tokens=self.cfg.max_tokens, max_sentences=self.cfg.batch_size))
 
     def limit(self, model: torch.nn.Module):
-        return utils.resolve_max_positions(self.task.max_positions(), model.max_positions(), self.cfg.max_tokens)
+        return utils.resolve_max_positions(
+            self.task.max_positions(), features.max_positions(model), self.cfg.max_tokens
+        )
 
     def held_out_sentences(self, epoch: int, model: torch.nn.Module):
         """The data set that the held-out sentences are of, and their numbers, without those that are too long."""

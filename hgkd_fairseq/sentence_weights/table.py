@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hgkd_fairseq import files
+from hgkd_fairseq.drawing import figure_class, legend
 from hgkd_fairseq.errors import UserError
-from hgkd_fairseq.report.diagram import figure_class, legend
 from hgkd_fairseq.sentence_weights.gate import Instance
 
 HELD = ("cpu", torch.strided)  # numbers that are there: not those of device "meta", nor sparse ones
@@ -57,8 +57,9 @@ def checked(checkpoint: str, memory: Any) -> dict[str, Tensor]:
     table = memory.get("gate") if isinstance(memory, dict) else None
     if not isinstance(table, dict) or "held_out" not in table:
         raise UserError(f"{checkpoint} has no weights of sentences; name a checkpoint of a run with --gate instance")
-    weights = [table.get(name) for name in ("data", "teacher")]
+    weights: list[Any] = [table.get(name) for name in ("data", "teacher")]
     masks = [table[name] for name in ("held_out", "learned") if name in table]
+    epoch: Any
     columns, epoch = [*weights, *masks], table.get("epoch")
     whole = (
         all(isinstance(one, Tensor) and (one.device.type, one.layout) == HELD for one in [*columns, epoch])
@@ -101,10 +102,10 @@ def report(checkpoint: str, output: str | None, compare: str | None, plot: str |
     if not found.epoch:
         print("not refreshed yet: all weights are what they began with")
     if output:
-        rows = zip(found.sentence.tolist(), found.data.tolist(), found.teacher.tolist(), strict=True)
+        listing = zip(found.sentence.tolist(), found.data.tolist(), found.teacher.tolist(), strict=True)
         lines = [
             "sentence\tdata\tteacher",
-            *(f"{sentence}\t{data:.6g}\t{teacher:.6g}" for sentence, data, teacher in rows),
+            *(f"{sentence}\t{data:.6g}\t{teacher:.6g}" for sentence, data, teacher in listing),
         ]
         files.write_text(output, "".join(f"{line}\n" for line in lines))
     if plot:

@@ -90,7 +90,11 @@ class LiveTeacher(TeacherSource):
     def check_data(self, split: str, dataset: LanguagePairDataset, limits: tuple[int, int]) -> None:
         for path, model in zip(self.paths, self.members, strict=True):
             for side, sizes, positions, limit in zip(
-                ("source", "target"), (dataset.src_sizes, dataset.tgt_sizes), model.max_positions(), limits, strict=True
+                ("source", "target"),
+                (dataset.src_sizes, dataset.tgt_sizes),
+                features.max_positions(model),
+                limits,
+                strict=True,
             ):
                 sizes = np.asarray([] if sizes is None else sizes)
                 longest = int(sizes[sizes <= limit].max(initial=0))

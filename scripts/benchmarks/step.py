@@ -209,7 +209,8 @@ def peak(trainer: Trainer, batch: dict) -> float:
 def take_turns(
     trainers: dict[str, Trainer], distilling: str, batches: list[dict], device: str
 ) -> dict[str, list[float]]:
-    """Seconds of every step on every batch but the first ones, which warm up."""
+    """Seconds of every step on every batch but the first ones, which warm up. A batch passes once untimed: on a GPU the
+    first trainer that meets a batch of a new shape takes 100 ms longer or more, whichever it is."""
 
     def step(trainer: Trainer, batch: dict) -> None:
         trainer.train_step([batch])
@@ -220,6 +221,8 @@ def take_turns(
     parts = teacher_parts(trainers[distilling])  # in their order: the product is of what the forward pass gave
     times: dict[str, list[float]] = {name: [] for name in (*runs, *parts)}
     for index, batch in enumerate(batches):
+        for run in runs.values():
+            run(batch)
         turn = interleaved({name: functools.partial(run, batch) for name, run in runs.items()}, 1, device, seed=index)
         turn |= {name: [seconds(functools.partial(part, batch), device)] for name, part in parts.items()}
         if index >= WARM_ROUNDS:

@@ -17,8 +17,7 @@ import torch
 from checkpoints import bytes_changed, odd, saved, state
 
 from hgkd_fairseq import files
-from hgkd_fairseq.calibration import scores
-from hgkd_fairseq.evaluation import temperature
+from hgkd_fairseq.evaluation import results, temperature
 from hgkd_fairseq.report import diagram, runs, tables
 from hgkd_fairseq.sentence_weights import table as weight_table
 
@@ -189,7 +188,7 @@ def axes() -> list:
 
 def read_drawn(path: str | Path) -> None:
     """What `hgkd calibration diagram` does; the figure, which takes long, once in 200."""
-    found = files.read_json(path, scores.DRAWN, scores.WHAT)
+    found = files.read_json(path, results.DRAWN, results.WHAT)
     diagram.check_bars(path, found)
     which = ("eos:yes", "eos:no")[next(TURN) % 2]
     if found["bins"] <= 10 and next(TURN) % 10 == 0:
@@ -203,7 +202,7 @@ def read_drawn(path: str | Path) -> None:
 
 def read_results(path: str | Path) -> None:
     """What `hgkd report` does with forced.json, but for the figures."""
-    run = runs.Run(Path("run"), "run", forced=scores.read_results(path))
+    run = runs.Run(Path("run"), "run", forced=results.read(path))
     other = runs.Run(Path("other"), "other", forced=copy.deepcopy(RESULTS))
     for pair in ([run, other], [other, run]):
         tables.measure(pair).markdown().encode("utf-8", "backslashreplace")

@@ -5,6 +5,7 @@ import itertools
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hgkd_fairseq import gates
-from hgkd_fairseq.loss import DistillationOutput, chunked, gated_distillation
+from hgkd_fairseq.loss import DIVERGENCES, DistillationOutput, chunked, gated_distillation
 from hgkd_fairseq.sentence_weights import gate as _instance  # noqa: F401  registers the gate instance
 
 ROOT = Path(__file__).parents[2]
@@ -913,9 +914,14 @@ def test_works_where_fairseq_is_not_installed():
 # Every gate, with what else the loss can hold
 
 
+def forward_kl(p: Tensor, q: Tensor) -> Tensor:
+    return (q * (q.log() - p.log())).sum(1)
+
+
 def autograd_of_the_equation(
-    batch: Batch, gate: gates.Gate, penalty: float, progress: float, instance: Tensor | None = None
-) -> tuple[Tensor, list]:
+    batch: Batch, gate: gates.Gate, penalty: float, progress: float, instance: Tensor | None = None,
+    divergence: Callable[[Tensor, Tensor], Tensor] = forward_kl,
+) -> tuple[Tensor, list]:  # fmt: skip
     """The loss and its gradients, written down from the equation alone: sums over the vocabulary, token by token."""
     kept = batch.target != PAD
     z = batch.hidden[kept] @ batch.weight.t() + batch.bias
@@ -931,7 +937,7 @@ def autograd_of_the_equation(
     entropy = -(p * p.log()).sum(1)
     loss = weights.data * (-p[rows, gold].log() - penalty * entropy)
     if gate.needs_teacher:
-        loss = loss + weights.teacher * (q * (q.log() - p.log())).sum(1)
+        loss = loss + weights.teacher * divergence(p, q)
     if weights.uniform is not None:
         loss = loss + weights.uniform * -p.log().mean(1)
     return loss.sum(), gradients(loss.sum(), batch)
@@ -960,6 +966,48 @@ def test_gradient_of_every_gate(name: str, penalty: float, implementation: str, 
     assert out.loss.item() == pytest.approx(loss.item(), rel=near)
     for got, wanted in zip(gradients(out.loss, batch), expected, strict=True):
         torch.testing.assert_close(got, wanted, **tolerance)
+
+
+@both
+@pytest.mark.parametrize("gate", ["token", "always", "sentence", "beta"])
+@pytest.mark.parametrize("name", sorted(DIVERGENCES))
+def test_gradient_of_every_divergence(name: str, gate: str, implementation: str, monkeypatch: pytest.MonkeyPatch):
+    """Against the definitions, written out with probabilities."""
+    monkeypatch.setitem(chunked.CHUNK_TOKENS, "cpu", 5)
+    dtype, near, tolerance = precision(implementation)
+    batch, made = make(dtype=dtype), gates.get_gate(gate)
+    torch.manual_seed(0)
+    loss, expected = autograd_of_the_equation(batch, made, 0.3, 0.0, divergence=WRITTEN_OUT[name])
+    torch.manual_seed(0)
+    out = run(batch, implementation, gate=made, confidence_penalty=0.3, divergence=name)
+    assert out.loss.item() == pytest.approx(loss.item(), rel=near)
+    for got, wanted in zip(gradients(out.loss, batch), expected, strict=True):
+        torch.testing.assert_close(got, wanted, **tolerance)
+
+
+WRITTEN_OUT = {
+    "kl": lambda p, q: (q * (q / p).log()).sum(1),
+    "reverse-kl": lambda p, q: (p * (p / q).log()).sum(1),
+    "js": lambda p, q: (q * (2 * q / (p + q)).log() + p * (2 * p / (p + q)).log()).sum(1) / 2,
+}
+
+
+@pytest.mark.parametrize("name", sorted(DIVERGENCES))
+def test_a_divergence_where_probabilities_are_zero(name: str):
+    """A token that neither has counts for nothing; no nan, in value or gradient. p = (3/4, 1/4), q = (1/4, 3/4)."""
+    z = torch.tensor([[3.0, 1.0, 0.0]], dtype=torch.float64).log().requires_grad_()
+    logq = torch.tensor([[0.25, 0.75, 0.0]], dtype=torch.float64).log()
+    value = DIVERGENCES[name].of(torch.log_softmax(z, 1), logq)
+    p = torch.tensor([[0.75, 0.25]], dtype=torch.float64)
+    torch.testing.assert_close(value, WRITTEN_OUT[name](p, p.flip(1)))
+    value.sum().backward()
+    assert z.grad.isfinite().all()
+    assert z.grad[0, 2] == 0
+
+
+def test_an_unknown_divergence_is_refused():
+    with pytest.raises(ValueError, match='unknown divergence "tv"; known are: kl, reverse-kl, js'):
+        gated_distillation(**arguments(divergence="tv"))
 
 
 @both

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "benchmarks" / "kernel_resources.py"
 
 
+@pytest.mark.slow
 def test_kernels_compile_without_spills():
     # In a process of its own: one where TRITON_INTERPRET=1 was set cannot compile.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -24,6 +24,7 @@ if DEVICE == "cuda" and torch.cuda.is_available():
 
 elif not INTERPRETED:
 
+    @pytest.mark.slow
     def test_in_a_process_of_the_interpreter():
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-rP", __file__]
         environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

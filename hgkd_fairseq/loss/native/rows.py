@@ -27,7 +27,7 @@ from torch import Tensor
 
 from hgkd_fairseq.gates import GateWeights, hard
 from hgkd_fairseq.loss import rows
-from hgkd_fairseq.loss.options import Decide, Options, TokenResults, decided
+from hgkd_fairseq.loss.options import FUSED, Decide, Options, TokenResults, decided
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +198,7 @@ def row_step(
     """
     dtype, ensemble = student_logits.dtype, len(teacher_logits) > 1
     # A row of an ensemble has a mean probability for each temperature.
-    if dtype not in DTYPES or (ensemble and options.untempered_gate):
+    if dtype not in DTYPES or (ensemble and options.untempered_gate) or options.divergence != FUSED:
         return rows.row_step(student_logits, teacher_logits, target, decide, options, gradient_scale)
     count, vocabulary = student_logits.shape
     student, target = student_logits.contiguous(), target.contiguous()

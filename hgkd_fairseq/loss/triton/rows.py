@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hgkd_fairseq.gates import GATES, Gate, hard
 from hgkd_fairseq.loss import chunked, rows
-from hgkd_fairseq.loss.options import GATE_ON, Decide, Options, TokenResults, decided
+from hgkd_fairseq.loss.options import FUSED, GATE_ON, Decide, Options, TokenResults, decided
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WARP = 32
@@ -104,11 +104,12 @@ def all_variants(vocabulary: int, itemsize: int) -> list[Variant]:
     return found
 
 
-def _launch(variant: Variant, *arguments: Tensor | float) -> None:
+def _launch(variant: Variant, logits: Tensor, *arguments: Tensor | float) -> None:
+    """One program a row."""
     from hgkd_fairseq.loss.triton import kernels as triton_kernels
 
     kernel = getattr(triton_kernels, variant.kernel)
-    kernel[(arguments[0].size(0),)](*arguments, **variant.constants, num_warps=variant.num_warps)
+    kernel[(logits.size(0),)](logits, *arguments, **variant.constants, num_warps=variant.num_warps)
 
 
 def _rows(logits: Tensor) -> Tensor:
@@ -119,13 +120,14 @@ def _rows(logits: Tensor) -> Tensor:
 
 def _known(student_logits: Tensor, teachers: int, options: Options) -> bool:
     """Whether the kernels can do it. They read one teacher at one temperature (an ensemble has other means at tau and
-    at 1), know no fp64, no entropy and no uniform term."""
+    at 1), know no fp64, no entropy, no uniform term and one divergence."""
     return not (
         student_logits.dtype not in DTYPES
         or not student_logits.size(0)
         or (teachers > 1 and options.untempered_gate)
         or options.confidence_penalty
         or options.gate.uniform
+        or options.divergence != FUSED
     )
 
 

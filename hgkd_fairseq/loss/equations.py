@@ -1,0 +1,84 @@
+"""The terms of the loss, each written once, on log-probabilities (N, V) in fp32 or fp64. Autograd goes through them.
+
+`eager` adds them up as they stand, and so does `rows.autograd_step`, a chunk at a time, for what no kernel knows. Plain
+torch, C and Triton compute the same of the divergence "kl" faster, and are tested against these.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hgkd_fairseq.loss.options import Options
+
+
+def data_term(logp: Tensor, target: Tensor, options: Options) -> Tensor:
+    """(N,) nats: (1 - eps - eps_i) * -log p(gold) + eps_i * sum_v -log p(v) - beta H(p), eps_i = eps / (V - 1).
+
+    fairseq's label smoothing; the entropy bonus is Pereyra et al.'s (2017, arXiv:1701.06548).
+    """
+    gold_weight, every_weight = options.gold_weight(logp.size(1))
+    term = -gold_weight * logp.gather(1, target[:, None]).squeeze(1)
+    if every_weight:
+        term = term - every_weight * logp.sum(1)
+    if options.confidence_penalty:
+        term = term - options.confidence_penalty * -expectation(logp, logp)
+    return term
+
+
+def uniform_term(logp: Tensor) -> Tensor:
+    """(N,) nats, the cross-entropy with the uniform distribution: -1/V sum_v log p(v)."""
+    return -logp.mean(1)
+
+
+def expectation(logw: Tensor, values: Tensor) -> Tensor:
+    """(N,) sum_v w(v) values(v). Where w underflows to 0 its token contributes 0, whatever the value is."""
+    w = logw.exp()
+    return (w * torch.where(w > 0, values, torch.zeros_like(w))).sum(1)  # a product of 0 and inf has no gradient
+
+
+class Divergence(NamedTuple):
+    """Of the student's distribution p from the teacher's q."""
+
+    of: Callable[[Tensor, Tensor], Tensor]  # (log p, log q), (N, V) each -> (N,) nats
+    equation: str
+
+
+DIVERGENCES: dict[str, Divergence] = {}
+
+
+def register_divergence(name: str, equation: str) -> Callable:
+    """Decorator: register a function (log p, log q) -> (N,) under the value that ``divergence`` takes.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def register(of: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        if name in DIVERGENCES:
+            raise ValueError(f'a divergence named "{name}" is registered already; choose another name')
+        DIVERGENCES[name] = Divergence(of, equation)
+        return of
+
+    return register
+
+
+@register_divergence("kl", "KL(q || p) = sum_v q (log q - log p)")
+def kl(logp: Tensor, logq: Tensor) -> Tensor:
+    return expectation(logq, logq - logp)
+
+
+@register_divergence("reverse-kl", "KL(p || q) = sum_v p (log p - log q)")
+def reverse_kl(logp: Tensor, logq: Tensor) -> Tensor:
+    return expectation(logp, logp - logq)
+
+
+@register_divergence("js", "(KL(q || m) + KL(p || m)) / 2, m = (p + q) / 2")
+def js(logp: Tensor, logq: Tensor) -> Tensor:
+    neither = logp.isneginf() & logq.isneginf()  # counts for nothing, and has no gradient as it stands
+    logm = torch.logaddexp(logp.masked_fill(neither, 0), logq) - math.log(2)
+    return (expectation(logq, logq - logm) + expectation(logp, logp - logm)) / 2
