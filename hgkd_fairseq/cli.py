@@ -199,10 +199,12 @@ def settings_of(args):
     return Settings(args.bins, args.min_count, args.replicates, args.seed)
 
 
-def show(results, args) -> None:
+def show(found, args) -> None:
+    from hgkd_fairseq.evaluation import results
+
     if args.json:
-        results.write(args.json, args.command)
-    print(results)
+        results.write(found, args.json, args.command)
+    print(found)
 
 
 def add_score(commands) -> None:

@@ -13,10 +13,12 @@ sys.path.insert(0, str(ROOT))  # the checkout under test, installed or not
 import command_line as cl  # noqa: E402
 import torch  # noqa: E402
 
+TRAINED = {"plain_runs", "trials"}  # fixtures that train models before the first test of theirs
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "plain_runs" in getattr(item, "fixturenames", ()):  # models are trained before the first one of these
+        if TRAINED & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
     if not torch.cuda.is_available():
         for item in items:

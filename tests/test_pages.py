@@ -6,6 +6,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -81,6 +82,12 @@ def test_table_of_gates():
         cwd=ROOT, env=cl.environment(), capture_output=True, text=True, timeout=cl.TIMEOUT_S, check=True,
     )  # fmt: skip
     assert found[1] == done.stdout.strip(), "write the output of `hgkd gates --markdown` between the two comments"
+
+
+def test_table_of_methods():
+    written = (ROOT / "hgkd_fairseq" / "methods.toml").read_text()
+    rows = [f"| {it['title']} | `{name}` | `{it['options']}` |" for name, it in tomllib.loads(written).items()]
+    assert "\n" + "\n".join(rows) + "\n\n" in PAGES["hgkd_fairseq/gates/README.md"].read_text()
 
 
 def test_tables_of_the_study():
@@ -214,18 +221,16 @@ def prepare(page: str, folder: Path, data: Path, teacher: cl.Run) -> None:
 
 
 def type_commands(page: str, folder: Path) -> list[cl.Result]:
-    """Types the commands of a page; a training is short and small, by options after its own."""
-    short = {"train": (*cl.SIZE, *cl.LOGS, "--max-update", 4, "--warmup-updates", 1), "generate": ("--cpu",)}
-    if page != "README.md":
-        del short["generate"]
-        short["train"] = (*cl.SIZE, *cl.LOGS, "--max-update", 4)
+    """Types the commands of a page; training and search are short and small, by options after their own."""
+    short = (*cl.SIZE, *cl.LOGS, "--max-update", 4, *(("--warmup-updates", 1) if page == "README.md" else ()))
     results = []
     for words in [words for block in blocks(page, "sh") if needs(block) is None for words in commands(block)]:
         if words[0] == "hgkd":
-            assert cli.main(words[1:]) == 0, words
+            few = ["--generate", "--beam 2 --max-len-b 5"] if words[1] == "score" else []
+            assert cli.main([*words[1:], *few]) == 0, words
             continue
-        name = words[0].removeprefix("fairseq-")
-        results.append(cl.fairseq(name, *words[1:], *short[name], cwd=folder))
+        assert words[0] == "fairseq-train"
+        results.append(cl.fairseq("train", *words[1:], *short, cwd=folder))
         assert results[-1].code == 0, results[-1].end()
     return results
 
@@ -236,7 +241,7 @@ def test_as_typed(page: str, data: Path, teacher: cl.Run, tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     results = type_commands(page, tmp_path)
-    assert 0 <= results[-2 if page == "README.md" else -1].logs("train")[-1]["teacher_share"] <= 1
+    assert 0 <= results[-1].logs("train")[-1]["teacher_share"] <= 1
     if page == "README.md":
         assert "teacher" in (tmp_path / "report.html").read_text()
         assert "ECE" in (tmp_path / "runs" / "student" / "forced.json").read_text()

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import hgkd_fairseq
-from hgkd_fairseq import files
 from hgkd_fairseq.calibration import histogram
 from hgkd_fairseq.calibration.bootstrap import LEVEL, SentenceBootstrap
 from hgkd_fairseq.calibration.fine import FineHistogram
@@ -246,7 +245,3 @@ class Results:
                 for which, row in self.resampled_ece.items()
             },
         }
-
-    def write(self, file: str, command: str) -> None:
-        """`command`: as it was typed, for the report."""
-        files.write_json(file, {"command": command, **self.to_json()})

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from hgkd_fairseq import files
 from hgkd_fairseq.errors import UserError
+
+
+class Scores(Protocol):
+    """What was measured: :class:`hgkd_fairseq.calibration.scores.Results`, a fitted temperature."""
+
+    def to_json(self) -> dict[str, Any]: ...
+
 
 NUMBER = (files.Within(-1e12, 1e12, float), None)  # None: NaN, of no tokens
 SHARE = files.Within(0, 1 + 1e-9, float)
@@ -38,8 +45,13 @@ RESULTS = {
 }
 
 
+def write(found: Scores, file: str | Path, command: str) -> None:
+    """`command`: as it was typed, for the report."""
+    files.write_json(file, {"command": command, **found.to_json()})
+
+
 def read(file: str | Path) -> dict[str, Any]:
-    """What :meth:`hgkd_fairseq.calibration.scores.Results.write` wrote.
+    """What :func:`write` wrote.
 
     Raises:
         UserError: the file cannot be read, or something in it is missing or cannot be.

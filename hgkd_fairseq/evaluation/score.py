@@ -173,7 +173,7 @@ class Scoring:
             generate.main(args)
 
     def measured(self, name: str, evaluate: Callable[[], Results], *inputs: Any) -> dict[str, Any]:
-        return results.read(self.once(name, lambda file: evaluate().write(str(file), self.how.command), *inputs))
+        return results.read(self.once(name, lambda file: results.write(evaluate(), file, self.how.command), *inputs))
 
     def forced(self, name: str, degree: float = 1.0) -> dict[str, Any]:
         model = (self.data, str(self.path))
@@ -186,7 +186,7 @@ class Scoring:
         """Fitted on the validation set; None where none is best."""
 
         def make(file: Path) -> None:
-            temperature.fit(self.data, str(self.path), cpu=self.how.cpu).write(file, self.how.command)
+            results.write(temperature.fit(self.data, str(self.path), cpu=self.how.cpu), file, self.how.command)
 
         try:
             return temperature.read_file(self.once("temperature.json", make))["temperature"]

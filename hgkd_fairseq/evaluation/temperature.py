@@ -31,9 +31,8 @@ class Fit(NamedTuple):
     raw: Results
     scaled: Results
 
-    def write(self, file: str | Path, command: str) -> None:
-        scores = {"raw": self.raw.to_json(), "scaled": self.scaled.to_json()}
-        files.write_json(file, {"temperature": self.temperature, "command": command, **scores})
+    def to_json(self) -> dict[str, Any]:
+        return {"temperature": self.temperature, "raw": self.raw.to_json(), "scaled": self.scaled.to_json()}
 
     def __str__(self) -> str:
         shown = [results[key] for results in (self.raw, self.scaled) for key in ("nll", "ece", "ece_without_eos")]

@@ -105,6 +105,7 @@ def translations(study: Path, cell: Path, subset: str, penalty: float) -> list[s
     return [found[number] for number in range(len(found))]
 
 
+@pytest.mark.slow
 def test_killed_and_restarted(tmp_path):
     """A run that is killed ends with the scores of one that was not, and trains no finished teacher again. Its length
     penalty is the one with which fairseq-generate has the highest BLEU on the validation set."""
