@@ -124,8 +124,11 @@ def test_checkpoints_of_one_run(data, run, capsys):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--generate=--beams 5"], "--generate: fairseq-generate .*: unrecognized arguments: --beams 5"),
-        (["--generate=--beam '5"], "--generate: No closing quotation"),
+        (
+            ["--generate=--beams 5"],
+            "--generate '--beams 5' is not for fairseq-generate: unrecognized arguments: --beams 5",
+        ),
+        (["--generate=--beam '5"], "--generate '--beam '5' is not for fairseq-generate: No closing quotation"),
         (["--checkpoint", "worst"], "worst does not exist; --checkpoint is best, last or a file in the run's folder"),
         (["--reference", "{short}"], r"64 translations for 1 references; name the text .* with --reference"),
     ],

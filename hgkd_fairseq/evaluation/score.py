@@ -31,7 +31,7 @@ from sacrebleu.metrics import BLEU, CHRF
 
 import hgkd_fairseq
 from hgkd_fairseq import files
-from hgkd_fairseq.calibration.scores import Score
+from hgkd_fairseq.calibration.scores import Results, Score
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.evaluation import forced, generated, inference, logs, results, temperature
 from hgkd_fairseq.plugin import binarised, checkpoints
@@ -55,13 +55,6 @@ class Options:
     cpu: bool = False
     command: str = ""  # as it was typed, for the report
 
-    @property
-    def search(self) -> list[str]:
-        try:
-            return shlex.split(self.generate)
-        except ValueError as error:
-            raise UserError(f"--generate: {error}") from None
-
 
 def score_all(data: str, runs: Sequence[str], names: Sequence[str], how: Options) -> None:
     """Score checkpoints of runs, and print what a reader asks for first.
@@ -76,7 +69,7 @@ def score_all(data: str, runs: Sequence[str], names: Sequence[str], how: Options
     Raises:
         UserError: something that is missing or cannot be used.
     """
-    generation(data, "--path", "PATH", *how.search)  # what it refuses is told before the work
+    generation(how.generate, data, "--path", "PATH")  # what it refuses is told before the work
     references = generated.read_references(how.reference) if how.reference else None
     for run in runs:
         for name in names:
@@ -115,8 +108,8 @@ def content(value: Any) -> Any:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def generation(*words: str) -> argparse.Namespace:
-    """Arguments of fairseq-generate.
+def generation(how: str, *words: str) -> argparse.Namespace:
+    """Arguments of fairseq-generate: `words`, and then the options in `how`.
 
     Raises:
         UserError: it does not know them.
@@ -124,10 +117,10 @@ def generation(*words: str) -> argparse.Namespace:
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
-            return options.parse_args_and_arch(options.get_generation_parser(), input_args=list(words))
-    except SystemExit:
-        why = told.getvalue().strip().rpartition("error: ")[2]
-        raise UserError(f"--generate: fairseq-generate {shlex.join(words)}: {why}") from None
+            return options.parse_args_and_arch(options.get_generation_parser(), [*words, *shlex.split(how)])
+    except (SystemExit, ValueError) as error:
+        why = told.getvalue().strip().rpartition("error: ")[2] or error
+        raise UserError(f"--generate '{how}' is not for fairseq-generate: {why}") from None
 
 
 @contextlib.contextmanager
@@ -169,29 +162,25 @@ class Scoring:
 
     def translate(self, file: Path, *more: str) -> None:
         args = generation(
+            f"{self.how.generate} {shlex.join(more)}",
             *(self.data, "--path", str(self.path), "--user-dir", str(Path(hgkd_fairseq.__file__).parent)),
             *("--gen-subset", file.stem.removeprefix("generate-"), "--results-path", str(file.parent)),
             *("--required-batch-size-multiple", "1", "--max-tokens", "4000", "--no-progress-bar"),
             *("--num-workers", "0"),  # torch may wait 5 s for the end of a worker, as long as the whole translation
             *(["--cpu"] if self.how.cpu else []),
-            *self.how.search,
-            *more,
         )
         with logged(file.with_name("generate.log")), contextlib.redirect_stdout(sys.stderr):
             generate.main(args)
 
-    def forced(self, name: str, degree: float = 1.0) -> dict[str, Any]:
-        def make(file: Path) -> None:
-            found = forced.evaluate(self.data, str(self.path), cpu=self.how.cpu, temperature=degree)
-            results.write(found, file, self.how.command)
+    def measured(self, name: str, evaluate: Callable[[], Results], *inputs: Any) -> dict[str, Any]:
+        return results.read(self.once(name, lambda file: results.write(evaluate(), file, self.how.command), *inputs))
 
-        return results.read(self.once(name, make, degree))
+    def forced(self, name: str, degree: float = 1.0) -> dict[str, Any]:
+        model = (self.data, str(self.path))
+        return self.measured(name, lambda: forced.evaluate(*model, cpu=self.how.cpu, temperature=degree), degree)
 
     def inference(self, name: str, translations: Path) -> dict[str, Any]:
-        def make(file: Path) -> None:
-            results.write(inference.evaluate(str(translations)), file, self.how.command)
-
-        return results.read(self.once(name, make, translations))
+        return self.measured(name, lambda: inference.evaluate(str(translations)), translations)
 
     def temperature(self) -> float | None:
         """Fitted on the validation set; None where none is best."""
@@ -232,8 +221,8 @@ class Scoring:
         lines = [f"{label}|{signatures[key]} = {quality[key]:.2f}" for key, label in labels]
         if self.how.own_lenpen:
             lines.append(f"BLEU|lenpen:{quality['lenpen']:g}|{signatures['bleu']} = {quality['lenpen_bleu']:.2f}")
-        for kind, measured in found.items():
-            rows = [row for row in measured["scores"] if row["key"] in SHOWN and row["value"] is not None]
+        for kind, each in found.items():
+            rows = [row for row in each["scores"] if row["key"] in SHOWN and row["value"] is not None]
             lines += [f"At temperature {degree:.4f}:"] if kind == "scaled_" else []
             lines += [str(Score(**row)) for row in rows]
         return [str(self.folder), *lines]

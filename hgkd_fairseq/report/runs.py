@@ -12,15 +12,18 @@ from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.evaluation import generated, logs, results, temperature
 
 GENERATED = "generate-test.txt"
-SCORE = "hgkd score DATA RUN"
 # What a run may lack, and the command that fills it in, with the run's folder for RUN. Of a file of scores the field of
 # Run is its name without .json.
 FILES = {
     "checkpoint_best.pt": "fairseq-train DATA --save-dir RUN",
     "checkpoint_last.pt": "fairseq-train DATA --save-dir RUN, without --no-last-checkpoints",
     "train.log": "fairseq-train DATA --save-dir RUN 2>&1 | tee -a RUN/train.log",
-    **dict.fromkeys((GENERATED, "forced.json", "inference.json", "temperature.json"), SCORE),
-    **dict.fromkeys(("scaled.json", "inference_scaled.json"), SCORE),
+    GENERATED: "hgkd score DATA RUN",
+    "forced.json": "hgkd score DATA RUN",
+    "inference.json": "hgkd score DATA RUN",
+    "temperature.json": "hgkd score DATA RUN",
+    "scaled.json": "hgkd score DATA RUN",
+    "inference_scaled.json": "hgkd score DATA RUN",
 }
 MODES = {"forced": "forced", "inference": "inference", "scaled": "forced", "inference_scaled": "inference"}
 

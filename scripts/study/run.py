@@ -100,8 +100,8 @@ def check(cells: list[Cell], folder: Path) -> None:
         if not (folder / cell.folder / "cell.json").exists():
             continue
         before = read_about(folder / cell.folder, commands=[str])["commands"]
-        now, old = (shlex.split(" ".join(commands)) for commands in (cell.commands, before))
-        if decisive(now) != decisive(old):
+        now, old = (decisive(shlex.split(" ".join(commands))) for commands in (cell.commands, before))
+        if now != old:
             changed = " ".join(option for option in old if option not in now) or "other options"
             raise UserError(
                 f"{folder / cell.folder} was made with {changed} and the grid says otherwise now; "

@@ -1,5 +1,6 @@
 """scripts/study: a grid that is killed and started again, one that grows, one that changes; tables by hand."""
 
+import contextlib
 import json
 import os
 import re
@@ -156,6 +157,20 @@ def test_killed_and_restarted(tmp_path):
         runner.check(changed.cells(), study)
     with pytest.raises(UserError, match=r"was made with other data .* choose another --dir"):
         runner.prepare(Grid(write_grid(tmp_path, block(["same"], ["base"], [1]), pairs=301)), study, None)
+
+
+def test_a_cell_is_known_by_its_training_and_search(tmp_path):
+    """By whatever program it was scored; another search makes another cell."""
+    cells = Grid(write_grid(tmp_path, block(["same"], ["base"], [1]))).cells()
+    train, _ = cells[0].commands
+    file = tmp_path / cells[0].folder / "cell.json"
+    file.parent.mkdir(parents=True)
+    refusal = pytest.raises(UserError, match=r"was made with --generate=--beam 3")
+    for beam, expected in ((2, contextlib.nullcontext()), (3, refusal)):
+        before = f"score.py same/base/seed-1 --data data-bin '--generate=--beam {beam} --max-len-b 20'"
+        file.write_text(json.dumps({**cells[0].description(), "commands": [train, before]}))
+        with expected:
+            runner.check(cells, tmp_path)
 
 
 def test_what_is_run_next(tmp_path):
