@@ -101,9 +101,9 @@ def add_forced(kinds) -> None:
 
 def add_inference(kinds) -> None:
     def run(args) -> None:
-        from hgkd_fairseq.evaluation.inference import Options, evaluate
+        from hgkd_fairseq.evaluation.inference import Labelling, evaluate
 
-        options = Options(args.labels, args.words)
+        options = Labelling(args.labels, args.words)
         show(evaluate(args.file, args.reference, options, settings_of(args), args.tokens), args)
 
     command = kinds.add_parser("inference", help="of the model's own translations, as fairseq-generate wrote them")
@@ -209,9 +209,9 @@ def show(found, args) -> None:
 
 def add_score(commands) -> None:
     def run(args) -> None:
-        from hgkd_fairseq.evaluation.score import Options, score_all
+        from hgkd_fairseq.evaluation.score import Scoring, score_all
 
-        how = Options(args.generate, args.reference, args.tokenize, args.own_lenpen, args.cpu, args.command)
+        how = Scoring(args.generate, args.reference, args.tokenize, args.own_lenpen, args.cpu, args.command)
         score_all(args.data, args.runs, args.checkpoint or ["best"], how)
 
     command = commands.add_parser("score", help="all that is measured of trained runs, in the files that report reads")

@@ -198,7 +198,7 @@ def row_step(
     """
     dtype, ensemble = student_logits.dtype, len(teacher_logits) > 1
     # A row of an ensemble has a mean probability for each temperature.
-    if dtype not in DTYPES or (ensemble and options.untempered_gate) or options.divergence != FUSED:
+    if dtype not in DTYPES or (ensemble and options.reads_untempered) or options.divergence != FUSED:
         return rows.row_step(student_logits, teacher_logits, target, decide, options, gradient_scale)
     count, vocabulary = student_logits.shape
     student, target = student_logits.contiguous(), target.contiguous()
@@ -219,7 +219,7 @@ def row_step(
         failed = kernel()(
             *[None if tensor is None else tensor.data_ptr() for tensor in tensors],
             count, vocabulary, *dtypes, mode, torch.get_num_threads(),
-            options.gate_on == "argmax", options.untempered_gate,
+            options.gate_on == "argmax", options.reads_untempered,
             1 / temperature, *options.gold_weight(vocabulary), options.confidence_penalty, gradient_scale or 0.0,
         )  # fmt: skip
         if failed == NO_MEMORY:
