@@ -209,9 +209,9 @@ def show(found, args) -> None:
 
 def add_score(commands) -> None:
     def run(args) -> None:
-        from hgkd_fairseq.evaluation.score import Scoring, score_all
+        from hgkd_fairseq.evaluation.score import ScoreOptions, score_all
 
-        how = Scoring(args.generate, args.reference, args.tokenize, args.own_lenpen, args.cpu, args.command)
+        how = ScoreOptions(args.generate, args.reference, args.tokenize, args.own_lenpen, args.cpu, args.command)
         score_all(args.data, args.runs, args.checkpoint or ["best"], how)
 
     command = commands.add_parser("score", help="all that is measured of trained runs, in the files that report reads")
