@@ -104,9 +104,9 @@ def add_forced(kinds) -> None:
 
 def add_inference(kinds) -> None:
     def run(args) -> None:
-        from hgkd_fairseq.evaluation.inference import Options, evaluate
+        from hgkd_fairseq.evaluation.inference import Labelling, evaluate
 
-        options = Options(args.labels, args.words)
+        options = Labelling(args.labels, args.words)
         show(evaluate(args.file, args.reference, options, settings_of(args), args.tokens), args)
 
     option = add(kinds, "inference", run, "of the model's own translations, as fairseq-generate wrote them")
@@ -204,9 +204,9 @@ def show(found, args) -> None:
 
 def add_score(commands) -> None:
     def run(args) -> None:
-        from hgkd_fairseq.evaluation.score import Options, score_all
+        from hgkd_fairseq.evaluation.score import ScoreOptions, score_all
 
-        how = Options(args.generate, args.reference, args.tokenize, args.own_lenpen, args.cpu, args.command)
+        how = ScoreOptions(args.generate, args.reference, args.tokenize, args.own_lenpen, args.cpu, args.command)
         score_all(args.data, args.runs, args.checkpoint or ["best"], how)
 
     option = add(commands, "score", run, "all that is measured of trained runs, in the files that report reads")

@@ -32,7 +32,7 @@ source "$here/steps.sh"
 
 say() { printf 'get_data.sh: %s\n' "$*" >&2; }
 
-# fail STATUS SENTENCE
+# fail STATUS MESSAGE
 fail() {
     local status=$1
     shift

@@ -25,7 +25,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 say() { printf 'prepare_data.sh: %s\n' "$*" >&2; }
 
-# fail STATUS SENTENCE
+# fail STATUS MESSAGE
 fail() {
     local status=$1
     shift

@@ -186,7 +186,7 @@ def differences(one: dict, other: dict) -> dict[str, float]:
     return found
 
 
-def one_sentence(result: Result, expected: Sequence[str]) -> None:
+def one_error_message(result: Result, expected: Sequence[str]) -> None:
     """The run was refused with one sentence that holds all of `expected`, no traceback, and before training."""
     assert result.code != 0
     assert len(result.errors()) == 1, result.end()

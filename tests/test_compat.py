@@ -132,7 +132,7 @@ def refused(plain: cl.Run, data: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.mark.parametrize("use", ["--teacher-path", "--path", "--restore-file", "old format"])
 def test_code_in_a_checkpoint_is_refused(use: str, refused):
     results, file = refused
-    cl.one_sentence(results[use], ["malicious", "refused", f"wants to import {os.system.__module__}.system"])
+    cl.one_error_message(results[use], ["malicious", "refused", f"wants to import {os.system.__module__}.system"])
     assert not file.exists()
 
 
@@ -146,15 +146,15 @@ def test_the_malicious_checkpoint_is_one(plain: cl.Run, tmp_path: Path):
 @pytest.mark.parametrize("use", ["generate", "validate", "interactive"])
 def test_code_in_options_is_refused(use: str, refused):
     results, file = refused
-    cl.one_sentence(
+    cl.one_error_message(
         results[f"options, {use}"], ["options.pt", "is no Python literal, and fairseq would run it as code"]
     )
     assert not file.exists()
 
 
 @pytest.mark.parametrize("use", ["half", "half, --path"])
-def test_half_a_checkpoint_is_one_sentence(use: str, refused):
-    cl.one_sentence(refused[0][use], ["half.pt cannot be read: it is cut short or damaged"])
+def test_half_a_checkpoint_is_one_error_message(use: str, refused):
+    cl.one_error_message(refused[0][use], ["half.pt cannot be read: it is cut short or damaged"])
 
 
 @pytest.mark.parametrize("run", ["plain", "teacher", "student"])

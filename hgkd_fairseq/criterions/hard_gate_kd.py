@@ -91,7 +91,7 @@ class HardGateKDCriterion(FairseqCriterion):
             gate=gate if teachers or not gate.needs_teacher else "none",
             gate_on=self.cfg.gate_on,
             teacher_temperature=temperature(self.cfg, progress),
-            gate_temperature=not self.cfg.untempered_gate,
+            tempered_gate=not self.cfg.untempered_gate,
             divergence=self.cfg.divergence,
             label_smoothing=self.cfg.label_smoothing,
             confidence_penalty=self.cfg.confidence_penalty,

@@ -38,7 +38,7 @@ class Search:
             raise UserError(f"{given} leave no room for a translation; raise one")
 
 
-class Batch(NamedTuple):
+class Sources(NamedTuple):
     """S sentences of the subset."""
 
     sample: dict  # fairseq's
@@ -57,10 +57,10 @@ class Model(Protocol):
 
     megabytes: float
 
-    def translate(self, batch: Batch) -> list[Hypothesis]:
+    def translate(self, batch: Sources) -> list[Hypothesis]:
         """The best translation of each sentence; this is what is timed."""
 
-    def scored(self, batch: Batch, hypotheses: list[Hypothesis]) -> list[Hypothesis]:
+    def scored(self, batch: Sources, hypotheses: list[Hypothesis]) -> list[Hypothesis]:
         """The same, with the log-probabilities of their tokens under the model itself."""
 
 
@@ -77,7 +77,7 @@ class FairseqModel:
         )
         self.generator = self.task.build_generator(self.models, cfg)
 
-    def translate(self, batch: Batch) -> list[Hypothesis]:
+    def translate(self, batch: Sources) -> list[Hypothesis]:
         sample = utils.move_to_cuda(batch.sample) if self.device.type == "cuda" else batch.sample
         dictionary = self.task.target_dictionary
         found = []
@@ -86,7 +86,7 @@ class FairseqModel:
             found.append(Hypothesis(tokens, best["positional_scores"].tolist()))
         return found
 
-    def scored(self, batch: Batch, hypotheses: list[Hypothesis]) -> list[Hypothesis]:
+    def scored(self, batch: Sources, hypotheses: list[Hypothesis]) -> list[Hypothesis]:
         return hypotheses  # fairseq's search has them at hand
 
 
@@ -106,7 +106,7 @@ class CTranslate2Model:
         except RuntimeError as error:
             raise UserError(f"{path} is no model of CTranslate2 ({error}); name a folder that it wrote") from error
 
-    def translate(self, batch: Batch) -> list[Hypothesis]:
+    def translate(self, batch: Sources) -> list[Hypothesis]:
         found = self.translator.translate_batch(
             batch.sources,
             beam_size=self.search.beam,
@@ -116,7 +116,7 @@ class CTranslate2Model:
         )
         return [Hypothesis(result.hypotheses[0], None) for result in found]
 
-    def scored(self, batch: Batch, hypotheses: list[Hypothesis]) -> list[Hypothesis]:
+    def scored(self, batch: Sources, hypotheses: list[Hypothesis]) -> list[Hypothesis]:
         found = self.translator.score_batch(batch.sources, [one.tokens for one in hypotheses], max_input_length=0)
         return [Hypothesis(one.tokens, result.log_probs) for one, result in zip(hypotheses, found, strict=True)]
 
@@ -233,7 +233,7 @@ def compare(
     return Comparison(rows, sentences, about)
 
 
-def make_batch(model: FairseqModel, sample: dict, search: Search) -> Batch:
+def make_batch(model: FairseqModel, sample: dict, search: Search) -> Sources:
     dictionary = model.task.source_dictionary
     source = [
         [dictionary[index] for index in row if index not in (dictionary.pad(), dictionary.eos())]
@@ -243,12 +243,12 @@ def make_batch(model: FairseqModel, sample: dict, search: Search) -> Batch:
     length = sample["net_input"]["src_tokens"].size(1)
     # fairseq-generate's limit, which counts the padded length of the batch
     limit = min(int(search.max_len_a * length + search.max_len_b), model.generator.max_len - 1)
-    return Batch(sample, source, target, limit)
+    return Sources(sample, source, target, limit)
 
 
 @torch.no_grad()
 def translate_all(
-    models: Sequence[Model], batches: Sequence[Batch], repeats: int
+    models: Sequence[Model], batches: Sequence[Sources], repeats: int
 ) -> tuple[list[list[Translation]], list[list[float]]]:
     """Of each model: the translations in the subset's order, and the seconds of each timed pass."""
     found: list[list[Translation]] = [[] for _ in models]

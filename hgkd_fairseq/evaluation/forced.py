@@ -33,7 +33,7 @@ CHUNK_TOKENS = 1024  # rows of the vocabulary's width that are alive at a time
 MEANS = (Mean("nll", "NLL", "bits"), Mean("brier", "Brier"))
 
 
-class Batch(NamedTuple):
+class TargetTokens(NamedTuple):
     """The N non-pad target tokens of a batch, sentence by sentence."""
 
     heads: list[Head]  # hidden (N, D), one a model
@@ -177,7 +177,7 @@ def batches(task, models, subset: str, max_tokens: int):
 
 
 @torch.no_grad()
-def token_batches(models, samples, dictionary, device) -> Iterator[Batch]:
+def token_batches(models, samples, dictionary, device) -> Iterator[TargetTokens]:
     """The models' features of the target tokens, batch by batch."""
     for sample in samples:
         sample = utils.move_to_cuda(sample) if device.type == "cuda" else sample
@@ -186,7 +186,7 @@ def token_batches(models, samples, dictionary, device) -> Iterator[Batch]:
         heads = [features.head(model, sample["net_input"]) for model in models]
         heads = [head._replace(hidden=head.hidden.flatten(0, 1)[rows]) for head in heads]  # (N, D)
         sentence = sample["id"][:, None].expand_as(target).flatten()[rows]
-        yield Batch(heads, target.flatten()[rows], sentence)
+        yield TargetTokens(heads, target.flatten()[rows], sentence)
 
 
 def chunks(heads: Sequence[Head], target: Tensor) -> Iterator[tuple[list[Head], Tensor]]:
@@ -213,7 +213,7 @@ def score_rows(heads: Sequence[Head], target: Tensor, eos: int, temperature: flo
     return whole._replace(weighted=whole.weighted.unflatten(0, (-1, 2)).sum(0))
 
 
-def token_rows(batch: Batch, scores: TokenScores, dictionary) -> dict[str, list]:
+def token_rows(batch: TargetTokens, scores: TokenScores, dictionary) -> dict[str, list]:
     """Columns of the table of tokens."""
     return {
         "sentence": batch.sentence.tolist(),

@@ -36,7 +36,7 @@ class Translation(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Options:
+class Labelling:
     """How tokens are labelled: `labels` "wang2020" or "ter", and whether whole words are scored instead of pieces."""
 
     labels: str = "wang2020"
@@ -89,7 +89,7 @@ def translation(file: str, lines: dict[str, dict[int, str]], references: dict[in
 def evaluate(
     file: str,
     reference_file: str | None = None,
-    options: Options | None = None,
+    options: Labelling | None = None,
     settings: Settings | None = None,
     tokens_file: str | None = None,
 ) -> Results:
@@ -105,7 +105,7 @@ def evaluate(
 def score(
     translations: Sequence[Translation],
     name: str,
-    options: Options | None = None,
+    options: Labelling | None = None,
     settings: Settings | None = None,
     table: TokenTable | None = None,
 ) -> Results:
@@ -119,7 +119,7 @@ def score(
     Raises:
         UserError: the references are not in pieces where the translations are.
     """
-    options, settings = options or Options(), settings or Settings()
+    options, settings = options or Labelling(), settings or Settings()
     marked = mark(row.tokens for row in translations)
     if marked and not mark(row.reference for row in translations):
         raise UserError(

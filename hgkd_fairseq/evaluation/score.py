@@ -45,7 +45,7 @@ SHOWN = ("nll", "ece", "ece_without_eos")
 
 
 @dataclass(frozen=True)
-class Options:
+class ScoreOptions:
     """How runs are scored."""
 
     generate: str = "--beam 5"  # options of fairseq-generate
@@ -56,7 +56,7 @@ class Options:
     command: str = ""  # as it was typed, for the report
 
 
-def score_all(data: str, runs: Sequence[str], names: Sequence[str], how: Options) -> None:
+def score_all(data: str, runs: Sequence[str], names: Sequence[str], how: ScoreOptions) -> None:
     """Score checkpoints of runs, and print what a reader asks for first.
 
     Args:
@@ -144,7 +144,7 @@ def logged(file: Path) -> Iterator[None]:
 class Scoring:
     """One checkpoint of a run."""
 
-    def __init__(self, data: str, run: Path, name: str, how: Options):
+    def __init__(self, data: str, run: Path, name: str, how: ScoreOptions):
         self.data, self.run, self.how = data, run, how
         self.path = run / CHECKPOINTS.get(name, name)
         if not self.path.is_file():

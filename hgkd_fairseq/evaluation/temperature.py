@@ -1,6 +1,6 @@
 """Post-hoc temperature (Guo et al. 2017, section 4.2): one number that divides the logits, fitted by NLL.
 
-What a temperature also mends is no gain of a training method: report it beside every calibration claim.
+What a temperature also fixes is no gain of a training method: report it beside every calibration claim.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ class Gate:
             forward products twice: once for the statistics, once for the gradients).
         needs_teacher: False for a gate whose teacher weight is always 0.
         compares: whether it compares the student's probability of a token with the teacher's, so that ``gate_on`` and
-            ``gate_temperature`` mean something.
+            ``tempered_gate`` mean something.
         uniform: whether its weights have a `uniform` part.
         timed: whether it changes with `progress`, so that the length of the training must be known.
         constant: whether its weights do not depend on the two log-probabilities, so that they are known beforehand.

@@ -23,7 +23,7 @@ QUEUE = Range(1, 2**24, "a number of tokens, 1 to 16 million; the paper's is 300
 Queue = Annotated[int, Option("tokens whose NLL is remembered", QUEUE)]
 VirtualGold = Annotated[float, Option("c, the virtual teacher's probability of the gold token", SHARE)]
 VirtualTemperature = Annotated[float, Option("temperature of the virtual teacher", POSITIVE)]
-BetaShape = Annotated[float, Option("c of Beta(c, 1), of which the probability of the gold token is drawn", POSITIVE)]
+BetaShape = Annotated[float, Option("c of Beta(c, 1), from which the gold token's probability is drawn", POSITIVE)]
 
 
 @register_gate(
@@ -171,9 +171,7 @@ def beta(
     statistics: TokenStatistics,
     *,
     kd_weight: KdShare = 0.4,
-    beta_shape: Annotated[
-        float, Option("c of Beta(c, 1), from which the gold token's probability is drawn", POSITIVE)
-    ] = 4.0,
+    beta_shape: BetaShape = 4.0,
 ) -> GateWeights:
     teacher = statistics.teacher_logprob
     # Beta(c, 1) is u^(1 / c) of a uniform u.

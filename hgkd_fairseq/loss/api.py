@@ -79,7 +79,7 @@ def gated_distillation(
     gate: str | Gate = "token",
     gate_on: str = "gold",
     teacher_temperature: float = TEACHER_TEMPERATURE,
-    gate_temperature: bool = True,
+    tempered_gate: bool = True,
     divergence: str = FUSED,
     label_smoothing: float = 0.0,
     confidence_penalty: float = 0.0,
@@ -109,7 +109,7 @@ def gated_distillation(
         gate: a name registered in :mod:`hgkd_fairseq.gates`, or a `Gate`.
         gate_on: the token whose probability the gate compares: the "gold" one or the student's "argmax".
         teacher_temperature: tau; divides the teacher's logits only, so no tau^2 factor belongs to the loss.
-        gate_temperature: whether the gate's teacher probability is tempered too.
+        tempered_gate: whether the gate's teacher probability is tempered too.
         divergence: of the student from the teacher: "kl", as above, or another of `equations.DIVERGENCES`.
         label_smoothing: fairseq's eps on the data term: every token gets eps / (V - 1).
         confidence_penalty: beta; the data term loses beta H(P_student) (Pereyra et al. 2017, arXiv:1701.06548).
@@ -130,7 +130,7 @@ def gated_distillation(
         get_gate(gate),
         gate_on,
         float(teacher_temperature),
-        bool(gate_temperature),
+        bool(tempered_gate),
         float(label_smoothing),
         float(confidence_penalty),
         float(progress),
@@ -202,7 +202,7 @@ def _row_step(implementation: str, student: Head) -> chunked.RowStep | None:
         return step
     if implementation != "auto":
         raise ValueError(f'implementation="{implementation}" cannot be used: {problem}')
-    _say_once(f"the loss runs in plain torch, slower: {problem}")
+    _log_once(f"the loss runs in plain torch, slower: {problem}")
     return rows.row_step
 
 
@@ -221,7 +221,7 @@ def unusable(implementation: str, device: torch.device | str) -> str | None:
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def _log_once(message: str) -> None:
     logger.warning(message)
 
 

@@ -94,7 +94,7 @@ def token_results(
     if options.gate.needs_teacher:
         with torch.no_grad():
             logq = mean_logprobs(teachers, options.teacher_temperature)  # (N, V)
-            gate_logq = logq if options.gate_temperature else mean_logprobs(teachers, 1.0)
+            gate_logq = logq if options.tempered_gate else mean_logprobs(teachers, 1.0)
 
     def decide(student_read: Tensor, teacher_read: Tensor) -> GateWeights:
         view = (sentence, sentence_count, student.vocabulary, options.progress, instance)

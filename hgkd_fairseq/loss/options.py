@@ -51,7 +51,7 @@ class Options:
     gate: Gate
     gate_on: str = "gold"
     teacher_temperature: float = TEACHER_TEMPERATURE
-    gate_temperature: bool = True
+    tempered_gate: bool = True
     label_smoothing: float = 0.0
     confidence_penalty: float = 0.0
     progress: float = 0.0
@@ -75,9 +75,9 @@ class Options:
         return self.label_smoothing > 0 or self.gate.uniform
 
     @property
-    def untempered_gate(self) -> bool:
+    def reads_untempered(self) -> bool:
         """Whether the gate reads the teacher at temperature 1 and the loss another one."""
-        return self.gate.needs_teacher and not self.gate_temperature and self.teacher_temperature != 1
+        return self.gate.needs_teacher and not self.tempered_gate and self.teacher_temperature != 1
 
     def gold_weight(self, vocabulary: int) -> tuple[float, float]:
         """(weight of the gold token, weight of every token) of fairseq's label smoothing: eps_i = eps / (V - 1)."""

@@ -90,7 +90,7 @@ def row_statistics(
         # One expectation of the difference: two of nearly equal size would cancel. 0 * inf where q underflows is 0.
         difference = torch.where(q > 0, shifted_t - shifted, torch.zeros_like(q))
         kl = (q * difference).sum(1) - teacher_sum.log() + log_sum
-        if options.untempered_gate:
+        if options.reads_untempered:
             gate_shifted = z_t - z_t.amax(1, keepdim=True)
             teacher_read = logprob(gate_shifted, gate_shifted.exp().sum(1).log(), read)
         else:
@@ -99,7 +99,7 @@ def row_statistics(
         q = mean_probability(teacher_logits, inverse_temperature, z.dtype)
         difference = torch.where(q > 0, q.log() - shifted, torch.zeros_like(q))
         kl = (q * difference).sum(1) + log_sum
-        gate_q = mean_probability(teacher_logits, 1.0, z.dtype) if options.untempered_gate else q
+        gate_q = mean_probability(teacher_logits, 1.0, z.dtype) if options.reads_untempered else q
         teacher_read = gate_q.gather(1, read[:, None]).squeeze(1).log()
     statistics = RowStatistics(
         student_max, student_sum, teacher_max, teacher_sum, student_read, teacher_read, gold, mean, entropy, kl, correct
@@ -208,7 +208,7 @@ def autograd_step(
             eager.mean_logprobs([Head(logits, None) for logits in teacher_logits], temperature)
             for temperature in (options.teacher_temperature, 1.0)
         )
-        gate_logq = logq if options.gate_temperature else gate_logq
+        gate_logq = logq if options.tempered_gate else gate_logq
     with torch.set_grad_enabled(gradient_scale is not None):
         z = widen(student_logits).detach().requires_grad_(gradient_scale is not None)
         results = eager.from_logits(z, logq, gate_logq, target, decide, options)

@@ -41,11 +41,11 @@ def apply() -> None:
         raise UserError(f"torch {torch.__version__} would run code hidden in a checkpoint; install torch>=2.6")
     # Imported with every fairseq command, it advises to install tensorboardX whatever the command is.
     logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
-    show_user_errors_as_one_sentence()
+    show_user_errors_without_call_stack()
     allow_fairseq_options()
     evaluate_literals_only()
     one_loader_of_checkpoints()
-    resuming_in_one_sentence()
+    resuming_without_call_stack()
     paths_with_colons()
     plain_checkpoints()
     broadcast_checkpoints_to_workers()
@@ -54,7 +54,7 @@ def apply() -> None:
     same_patience_after_resume()
     same_run_after_resume()
     what_was_learned_is_validated()
-    nan_gradients_are_said()
+    nan_gradients_are_reported()
     native_bf16()
 
 
@@ -80,8 +80,9 @@ def written_for(function, expected: str, consequence: str) -> bool:
     return False
 
 
-def show_user_errors_as_one_sentence() -> None:
-    """A mistake in an option deserves a sentence, not fairseq's call stack; hydra would print it before the hook."""
+def show_user_errors_without_call_stack() -> None:
+    """A mistake in an option deserves one error message, not fairseq's call stack; hydra would print that before the
+    hook."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     previous = sys.excepthook
 
@@ -145,7 +146,7 @@ def one_loader_of_checkpoints() -> None:
     checkpoint_utils.load_model_ensemble_and_task = load_model_ensemble_and_task
 
 
-def resuming_in_one_sentence() -> None:
+def resuming_without_call_stack() -> None:
     """fairseq shows its stack where a checkpoint is not there, or does not fit the run that shall go on from it."""
     from fairseq import checkpoint_utils
     from fairseq.trainer import Trainer
@@ -391,9 +392,9 @@ def what_was_learned_is_validated() -> None:
     FairseqTask.build_criterion = build_criterion
 
 
-def nan_gradients_are_said() -> None:
+def nan_gradients_are_reported() -> None:
     """Where a gradient is nan fairseq runs the step again to find the module, with hooks of a kind that torch calls
-    with a dict of the encoder's, and ends in a StopIteration. They are left out, and the reason is said."""
+    with a dict of the encoder's, and ends in a StopIteration. They are left out, and the reason is reported."""
     from fairseq.nan_detector import NanDetector
     from fairseq.trainer import Trainer
 

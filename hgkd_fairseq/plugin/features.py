@@ -49,7 +49,7 @@ def linear_output(model: nn.Module) -> nn.Linear | None:
 def head(model: nn.Module, net_input: dict) -> Head:
     """Run the model on a batch's ``net_input``: features (B, T, D) with the output layer that belongs to them.
 
-    A model without a plain linear output gives its log-probabilities (B, T, V), which takes more memory; it is said
+    A model without a plain linear output gives its log-probabilities (B, T, V), which takes more memory: logged
     once. The model is always reached through its own ``forward``, so that data-parallel wrappers see the call.
     """
     output = linear_output(model)

@@ -19,7 +19,7 @@ SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
-class Cell:
+class Entry:
     """A number as it is shown; empty where it is not known."""
 
     text: str = ""
@@ -32,14 +32,14 @@ class Cell:
         return " ".join(part for part in (text, self.interval, self.p) if part)
 
 
-EMPTY = Cell()
+EMPTY = Entry()
 
 
 @dataclass
 class Table:
     title: str
     header: list[str]
-    rows: list[list[Cell]]  # the first cell of each is the run's name
+    rows: list[list[Entry]]  # the first cell of each is the run's name
     notes: list[str] = field(default_factory=list)  # what is under it, in markdown
 
     def markdown(self) -> str:
@@ -123,7 +123,7 @@ def measure(runs: Sequence[Run]) -> Report:
 
 
 def difference_table(
-    first: Run, others: Sequence[Run], of: str, columns: list[str], cells: Callable[[Run], list[Cell]]
+    first: Run, others: Sequence[Run], of: str, columns: list[str], cells: Callable[[Run], list[Entry]]
 ) -> Table | None:
     """The columns that hold anything; None where none does."""
     rows = {run.name: cells(run) for run in others}
@@ -138,7 +138,7 @@ def difference_table(
     return Table(
         f"Differences from {first.name}: {of}",
         [f"model − {first.name}", *(columns[place] for place in filled)],
-        [[Cell(name), *(row[place] for place in filled)] for name, row in rows.items()],
+        [[Entry(name), *(row[place] for place in filled)] for name, row in rows.items()],
         [
             f"Of {what} paired bootstrap over the sentences gives the two-sided p. Bold: p below 0.05, for each number "
             "by itself."
@@ -189,21 +189,21 @@ def text_scores(runs: Sequence[Run]) -> tuple[dict[str, str], dict[str, dict[str
     return {name: each.format() for name, each in zip(METRICS, signatures.values(), strict=True)}, results
 
 
-def quality_row(run: Run, results: dict[str, Result]) -> list[Cell]:
-    cells = [Cell(run.name)]
+def quality_row(run: Run, results: dict[str, Result]) -> list[Entry]:
+    cells = [Entry(run.name)]
     for name in METRICS:
         found = results.get(name)
-        cells.append(Cell(f"{found.score:.1f}", f"± {found.ci:.1f}") if found else EMPTY)
+        cells.append(Entry(f"{found.score:.1f}", f"± {found.ci:.1f}") if found else EMPTY)
     cells.append(number(run.forced, "nll", 1, 3))
-    cells.append(Cell(f"{run.forced['parameters']:,}") if run.forced else EMPTY)
+    cells.append(Entry(f"{run.forced['parameters']:,}") if run.forced else EMPTY)
     updates = [f"{run.last_update:,}" if run.last_update is not None else ""]
     updates += [f"({run.best_update:,})"] if run.best_update is not None else []
-    cells.append(Cell(" ".join(updates).strip()))
-    cells.append(Cell(f"{run.minutes:.1f}") if run.minutes is not None else EMPTY)
+    cells.append(Entry(" ".join(updates).strip()))
+    cells.append(Entry(f"{run.minutes:.1f}") if run.minutes is not None else EMPTY)
     return cells
 
 
-def number(found: dict[str, Any] | None, key: str, scale: float, digits: int) -> Cell:
+def number(found: dict[str, Any] | None, key: str, scale: float, digits: int) -> Entry:
     """A score of a file of `hgkd calibration`, with its interval."""
     if found is None or score(found, key)["value"] is None:
         return EMPTY
@@ -211,16 +211,16 @@ def number(found: dict[str, Any] | None, key: str, scale: float, digits: int) ->
     interval = ""
     if row["low"] is not None and row["high"] is not None:
         interval = f"[{scale * row['low']:.{digits}f}, {scale * row['high']:.{digits}f}]"
-    return Cell(f"{scale * row['value']:.{digits}f}", interval)
+    return Entry(f"{scale * row['value']:.{digits}f}", interval)
 
 
-def calibration_row(run: Run) -> list[Cell]:
+def calibration_row(run: Run) -> list[Entry]:
     cells = [number(getattr(run, kind.file), kind.key, 100, 2) for kind in KINDS]
     degree = (run.scaled or run.temperature or {}).get("temperature")
-    return [Cell(run.name), Cell(f"{degree:.3f}") if degree else EMPTY, *cells]
+    return [Entry(run.name), Entry(f"{degree:.3f}") if degree else EMPTY, *cells]
 
 
-def text_differences(first: Run, run: Run, results: dict[str, dict[str, Result]]) -> list[Cell]:
+def text_differences(first: Run, run: Run, results: dict[str, dict[str, Result]]) -> list[Entry]:
     cells = []
     for name in METRICS:
         ours, theirs = results.get(run.name, {}).get(name), results.get(first.name, {}).get(name)
@@ -232,7 +232,7 @@ def text_differences(first: Run, run: Run, results: dict[str, dict[str, Result]]
     return cells
 
 
-def ece_differences(first: Run, run: Run) -> list[Cell]:
+def ece_differences(first: Run, run: Run) -> list[Entry]:
     cells = []
     for kind in KINDS:
         found = difference(getattr(first, kind.file), getattr(run, kind.file), kind)
@@ -244,9 +244,9 @@ def ece_differences(first: Run, run: Run) -> list[Cell]:
     return cells
 
 
-def compared(text: str, interval: str, p: float, value: float) -> Cell:
+def compared(text: str, interval: str, p: float, value: float) -> Entry:
     # sacreBLEU gives the least p to a system that is compared with itself.
-    return Cell(text, interval, f"p = {p:.3f}", p < SIGNIFICANT and value != 0)
+    return Entry(text, interval, f"p = {p:.3f}", p < SIGNIFICANT and value != 0)
 
 
 def difference(first: dict[str, Any] | None, second: dict[str, Any] | None, kind: Kind) -> Difference | None:

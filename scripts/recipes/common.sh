@@ -26,7 +26,7 @@ source "$root/scripts/steps.sh"
 
 say() { printf '%s  %s\n' "$(date +%H:%M:%S)" "$*" >&2; }
 
-# fail STATUS SENTENCE. 2: usage; 3: the data cannot be had; 1: anything else.
+# fail STATUS MESSAGE. 2: usage; 3: the data cannot be had; 1: anything else.
 fail() {
     local status=$1
     shift

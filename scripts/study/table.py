@@ -36,7 +36,7 @@ CONTROLS = ("ls-uniform", "word-kd", "always", "hkd-t-reversed", "hkd-s-reversed
 TRANSLATIONS = {"bleu": "translations.txt", "lenpen_bleu": "translations-lenpen.txt"}
 
 
-class Cell:
+class Scored:
     """A finished cell, as its folder holds it."""
 
     def __init__(self, folder: Path):
@@ -62,7 +62,7 @@ class Study:
         others = {str(path.relative_to(folder)): diverged(path) for path in found if path not in finished}
         self.diverged = {name: since for name, since in others.items() if since is not None}
         self.unfinished = [name for name in others if name not in self.diverged]
-        self.cells = {str(path.relative_to(folder)): Cell(path) for path in finished}
+        self.cells = {str(path.relative_to(folder)): Scored(path) for path in finished}
         self.references = read_references(folder / "text/test.en")
         for name, cell in self.cells.items():
             for key, lines in cell.translations.items():
@@ -77,9 +77,9 @@ class Study:
     def settings(self) -> list[str]:
         return sorted({cell.about["setting"] for cell in self.cells.values()} - {TEACHER})
 
-    def rows(self, setting: str) -> list[tuple[tuple[str, float | None], list[Cell]]]:
+    def rows(self, setting: str) -> list[tuple[tuple[str, float | None], list[Scored]]]:
         """((method, temperature), its cells by seed), in the order of `hgkd methods`."""
-        groups: dict[tuple[str, float | None], list[Cell]] = {}
+        groups: dict[tuple[str, float | None], list[Scored]] = {}
         for cell in self.cells.values():
             if cell.about["setting"] == setting:
                 groups.setdefault((cell.about["method"], cell.about["temperature"]), []).append(cell)
@@ -87,19 +87,19 @@ class Study:
             cells.sort(key=lambda cell: cell.about["seed"])
         return sorted(groups.items(), key=lambda row: (self.order.get(row[0][0], len(self.order)), row[0][1] or 0))
 
-    def teacher(self, cells: Sequence[Cell]) -> Cell | None:
+    def teacher(self, cells: Sequence[Scored]) -> Scored | None:
         """The teacher that one of these cells names."""
         names = [cell.about["teacher"] for cell in cells if cell.about["teacher"]]
         return self.cells.get(names[0]) if names else None
 
-    def p_value(self, cell: Cell, base: Cell, key: str) -> float:
+    def p_value(self, cell: Scored, base: Scored, key: str) -> float:
         if cell.translations[key] == base.translations[key]:
             return 1.0  # sacreBLEU, which counts the resamples above the observed difference, has 0.001 here
         systems = [("base", base.translations[key]), ("other", cell.translations[key])]
         _, found = PairedTest(systems, {"BLEU": BLEU()}, [self.references], test_type="bs")()
         return found["BLEU"][1].p_value
 
-    def bootstrap_signature(self, cell: Cell) -> str:
+    def bootstrap_signature(self, cell: Scored) -> str:
         systems = [("base", cell.translations["bleu"]), ("other", cell.translations["bleu"])]
         return str(PairedTest(systems, {"BLEU": BLEU()}, [self.references], test_type="bs")()[0]["BLEU"])
 
@@ -111,15 +111,15 @@ def spread(values: Sequence[float], digits: int, scale: float = 1) -> str:
     return f"{text} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else text
 
 
-def column(key: str, digits: int, scale: float = 1) -> Callable[[Sequence[Cell]], str]:
+def column(key: str, digits: int, scale: float = 1) -> Callable[[Sequence[Scored]], str]:
     return lambda cells: spread([cell.scores[key] for cell in cells], digits, scale)
 
 
-def seeds(cells: Sequence[Cell]) -> str:
+def seeds(cells: Sequence[Scored]) -> str:
     return str(len(cells))
 
 
-SCORES: dict[str, Callable[[Sequence[Cell]], str]] = {
+SCORES: dict[str, Callable[[Sequence[Scored]], str]] = {
     "seeds": seeds,
     "BLEU": column("bleu", 1),
     "BLEU at its own length penalty": column("lenpen_bleu", 1),
@@ -129,7 +129,7 @@ SCORES: dict[str, Callable[[Sequence[Cell]], str]] = {
     "ECE of its translations, %": column("inference_ece", 2, 100),
     "NLL, bits": column("nll", 3),
 }
-TRAINING: dict[str, Callable[[Sequence[Cell]], str]] = {
+TRAINING: dict[str, Callable[[Sequence[Scored]], str]] = {
     "validation NLL, best": column("valid_nll_best", 3),
     "at update": column("best_updates", 0),
     "validation NLL, last": column("valid_nll_last", 3),
@@ -141,7 +141,7 @@ TRAINING: dict[str, Callable[[Sequence[Cell]], str]] = {
 }
 
 
-LENGTHS: dict[str, Callable[[Sequence[Cell]], str]] = {
+LENGTHS: dict[str, Callable[[Sequence[Scored]], str]] = {
     "seeds": seeds,
     "brevity penalty": column("brevity_penalty", 3),
     "length penalties chosen": lambda cells: ", ".join(f"{cell.scores['lenpen']:g}" for cell in cells),
@@ -155,11 +155,11 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], "|---" * len(header) + "|", *lines[1:], ""]
 
 
-def by_seed(cells: Sequence[Cell]) -> dict[int, Cell]:
+def by_seed(cells: Sequence[Scored]) -> dict[int, Scored]:
     return {cell.about["seed"]: cell for cell in cells}
 
 
-def over(study: Study, cells: Sequence[Cell], bases: dict[int, Cell], key: str) -> list[str]:
+def over(study: Study, cells: Sequence[Scored], bases: dict[int, Scored], key: str) -> list[str]:
     """Mean difference in BLEU (`key` of TRANSLATIONS) from `bases` of the same seeds, and p of each of these seeds."""
     pairs = [(cell, bases[cell.about["seed"]]) for cell in cells if cell.about["seed"] in bases]
     if not pairs:
@@ -177,7 +177,7 @@ def default_temperatures(rows) -> dict[str, float | None]:
     return {method: temperature for method, (_, temperature) in most.items()}
 
 
-def main_rows(study: Study, setting: str) -> list[list[Cell]]:
+def main_rows(study: Study, setting: str) -> list[list[Scored]]:
     rows = study.rows(setting)
     shown = default_temperatures(rows)
     return [cells for (method, temperature), cells in rows if shown[method] == temperature]
@@ -193,7 +193,7 @@ def setting_tables(study: Study, setting: str) -> list[str]:
     above = [("teacher", [teacher])] if teacher else []
     named = [(cells[0].about["title"], cells) for cells in rows]
 
-    def over_base(title: str, cells: Sequence[Cell], key: str) -> list[str]:
+    def over_base(title: str, cells: Sequence[Scored], key: str) -> list[str]:
         compared = title != "teacher" and cells[0].about["method"] != "base"
         return over(study, cells, bases, key) if compared else [ABSENT, ABSENT]
 
@@ -224,7 +224,7 @@ def setting_tables(study: Study, setting: str) -> list[str]:
     return lines + temperatures(study, setting)
 
 
-def against_controls(study: Study, rows: Sequence[Sequence[Cell]], corner: str, key: str) -> list[str]:
+def against_controls(study: Study, rows: Sequence[Sequence[Scored]], corner: str, key: str) -> list[str]:
     """What the hard gates have over their controls, in BLEU (`key` of TRANSLATIONS), on the seeds that both have."""
     by_method = {cells[0].about["method"]: cells for cells in rows}
     gated = [method for method in GATED if method in by_method]
@@ -240,7 +240,7 @@ def against_controls(study: Study, rows: Sequence[Sequence[Cell]], corner: str, 
 
 def temperatures(study: Study, setting: str) -> list[str]:
     """Methods that were trained with several temperatures of the teacher, on the seeds that all of them have."""
-    methods: dict[str, dict[float, list[Cell]]] = {}
+    methods: dict[str, dict[float, list[Scored]]] = {}
     for (method, temperature), cells in study.rows(setting):
         if temperature is not None:
             methods.setdefault(method, {})[temperature] = cells
@@ -260,7 +260,7 @@ def temperatures(study: Study, setting: str) -> list[str]:
     return markdown(header, rows) if rows else []
 
 
-def signature(cells: Sequence[Cell]) -> str:
+def signature(cells: Sequence[Scored]) -> str:
     """What the signatures of all these cells say."""
     parts = [cell.about["signature"].split("|") for cell in cells]
     return f"`{'|'.join(part for part in parts[0] if all(part in other for other in parts))}`"

@@ -9,7 +9,7 @@ import pytest
 from hgkd_fairseq.calibration.pieces import join, mark, words
 from hgkd_fairseq.calibration.scores import Settings
 from hgkd_fairseq.errors import UserError
-from hgkd_fairseq.evaluation.inference import Options, evaluate, read
+from hgkd_fairseq.evaluation.inference import Labelling, evaluate, read
 
 # Two sentences, out of order, between what else stands in such a file. Of sentence 1 there are two translations.
 OUTPUT = """2026-01-01 | INFO | fairseq_cli.generate | loading model(s)
@@ -64,14 +64,14 @@ def test_scores_by_hand(tmp_path):
     assert found["ece_without_eos"].value == pytest.approx((0.25 + 1.0) / 4)
     assert found["brier_top1"].value == pytest.approx((0.25 + 0 + 0.25 + 0.0625 + 0 + 0.25) / 6)
     assert (found.about["tokens"], found.about["sentences"]) == (6, 2)
-    plain = evaluate(written(tmp_path), options=Options(labels="ter"), settings=Settings(bins=4))
+    plain = evaluate(written(tmp_path), options=Labelling(labels="ter"), settings=Settings(bins=4))
     assert plain["ece"].value == pytest.approx((0.75 + 1.5) / 6)
     assert "|align:ter|" in plain["ece"].signature
 
 
 def test_words_by_hand(tmp_path):
     """Words: yes 1/2, a 1/2, dog 1/4 * 1 after the deletion of "big"."""
-    found = evaluate(written(tmp_path), options=Options(words=True), settings=Settings(bins=4))
+    found = evaluate(written(tmp_path), options=Labelling(words=True), settings=Settings(bins=4))
     assert found["ece_without_eos"].value == pytest.approx((0.25 + 1.0) / 3)
     assert "|eos:no|tok:word|" in found["ece_without_eos"].signature
 
@@ -80,7 +80,7 @@ def test_words_of_pieces_that_span_words(tmp_path):
     spanning = OUTPUT.replace("▁a ▁d og", "▁a▁d og x").replace("▁a ▁big", "▁a▁big")
     assert evaluate(written(tmp_path, spanning))["ece"].value > 0
     with pytest.raises(UserError, match="the piece ▁a▁d spans words, which have no probability of their own"):
-        evaluate(written(tmp_path, spanning), options=Options(words=True))
+        evaluate(written(tmp_path, spanning), options=Labelling(words=True))
 
 
 def test_sentences_by_hand(tmp_path):

@@ -159,7 +159,7 @@ def test_validated_as_another_run(
     """What was not learned there cannot be validated."""
     own = given if "--teacher-source" in given else (*given, "--teacher-path", teacher.path())
     result = cl.fairseq("validate", data, *cl.LOGS, "--max-tokens", 800, *SELF, *own, "--path", runs[name].path())
-    cl.one_sentence(result, [f"{runs[name].path()} cannot be validated in this way: {expected}", "--gate none"])
+    cl.one_error_message(result, [f"{runs[name].path()} cannot be validated in this way: {expected}", "--gate none"])
 
 
 def refreshes(run: cl.Run) -> list[float]:
@@ -246,4 +246,4 @@ def test_resuming_with_other_sentences_kept_aside_is_refused(
 )
 def test_refused(given: tuple, expected: list[str], data: Path, tmp_path: Path):
     arguments = (data, *cl.SIZE, *cl.TIED, *cl.STEPS, *cl.LOGS, *SELF, "--save-dir", tmp_path, *given)
-    cl.one_sentence(cl.fairseq("train", *arguments), expected)
+    cl.one_error_message(cl.fairseq("train", *arguments), expected)

@@ -66,11 +66,11 @@ def refusals(data: Path, teacher: cl.Run, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_wrong_option_is_one_sentence(case: str, refusals: dict[str, cl.Result]):
-    cl.one_sentence(refusals[case], CASES[case][1])
+def test_wrong_option_is_one_error_message(case: str, refusals: dict[str, cl.Result]):
+    cl.one_error_message(refusals[case], CASES[case][1])
 
 
-def test_one_sentence_under_hydra(data: Path, tmp_path: Path):
+def test_one_error_message_under_hydra(data: Path, tmp_path: Path):
     """fairseq-hydra-train shows it without a traceback too."""
     sections = {
         "common": {"user_dir": cl.USER_DIR[1], "cpu": True},
@@ -84,7 +84,7 @@ def test_one_sentence_under_hydra(data: Path, tmp_path: Path):
     }
     (tmp_path / "kd.yaml").write_text("# @package _group_\n" + json.dumps(sections))
     options = ("--config-dir", tmp_path, "--config-name", "kd", f"hydra.run.dir={tmp_path / 'out'}")
-    cl.one_sentence(cl.fairseq("hydra-train", *options), ["give --teacher-path CHECKPOINT"])
+    cl.one_error_message(cl.fairseq("hydra-train", *options), ["give --teacher-path CHECKPOINT"])
 
 
 def test_dictionaries_are_compared(
@@ -119,9 +119,9 @@ def test_dictionaries_are_compared(
         ]
     )
     types = len((data / "dict.en.txt").read_text().splitlines()) + 4  # bos, pad, eos, unk come with every dictionary
-    cl.one_sentence(size, ["target dictionaries", f"teacher's has {types} types, the student's {types + 1}"])
+    cl.one_error_message(size, ["target dictionaries", f"teacher's has {types} types, the student's {types + 1}"])
     symbol_before = (data / "dict.en.txt").read_text().splitlines()[2].split()[0]
-    cl.one_sentence(symbol, ["target dictionaries", f"type 6 is '{symbol_before}' for the teacher and 'renamed'"])
-    cl.one_sentence(gone, ["source dictionary", "no_longer_here", "--teacher-model-overrides"])
+    cl.one_error_message(symbol, ["target dictionaries", f"type 6 is '{symbol_before}' for the teacher and 'renamed'"])
+    cl.one_error_message(gone, ["source dictionary", "no_longer_here", "--teacher-model-overrides"])
     assert given.code == 0, given.end()
     assert given.logs("train")[-1]["teacher_share"] > 0

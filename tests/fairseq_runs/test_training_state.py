@@ -246,7 +246,7 @@ def test_resumed_with_another_teacher(students: dict[str, Path], data: Path, tea
     )
     assert same.code == 0, same.end()
     assert new.code == 0, new.end()
-    cl.one_sentence(other, ["is of another run: another teacher taught its student", "--reset-optimizer"])
+    cl.one_error_message(other, ["is of another run: another teacher taught its student", "--reset-optimizer"])
 
 
 def test_finetuned_from_a_run_without_such_parameters(students: dict[str, Path]):
@@ -254,7 +254,7 @@ def test_finetuned_from_a_run_without_such_parameters(students: dict[str, Path])
     assert training_state_of(students["soft-learned"])["criterion"]["learned_gate.sharpness"] != 1.0
 
 
-def test_nan_gradients_are_said(data: Path, teacher: cl.Run, tmp_path: Path):
+def test_nan_gradients_are_reported(data: Path, teacher: cl.Run, tmp_path: Path):
     arguments = (data, *cl.SIZE, *cl.TIED, *cl.STEPS, *cl.LOGS, "--save-dir", tmp_path, "--lr", 1e30, "--no-save")
     result = cl.fairseq("train", *arguments, *cl.distil(teacher.path(), "--disable-validation"))
     assert result.code == 1

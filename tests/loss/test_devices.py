@@ -57,7 +57,7 @@ class Case(NamedTuple):
     dtype: torch.dtype = FP32
     gate: str = "token"
     gate_on: str = "gold"
-    gate_temperature: bool = True
+    tempered_gate: bool = True
     smoothing: float = 0.1
     bias: bool = True
 
@@ -65,7 +65,7 @@ class Case(NamedTuple):
         return {
             "gate": self.gate,
             "gate_on": self.gate_on,
-            "gate_temperature": self.gate_temperature,
+            "tempered_gate": self.tempered_gate,
             "label_smoothing": self.smoothing,
             "top1": True,
         }
@@ -157,7 +157,7 @@ def decisions(case: Case, wide: Batch) -> tuple[Tensor, Tensor]:
     if case.bias:
         z, t = z + wide.bias.detach(), t + wide.teacher_bias[0]
     read = z.argmax(1) if case.gate_on == "argmax" else wide.target[kept]
-    logp, logq = z.log_softmax(1), (t / (1.5 if case.gate_temperature else 1.0)).log_softmax(1)
+    logp, logq = z.log_softmax(1), (t / (1.5 if case.tempered_gate else 1.0)).log_softmax(1)
     margin = (logp - logq).gather(1, read[:, None]).squeeze(1)
     # Half a step for each of two logits, at the largest, and for what is summed from them, the products included.
     noise = 4 * torch.finfo(case.dtype).eps * torch.maximum(z.abs().amax(1), t.abs().amax(1))

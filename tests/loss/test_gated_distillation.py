@@ -143,8 +143,8 @@ def test_hand_example(implementation: str):
         ({"gate_on": "gold"}, False, -LN3),
         ({"gate_on": "argmax"}, True, 0.3364722),  # log 0.7 / 0.5
         # Untempered, q is proportional to the squares 0.04, 0.09, 0.25: q(gold) = 0.2368, q(word 2) = 0.6579.
-        ({"gate_on": "gold", "gate_temperature": False}, False, -0.8622236),  # log 0.1 * 0.38 / 0.09
-        ({"gate_on": "argmax", "gate_temperature": False}, True, 0.0620354),  # log 0.7 * 0.38 / 0.25
+        ({"gate_on": "gold", "tempered_gate": False}, False, -0.8622236),  # log 0.1 * 0.38 / 0.09
+        ({"gate_on": "argmax", "tempered_gate": False}, True, 0.0620354),  # log 0.7 * 0.38 / 0.25
     ],
 )
 def test_what_the_gate_reads(implementation: str, options: dict, mask: bool, gap: float):
@@ -215,7 +215,7 @@ class Truth(NamedTuple):
     certain: Tensor  # (N,) bool, whether rounding in the inputs' dtype cannot turn the gate
 
 
-def truth(batch: Batch, mask: Tensor, gate: str, gate_on: str, gate_temperature: bool, smoothing: float) -> Truth:
+def truth(batch: Batch, mask: Tensor, gate: str, gate_on: str, tempered_gate: bool, smoothing: float) -> Truth:
     """The equations in fp64, token by token; the gate's bits are given, and judged by `margin`."""
     tau = 1.5
     epsilon = torch.finfo(batch.hidden.dtype).eps
@@ -237,7 +237,7 @@ def truth(batch: Batch, mask: Tensor, gate: str, gate_on: str, gate_temperature:
             for h, w, c in zip(batch.teacher_hidden, batch.teacher_weight, batch.teacher_bias, strict=True)
         ]
         q = sum((m / tau).softmax(0) for m in members) / len(members)
-        q_gate = q if gate_temperature else sum(m.softmax(0) for m in members) / len(members)
+        q_gate = q if tempered_gate else sum(m.softmax(0) for m in members) / len(members)
         read = int(z.argmax()) if gate_on == "argmax" else gold
         difference = float((logp[read] - q_gate[read].log()).detach())
         top = z.detach().topk(2).values
@@ -281,7 +281,7 @@ def error(value: Tensor, expected: Tensor, floor: float = 1e-12) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("gate_temperature", [True, False], ids=["tempered", "untempered"])
+@pytest.mark.parametrize("tempered_gate", [True, False], ids=["tempered", "untempered"])
 @pytest.mark.parametrize("gate_on", ["gold", "argmax"])
 @pytest.mark.parametrize("gate", ["token", "sentence", "none"])
 @pytest.mark.parametrize("case", CASES)
@@ -289,7 +289,7 @@ def test_error_against_fp64(
     case: str,
     gate: str,
     gate_on: str,
-    gate_temperature: bool,
+    tempered_gate: bool,
     smoothing: float,
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
@@ -306,10 +306,10 @@ def test_error_against_fp64(
                 implementation,
                 gate=gate,
                 gate_on=gate_on,
-                gate_temperature=gate_temperature,
+                tempered_gate=tempered_gate,
                 label_smoothing=smoothing,
             )
-            true = truth(batch, out.teacher_mask, gate, gate_on, gate_temperature, smoothing)
+            true = truth(batch, out.teacher_mask, gate, gate_on, tempered_gate, smoothing)
             values = [out.loss, out.nll, out.kd, out.gap][: len(true.values)]
             made = gradients(out.loss, batch)
             assert [g.dtype for g in made] == [dtype] * len(made)
@@ -751,7 +751,7 @@ def arguments(**changes) -> dict:
         ),
     ],
 )
-def test_bad_input_is_one_sentence(changes: dict, message: str):
+def test_bad_input_is_one_error_message(changes: dict, message: str):
     with pytest.raises(ValueError, match=message) as caught:
         gated_distillation(**arguments(**changes))
     assert "\n" not in str(caught.value)
@@ -1006,8 +1006,8 @@ def test_a_divergence_where_probabilities_are_zero(name: str):
 
 
 def test_an_unknown_divergence_is_refused():
-    with pytest.raises(ValueError, match='unknown divergence "tv"; known are: kl, reverse-kl, js'):
-        gated_distillation(**arguments(divergence="tv"))
+    with pytest.raises(ValueError, match='unknown divergence "hellinger"; known are: kl, reverse-kl, js'):
+        gated_distillation(**arguments(divergence="hellinger"))
 
 
 @both

@@ -107,7 +107,7 @@ def test_a_tie_leaves_the_token_to_the_data():
 
 def test_gate_that_reads_the_teacher_at_temperature_1():
     student, teacher, target = logits(64, 300)
-    options = Options(GATES["token"], gate_on="argmax", teacher_temperature=2.0, gate_temperature=False)
+    options = Options(GATES["token"], gate_on="argmax", teacher_temperature=2.0, tempered_gate=False)
     ours, dz = step(cpu_rows.row_step, student, [teacher], target, options)
     plain, dz_plain = step(rows.row_step, student, [teacher], target, options)
     for name in ("data_term", "student_read", "teacher_read"):

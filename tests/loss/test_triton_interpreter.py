@@ -91,7 +91,7 @@ if INTERPRETED or torch.cuda.is_available():
     class Case(NamedTuple):
         gate: str = "token"
         gate_on: str = "gold"
-        gate_temperature: bool = True
+        tempered_gate: bool = True
         smoothing: float = 0.1
         top1: bool = False
         dtype: torch.dtype = FP32
@@ -107,7 +107,7 @@ if INTERPRETED or torch.cuda.is_available():
         @property
         def options(self) -> Options:
             gate = USER.get(self.gate) or GATES[self.gate]
-            return Options(gate, self.gate_on, self.temperature, self.gate_temperature, self.smoothing, top1=self.top1)
+            return Options(gate, self.gate_on, self.temperature, self.tempered_gate, self.smoothing, top1=self.top1)
 
         def __str__(self) -> str:
             changed = [f"{k}={v}" for k, v in self._asdict().items() if v != self._field_defaults[k]]
@@ -137,13 +137,13 @@ if INTERPRETED or torch.cuda.is_available():
         *(Case("sentence", dtype=d, vocabulary=v) for d, v in zip((FP32, BF16, FP16), (1000, 252, 123), strict=True)),
         *(Case(gate, dtype=d) for gate in USER for d in (FP32, FP16)),
         *(Case(gate, "argmax", teachers=2, dtype=d) for gate in ("token", "soft") for d in (FP32, BF16)),
-        Case(teachers=3, gate_temperature=False),
-        Case(teachers=2, gate_temperature=False, temperature=1.0),
-        Case(gate_temperature=False, temperature=0.3, width=1.0),
+        Case(teachers=3, tempered_gate=False),
+        Case(teachers=2, tempered_gate=False, temperature=1.0),
+        Case(tempered_gate=False, temperature=0.3, width=1.0),
         Case(temperature=4.0, vocabulary=1000, tokens=32),
         Case(dtype=FP16, scale=1024.0, vocabulary=1000, tokens=16),
         Case(offset=1e4),
-        Case(offset=1e4, gate_temperature=False, gate_on="argmax"),
+        Case(offset=1e4, tempered_gate=False, gate_on="argmax"),
         Case(offset=-1e4, width=30.0),
         Case(width=1e4, smoothing=0.0),
         Case(width=200.0),  # q underflows to 0
@@ -199,7 +199,7 @@ if INTERPRETED or torch.cuda.is_available():
         return room[:, : logits.size(1)]
 
     def runs_kernels(case: Case, logits: Tensor) -> bool:
-        two_means = case.teachers > 1 and not case.gate_temperature and case.temperature != 1
+        two_means = case.teachers > 1 and not case.tempered_gate and case.temperature != 1
         return logits.dtype != torch.float64 and len(logits) > 0 and not two_means
 
     WORST: dict[tuple[str, str], tuple[float, str]] = {}

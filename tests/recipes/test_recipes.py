@@ -369,7 +369,7 @@ def test_every_method_of_the_table_is_one_that_fairseq_knows(capsys):
         (["--gpus", "2", "--nodes", "2", "--torchrun"], 2, "--torchrun: works on one machine"),
     ],
 )
-def test_one_sentence(arguments: list[str], status: int, expected: str, tmp_path: Path):
+def test_one_error_message(arguments: list[str], status: int, expected: str, tmp_path: Path):
     corpora.wmt14(tmp_path)
     (tmp_path / "dev.tgz").unlink()
     run = tmp_path / "run"

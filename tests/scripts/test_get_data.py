@@ -276,7 +276,7 @@ def test_wrong_hash_of_a_download(corpus: Path, tmp_path: Path, serve: Callable[
     assert "--from FOLDER" in last_line(result)
     assert not (tmp_path / "out").exists()
 
-    write_gz(corpus / "val.en.gz", lines_of("val", "en"))  # the mend that it names: run it again
+    write_gz(corpus / "val.en.gz", lines_of("val", "en"))  # the remedy that it names: run it again
     assert get_data(MULTI30K, tmp_path / "out", env=env).returncode == 0
     assert_is_corpus(tmp_path / "out")
 

@@ -212,7 +212,7 @@ def test_failing_preprocess_leaves_no_folder(textdir: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("mend", "options", "complaint"),
+    ("change", "options", "complaint"),
     [
         (None, ["--vocab", "90000"], "encode_text.py: --vocab 90000 does not suit train.*: "),
         (
@@ -232,11 +232,11 @@ def test_failing_preprocess_leaves_no_folder(textdir: Path, tmp_path: Path) -> N
         ),
     ],
 )
-def test_unfit_text(mend: str | None, options: list[str], complaint: str, textdir: Path, tmp_path: Path) -> None:
+def test_unfit_text(change: str | None, options: list[str], complaint: str, textdir: Path, tmp_path: Path) -> None:
     valid = textdir / "valid.en"
-    if mend == "drop a line":
+    if change == "drop a line":
         valid.write_text("".join(valid.read_text().splitlines(True)[:-1]))
-    elif mend == "remove a file":
+    elif change == "remove a file":
         valid.unlink()
     result = prepare(textdir, tmp_path / "bin", *options)
     assert result.returncode == 1

@@ -31,7 +31,7 @@ def test_usage(arguments, status, expected):
     assert expected in done.stderr
 
 
-def test_a_folder_without_data_names_the_mend(tmp_path):
+def test_a_folder_without_data_names_the_remedy(tmp_path):
     """--from never falls back to a download: what the user named is what the user means."""
     (tmp_path / "empty").mkdir()
     done = quickstart("--smoke", "--dir", tmp_path / "run", "--from", tmp_path / "empty")

@@ -165,7 +165,7 @@ def kernel():
 
 
 def usable(device: torch.device | str) -> str | None:
-    """None where `row_step` runs on `device` and agrees with plain torch; otherwise a sentence that says why not."""
+    """None where `row_step` runs on `device` and agrees with plain torch; otherwise why not, as an error message."""
     device = torch.device(device)
     return _usable() if device.type == "cpu" else f'the row kernel is for CPUs, and this is "{device}".'
 
@@ -198,7 +198,7 @@ def row_step(
     """
     dtype, ensemble = student_logits.dtype, len(teacher_logits) > 1
     # A row of an ensemble has a mean probability for each temperature.
-    if dtype not in DTYPES or (ensemble and options.untempered_gate) or options.divergence != FUSED:
+    if dtype not in DTYPES or (ensemble and options.reads_untempered) or options.divergence != FUSED:
         return rows.row_step(student_logits, teacher_logits, target, decide, options, gradient_scale)
     count, vocabulary = student_logits.shape
     student, target = student_logits.contiguous(), target.contiguous()
@@ -219,7 +219,7 @@ def row_step(
         failed = kernel()(
             *[None if tensor is None else tensor.data_ptr() for tensor in tensors],
             count, vocabulary, *dtypes, mode, torch.get_num_threads(),
-            options.gate_on == "argmax", options.untempered_gate,
+            options.gate_on == "argmax", options.reads_untempered,
             1 / temperature, *options.gold_weight(vocabulary), options.confidence_penalty, gradient_scale or 0.0,
         )  # fmt: skip
         if failed == NO_MEMORY:

@@ -80,7 +80,7 @@ def variants(
         "ARGMAX": options.needs_argmax,
         "GATE_ON_ARGMAX": options.needs_argmax and options.gate_on == "argmax",
         # At temperature 1 both are the same.
-        "GATE_TEMPERATURE": not options.untempered_gate,
+        "GATE_TEMPERATURE": not options.reads_untempered,
     }
     gradient = {"MAKE_GRADIENT": make_gradient}
     if fused(options.gate):
@@ -96,10 +96,10 @@ def all_variants(vocabulary: int, itemsize: int) -> list[Variant]:
     found = []
     strides = (chunked.row_stride(vocabulary, itemsize),) * 2
     split = (Gate("user", lambda s: hard.none(s), needs_teacher=needs) for needs in (True, False))
-    for gate, gate_on, gate_temperature, smoothing, top1, make_gradient in itertools.product(
+    for gate, gate_on, tempered_gate, smoothing, top1, make_gradient in itertools.product(
         (GATES["token"], GATES["none"], *split), GATE_ON, (True, False), (0.0, 0.1), (True, False), (True, False)
     ):
-        options = Options(gate, gate_on, 1.5, gate_temperature, smoothing, top1=top1)
+        options = Options(gate, gate_on, 1.5, tempered_gate, smoothing, top1=top1)
         found += [v for v in variants(vocabulary, strides, itemsize, options, make_gradient) if v not in found]
     return found
 
@@ -124,7 +124,7 @@ def _known(student_logits: Tensor, teachers: int, options: Options) -> bool:
     return not (
         student_logits.dtype not in DTYPES
         or not student_logits.size(0)
-        or (teachers > 1 and options.untempered_gate)
+        or (teachers > 1 and options.reads_untempered)
         or options.confidence_penalty
         or options.gate.uniform
         or options.divergence != FUSED
@@ -183,7 +183,7 @@ def row_step(
 
 
 def usable(device: torch.device | str) -> str | None:
-    """None where `row_step` runs on `device` and agrees with plain torch; otherwise a sentence that says why not."""
+    """None where `row_step` runs on `device` and agrees with plain torch; otherwise why not, as an error message."""
     device = torch.device(device)
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
