@@ -11,6 +11,7 @@ import logging
 import shlex
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import hgkd_fairseq
@@ -20,9 +21,18 @@ from hgkd_fairseq.errors import guarded
 TOKENIZERS = ("13a", "none", "intl", "zh", "char")  # some of sacreBLEU's
 
 
+def add(commands, name: str, run: Callable, about: str) -> Callable:
+    """A command that `run` does, with an exit status or None; gives what adds arguments to it."""
+    command = commands.add_parser(name, help=about)
+    command.set_defaults(run=run)
+    return command.add_argument
+
+
 def add_user_dir(commands) -> None:
-    command = commands.add_parser("user-dir", help="print the folder to give to fairseq's --user-dir")
-    command.set_defaults(run=lambda args: print(Path(hgkd_fairseq.__file__).parent))
+    def run(args) -> None:
+        print(Path(hgkd_fairseq.__file__).parent)
+
+    add(commands, "user-dir", run, "print the folder to give to fairseq's --user-dir")
 
 
 def add_doctor(commands) -> None:
@@ -31,8 +41,7 @@ def add_doctor(commands) -> None:
 
         return report()
 
-    command = commands.add_parser("doctor", help="check this installation; exit status 1 where something is wrong")
-    command.set_defaults(run=run)
+    add(commands, "doctor", run, "check this installation; exit status 1 where something is wrong")
 
 
 def add_gates(commands) -> None:
@@ -42,9 +51,8 @@ def add_gates(commands) -> None:
 
         print(listing.markdown() if args.markdown else listing.text())
 
-    command = commands.add_parser("gates", help="list the answers to when to distil, the values of --gate")
-    command.add_argument("--markdown", action="store_true", help="as a table, with their options")
-    command.set_defaults(run=run)
+    option = add(commands, "gates", run, "list the answers to when to distil, the values of --gate")
+    option("--markdown", action="store_true", help="as a table, with their options")
 
 
 def add_methods(commands) -> None:
@@ -53,11 +61,9 @@ def add_methods(commands) -> None:
 
         print("\n".join(methods.options(args.name, args.teacher)) if args.name else methods.text())
 
-    command = commands.add_parser("methods", help="the options of fairseq-train that make each method, or those of one")
-    option = command.add_argument
+    option = add(commands, "methods", run, "the options of fairseq-train that make each method, or those of one")
     option("name", nargs="?", metavar="NAME", help="print this one's options, one a line")
     option("--teacher", default="TEACHER", metavar="CKPT", help="the teacher's checkpoint in them (default: TEACHER)")
-    command.set_defaults(run=run)
 
 
 def add_weights(commands) -> None:
@@ -66,15 +72,13 @@ def add_weights(commands) -> None:
 
         report(args.checkpoint, args.output, args.compare, args.plot)
 
-    command = commands.add_parser("weights", help="the weights of training sentences that --gate instance has learned")
-    option = command.add_argument
+    option = add(commands, "weights", run, "the weights of training sentences that --gate instance has learned")
     option("checkpoint", type=Input, metavar="CKPT", help="of fairseq-train")
     table = "write a tab-separated row for each sentence: its number in the training data, from 0 on, and its weights"
     option("--output", type=Output, metavar="FILE", help=table)
     numbers = "numbers of sentences, one a line: medians of those and of the others"
     option("--compare", type=Input, metavar="FILE", help=numbers)
     option("--plot", type=Output, metavar="FILE", help="histograms, .png or .svg; with matplotlib")
-    command.set_defaults(run=run)
 
 
 def add_calibration(commands) -> None:
@@ -91,12 +95,11 @@ def add_forced(kinds) -> None:
         degree = temperature.read(args.temperature)
         show(forced.evaluate(**model_of(args), temperature=degree, tokens_file=args.tokens), args)
 
-    command = kinds.add_parser("forced", help="teacher-forced: the model is given the reference's prefix")
-    add_model(command, "test")
-    add_scoring(command)
+    option = add(kinds, "forced", run, "teacher-forced: the model is given the reference's prefix")
+    add_model(option, "test")
+    add_scoring(option)
     divisor = "divide the logits by it: a number, or temperature's --json file"
-    command.add_argument("--temperature", type=Input, default="1", metavar="T", help=divisor)
-    command.set_defaults(run=run)
+    option("--temperature", type=Input, default="1", metavar="T", help=divisor)
 
 
 def add_inference(kinds) -> None:
@@ -106,8 +109,7 @@ def add_inference(kinds) -> None:
         options = Labelling(args.labels, args.words)
         show(evaluate(args.file, args.reference, options, settings_of(args), args.tokens), args)
 
-    command = kinds.add_parser("inference", help="of the model's own translations, as fairseq-generate wrote them")
-    option = command.add_argument
+    option = add(kinds, "inference", run, "of the model's own translations, as fairseq-generate wrote them")
     output = "output of fairseq-generate, run without --remove-bpe and --bpe"
     option("file", type=Input, metavar="FILE", help=output)
     pieces = "references in pieces, one a line, instead of those in the output"
@@ -118,8 +120,7 @@ def add_inference(kinds) -> None:
     )
     option("--labels", choices=["wang2020", "ter"], default="wang2020", help=right)
     option("--words", action="store_true", help="score words, with the product of their pieces'")
-    add_scoring(command)
-    command.set_defaults(run=run)
+    add_scoring(option)
 
 
 def add_temperature(kinds) -> None:
@@ -128,10 +129,9 @@ def add_temperature(kinds) -> None:
 
         show(fit(**model_of(args)), args)
 
-    command = kinds.add_parser("temperature", help="fit a temperature by NLL, the control of calibration claims")
-    add_model(command, "valid")
-    add_scoring(command, tokens=False)
-    command.set_defaults(run=run)
+    option = add(kinds, "temperature", run, "fit a temperature by NLL, the control of calibration claims")
+    add_model(option, "valid")
+    add_scoring(option, tokens=False)
 
 
 def add_diagram(kinds) -> None:
@@ -141,21 +141,18 @@ def add_diagram(kinds) -> None:
         draw(args.files, args.output, args.label, "eos:no" if args.without_eos else "eos:yes")
 
     about = "reliability diagram and confidence histogram of one or more models"
-    command = kinds.add_parser("diagram", help=about)
-    option = command.add_argument
+    option = add(kinds, "diagram", run, about)
     option("files", nargs="+", type=Input, metavar="JSON", help="files of forced's or inference's --json")
     option("--output", required=True, type=Output, metavar="FILE", help=".png or .svg")
     option("--label", action="append", metavar="NAME", help="of each file in turn (default: file names)")
     option("--without-eos", action="store_true", help="leave the end of sentence out")
-    command.set_defaults(run=run)
 
 
-def add_model(command, subset: str) -> None:
+def add_model(option, subset: str) -> None:
     """Options of the kinds of calibration that run a model; :func:`model_of` makes arguments of them."""
-    option = command.add_argument
-    add_data(command)
+    add_data(option)
     option("--path", type=Input, required=True, metavar="CKPT[:CKPT]", help="fairseq checkpoint, or an ensemble")
-    add_batches(command, subset)
+    add_batches(option, subset)
 
 
 def model_of(args) -> dict:
@@ -163,25 +160,23 @@ def model_of(args) -> dict:
     return {name: getattr(args, name) for name in names} | {"subset": args.gen_subset, "settings": settings_of(args)}
 
 
-def add_data(command) -> None:
-    command.add_argument("data", type=Data, metavar="DATA", help="folder that fairseq-preprocess wrote")
+def add_data(option) -> None:
+    option("data", type=Data, metavar="DATA", help="folder that fairseq-preprocess wrote")
 
 
-def add_batches(command, subset: str) -> None:
-    option = command.add_argument
+def add_batches(option, subset: str) -> None:
     option("--gen-subset", default=subset, metavar="SPLIT", help=f"subset to use (default: {subset})")
     most = number(1, 2**31 - 1)
     option("--max-tokens", type=most, default=4000, metavar="N", help="tokens a batch (default: 4000)")
-    add_cpu(command)
+    add_cpu(option)
 
 
-def add_cpu(command) -> None:
-    command.add_argument("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
+def add_cpu(option) -> None:
+    option("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
 
 
-def add_scoring(command, tokens: bool = True) -> None:
+def add_scoring(option, tokens: bool = True) -> None:
     """Options of every kind of calibration that computes scores."""
-    option = command.add_argument
     option("--bins", type=number(1, 10_000), default=20, help="bins of confidence (default: 20)")
     least = "tokens a bin needs to count in MCE (default: 1)"
     option("--min-count", type=number(1), default=1, metavar="N", help=least)
@@ -214,9 +209,8 @@ def add_score(commands) -> None:
         how = ScoreOptions(args.generate, args.reference, args.tokenize, args.own_lenpen, args.cpu, args.command)
         score_all(args.data, args.runs, args.checkpoint or ["best"], how)
 
-    command = commands.add_parser("score", help="all that is measured of trained runs, in the files that report reads")
-    option = command.add_argument
-    add_data(command)
+    option = add(commands, "score", run, "all that is measured of trained runs, in the files that report reads")
+    add_data(option)
     option("runs", nargs="+", type=RunFolder, metavar="RUN", help="folder that fairseq-train saved to")
     which = (
         "best, last or a file in RUN; may be given again (default: best, whose scores are in RUN; those of "
@@ -231,8 +225,7 @@ def add_score(commands) -> None:
     option("--tokenize", choices=TOKENIZERS, default="13a", help=by)
     own = "also BLEU at the length penalty with the best one on the validation set: 6 more translations"
     option("--own-lenpen", action="store_true", help=own)
-    add_cpu(command)
-    command.set_defaults(run=run)
+    add_cpu(option)
 
 
 def add_report(commands) -> None:
@@ -242,14 +235,12 @@ def add_report(commands) -> None:
         print(report(args.runs, args.output, args.reference))
 
     about = "finished runs side by side: tables in markdown, and an HTML page with diagrams and curves"
-    command = commands.add_parser("report", help=about)
-    option = command.add_argument
+    option = add(commands, "report", run, about)
     runs = "folder of a run; the others are compared with the first"
     option("runs", nargs="+", type=RunFolder, metavar="RUN", help=runs)
     option("--output", type=Output, default="report.html", metavar="FILE", help="the page (default: report.html)")
     text = "references as text, one a line, instead of those in the translations, which lack unknown characters"
     option("--reference", type=Input, metavar="FILE", help=text)
-    command.set_defaults(run=run)
 
 
 def add_export(commands) -> None:
@@ -260,8 +251,7 @@ def add_export(commands) -> None:
         export_all(args.path, args.output, args.ema, args.ctranslate2, args.quantization, args.data, comparison)
 
     about = "write a checkpoint for fairseq without this plugin, or CTranslate2"
-    command = commands.add_parser("export", help=about)
-    option = command.add_argument
+    option = add(commands, "export", run, about)
     option("path", type=Input, metavar="CKPT[:CKPT]", help="fairseq checkpoint, or several to average")
     option("output", type=NewOutput, metavar="OUT", help="the checkpoint to write")
     option("--ema", action="store_true", help="take the moving average of --store-ema")
@@ -272,8 +262,7 @@ def add_export(commands) -> None:
     data = "folder that fairseq-preprocess wrote (default: what the model was trained on)"
     option("--data", type=Data, metavar="DATA", help=data)
     option("--no-comparison", action="store_true", help="convert only")
-    add_comparison(command)
-    command.set_defaults(run=run)
+    add_comparison(option)
 
 
 def add_compare(commands) -> None:
@@ -282,17 +271,15 @@ def add_compare(commands) -> None:
 
         print(compare(args.data, args.models, **comparison_of(args)))
 
-    command = commands.add_parser("compare", help="translate with several models: BLEU, calibration, size, speed")
-    add_data(command)
+    option = add(commands, "compare", run, "translate with several models: BLEU, calibration, size, speed")
+    add_data(option)
     models = "fairseq checkpoint or ensemble, CTranslate2 folder"
-    command.add_argument("models", nargs="+", type=Input, metavar="MODEL", help=models)
-    add_comparison(command)
-    command.set_defaults(run=run)
+    option("models", nargs="+", type=Input, metavar="MODEL", help=models)
+    add_comparison(option)
 
 
-def add_comparison(command) -> None:
+def add_comparison(option) -> None:
     """Options of translating a subset with several models; :func:`comparison_of` makes arguments of them."""
-    option = command.add_argument
     text = "text, one reference a line, for BLEU (default: the data's)"
     option("--reference", type=Input, metavar="FILE", help=text)
     option("--beam", type=number(1, 1000), default=5, metavar="N", help="width of the beam (default: 5)")
@@ -301,7 +288,7 @@ def add_comparison(command) -> None:
     option("--max-len-a", type=number(0, 1000, float), default=0.0, metavar="A", help=longest)
     option("--max-len-b", type=number(0, 10**6), default=200, metavar="B", help="see --max-len-a (default: 200)")
     option("--repeats", type=number(1, 10_000), default=5, metavar="N", help="timed passes (default: 5)")
-    add_batches(command, "test")
+    add_batches(option, "test")
 
 
 def comparison_of(args) -> dict:
