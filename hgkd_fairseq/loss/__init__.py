@@ -2,9 +2,10 @@
 
 from hgkd_fairseq.loss.api import IMPLEMENTATIONS, DistillationOutput, gated_distillation, unusable
 from hgkd_fairseq.loss.equations import DIVERGENCES, register_divergence
+from hgkd_fairseq.loss.native import rows as cpu_rows
 from hgkd_fairseq.loss.options import Head, Options
 
 __all__ = [
-    "DIVERGENCES", "IMPLEMENTATIONS", "DistillationOutput", "Head", "Options", "gated_distillation",
-    "register_divergence", "unusable",
+    "DIVERGENCES", "IMPLEMENTATIONS", "DistillationOutput", "Head", "Options", "cpu_rows",
+    "gated_distillation", "register_divergence", "unusable",
 ]  # fmt: skip

@@ -1,1 +1,5 @@
-"""``hgkd report``: finished runs side by side, as markdown tables and as one self-contained HTML page."""
+"""Finished runs side by side: their files, tables, figures and page."""
+
+from hgkd_fairseq.evaluation import logs
+
+__all__ = ["logs"]
