@@ -1,5 +1,6 @@
 """Gates: the weights that each one gives, on a batch whose probabilities can be compared by eye."""
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -41,6 +42,11 @@ WEIGHTS = {
     # The other way round, and the data where both are equal: the second token, and sentence 3.
     ("token-reversed",): [(1, 0) if p >= q else (0, 1) for p, q in zip(P, Q, strict=True)],
     ("sentence-reversed",): [(0, 1) if row[0] in (1, 5) else (1, 0) for row in TABLE],
+    ("floor",): [(0.3, 0.7) if row[3] == (0, 1) else (0.7, 0.3) for row in TABLE],
+    ("floor", "gate_floor", "0.9,0.5"): [(0.5, 0.5) if row[3] == (0, 1) else (0.1, 0.9) for row in TABLE],
+    # CE_s / CE_t = log p / log q
+    ("wsl",): [(1, 2.5 * (1 - math.exp(-math.log(p) / math.log(q)))) for p, q in zip(P, Q, strict=True)],
+    ("wsl", "kd_weight", 1.0): [(1, 1 - math.exp(-math.log(p) / math.log(q))) for p, q in zip(P, Q, strict=True)],
     ("always",): [(0, 1)] * 10,
     ("always", "kd_weight", 0.25): [(0.75, 0.25)] * 10,
     ("progressive", "kd_weight", 0.5, "progress", 0.5): [(0.75, 0.25)] * 10,
@@ -236,6 +242,9 @@ def test_a_parameter_of_another_gate_is_refused():
         ("always", "kd_weight", 1.5),
         ("annealed", "gate_share", -1.0),
         ("selective-global", "gate_queue", 0),
+        ("floor", "gate_floor", "0.3"),
+        ("floor", "gate_floor", "0.3,1.1"),
+        ("floor", "gate_floor", "nan,0.5"),
         ("instance", "refresh_interval", 0),
         ("instance", "refresh_change", 0.0),
         ("instance", "weight_rule", "sum"),

@@ -9,12 +9,13 @@ from typing import Annotated
 
 import torch
 
-from hgkd_fairseq.gates.contract import GateWeights, Option, TokenStatistics
+from hgkd_fairseq.gates.contract import GateError, GateWeights, Option, TokenStatistics
 from hgkd_fairseq.gates.registry import register_gate
 from hgkd_fairseq.gates.tools import hard_weights, sentence_margin
 from hgkd_fairseq.ranges import SHARE
 
 TeacherShare = Annotated[float | None, Option("share of the tokens that the teacher gets", SHARE)]
+Floor = Annotated[str, Option("LO,HI: the teacher's weight where the gate is closed, and where it is open")]
 HKD = "Lee et al., EMNLP 2022, arXiv:2210.12427"
 
 
@@ -40,6 +41,28 @@ def token(statistics: TokenStatistics) -> GateWeights:
 )
 def sentence(statistics: TokenStatistics) -> GateWeights:
     return hard_weights(sentence_margin(statistics) > 0, statistics.student_logprob.dtype)
+
+
+@register_gate(
+    "floor",
+    equation="teacher HI where p_t > q_t, else LO; data 1 - teacher (--gate-floor LO,HI)",
+    source="HKD-T that leaves neither the data nor the teacher alone; ours",
+)
+def floor(statistics: TokenStatistics, *, gate_floor: Floor = "0.3,0.7") -> GateWeights:
+    closed, opened = floor_weights(gate_floor)
+    teacher = closed + (opened - closed) * token(statistics).teacher
+    return GateWeights(1 - teacher, teacher)
+
+
+def floor_weights(text: str) -> tuple[float, float]:
+    """(weight of the teacher where the gate is closed, where it is open), of "LO,HI"; either may be the larger."""
+    try:
+        closed, opened = map(float, text.split(","))
+    except ValueError:
+        closed = opened = -1.0
+    if SHARE.problem(closed) or SHARE.problem(opened):
+        raise GateError(f'"{text}" is no LO,HI: two weights between 0 and 1, as 0.3,0.7', "gate_floor")
+    return closed, opened
 
 
 @register_gate(

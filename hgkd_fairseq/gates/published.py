@@ -179,3 +179,14 @@ def beta(
     gold = torch.empty_like(drawn)
     gold[teacher.argsort()] = drawn
     return smoothed(torch.full_like(gold, 1 - kd_weight), kd_weight, gold, statistics.vocabulary)
+
+
+@register_gate(
+    "wsl",
+    equation="data 1, teacher a (1 - exp(-CE_s / CE_t)), CE the gold token's -log p and -log q (--kd-weight a)",
+    source="WSL, Zhou et al., ICLR 2021, arXiv:2102.00650, by token",
+)
+def wsl(statistics: TokenStatistics, *, kd_weight: KdWeight = 2.5) -> GateWeights:
+    student, teacher = -statistics.student_logprob, -statistics.teacher_logprob
+    ratio = student / teacher.clamp(min=torch.finfo(teacher.dtype).tiny)
+    return GateWeights(torch.ones_like(student), kd_weight * -torch.expm1(-ratio))

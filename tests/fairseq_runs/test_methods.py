@@ -22,6 +22,8 @@ PLAIN = {
     "sentence-reversed": (TEACHER, "--gate", "sentence-reversed"),
     "always": (TEACHER, "--gate", "always", "--kd-weight", 0.5),
     "annealed": (TEACHER, "--gate", "annealed", "--gate-share", 0.5, "--teacher-temperature-start", 4),
+    "floor": (TEACHER, "--gate", "floor", "--gate-floor", "0.2,0.8"),
+    "wsl": (TEACHER, "--gate", "wsl"),
     "soft": (TEACHER, "--gate", "soft", "--gate-sharpness", 2),
     "selective-batch": (TEACHER, "--gate", "selective-batch"),
     "virtual-teacher": (*SELF, "--gate", "virtual-teacher", "--kd-weight", 0.2),
