@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from checkpoints import bytes_changed, odd, saved, state
 
-from hgkd_fairseq import files
+from hgkd_fairseq import drawing, files
 from hgkd_fairseq.evaluation import results, temperature
 from hgkd_fairseq.report import diagram, runs, tables
 from hgkd_fairseq.sentence_weights import table as weight_table
@@ -183,13 +183,13 @@ TURN = itertools.count()
 
 @functools.cache
 def axes() -> list:
-    return list(diagram.figure_class()(figsize=(3, 4)).subplots(2, 1))
+    return list(drawing.figure_class()(figsize=(3, 4)).subplots(2, 1))
 
 
 def read_drawn(path: str | Path) -> None:
     """What `hgkd calibration diagram` does; the figure, which takes long, once in 200."""
     found = files.read_json(path, results.DRAWN, results.WHAT)
-    diagram.check_bars(path, found)
+    results.check_bars(path, found)
     which = ("eos:yes", "eos:no")[next(TURN) % 2]
     if found["bins"] <= 10 and next(TURN) % 10 == 0:
         for place in axes():

@@ -21,10 +21,9 @@ from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
 from study import diverged, read_about, read_scores
 
-from hgkd_fairseq import files, methods
+from hgkd_fairseq import drawing, files, methods
 from hgkd_fairseq.errors import UserError, guarded, printable
 from hgkd_fairseq.evaluation.generated import read_references
-from hgkd_fairseq.report import diagram
 
 TEACHER = "teacher"  # the setting of the teachers' cells
 ABSENT = ""
@@ -293,7 +292,7 @@ def how(study: Study) -> list[str]:
 def draw(study: Study, key: str, label: str, file: Path) -> None:
     """`key` of the curves over the updates, a panel a setting: the mean over seeds, and the range where there are
     several."""
-    figure_class = diagram.figure_class()
+    figure_class = drawing.figure_class()
     import matplotlib
 
     settings = study.settings()
@@ -324,7 +323,7 @@ def draw(study: Study, key: str, label: str, file: Path) -> None:
         panels[0].set_ylim(top=max(1.2 * lowest, 1.02 * last))  # the fall in the first epochs would hide all else
     panels[0].set_ylabel(label)
     figure.set_figheight(max(4.2, 0.2 * len(lines) + 0.4))  # the legend's
-    diagram.legend(figure, lines.values(), list(lines), loc="outside right center", fontsize=9, frameon=False)
+    drawing.legend(figure, lines.values(), list(lines), loc="outside right center", fontsize=9, frameon=False)
     with matplotlib.rc_context({"svg.hashsalt": "study"}):
         files.write_figure(figure, file)
 
