@@ -282,6 +282,7 @@ def test_interrupted_while_it_reads(number, status, tmp_path, monkeypatch):
     os.mkfifo("pipe")
     pid = os.fork()
     if pid == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where the tests run in the background
         os.dup2(os.open("err", os.O_WRONLY | os.O_CREAT), 2)
         sys.stderr = open(2, "w")  # noqa: SIM115
         code: object = None

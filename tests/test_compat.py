@@ -200,8 +200,10 @@ def test_patches_are_applied_once():
     assert sys.excepthook is hook
 
 
-def test_another_fairseq_is_left_alone(caplog: pytest.LogCaptureFixture):
+def test_another_fairseq_is_left_alone(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
     from hgkd_fairseq.plugin import compat
+
+    monkeypatch.setattr(compat, "APPLIED", {})  # `hgkd doctor` reads it
 
     def unknown():
         return 1

@@ -10,7 +10,6 @@ from sacrebleu.metrics import BLEU
 
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.evaluation import generated, inference
-from hgkd_fairseq.report import runs
 
 SENTENCES = [
     "Ein Mann, der einen grünen Hut trägt, schaut dorthin.",
@@ -140,7 +139,7 @@ def test_one_rule_for_all_commands(output: str, expected: str | None, tmp_path):
     """An output without all sentences is refused by what scores it, whichever command that is."""
     file = tmp_path / "generate-test.txt"
     file.write_text(output)
-    for read in (generated.read_lines, lambda file: inference.read(str(file)), runs.translations):
+    for read in (generated.read_lines, lambda file: inference.read(str(file)), generated.read_texts):
         if expected is None:
             read(file)
         else:

@@ -12,7 +12,7 @@ from pathlib import Path
 from checkpoints import bytes_changed
 
 from hgkd_fairseq.calibration.scores import Settings
-from hgkd_fairseq.evaluation import inference, logs
+from hgkd_fairseq.evaluation import generated, inference, logs
 from hgkd_fairseq.plugin import binarised
 from hgkd_fairseq.report import commands, figures, page, runs, tables
 
@@ -166,7 +166,7 @@ def outputs(rng: random.Random) -> Iterator[bytes]:
 
 def read_output(path: str | Path) -> None:
     """What the commands do with it."""
-    runs.translations(Path(path))
+    generated.read_texts(Path(path))
     inference.evaluate(str(path), settings=Settings(replicates=0)).to_json()
 
 

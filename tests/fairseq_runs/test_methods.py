@@ -75,7 +75,7 @@ def test_the_loss_falls(name: str, runs: dict[str, cl.Run]):
     shares = [row["teacher_share"] for row in rows]
     if name in ("none", "virtual-teacher", "beta"):  # beta's teacher only gauges
         assert shares == [0] * len(rows)
-    elif name in ("always", "soft", "soft-learned", "unigram", "loras"):
+    elif name in ("always", "floor", "wsl", "soft", "soft-learned", "unigram", "loras"):
         assert shares == [1] * len(rows)
     elif name.startswith("instance"):
         assert all(share > 0.9 for share in shares)
