@@ -34,6 +34,15 @@ def mean_logprobs(heads: Sequence[Head], temperature: float) -> Tensor:
     return members[0] if len(members) == 1 else torch.logsumexp(torch.stack(members), dim=0) - math.log(len(members))
 
 
+@torch.no_grad()
+def teacher_logprobs(teachers: Sequence[Head], options: Options) -> tuple[Tensor | None, Tensor | None]:
+    """(N, V) log q at the teacher's temperature, and as the gate reads it; None for a gate that needs no teacher."""
+    if not options.gate.needs_teacher:
+        return None, None
+    logq = mean_logprobs(teachers, options.teacher_temperature)
+    return logq, mean_logprobs(teachers, 1.0) if options.reads_untempered else logq
+
+
 def from_logits(
     z: Tensor,  # (N, V), the student's, in fp32 or fp64
     logq: Tensor | None,  # (N, V), the teacher's at its temperature; None for a gate that needs none
@@ -90,11 +99,7 @@ def token_results(
     options: Options,
     instance: Tensor | None = None,  # (N,) int64, number of the token's sentence in the training set
 ) -> TokenResults:
-    logq = gate_logq = None
-    if options.gate.needs_teacher:
-        with torch.no_grad():
-            logq = mean_logprobs(teachers, options.teacher_temperature)  # (N, V)
-            gate_logq = logq if options.tempered_gate else mean_logprobs(teachers, 1.0)
+    logq, gate_logq = teacher_logprobs(teachers, options)
 
     def decide(student_read: Tensor, teacher_read: Tensor) -> GateWeights:
         view = (sentence, sentence_count, student.vocabulary, options.progress, instance)

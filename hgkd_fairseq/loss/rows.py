@@ -202,13 +202,7 @@ def autograd_step(
     gradient_scale: float | None,
 ) -> tuple[TokenResults, Tensor | None]:
     """`row_step` for any divergence, from the equations as they stand and autograd, in a chunk's memory some times."""
-    logq = gate_logq = None
-    if options.gate.needs_teacher:
-        logq, gate_logq = (
-            eager.mean_logprobs([Head(logits, None) for logits in teacher_logits], temperature)
-            for temperature in (options.teacher_temperature, 1.0)
-        )
-        gate_logq = logq if options.tempered_gate else gate_logq
+    logq, gate_logq = eager.teacher_logprobs([Head(logits, None) for logits in teacher_logits], options)
     with torch.set_grad_enabled(gradient_scale is not None):
         z = widen(student_logits).detach().requires_grad_(gradient_scale is not None)
         results = eager.from_logits(z, logq, gate_logq, target, decide, options)
