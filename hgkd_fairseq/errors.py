@@ -16,6 +16,11 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
+def flag(name: str) -> str:
+    """The option of a field: gate_share is --gate-share."""
+    return "--" + name.replace("_", "-")
+
+
 class UserError(ValueError):
     """Says in one line which option or file is wrong and how to fix it; shown without a traceback."""
 

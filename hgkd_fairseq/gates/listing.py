@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import re
 
+from hgkd_fairseq.errors import flag
 from hgkd_fairseq.gates.registry import GATES, all_parameters
-
-
-def flag(parameter: str) -> str:
-    return "--" + parameter.replace("_", "-")
 
 
 def defaults(gate: str) -> list[str]:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from fairseq.tasks import FairseqTask
 
-from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.errors import UserError, flag
 from hgkd_fairseq.gates import Gate, GateError, all_parameters, get_gate
 from hgkd_fairseq.loss import unusable
 from hgkd_fairseq.plugin import features
-from hgkd_fairseq.plugin.config import RANGES, flag
+from hgkd_fairseq.plugin.config import RANGES
 from hgkd_fairseq.plugin.training_state import TrainingState
 
 

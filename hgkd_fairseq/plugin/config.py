@@ -99,11 +99,6 @@ def temperature(cfg: Any, progress: float) -> float:
     return end if start is None else 1 / (1 / start + (1 / end - 1 / start) * progress)
 
 
-def flag(name: str) -> str:
-    """The option of a field: gate_share is --gate-share."""
-    return "--" + name.replace("_", "-")
-
-
 def gate_help(takers: list[tuple[str, Any]]) -> str:
     """The help text of an option: of each meaning the gates that have it, with their defaults."""
     meanings: dict[str, list[str]] = {}

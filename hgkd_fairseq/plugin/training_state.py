@@ -19,7 +19,7 @@ from fairseq.tasks import FairseqTask
 
 from hgkd_fairseq import gates
 from hgkd_fairseq.data.held_out import HeldOut
-from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.errors import UserError, flag
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ def differences(asked: dict[str, Any], held: dict[str, Any]) -> str:
         names = [name for name in names if name in ("gate", "teacher_source")]  # the rest follows from it
 
     def words(values: dict[str, Any]) -> str:
-        given = [f"--{name.replace('_', '-')} {values[name]}" for name in names if values.get(name) is not None]
+        given = [f"{flag(name)} {values[name]}" for name in names if values.get(name) is not None]
         return " ".join(given) or "the default"
 
     return f"{words(asked)} is asked for, and {words(held)} made it" if names else ""

@@ -19,6 +19,8 @@ from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from fairseq.registry import REGISTRIES
 from fairseq.tasks import TASK_REGISTRY
 
+from hgkd_fairseq.errors import flag
+
 PARSERS = {"fairseq-train": options.get_training_parser, "fairseq-generate": options.get_generation_parser}
 # They decide which options there are.
 CHOICES = {"arch": ARCH_MODEL_REGISTRY, "task": TASK_REGISTRY} | {
@@ -86,7 +88,7 @@ def arguments_of(program: str, settings: dict[str, Any]) -> dict[str, str | None
     if fairseqs is None:
         return None
     actions, defaults = fairseqs
-    found: dict[str, str | None] = {"--" + name.replace("_", "-"): choice for name, choice in choices.items()}
+    found: dict[str, str | None] = {flag(name): choice for name, choice in choices.items()}
     if program == "fairseq-generate":
         found["--path"] = written(settings.get("path"))
     given: dict[str, Any] = {}
