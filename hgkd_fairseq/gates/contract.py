@@ -110,6 +110,8 @@ class Gate:
         uniform: whether its weights have a `uniform` part.
         timed: whether it changes with `progress`, so that the length of the training must be known.
         constant: whether its weights do not depend on the two log-probabilities, so that they are known beforehand.
+        closes: whether it gives tokens the teacher's weight 0, so that it pays to decide before the teacher's logits
+            are made, where the teacher's log-probabilities of the gold tokens are known.
         parameters: by name, as the gate declares them.
         equation: one line, as ``hgkd gates`` prints it.
         source: the paper it comes from.
@@ -123,6 +125,7 @@ class Gate:
     uniform: bool = False
     timed: bool = False
     constant: bool = False
+    closes: bool = False
     equation: str = ""
     source: str = ""
     parameters: Mapping[str, Parameter] = field(default_factory=dict)

@@ -32,6 +32,7 @@ def register_gate(
     uniform: bool = False,
     timed: bool = False,
     constant: bool = False,
+    closes: bool = False,
 ) -> Callable[[Any], Any]:
     """Decorator: register a gate under ``name``, the value that ``--gate`` takes.
 
@@ -54,7 +55,7 @@ def register_gate(
             raise ValueError(f'a gate named "{name}" is registered already; choose another name')
         declared = declared_parameters(name, made)
         GATES[name] = Gate(
-            name, made, scope, needs_teacher, compares, uniform, timed, constant, equation, source, declared
+            name, made, scope, needs_teacher, compares, uniform, timed, constant, closes, equation, source, declared
         )
         return made
 
