@@ -29,8 +29,8 @@ class Sparse(NamedTuple):
     """A teacher's distribution q, at its temperature, of which the probabilities of K tokens are known; exactly, or as
     an unbiased estimate of all of q, the shares of draws from it."""
 
-    ids: Tensor  # (..., K) int64, different ones; those of less than K repeat the first, with probability 0
-    probability: Tensor  # (..., K)
+    ids: Tensor  # (..., K) int64; fewer than K repeat the first, with probability 0
+    probability: Tensor  # (..., K), with the rest they sum to 1
     rest: Tensor | None = None  # (...,) the probability of all other tokens together; None: 0
     entropy: Tensor | None = None  # (...,) nats, of the whole q, for the value of the KL; None: that of what is known
 

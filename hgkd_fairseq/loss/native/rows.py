@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from hgkd_fairseq.gates import GateWeights, hard
-from hgkd_fairseq.loss import rows
+from hgkd_fairseq.loss import equations, rows
 from hgkd_fairseq.loss.options import FUSED, Decide, Options, Sparse, TokenResults, decided
 
 logger = logging.getLogger(__name__)
@@ -246,6 +246,8 @@ def row_step(
     """
     dtype, ensemble = student_logits.dtype, len(teacher_logits) > 1
     # A row of an ensemble has a mean probability for each temperature.
+    if sparse is not None and sparse.rest is None and dtype == torch.float32:
+        return sparse_step(student_logits, sparse, target, decide, options, gradient_scale)
     ordinary = dtype in DTYPES and options.divergence == FUSED and sparse is None
     if not ordinary or (ensemble and options.reads_untempered):
         return rows.row_step(student_logits, teacher_logits, target, decide, options, gradient_scale, sparse)
@@ -272,3 +274,25 @@ def row_step(
     if gradient_scale is not None and not (weights or token):
         run(GRADIENT_ALONE, given)
     return rows.row_results(statistics, given, student_logits.size(1), options), chunk.gradient()
+
+
+def sparse_step(
+    student_logits: Tensor,  # (C, V) fp32, overwritten by the gradient where they are contiguous
+    sparse: Sparse,  # (C, K) without a rest
+    target: Tensor,
+    decide: Decide,
+    options: Options,
+    gradient_scale: float | None,
+) -> tuple[TokenResults, Tensor | None]:
+    """`row_step` with a sparse teacher: p's part of the gradient is the kernel's, q's is taken from its tokens."""
+    chunk = Chunk(student_logits, target, options, gradient_scale)
+    chunk.run(STATISTICS_ALONE)
+    found = chunk.statistics()
+    logp = chunk.student.gather(1, sparse.ids) - found.student_max[:, None] - found.student_sum.log()[:, None]
+    found = found._replace(kl=equations.sparse_kl_of(logp, None, sparse).float())
+    given = decided(decide, found.student_read, found.teacher_read)
+    if gradient_scale is not None:
+        chunk.run(GRADIENT_ALONE, given)
+        taken = sparse.probability * (given.teacher * gradient_scale)[:, None]
+        chunk.student.scatter_add_(1, sparse.ids, -taken.float())
+    return rows.row_results(found, given, student_logits.size(1), options), chunk.gradient()
