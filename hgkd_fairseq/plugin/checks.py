@@ -93,6 +93,7 @@ def load_teacher(cfg: Any, task: Any) -> Any:
             f"--teacher-source {teacher.name} is a label smoothing and learns with the gate always at temperature 1: "
             "add --gate always --kd-weight 0.1 --teacher-temperature 1"
         )
+    teacher.check_options(cfg)
     return teacher
 
 
