@@ -249,7 +249,8 @@ def add_store(commands) -> None:
 
         subsets = tuple(args.subset.split(","))
         sizes = (args.draws, args.k, args.max_tokens)
-        how = StoreOptions(args.kind, subsets, args.dtype, args.teacher_temperature, *sizes, args.cpu)
+        where = (args.cpu, args.teacher_model_overrides)
+        how = StoreOptions(args.kind, subsets, args.dtype, args.teacher_temperature, *sizes, *where)
         print(write(args.data, args.teacher_path, args.output, how))
 
     about = "run a teacher once over data and keep what it says, for fairseq-train --teacher-store"
@@ -257,6 +258,8 @@ def add_store(commands) -> None:
     option("data", type=Data, metavar="DATA", help="folder that fairseq-preprocess wrote, or several with ':' between")
     ensemble = "fairseq checkpoint, or an ensemble"
     option("--teacher-path", type=Input, required=True, metavar="CKPT[:CKPT]", help=ensemble)
+    moved = "a dict of settings of the teacher's checkpoint, as \"{'data': 'DIR'}\" of dictionaries that have moved"
+    option("--teacher-model-overrides", default="{}", metavar="DICT", help=moved)
     folder = "to fill; a command that was killed goes on where it was, and several at once share the work"
     option("--output", required=True, metavar="STORE", help=folder)
     kinds = (

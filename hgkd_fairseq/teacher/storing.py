@@ -49,6 +49,7 @@ class StoreOptions:
     tokens: int = 8  # the most probable ones that are kept, of the kind topk
     max_tokens: int = 4000  # a batch
     cpu: bool = False
+    overrides: str = "{}"  # of the teacher's checkpoint, as --teacher-model-overrides has them
 
 
 class Source:
@@ -79,9 +80,9 @@ def write(data: str, teacher_path: str, output: str, options: StoreOptions) -> s
         UserError: data, teacher or folder cannot be used, or there is no room.
     """
     task = make_task(data, teacher_path)
-    teacher = LiveTeacher(
-        split_paths(teacher_path), task.src_dict, task.tgt_dict, languages=(task.cfg.source_lang, task.cfg.target_lang)
-    )
+    languages = (task.cfg.source_lang, task.cfg.target_lang)
+    paths = split_paths(teacher_path)
+    teacher = LiveTeacher(paths, task.src_dict, task.tgt_dict, overrides=options.overrides, languages=languages)
     device = torch.device("cuda" if torch.cuda.is_available() and not options.cpu else "cpu")
     for model in teacher.models:
         model.to(device)
@@ -98,7 +99,7 @@ def write(data: str, teacher_path: str, output: str, options: StoreOptions) -> s
         "temperature": options.temperature, "draws": options.draws if options.kind == "sampled" else 0,
         "k": options.tokens if options.kind == "topk" else 0, "vocabulary": vocabulary,
         "max_tokens": options.max_tokens, "members": len(teacher.models), "teacher": teacher.fingerprint,
-        "languages": [task.cfg.source_lang, task.cfg.target_lang],
+        "languages": list(languages),
         "dictionaries": [dictionary_hash(task.src_dict), dictionary_hash(task.tgt_dict)],
         "heads": {name: hashlib.sha256(content).hexdigest() for name, content in layers.items()},
         "parts": [source.part._asdict() for source in sources],
@@ -125,7 +126,8 @@ def make_task(data: str, teacher_path: str) -> TranslationTask:
     """fairseq's own, with the teacher's languages, or those that the data's files have."""
     held = checkpoints.read(split_paths(teacher_path)[0]).options("task") if teacher_path else {}
     wanted = {name: held.get(name) for name in ("source_lang", "target_lang")}
-    options = {"data": str(data), "train_subset": TRAIN, "dataset_impl": None, "required_seq_len_multiple": 1, **wanted}
+    options = {"data": str(data), "train_subset": TRAIN, "dataset_impl": None, "required_seq_len_multiple": 1}
+    options |= {"upsample_primary": 1, **wanted}
     binarised.first_shard(data)
     try:
         return TranslationTask.setup_task(OmegaConf.merge(TranslationConfig, options))
