@@ -91,7 +91,10 @@ def test_hidden_states_teach_as_the_teacher_does(live: TranslationWithTeacherTas
     weight = live.teacher.models[0].decoder.output_projection.weight.detach().clone().requires_grad_()
     generator = torch.Generator().manual_seed(0)
     seen, opened = 0, 0
-    for one, other in zip(batches(live), list(batches(task, workers=2)), strict=True):
+    reader = batches(task, workers=2)
+    read = list(reader)
+    reader._itr._shutdown_workers()  # fairseq's stay, and the garbage collector waits ten seconds for them
+    for one, other in zip(batches(live), read, strict=True):
         assert torch.equal(one["id"], other["id"])
         found, signals = [], [some.teacher.signal(batch, CPU, FP32) for some, batch in ((live, one), (task, other))]
         hidden = signals[0].heads[0].hidden
