@@ -18,7 +18,7 @@ LEVELS = [
     {"loss"},
     {"gates"},
     {"calibration"},
-    {"arguments", "drawing", "errors", "files", "ranges"},
+    {"arguments", "cache", "drawing", "errors", "files", "ranges"},
 ]
 # What fairseq must find registered, whichever of these it comes to first.
 REGISTRATION = {("plugin", "tasks"), ("criterions", "tasks")}
