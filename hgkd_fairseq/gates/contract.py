@@ -126,6 +126,8 @@ class Gate:
         timed: whether it changes with `progress`, so that the length of the training must be known.
         constant: whether its weights do not depend on the two log-probabilities, so that they are known beforehand.
         asks: the statistics of `ASKED` that it sees beside them, which no kernel makes: plain torch does the rows.
+        closes: whether it gives tokens the teacher's weight 0, so that it pays to decide before the teacher's logits
+            are made, where the teacher's log-probabilities of the gold tokens are known.
         parameters: by name, as the gate declares them.
         equation: one line, as ``hgkd gates`` prints it.
         source: the paper it comes from.
@@ -140,6 +142,7 @@ class Gate:
     timed: bool = False
     constant: bool = False
     asks: tuple[str, ...] = ()
+    closes: bool = False
     equation: str = ""
     source: str = ""
     parameters: Mapping[str, Parameter] = field(default_factory=dict)

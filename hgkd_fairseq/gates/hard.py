@@ -27,7 +27,7 @@ def none(statistics: TokenStatistics) -> GateWeights:
     return GateWeights(data=ones, teacher=torch.zeros_like(ones))
 
 
-@register_gate("token", equation="g_t = 1[p_t > q_t]; data 1 - g_t, teacher g_t", source=f"HKD-T, {HKD}")
+@register_gate("token", closes=True, equation="g_t = 1[p_t > q_t]; data 1 - g_t, teacher g_t", source=f"HKD-T, {HKD}")
 def token(statistics: TokenStatistics) -> GateWeights:
     # Strict: where both agree exactly the data teaches.
     return hard_weights(statistics.student_logprob > statistics.teacher_logprob, statistics.student_logprob.dtype)
@@ -36,6 +36,7 @@ def token(statistics: TokenStatistics) -> GateWeights:
 @register_gate(
     "sentence",
     scope="sentence",
+    closes=True,
     equation="g = 1[sum_t log p_t > sum_t log q_t]; data 1 - g, teacher g",
     source=f"HKD-S, {HKD}",
 )
@@ -78,7 +79,10 @@ def floor_weights(text: str) -> tuple[float, float]:
 
 
 @register_gate(
-    "token-reversed", equation="g_t = 1[p_t < q_t]; data 1 - g_t, teacher g_t", source="control: HKD-T upside down"
+    "token-reversed",
+    closes=True,
+    equation="g_t = 1[p_t < q_t]; data 1 - g_t, teacher g_t",
+    source="control: HKD-T upside down",
 )
 def token_reversed(statistics: TokenStatistics) -> GateWeights:
     return hard_weights(statistics.student_logprob < statistics.teacher_logprob, statistics.student_logprob.dtype)
@@ -87,6 +91,7 @@ def token_reversed(statistics: TokenStatistics) -> GateWeights:
 @register_gate(
     "sentence-reversed",
     scope="sentence",
+    closes=True,
     equation="g = 1[sum_t log p_t < sum_t log q_t]; data 1 - g, teacher g",
     source="control: HKD-S upside down",
 )
@@ -96,6 +101,7 @@ def sentence_reversed(statistics: TokenStatistics) -> GateWeights:
 
 @register_gate(
     "random",
+    closes=True,
     equation="the decisions of gate token, shuffled among the tokens in view; with --gate-share Bernoulli(share)",
     source="control: opens as often as HKD-T, but anywhere",
 )

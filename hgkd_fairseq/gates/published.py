@@ -58,6 +58,7 @@ def progressive(statistics: TokenStatistics, *, kd_weight: KdShare = 0.8) -> Gat
 
 @register_gate(
     "annealed",
+    closes=True,
     equation="teacher 1, data 0 for a share of the updates (--gate-share), then data 1, teacher 0",
     source="Annealing KD, Jafari et al., EACL 2021, arXiv:2104.07163, with KL in place of a regression on logits",
     compares=False,
@@ -84,6 +85,7 @@ def selected(statistics: TokenStatistics, threshold: Tensor, kd_weight: float) -
 
 @register_gate(
     "selective-batch",
+    closes=True,
     scope="batch",
     equation="data 1, teacher a 1[NLL_t in the batch's top share] (--kd-weight a, --gate-share)",
     source=SELECTIVE,
@@ -102,6 +104,7 @@ def selective_batch(
 
 @register_gate(
     "selective-global",
+    closes=True,
     equation="data 1, teacher a 1[NLL_t >= quantile 1 - share of the last NLLs] (--kd-weight a, --gate-share, "
     "--gate-queue)",
     source=SELECTIVE,
@@ -173,6 +176,7 @@ def virtual_teacher(
 
 @register_gate(
     "beta",
+    closes=True,
     scope="batch",
     compares=False,
     uniform=True,

@@ -34,6 +34,7 @@ def register_gate(
     timed: bool = False,
     constant: bool = False,
     asks: tuple[str, ...] = (),
+    closes: bool = False,
 ) -> Callable[[Any], Any]:
     """Decorator: register a gate under ``name``, the value that ``--gate`` takes.
 
@@ -61,7 +62,19 @@ def register_gate(
             raise ValueError(f'gate "{name}" learns, and such a gate may ask for nothing')
         declared = declared_parameters(name, made)
         GATES[name] = Gate(
-            name, made, scope, needs_teacher, compares, uniform, timed, constant, asks, equation, source, declared
+            name,
+            made,
+            scope,
+            needs_teacher,
+            compares,
+            uniform,
+            timed,
+            constant,
+            asks,
+            closes,
+            equation,
+            source,
+            declared,
         )
         return made
 

@@ -3,9 +3,9 @@
 from hgkd_fairseq.loss.api import IMPLEMENTATIONS, DistillationOutput, gated_distillation, unusable
 from hgkd_fairseq.loss.equations import DIVERGENCES, register_divergence
 from hgkd_fairseq.loss.native import rows as cpu_rows
-from hgkd_fairseq.loss.options import Head, Options
+from hgkd_fairseq.loss.options import Head, Options, Sparse
 
 __all__ = [
-    "DIVERGENCES", "IMPLEMENTATIONS", "DistillationOutput", "Head", "Options", "cpu_rows",
+    "DIVERGENCES", "IMPLEMENTATIONS", "DistillationOutput", "Head", "Options", "Sparse", "cpu_rows",
     "gated_distillation", "register_divergence", "unusable",
 ]  # fmt: skip

@@ -14,14 +14,17 @@ import torch
 from torch import Tensor
 
 from hgkd_fairseq.gates import Gate, TokenStatistics, get_gate
-from hgkd_fairseq.loss import chunked, eager, equations, rows
+from hgkd_fairseq.loss import checked, chunked, eager, equations, gate_first, rows
+from hgkd_fairseq.loss.native import gated
 from hgkd_fairseq.loss.native import rows as cpu_rows
-from hgkd_fairseq.loss.options import FUSED, TEACHER_TEMPERATURE, Head, Options, TokenResults
+from hgkd_fairseq.loss.options import FUSED, TEACHER_TEMPERATURE, Head, Options, Sparse, TokenResults
 
-__all__ = ["IMPLEMENTATIONS", "DistillationOutput", "Head", "Options", "gated_distillation", "unusable"]
+__all__ = ["IMPLEMENTATIONS", "DistillationOutput", "Head", "Options", "Sparse", "gated_distillation", "unusable"]
 
 logger = logging.getLogger(__name__)
 
+# What decides the gate first beside what does the rows; the Triton rows do not.
+GATED_STEPS = {rows.row_step: gate_first.gated_step, cpu_rows.row_step: gated.gated_step}
 IMPLEMENTATIONS = ("auto", "eager", "chunked", "native", "triton")
 
 
@@ -91,6 +94,8 @@ def gated_distillation(
     lengths: Sequence[int] | None = None,
     instance: Tensor | None = None,  # (B,) int64
     student_logprob: Tensor | None = None,  # (B, T)
+    teacher_gold: Tensor | None = None,  # (B, T)
+    teacher_sparse: Sparse | None = None,  # (B, T, K)
     implementation: str = "auto",
 ) -> DistillationOutput:
     """Distillation gated token by token (hard-gate KD: Lee et al., EMNLP 2022, arXiv:2210.12427).
@@ -120,6 +125,12 @@ def gated_distillation(
         top1: also return the student's top-1 confidence and whether it is right.
         lengths: number of non-pad targets of each sentence, as host integers. Given, the host never waits for the
             device; otherwise it waits once, to count them.
+        teacher_gold: log q (nats) of the gold tokens as the gate reads it, known beforehand: at the teacher's
+            temperature, or at 1 without `tempered_gate`. A gate that closes (`Gate.closes`) then decides first, and the
+            teacher's product is made for its tokens alone ("chunked", "native"; "triton" makes it for all). Not used
+            where the gate reads another token (``gate_on="argmax"``), and a gate that learns needs all products.
+        teacher_sparse: what is known of the teacher's distribution at its temperature, in place of `teacher_hidden`;
+            with `teacher_gold`, and for the divergence "kl".
         instance: number of each sentence in the training set, for gates that know sentences (``gate="instance"``).
         student_logprob: nats, of the gold token, what the gate reads in place of what student_hidden gives: of the
             student without dropout, say.
@@ -144,14 +155,18 @@ def gated_distillation(
     )
     if divergence not in equations.DIVERGENCES:
         raise ValueError(f'unknown divergence "{divergence}"; known are: {", ".join(equations.DIVERGENCES)}')
-    if student_logprob is not None:
-        if gate_on != "gold" or options.gate.asks:
-            raise ValueError("student_logprob is of the gold token: with it a gate reads no other and asks for nothing")
-        if not options.gate.learned:  # no kernel shall take it for the token gate, and read the student itself
-            options = replace(options, gate=replace(options.gate, weights=functools.partial(options.gate.weights)))
+    if student_logprob is not None and not options.gate.learned:
+        # No kernel shall take it for the token gate, and read the student itself.
+        options = replace(options, gate=replace(options.gate, weights=functools.partial(options.gate.weights)))
     student = Head(student_hidden, student_weight, student_bias)
-    teachers = _teacher_heads(teacher_hidden, teacher_weight, teacher_bias, options)
-    _check_shapes(student, teachers, target)
+    known = checked.known(teacher_gold, teacher_sparse, student_logprob, options)
+    teachers = []
+    if known.sparse is None:
+        teachers = checked.teacher_heads(teacher_hidden, teacher_weight, teacher_bias, options)
+    elif teacher_hidden is not None:
+        raise ValueError("teacher_hidden and teacher_sparse are two teachers; give one of them")
+    checked.shapes(student, teachers, target)
+    checked.known_shapes(known, target, student.vocabulary)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f'unknown implementation "{implementation}"; it must be one of {", ".join(IMPLEMENTATIONS)}')
     linear = all(head.weight is not None for head in (student, *teachers))
@@ -169,22 +184,20 @@ def gated_distillation(
     kept_rows = torch.searchsorted(so_far, torch.arange(1, sum(lengths) + 1, device=target.device))  # (N,)
     student, *teachers = [_flat(head) for head in (student, *teachers)]
     gold = target.flatten()[kept_rows]
+    known = known.map(lambda tensor: tensor.detach().to(target.device).flatten(0, 1)[kept_rows])
     # Made where a gate asks for it: on a GPU each operation costs the host some 15 microseconds.
     sentence = functools.cache(functools.partial(_sentence_index, kept, kept_rows))
     if instance is not None:
         instance = instance.to(target.device)[:, None].expand_as(target).flatten()[kept_rows]  # (N,)
-    if student_logprob is not None:
-        student_logprob = student_logprob.flatten()[kept_rows]  # (N,)
     if row_step is None:
         student, *teachers = [head._replace(hidden=head.hidden[kept_rows]) for head in (student, *teachers)]
-        view = (sentence(), target.size(0), options, instance, student_logprob)
-        results = eager.token_results(student, teachers, gold, *view)
+        results = eager.token_results(student, teachers, gold, sentence(), target.size(0), options, instance, known)
     else:
         flat = (student, teachers, kept_rows, gold, sentence, lengths, options)
-        results = chunked.token_results(*flat, instance, row_step, student_logprob)
+        results = chunked.token_results(*flat, instance, row_step, known, GATED_STEPS.get(row_step))
     if options.gate.learned and torch.is_grad_enabled():
-        if student_logprob is not None:
-            results = results._replace(student_read=student_logprob)
+        if known.student is not None:
+            results = results._replace(student_read=known.student)
         gate_gradient = _gate_gradient(results, sentence(), instance, options, student)
         results = results._replace(loss=results.loss.sum() + gate_gradient)
     return _output(results, kept, kept_rows)
@@ -238,38 +251,6 @@ def unusable(implementation: str, device: torch.device | str) -> str | None:
 @functools.cache
 def _log_once(message: str) -> None:
     logger.warning(message)
-
-
-def _teacher_heads(hidden, weight, bias, options: Options) -> list[Head]:
-    if not options.gate.needs_teacher:
-        return []
-    if hidden is None:
-        raise ValueError(f'gate "{options.gate.name}" needs a teacher, but teacher_hidden is None')
-    if isinstance(hidden, Tensor):
-        hidden, weight, bias = [hidden], [weight], [bias]
-    weight = [None] * len(hidden) if weight is None else weight
-    bias = [None] * len(hidden) if bias is None else bias
-    if not len(hidden) == len(weight) == len(bias) > 0:
-        raise ValueError(
-            f"an ensemble needs one teacher_hidden, teacher_weight and teacher_bias a member, "
-            f"not {len(hidden)}, {len(weight)} and {len(bias)}"
-        )
-    return [Head(*member) for member in zip(hidden, weight, bias, strict=True)]
-
-
-def _check_shapes(student: Head, teachers: Sequence[Head], target: Tensor) -> None:
-    for name, head in [("student", student), *[("teacher", teacher) for teacher in teachers]]:
-        if head.hidden.dim() != 3 or head.hidden.shape[:2] != target.shape:
-            raise ValueError(
-                f"{name}_hidden is {tuple(head.hidden.shape)} and target {tuple(target.shape)}; "
-                "they must be (batch, length, dimension) and (batch, length)"
-            )
-        if head.weight is not None and head.weight.size(1) != head.hidden.size(2):
-            raise ValueError(
-                f"{name}_weight {tuple(head.weight.shape)} does not fit {name}_hidden {tuple(head.hidden.shape)}"
-            )
-        if head.vocabulary != student.vocabulary:
-            raise ValueError(f"the vocabularies differ: student {student.vocabulary}, teacher {head.vocabulary} tokens")
 
 
 def _flat(head: Head) -> Head:

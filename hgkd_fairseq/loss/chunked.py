@@ -19,10 +19,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hgkd_fairseq.gates import GateWeights, TokenStatistics
-from hgkd_fairseq.loss import rows
-from hgkd_fairseq.loss.options import Decide, Head, Options, TokenResults
+from hgkd_fairseq.loss import gate_first, rows
+from hgkd_fairseq.loss.options import NOTHING, Decide, Head, Known, Options, TokenResults
+from hgkd_fairseq.loss.products import add_product, product, scaled
 
 RowStep = Callable[..., tuple[TokenResults, Tensor | None]]  # with the signature of rows.row_step
+# The teachers' logits of some rows of a chunk, by their places in it, or of all; in one place for all of them.
+TeacherLogits = Callable[[Tensor | None], list[Tensor]]
 
 # Tokens a chunk, by device type. CPU: measured on 2 cores at hidden 512, vocabulary 10k and 32k; smaller ones make the
 # products slower, larger ones only take more memory. A device type that is not here takes as many as fit CHUNK_BYTES.
@@ -37,16 +40,9 @@ CHUNK_TOKENS = {"cpu": 256}
 CHUNK_BYTES = 256 * 2**20
 FEWEST_TOKENS, MOST_TOKENS = 1024, 8192
 
-# Rows of a gradient that are added or converted at a time, where that needs a copy of them.
-PART_ROWS = 2048
-
 # |dz| is at most the gate's weight and often near 1e-8, where fp16 flushes to zero before the optimizer's loss scale
 # is known: fp16 gradients at the logits carry this factor until the backward pass divides it out.
 FP16_SCALE = 1024.0
-
-
-# Whether this torch has products of half-precision operands with an fp32 result or sum, on CUDA (from 2.8 on).
-OUT_DTYPE = "dtype_out" in torch.ops.aten.mm.overloads() and "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
 def chunk_tokens(device: torch.device, dtype: torch.dtype, vocabulary: int) -> int:
@@ -92,9 +88,11 @@ class Rows(NamedTuple):
     head: Head  # hidden (R, D)
     kept: Tensor  # (N,) int64
 
-    def features(self, start: int, end: int) -> Tensor:
-        """(end - start, D) features of some of the N rows; a copy of that size, never one of all rows."""
-        return self.head.hidden.index_select(0, self.kept[start:end])
+    def features(self, start: int, end: int, places: Tensor | None = None) -> Tensor:
+        """(end - start, D) features of some of the N rows, or of those at some places among them; a copy of that size,
+        never one of all rows."""
+        kept = self.kept[start:end]
+        return self.head.hidden.index_select(0, kept if places is None else kept[places])
 
     def logits(self, features: Tensor, buffer: Tensor) -> Tensor:
         """(C, V) logits of (C, D) features, in the first rows of `buffer`."""
@@ -118,63 +116,35 @@ def logits_buffer(head: Head, tokens: int) -> Tensor:
 
 
 class Chunks:
-    """Iterates over the chunks of a batch: ((start, end), the student's features (C, D), (its logits (C, V), [the
-    teachers' logits (C, V)])). The logits of all chunks share a buffer a head: take what is needed before the next."""
+    """Iterates over the chunks of a batch: ((start, end), the student's features (C, D), its logits (C, V), what makes
+    the teachers'). The logits of all chunks share a buffer a head: take what is needed before the next."""
 
     def __init__(self, student: Rows, teachers: Sequence[Rows], bounds: Sequence[tuple[int, int]]):
         self.student, self.teachers, self.bounds = student, teachers, bounds
 
-    def __iter__(self) -> Iterator[tuple[tuple[int, int], Tensor, tuple[Tensor, list[Tensor]]]]:
+    def __iter__(self) -> Iterator[tuple[tuple[int, int], Tensor, Tensor, TeacherLogits]]:
         longest = max((end - start for start, end in self.bounds), default=0)
         # In one place for all chunks: memory that is asked for again and again may come from the kernel each time.
         buffers = [logits_buffer(rows.head, longest) for rows in (self.student, *self.teachers)]
         for start, end in self.bounds:
             features = self.student.features(start, end)
             logits = self.student.logits(features, buffers[0])
-            others = [
-                rows.logits(rows.features(start, end), buffer)
-                for rows, buffer in zip(self.teachers, buffers[1:], strict=True)
-            ]
-            yield (start, end), features, (logits, others)
+            yield (start, end), features, logits, functools.partial(self.of_teachers, start, end, buffers[1:])
 
-
-def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b; in fp32, where that is asked for, it keeps what a half-precision product would round or overflow."""
-    return a @ b if a.dtype == dtype else wide_product(a, b)
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total += a @ b, or total = a @ b for the first of a sum; `total` is fp32 (fp64 for fp64 inputs)."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b, beta=0 if first else 1)
-    elif a.dtype == torch.bfloat16 and a.device.type == "cpu":
-        # bf16 has fp32's range, and on the CPU only this form runs on the matrix units. In parts that stay in the
-        # cache: 2.6 times as fast at a vocabulary of 32k and 256 rows as with one product of the whole size.
-        for part, rows in zip(total.split(PART_ROWS), a.split(PART_ROWS), strict=True):
-            part.copy_(rows @ b) if first else part.add_(rows @ b)
-    elif a.device.type == "cuda" and OUT_DTYPE:
-        if first:
-            torch.mm(a, b, out_dtype=total.dtype, out=total)
-        else:  # the product adds to the sum as it writes: one pass over it where product and addition would be three
-            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total.copy_(wide_product(a, b)) if first else total.add_(wide_product(a, b))
-
-
-def wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of half-precision operands with an fp32 result."""
-    if a.device.type == "cuda" and OUT_DTYPE:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    def of_teachers(self, start: int, end: int, buffers: list[Tensor], places: Tensor | None = None) -> list[Tensor]:
+        return [
+            rows.logits(rows.features(start, end, places), buffer)
+            for rows, buffer in zip(self.teachers, buffers, strict=True)
+        ]
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, kept, teachers, target, bounds, decide, options, needs, row_step):
+    def forward(ctx, hidden, weight, bias, kept, teachers, bounds, step, options, needs):
         """`hidden` (R, D), `weight` (V, D), `bias` (V,) or None, `kept` (N,); `needs`: which of the first three wants a
         gradient.
 
-        `bounds`: [start, end) of each chunk; `decide(start, end)` gives the chunk's `options.Decide`.
+        `bounds`: [start, end) of each chunk; `step(start, end, logits, TeacherLogits, gradient_scale)` does its rows.
         """
         needs_hidden, needs_weight, needs_bias = needs
         accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -187,10 +157,8 @@ class _Chunked(torch.autograd.Function):
         d_bias = torch.zeros(weight.size(0), dtype=accumulate, device=weight.device) if needs_bias else None
         parts: list[TokenResults] = []
         chunks = Chunks(Rows(Head(hidden, weight, bias), kept), teachers, bounds)
-        for (start, end), features, logits in chunks:
-            results, dz = row_step(
-                *logits, target[start:end], decide(start, end), options, scale if any(needs) else None
-            )
+        for (start, end), features, logits, others in chunks:
+            results, dz = step(start, end, logits, others, scale if any(needs) else None)
             parts.append(results)
             if dz is None:
                 continue
@@ -219,22 +187,7 @@ class _Chunked(torch.autograd.Function):
             raise RuntimeError("the gradients of a chunked loss can be used once; compute the loss again")
         gradients, ctx.gradients = ctx.gradients, None
         factor = d_loss / ctx.scale
-        return *[scaled(*pair, factor) for pair in zip(gradients, ctx.dtypes, strict=True)], *[None] * 8
-
-
-def scaled(gradient: Tensor | None, dtype: torch.dtype | None, factor: Tensor) -> Tensor | None:
-    """`gradient` times a 0-d `factor`, in `dtype`; in its own memory where it has that dtype."""
-    if gradient is None:
-        return None
-    if gradient.dtype == dtype == factor.dtype:
-        return gradient.mul_(factor)
-    out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
-    # In the factor's precision, for a bf16 tensor would round the factor first; on the CPU in parts that stay in the
-    # cache, on a GPU in one launch.
-    rows = PART_ROWS if gradient.device.type == "cpu" else max(gradient.size(0), 1)
-    for part, made in zip(gradient.split(rows), out.split(rows), strict=True):
-        torch.mul(part.to(factor.dtype), factor, out=made)
-    return out
+        return *[scaled(*pair, factor) for pair in zip(gradients, ctx.dtypes, strict=True)], *[None] * 6
 
 
 def concatenate(parts: list[TokenResults], empty: Tensor, options: Options) -> TokenResults:
@@ -260,9 +213,14 @@ def token_results(
     options: Options,
     instance: Tensor | None = None,  # (N,) int64, number of the token's sentence in the training set
     row_step: RowStep = rows.row_step,
-    student_logprob: Tensor | None = None,  # (N,), what the gate reads in place of the student's own
+    known: Known = NOTHING,
+    gated_step: gate_first.GatedStep | None = gate_first.gated_step,
 ) -> TokenResults:
-    """As :func:`hgkd_fairseq.loss.eager.token_results`, but `loss` is the scalar sum. `row_step` does the rows."""
+    """As :func:`hgkd_fairseq.loss.eager.token_results`, but `loss` is the scalar sum.
+
+    `row_step` does the rows; `gated_step` those of a gate that is decided before the teachers' logits are made, where
+    the log-probabilities that it reads are known. None: then, too, `row_step`.
+    """
     inputs: tuple = (student.hidden, student.weight, student.bias)
     # Asked for outside the Function: inside, needs_input_grad stays True under torch.no_grad().
     needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
@@ -278,11 +236,13 @@ def token_results(
     bounds = chunk_bounds(tokens, whole_sentences, chunk_tokens(device, inputs[0].dtype, vocabulary))
 
     def weights(start: int, end: int, student_read: Tensor, teacher_read: Tensor, *asked: dict) -> GateWeights:
-        if student_logprob is not None:
-            student_read = student_logprob[start:end].to(student_read.dtype)
+        if known.student is not None:
+            student_read = known.student[start:end].to(student_read.dtype)
         some = sentence()[start:end]
         # There are at most as many sentences as tokens.
         numbers = None if instance is None else instance[start:end]
+        if known.gold is not None:
+            teacher_read = known.gold[start:end]
         view = (some - some[:1], end - start, vocabulary, options.progress, numbers)
         return options.gate.weights(TokenStatistics(student_read, teacher_read, *view, *asked))
 
@@ -292,16 +252,29 @@ def token_results(
         unread = target.new_zeros(end - start, dtype=rows.widen(student.hidden[:0]).dtype)
         return weights(start, end, unread, unread)
 
+    first = gated_step if known.gold is not None and known.sparse is None and options.closes_first else None
+
     with torch.autocast(device.type, enabled=False):
         if options.gate.scope == "batch" and tokens:
-            chunks = Chunks(Rows(Head(*inputs), kept), views, bounds)
+            # Where what it reads of the teacher is known, without the teacher's products.
+            chunks = Chunks(Rows(Head(*inputs), kept), [] if known.gold is not None else views, bounds)
             decided = _decide_whole_batch(chunks, target, weights, options, row_step)
 
             def decide(start: int, end: int) -> Decide:
                 uniform = None if decided.uniform is None else decided.uniform[start:end]
                 return GateWeights(decided.data[start:end], decided.teacher[start:end], uniform)
 
-        return TokenResults(*_Chunked.apply(*inputs, kept, views, target, bounds, decide, options, needs, row_step))
+        def step(start: int, end: int, logits: Tensor, others: TeacherLogits, scale: float | None):
+            arguments = (target[start:end], decide(start, end), options, scale)
+            if first is not None:
+                assert known.gold is not None
+                return first(logits, others, *arguments, known.gold[start:end])
+            if known.sparse is None:
+                return row_step(logits, others(None), *arguments)
+            return row_step(logits, [], *arguments, known.sparse.map(lambda tensor: tensor[start:end]))
+
+        results = TokenResults(*_Chunked.apply(*inputs, kept, views, bounds, step, options, needs))
+    return results if known.gold is None else results._replace(teacher_read=known.gold)
 
 
 @torch.no_grad()
@@ -314,7 +287,9 @@ def _decide_whole_batch(chunks: Chunks, target: Tensor, weights, options: Option
         nothing = torch.zeros_like(student_read)
         return GateWeights(nothing, nothing, nothing if options.gate.uniform else None)
 
-    for (start, end), _, logits in chunks:
-        row_step(*logits, target[start:end], read, options, None)
+    if not chunks.teachers:
+        options = options.without_teacher
+    for (start, end), _, logits, others in chunks:
+        row_step(logits, others(None), target[start:end], read, options, None)
     student_read, teacher_read, *asked = [torch.cat(column) for column in zip(*reads, strict=True)]
     return weights(0, target.numel(), student_read, teacher_read, dict(zip(options.gate.asks, asked, strict=True)))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hgkd_fairseq.gates import GateWeights, TokenStatistics
 from hgkd_fairseq.loss import equations
-from hgkd_fairseq.loss.options import DRAWN, Decide, Head, Options, TokenResults, decided
+from hgkd_fairseq.loss.options import DRAWN, NOTHING, Decide, Head, Known, Options, TokenResults, decided
 
 
 def logits(head: Head) -> Tensor:
@@ -36,8 +36,8 @@ def mean_logprobs(heads: Sequence[Head], temperature: float) -> Tensor:
 
 @torch.no_grad()
 def teacher_logprobs(teachers: Sequence[Head], options: Options) -> tuple[Tensor | None, Tensor | None]:
-    """(N, V) log q at the teacher's temperature, and as the gate reads it; None for a gate that needs no teacher."""
-    if not options.gate.needs_teacher:
+    """(N, V) log q at the teacher's temperature, and as the gate reads it; None without teachers."""
+    if not options.gate.needs_teacher or not teachers:
         return None, None
     logq = mean_logprobs(teachers, options.teacher_temperature)
     return logq, mean_logprobs(teachers, 1.0) if options.reads_untempered else logq
@@ -50,6 +50,7 @@ def from_logits(
     target: Tensor,  # (N,) int64
     decide: Decide,
     options: Options,
+    known: Known = NOTHING,
 ) -> TokenResults:
     """The results of N tokens; `loss` (N,) has a gradient where `z` has one."""
     logp = F.log_softmax(z, dim=-1)
@@ -64,18 +65,21 @@ def from_logits(
     if logq is not None and gate_logq is not None and options.gate_on in DRAWN:
         read = equations.drawn(logp.detach() if options.gate_on == "student-draw" else gate_logq)
     student_read = logp.detach().gather(1, read[:, None]).squeeze(1)
-    if logq is None or gate_logq is None:
-        teacher_read, kl = student_read, torch.zeros_like(gold)
-    else:
+    teacher_read, kl = student_read, torch.zeros_like(gold)
+    if known.sparse is not None:
+        kl = equations.sparse_kl(logp, known.sparse).to(gold.dtype)
+    elif logq is not None and gate_logq is not None:
         teacher_read = gate_logq.gather(1, read[:, None]).squeeze(1).to(gold.dtype)
         kl = equations.DIVERGENCES[options.divergence].of(logp, logq).to(gold.dtype)
+    if known.gold is not None:
+        teacher_read = known.gold.to(gold.dtype)
 
     asked = []
     if options.gate.asks and gate_logq is not None:
         asked = [{name: equations.STATISTICS[name](logp.detach(), gate_logq) for name in options.gate.asks}]
     weights = decided(decide, student_read, teacher_read, *asked)
     loss = weights.data.detach() * data_term
-    if logq is not None:
+    if options.gate.needs_teacher:
         loss = loss + weights.teacher.detach() * kl
     uniform_term = None
     if weights.uniform is not None:
@@ -104,13 +108,13 @@ def token_results(
     sentence_count: int,
     options: Options,
     instance: Tensor | None = None,  # (N,) int64, number of the token's sentence in the training set
-    student_logprob: Tensor | None = None,  # (N,), what the gate reads in place of the student's own
+    known: Known = NOTHING,
 ) -> TokenResults:
     logq, gate_logq = teacher_logprobs(teachers, options)
 
     def decide(student_read: Tensor, teacher_read: Tensor, *asked: dict[str, Tensor]) -> GateWeights:
-        read = student_read if student_logprob is None else student_logprob.to(student_read.dtype)
+        read = student_read if known.student is None else known.student.to(student_read.dtype)
         view = (sentence, sentence_count, student.vocabulary, options.progress, instance)
         return options.gate.weights(TokenStatistics(read, teacher_read, *view, *asked))
 
-    return from_logits(logits(student), logq, gate_logq, target, decide, options)
+    return from_logits(logits(student), logq, gate_logq, target, decide, options, known)

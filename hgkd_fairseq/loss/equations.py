@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hgkd_fairseq.loss.options import Options
+from hgkd_fairseq.loss.options import Options, Sparse
 
 
 def data_term(logp: Tensor, target: Tensor, options: Options) -> Tensor:
@@ -102,3 +102,27 @@ def js(logp: Tensor, logq: Tensor) -> Tensor:
     neither = logp.isneginf() & logq.isneginf()  # counts for nothing, and has no gradient as it stands
     logm = torch.logaddexp(logp.masked_fill(neither, 0), logq) - math.log(2)
     return (expectation(logq, logq - logm) + expectation(logp, logp - logm)) / 2
+
+
+def sparse_kl(logp: Tensor, sparse: Sparse) -> Tensor:
+    """(N,) nats, KL(q || p) of a teacher of which K tokens are known: sum_k q_k (log q_k - log p_k), and with a rest r
+    that of one bucket of all other tokens, r (log r - log sum_others p).
+
+    Where q are shares of draws (Anshumann et al., ACL 2025, arXiv:2503.16870), the gradient is an unbiased estimate of
+    that of the whole KL, and with the whole q's entropy so is the value.
+    """
+    others = None
+    if sparse.rest is not None:
+        others = logp.scatter(1, sparse.ids, -math.inf).logsumexp(1)
+    return sparse_kl_of(logp.gather(1, sparse.ids), others, sparse)
+
+
+def sparse_kl_of(logp: Tensor, others: Tensor | None, sparse: Sparse) -> Tensor:
+    """The same, of log p at the known tokens (N, K) and of all others together (N,)."""
+    q, r = sparse.probability, sparse.rest
+    cross = -(q * torch.where(q > 0, logp, torch.zeros_like(logp))).sum(1)
+    entropy = -torch.special.xlogy(q, q).sum(1)
+    if r is not None and others is not None:
+        cross = cross - r * torch.where(r > 0, others, torch.zeros_like(others))
+        entropy = entropy - torch.special.xlogy(r, r)
+    return cross - (entropy if sparse.entropy is None else sparse.entropy)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -30,6 +30,35 @@ Decide = GateWeights | Callable[..., GateWeights]
 
 def decided(decide: Decide, student_read: Tensor, teacher_read: Tensor, *asked: dict[str, Tensor]) -> GateWeights:
     return decide if isinstance(decide, GateWeights) else decide(student_read, teacher_read, *asked)
+
+
+class Sparse(NamedTuple):
+    """A teacher's distribution q, at its temperature, of which the probabilities of K tokens are known; exactly, or as
+    an unbiased estimate of all of q, the shares of draws from it."""
+
+    ids: Tensor  # (..., K) int64; fewer than K repeat the first, with probability 0
+    probability: Tensor  # (..., K), with the rest they sum to 1
+    rest: Tensor | None = None  # (...,) the probability of all other tokens together; None: 0
+    entropy: Tensor | None = None  # (...,) nats, of the whole q, for the value of the KL; None: that of what is known
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Sparse:
+        return Sparse(*[None if tensor is None else function(tensor) for tensor in self])  # type: ignore[arg-type]
+
+
+class Known(NamedTuple):
+    """What is known beforehand of N tokens, besides the logits or in place of them."""
+
+    gold: Tensor | None = None  # (N,) nats, log q of the gold token as the gate reads it
+    sparse: Sparse | None = None  # (N, K)
+    student: Tensor | None = None  # (N,) nats, log p of the gold token, which the gate reads in place of the student's
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Known:
+        sparse = None if self.sparse is None else self.sparse.map(function)
+        gold, student = (None if tensor is None else function(tensor) for tensor in (self.gold, self.student))
+        return Known(gold, sparse, student)
+
+
+NOTHING = Known()
 
 
 class Head(NamedTuple):
@@ -91,6 +120,17 @@ class Options:
         """Whether the gate reads the teacher at temperature 1 and the loss another one."""
         return self.gate.needs_teacher and not self.tempered_gate and self.teacher_temperature != 1
 
+    @property
+    def closes_first(self) -> bool:
+        """Whether the gate may be decided before the teacher's logits are made, and it pays: it gives tokens no
+        teacher, and asks nothing of it but the gold token's log-probability."""
+        return self.gate.closes and self.gate_on == "gold" and not self.gate.learned
+
+    @property
+    def without_teacher(self) -> Options:
+        """The same for rows to which the gate gives no teacher."""
+        return replace(self, gate=replace(self.gate, needs_teacher=False))
+
     def gold_weight(self, vocabulary: int) -> tuple[float, float]:
         """(weight of the gold token, weight of every token) of fairseq's label smoothing: eps_i = eps / (V - 1)."""
         every = self.label_smoothing / (vocabulary - 1)
@@ -103,7 +143,8 @@ class TokenResults(NamedTuple):
     loss: Tensor  # (N,) or, where an implementation sums as it goes, a scalar sum
     nll: Tensor  # (N,) nats, plain -log p(gold)
     data_term: Tensor  # (N,) nats, what the gate's data weight multiplies
-    kl: Tensor  # (N,) nats, the divergence, KL(teacher || student), of every token, whatever its weight; 0: no teacher
+    kl: Tensor  # (N,) nats, the divergence, KL(teacher || student), of every token, whatever its weight; 0: no teacher,
+    #             or a gate that was decided first gave the token none
     uniform_term: Tensor | None  # (N,) nats, the cross-entropy with the uniform distribution; of a gate that weights it
     student_read: Tensor  # (N,) nats, log p of the token the gate reads
     teacher_read: Tensor  # (N,) nats, log q of it; that of the student without a teacher

@@ -20,7 +20,7 @@ from torch import Tensor
 from hgkd_fairseq import gates
 from hgkd_fairseq.gates import GateWeights, TokenStatistics
 from hgkd_fairseq.loss import eager
-from hgkd_fairseq.loss.options import Decide, Head, Options, TokenResults, decided
+from hgkd_fairseq.loss.options import Decide, Head, Known, Options, Sparse, TokenResults, decided
 
 
 class RowStatistics(NamedTuple):
@@ -176,6 +176,7 @@ def row_step(
     decide: Decide,
     options: Options,
     gradient_scale: float | None,
+    sparse: Sparse | None = None,  # (C, K) in place of `teacher_logits`
 ) -> tuple[TokenResults, Tensor | None]:
     """Results for a chunk of C tokens and the gradient of the summed loss at the student's logits.
 
@@ -183,8 +184,8 @@ def row_step(
     dtype, is multiplied by `gradient_scale`; None: no gradient is made. An implementation of this function may write it
     over `student_logits`.
     """
-    if not options.fused:
-        return autograd_step(student_logits, teacher_logits, target, decide, options, gradient_scale)
+    if not options.fused or sparse is not None:
+        return autograd_step(student_logits, teacher_logits, target, decide, options, gradient_scale, sparse)
     statistics, p, q = row_statistics(student_logits, teacher_logits, target, 1 / options.teacher_temperature, options)
     weights = decided(decide, statistics.student_read, statistics.teacher_read)
     results = row_results(statistics, weights, p.size(1), options)
@@ -201,13 +202,14 @@ def autograd_step(
     decide: Decide,
     options: Options,
     gradient_scale: float | None,
+    sparse: Sparse | None = None,
 ) -> tuple[TokenResults, Tensor | None]:
     """`row_step` for any divergence and any statistic, from the equations as they stand and
     autograd, in a chunk's memory some times."""
     logq, gate_logq = eager.teacher_logprobs([Head(logits, None) for logits in teacher_logits], options)
     with torch.set_grad_enabled(gradient_scale is not None):
         z = widen(student_logits).detach().requires_grad_(gradient_scale is not None)
-        results = eager.from_logits(z, logq, gate_logq, target, decide, options)
+        results = eager.from_logits(z, logq, gate_logq, target, decide, options, Known(sparse=sparse))
         if gradient_scale is None:
             return results, None
         (gradient,) = torch.autograd.grad(results.loss.sum() * gradient_scale, z)

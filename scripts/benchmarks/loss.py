@@ -10,6 +10,8 @@ the student's hidden states and weight get their gradients. There are no pads, a
 
     products   the FLOOR: the four matrix products alone, in the chunks that ours uses, into buffers used again
     token, sentence   hard-gate distillation; peer: log_softmax of both heads, kl_div, a mask, autograd on full logits
+    token, stored   the same, where the teacher's log-probabilities of the gold tokens are known (from a store) and give
+               it a share of the tokens, 0.3 or 0.6: its product is made for those alone
     KL         the teacher alone at temperature 1, no gate; peer: liger-kernel's compiled chunked loss, which divides by
                N itself (pip install --no-deps liger-kernel==0.8.5)
     CE         cross-entropy alone; peer: torch's linear_cross_entropy, plain and chunked
@@ -72,6 +74,7 @@ logging.disable(logging.INFO)  # importing fairseq turns on everybody's messages
 TAU = 1.5
 PADDING = 1
 GATES = {"token": "token", "sentence": "sentence", "KL": "always", "CE": "none"}
+STORED_SHARES = (0.3, 0.6)  # of the tokens that the gate gives to a stored teacher
 LIGER_CHUNKS = {"cpu": (256, 1024), "cuda": (1024, 2048, 4096)}
 OUR_CHUNKS = (1024, 2048, 4096, 8192)  # on a GPU, besides the default and one chunk for all
 TRL_CHUNK = 256
@@ -125,6 +128,19 @@ class Problem:
         self.target = torch.randint(2, shape.vocabulary, (sentences, length), generator=generator, device=shape.device)
         self.lengths = [length] * sentences
 
+    @functools.lru_cache  # noqa: B019  a few problems
+    def gold(self, share: float) -> Tensor:
+        """(sentences, length) a teacher's log-probabilities of the gold tokens that are below the student's for a share
+        of them, at random."""
+        opened = (
+            torch.rand(self.target.shape, generator=torch.Generator().manual_seed(1)).to(self.target.device) < share
+        )
+        with torch.no_grad():
+            found = gated_distillation(
+                self.hidden, self.weight, None, None, self.target, padding_idx=PADDING, gate="none"
+            )
+        return torch.where(opened, -1.0, 1.0) - found.token_nll
+
     def clear(self) -> None:
         self.hidden.grad = self.weight.grad = None
 
@@ -163,6 +179,19 @@ def ours(work: str, implementation: str) -> Callable[[Problem], None]:
             p.hidden, p.weight, p.teacher_hidden, p.teacher_weight, p.target,
             padding_idx=PADDING, gate=GATES[work], teacher_temperature=1.0 if work == "KL" else TAU,
             lengths=p.lengths, implementation=implementation,
+        ).loss.backward()  # fmt: skip
+
+    return run
+
+
+def stored(work: str, implementation: str, share: float) -> Callable[[Problem], None]:
+    """Ours, with what a store holds of the teacher."""
+
+    def run(p: Problem) -> None:
+        gated_distillation(
+            p.hidden, p.weight, p.teacher_hidden, p.teacher_weight, p.target,
+            padding_idx=PADDING, gate=GATES[work], teacher_temperature=TAU, lengths=p.lengths,
+            teacher_gold=p.gold(share), implementation=implementation,
         ).loss.backward()  # fmt: skip
 
     return run
@@ -298,6 +327,12 @@ def contestants(rungs: tuple[str, ...], device: str, only: str = "", without: Se
     found = [Contestant("floor", "products", floor)]
     for work in GATES:
         found += [Contestant(f"{rung} {work}", work, ours(work, rung)) for rung in rungs]
+        if device == "cpu" and work in ("token", "sentence"):
+            found += [
+                Contestant(f"{rung} {work}, stored, {share} of it", work, stored(work, rung, share))
+                for rung in rungs
+                for share in STORED_SHARES
+            ]
         if device == "cuda" and work in ("token", "sentence"):
             run = ours(work, rungs[0])
             found += [Contestant(f"{rungs[0]} {work}, chunks of {n}", work, in_chunks_of(n, run)) for n in OUR_CHUNKS]
@@ -549,6 +584,11 @@ class Claim(NamedTuple):
 
 
 OVER_FLOOR = Claim("time / floor", True, {"fp32": 1.10, "bf16": 1.20}, on_gpu=1.5)
+STORED = {
+    0.3: Claim("time / floor, a stored teacher's share 0.3", True, {"fp32": 0.90}),
+    0.6: Claim("time / floor, a stored teacher's share 0.6", True, {"fp32": 0.97}),
+}
+STORED_OVER_LIVE = Claim("a stored teacher's share 0.6 / live", True, {"fp32": 1.0, "bf16": 1.0})
 EAGER = Claim("eager peer / ours", False, {"fp32": 1.5, "bf16": 2.4}, on_gpu=3.5)
 LIGER = Claim("liger at its best chunk size / ours", False, {"fp32": 1.1, "bf16": 1.0}, on_gpu=1.0)
 LIGER_ERROR = Claim("error of dH, liger / ours", False, {})
@@ -564,6 +604,11 @@ def claims(rows: list[Row], rungs: tuple[str, ...]) -> Iterator[tuple[Claim, str
         mine, eager = f"{rungs[0]} {work}", f"eager peer {work}"
         if row := by.get(("time", mine)):
             yield OVER_FLOOR, work, row.over_floor
+        for share, claim in STORED.items():
+            if row := by.get(("time", f"{mine}, stored, {share} of it")):
+                yield claim, work, row.over_floor
+        if row := by.get(("time", f"{mine}, stored, 0.6 of it")):
+            yield STORED_OVER_LIVE, work, row.over_ours
         if row := by.get(("time", eager)):
             yield EAGER, work, row.over_ours
         if row := by.get(("peak memory", eager)):

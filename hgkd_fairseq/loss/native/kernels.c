@@ -15,8 +15,10 @@
 #include <string.h>
 
 enum { FP32, BF16, FP16 };           /* dtype of the logits */
-/* What to do: statistics; the gradient, from statistics and weights; both, with weights that are known; both, gate "token". */
-enum { STATISTICS_ALONE, GRADIENT_ALONE, WEIGHTED, TOKEN };
+/* What to do: statistics; the gradient, from statistics and weights; both, with weights that are known; both, gate "token";
+ * both, gate "token" with a teacher's log-probability that is known (TEACHER_READ), of the rows that the data get: the
+ * others' logits stay. */
+enum { STATISTICS_ALONE, GRADIENT_ALONE, WEIGHTED, TOKEN, TOKEN_CLOSED };
 
 /* Rows of `statistics`, (STATISTICS, rows); cpu_rows.py has the same order. */
 enum { STUDENT_MAX, STUDENT_SUM, TEACHER_MAX, TEACHER_SUM, STUDENT_READ, TEACHER_READ, GOLD, MEAN, ENTROPY, KL };
@@ -183,7 +185,7 @@ static Factors factors(float data, float teacher, float uniform, float m, float 
     float whole = data + teacher + uniform;
     return (Factors){
         .student = scale * whole / l,
-        .teacher = teacher != 0 ? scale * teacher / L : 0,
+        .teacher = teacher != 0 && L != 0 ? scale * teacher / L : 0, /* L 0: no teacher's logits */
         .every = scale * (data * every_weight + uniform / V),
         .ratio = penalty != 0 && data != 0 ? penalty * data / whole : 0,
         .constant = entropy - logf(l) - m,
@@ -232,13 +234,15 @@ static void write_gradient(char *row, const void *teacher, const float *exponent
 /* 0, NO_MEMORY or NO_SUCH_TOKEN (a target outside the vocabulary). */
 int rows(
     void *student,         /* (rows, V), contiguous; overwritten by the gradient unless mode is STATISTICS_ALONE */
-    const void *teacher,   /* (rows, V), contiguous, not tempered; NULL: none */
+    const void *teacher,   /* (count, V), contiguous, not tempered; NULL: none */
     const int64_t *target, /* (rows,) */
-    float *statistics,     /* (10, rows): written, but read in mode GRADIENT_ALONE */
+    float *statistics,     /* (10, rows): written, but read in modes GRADIENT_ALONE and TOKEN_CLOSED */
     uint8_t *correct,      /* (rows,) the argmax is the target; NULL: not asked for */
     const float *data, const float *teacher_weight, /* (rows,) in modes GRADIENT_ALONE and WEIGHTED */
     const float *uniform,                           /* (rows,) or NULL */
-    int64_t count, int64_t V, int dtype, int teacher_dtype, int mode, int threads, int read_argmax, int untempered_gate,
+    const int64_t *places, /* (count,) the rows to do; NULL: all. `teacher` has those alone */
+    int64_t count, int64_t stride, int64_t V, /* stride: of `statistics`, the rows in all */
+    int dtype, int teacher_dtype, int mode, int threads, int read_argmax, int untempered_gate,
     float inverse_temperature, float gold_weight, float every_weight, float penalty, float scale
 ) {
     size_t buffer_bytes = (V * sizeof(float) + 63) / 64 * 64;
@@ -249,18 +253,19 @@ int rows(
         float *t = mode == GRADIENT_ALONE || !teacher ? NULL : aligned_alloc(64, buffer_bytes);
         int problem = mode != GRADIENT_ALONE && (!z || (teacher && !t)) ? NO_MEMORY : 0;
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < count; row++) {
+        for (int64_t i = 0; i < count; i++) {
+            int64_t row = places ? places[i] : i;
             int64_t gold = target[row], read = gold;
             if (gold < 0 || gold >= V) problem = NO_SUCH_TOKEN;
             if (problem) continue;
             char *student_row = (char *)at(student, row * V, dtype);
-            const void *teacher_row = teacher ? at(teacher, row * V, teacher_dtype) : NULL;
+            const void *teacher_row = teacher ? at(teacher, i * V, teacher_dtype) : NULL;
             float *found = statistics + row;
             if (mode == GRADIENT_ALONE) {
-                float m = found[STUDENT_MAX * count], M = found[TEACHER_MAX * count];
-                Factors by = factors(data[row], teacher ? teacher_weight[row] : 0, uniform ? uniform[row] : 0, m,
-                                     found[STUDENT_SUM * count], found[TEACHER_SUM * count], found[ENTROPY * count],
-                                     gold_weight, every_weight, penalty, scale, V);
+                float m = found[STUDENT_MAX * stride], M = found[TEACHER_MAX * stride];
+                Factors by = factors(data[row], teacher_weight[row], uniform ? uniform[row] : 0, m,
+                                     found[STUDENT_SUM * stride], found[TEACHER_SUM * stride],
+                                     found[ENTROPY * stride], gold_weight, every_weight, penalty, scale, V);
                 write_gradient(student_row, teacher_row, NULL, NULL, V, gold, m, M, inverse_temperature, by, dtype,
                                teacher_dtype);
                 continue;
@@ -277,20 +282,21 @@ int rows(
             Sums sums = exponentials(z, t, V, m, M, inverse_temperature);
             float l = (float)sums.student, L = (float)sums.teacher, log_l = logf(l), log_L = logf(L);
             float student_read = read_shifted - log_l, entropy = log_l - (float)(sums.entropy / sums.student);
-            float teacher_read = !teacher          ? student_read
+            float teacher_read = mode == TOKEN_CLOSED ? found[TEACHER_READ * stride]
+                                 : !teacher           ? student_read
                                  : untempered_gate ? teacher_shifted - gate_log_sum
                                                    : teacher_shifted * inverse_temperature - log_L;
-            found[STUDENT_MAX * count] = m;
-            found[STUDENT_SUM * count] = l;
-            found[TEACHER_MAX * count] = M;
-            found[TEACHER_SUM * count] = L;
-            found[STUDENT_READ * count] = student_read;
-            found[TEACHER_READ * count] = teacher_read;
-            found[GOLD * count] = gold_shifted - log_l;
-            found[MEAN * count] = (float)(sums.shifted / V) - log_l;
-            found[ENTROPY * count] = entropy;
-            found[KL * count] = teacher ? (float)(sums.difference / sums.teacher) - log_L + log_l : 0;
-            if (mode == STATISTICS_ALONE) continue;
+            found[STUDENT_MAX * stride] = m;
+            found[STUDENT_SUM * stride] = l;
+            found[TEACHER_MAX * stride] = M;
+            found[TEACHER_SUM * stride] = L;
+            found[STUDENT_READ * stride] = student_read;
+            found[TEACHER_READ * stride] = teacher_read;
+            found[GOLD * stride] = gold_shifted - log_l;
+            found[MEAN * stride] = (float)(sums.shifted / V) - log_l;
+            found[ENTROPY * stride] = entropy;
+            found[KL * stride] = teacher ? (float)(sums.difference / sums.teacher) - log_L + log_l : 0;
+            if (mode == STATISTICS_ALONE || (mode == TOKEN_CLOSED && student_read > teacher_read)) continue;
             /* Gate "token", strict: where both agree exactly the data teaches. */
             float to_teacher = student_read > teacher_read, to_data = 1 - to_teacher, to_uniform = 0;
             if (mode == WEIGHTED) {

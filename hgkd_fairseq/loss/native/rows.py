@@ -27,8 +27,8 @@ from torch import Tensor
 
 from hgkd_fairseq import cache
 from hgkd_fairseq.gates import GateWeights, hard
-from hgkd_fairseq.loss import rows
-from hgkd_fairseq.loss.options import Decide, Options, TokenResults, decided
+from hgkd_fairseq.loss import equations, rows
+from hgkd_fairseq.loss.options import Decide, Options, Sparse, TokenResults, decided
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ COMPILE_TIMEOUT_S = 60
 
 # The order of the kernel's enums.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-STATISTICS_ALONE, GRADIENT_ALONE, WEIGHTED, TOKEN = range(4)
+STATISTICS_ALONE, GRADIENT_ALONE, WEIGHTED, TOKEN, TOKEN_CLOSED = range(5)
 STATISTICS = (
     *("student_max", "student_sum", "teacher_max", "teacher_sum"),
     *("student_read", "teacher_read", "gold", "mean", "entropy", "kl"),
@@ -130,7 +130,7 @@ def kernel():
     """The function `rows` of kernels.c."""
     function = ctypes.CDLL(str(library())).rows
     pointer, size, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-    function.argtypes = [*[pointer] * 8, size, size, *[number] * 6, *[real] * 5]
+    function.argtypes = [*[pointer] * 9, *[size] * 3, *[number] * 6, *[real] * 5]
     function.restype = number
     return function
 
@@ -153,6 +153,53 @@ def _usable() -> str | None:
     return None
 
 
+class Chunk:
+    """C rows of the student's logits, and what the kernel finds of them.
+
+    Raises of its calls:
+        IndexError: a target outside the vocabulary.
+        MemoryError: there is no room for two rows a thread.
+    """
+
+    def __init__(self, logits: Tensor, target: Tensor, options: Options, gradient_scale: float | None):
+        self.options, self.scale = options, gradient_scale
+        self.student, self.target = logits.contiguous(), target.contiguous()  # overwritten by the gradient
+        self.found = torch.empty((len(STATISTICS), logits.size(0)), dtype=torch.float32)
+        self.correct = torch.empty(logits.size(0), dtype=torch.bool) if options.needs_argmax else None
+
+    def run(
+        self,
+        mode: int,
+        weights: GateWeights | None = None,  # (C,)
+        teacher: Tensor | None = None,  # (G, V)
+        temperature: float = 1.0,
+        places: Tensor | None = None,  # (G,) int64, the rows to do; None: all
+    ) -> None:
+        options, (count, vocabulary) = self.options, self.student.shape
+        if teacher is not None:
+            teacher = (teacher if teacher.dtype in DTYPES else teacher.float()).contiguous()
+        dtypes = [DTYPES.index(one.dtype) for one in (self.student, self.student if teacher is None else teacher)]
+        # Kept until the kernel has run.
+        known = [None if part is None else part.float().contiguous() for part in weights or [None] * 3]
+        tensors = (self.student, teacher, self.target, self.found, self.correct, *known, places)
+        failed = kernel()(
+            *[None if tensor is None else tensor.data_ptr() for tensor in tensors],
+            count if places is None else len(places), count, vocabulary, *dtypes, mode, torch.get_num_threads(),
+            options.gate_on == "argmax", options.reads_untempered, 1 / temperature,
+            *options.gold_weight(vocabulary), options.confidence_penalty, self.scale or 0.0,
+        )  # fmt: skip
+        if failed == NO_MEMORY:
+            raise MemoryError(f"no room for rows of {vocabulary} logits")
+        if failed == NO_SUCH_TOKEN:
+            raise IndexError(f"a target is no token of the vocabulary of {vocabulary}")
+
+    def statistics(self) -> rows.RowStatistics:
+        return rows.RowStatistics(**dict(zip(STATISTICS, self.found, strict=True)), correct=self.correct)
+
+    def gradient(self) -> Tensor | None:
+        return None if self.scale is None else self.student
+
+
 def row_step(
     student_logits: Tensor,  # (C, V), overwritten by the gradient where they are contiguous
     teacher_logits: list[Tensor],  # (C, V) each, not tempered
@@ -160,6 +207,7 @@ def row_step(
     decide: Decide,
     options: Options,
     gradient_scale: float | None,
+    sparse: Sparse | None = None,
 ) -> tuple[TokenResults, Tensor | None]:
     """As :func:`hgkd_fairseq.loss.rows.row_step`, with the gradient written over `student_logits`.
 
@@ -169,40 +217,22 @@ def row_step(
     """
     dtype, ensemble = student_logits.dtype, len(teacher_logits) > 1
     # A row of an ensemble has a mean probability for each temperature.
-    if dtype not in DTYPES or (ensemble and options.reads_untempered) or not options.fused:
-        return rows.row_step(student_logits, teacher_logits, target, decide, options, gradient_scale)
-    count, vocabulary = student_logits.shape
-    student, target = student_logits.contiguous(), target.contiguous()
+    if sparse is not None and sparse.rest is None and dtype == torch.float32:
+        return sparse_step(student_logits, sparse, target, decide, options, gradient_scale)
+    ordinary = dtype in DTYPES and options.fused and sparse is None
+    if not ordinary or (ensemble and options.reads_untempered):
+        return rows.row_step(student_logits, teacher_logits, target, decide, options, gradient_scale, sparse)
     temperature, teacher = options.teacher_temperature, None
     if ensemble:
         # log of the mean probability: logits at temperature 1
         teacher = rows.mean_probability(teacher_logits, 1 / temperature, torch.float32).log_()
         temperature = 1.0
     elif teacher_logits and options.gate.needs_teacher:
-        teacher = teacher_logits[0] if teacher_logits[0].dtype in DTYPES else teacher_logits[0].float()
-        teacher = teacher.contiguous()
-    dtypes = [DTYPES.index(logits.dtype) for logits in (student, student if teacher is None else teacher)]
-    found = torch.empty((len(STATISTICS), count), dtype=torch.float32)
-    correct = torch.empty(count, dtype=torch.bool) if options.needs_argmax else None
+        teacher = teacher_logits[0]
+    chunk = Chunk(student_logits, target, options, gradient_scale)
+    run = functools.partial(chunk.run, teacher=teacher, temperature=temperature)
 
-    def run(mode: int, weights: tuple[Tensor | None, ...] = (None, None, None)) -> None:
-        tensors = (student, teacher, target, found, correct, *weights)
-        failed = kernel()(
-            *[None if tensor is None else tensor.data_ptr() for tensor in tensors],
-            count, vocabulary, *dtypes, mode, torch.get_num_threads(),
-            options.gate_on == "argmax", options.reads_untempered,
-            1 / temperature, *options.gold_weight(vocabulary), options.confidence_penalty, gradient_scale or 0.0,
-        )  # fmt: skip
-        if failed == NO_MEMORY:
-            raise MemoryError(f"no room for rows of {vocabulary} logits")
-        if failed == NO_SUCH_TOKEN:
-            raise IndexError(f"a target is no token of the vocabulary of {vocabulary}")
-
-    def known(weights: GateWeights) -> tuple[Tensor | None, ...]:
-        return tuple(None if part is None else part.float().contiguous() for part in weights)
-
-    # Kept until the kernel has run.
-    weights = known(decide) if isinstance(decide, GateWeights) else None
+    weights = decide if isinstance(decide, GateWeights) else None
     token = options.gate.weights is hard.token
     if gradient_scale is None or not (weights or token):
         run(STATISTICS_ALONE)
@@ -210,9 +240,30 @@ def row_step(
         run(WEIGHTED, weights)
     else:
         run(TOKEN)
-    statistics = rows.RowStatistics(**dict(zip(STATISTICS, found, strict=True)), correct=correct)
+    statistics = chunk.statistics()
     given = decided(decide, statistics.student_read, statistics.teacher_read)
     if gradient_scale is not None and not (weights or token):
-        run(GRADIENT_ALONE, known(given))
-    results = rows.row_results(statistics, given, vocabulary, options)
-    return results, None if gradient_scale is None else student
+        run(GRADIENT_ALONE, given)
+    return rows.row_results(statistics, given, student_logits.size(1), options), chunk.gradient()
+
+
+def sparse_step(
+    student_logits: Tensor,  # (C, V) fp32, overwritten by the gradient where they are contiguous
+    sparse: Sparse,  # (C, K) without a rest
+    target: Tensor,
+    decide: Decide,
+    options: Options,
+    gradient_scale: float | None,
+) -> tuple[TokenResults, Tensor | None]:
+    """`row_step` with a sparse teacher: p's part of the gradient is the kernel's, q's is taken from its tokens."""
+    chunk = Chunk(student_logits, target, options, gradient_scale)
+    chunk.run(STATISTICS_ALONE)
+    found = chunk.statistics()
+    logp = chunk.student.gather(1, sparse.ids) - found.student_max[:, None] - found.student_sum.log()[:, None]
+    found = found._replace(kl=equations.sparse_kl_of(logp, None, sparse).float())
+    given = decided(decide, found.student_read, found.teacher_read)
+    if gradient_scale is not None:
+        chunk.run(GRADIENT_ALONE, given)
+        taken = sparse.probability * (given.teacher * gradient_scale)[:, None]
+        chunk.student.scatter_add_(1, sparse.ids, -taken.float())
+    return rows.row_results(found, given, student_logits.size(1), options), chunk.gradient()

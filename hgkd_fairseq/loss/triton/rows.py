@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hgkd_fairseq.gates import GATES, Gate, hard
 from hgkd_fairseq.loss import chunked, rows
-from hgkd_fairseq.loss.options import FUSED_GATE_ON, Decide, Options, TokenResults, decided
+from hgkd_fairseq.loss.options import FUSED_GATE_ON, Decide, Options, Sparse, TokenResults, decided
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WARP = 32
@@ -138,6 +138,7 @@ def row_step(
     decide: Decide,
     options: Options,
     gradient_scale: float | None,
+    sparse: Sparse | None = None,
 ) -> tuple[TokenResults, Tensor | None]:
     """As :func:`hgkd_fairseq.loss.rows.row_step`, with the gradient written over `student_logits`.
 
@@ -145,8 +146,8 @@ def row_step(
     gives nan.
     """
     tokens, vocabulary = student_logits.shape
-    if not _known(student_logits, len(teacher_logits), options):
-        return rows.row_step(student_logits, teacher_logits, target, decide, options, gradient_scale)
+    if sparse is not None or not _known(student_logits, len(teacher_logits), options):
+        return rows.row_step(student_logits, teacher_logits, target, decide, options, gradient_scale, sparse)
     student = _rows(student_logits)
     temperature = options.teacher_temperature
     if not options.gate.needs_teacher:

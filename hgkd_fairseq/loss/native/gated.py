@@ -1,0 +1,59 @@
+"""The rows of a chunk on the C kernel, where the gate is decided first: it does what `gate_first.gated_step` does.
+
+gate "token"   a call for all rows: statistics, gate, and the gradient of those that the data get; one for the rest
+another gate   one for the statistics, and after the gate one for the rows of the data and one for the teacher's
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hgkd_fairseq.gates import hard
+from hgkd_fairseq.loss import gate_first, rows
+from hgkd_fairseq.loss.native.rows import (
+    DTYPES,
+    GRADIENT_ALONE,
+    STATISTICS,
+    STATISTICS_ALONE,
+    TOKEN_CLOSED,
+    WEIGHTED,
+    Chunk,
+)
+from hgkd_fairseq.loss.options import FUSED, Decide, Options, TokenResults, decided
+
+TEACHER_READ = STATISTICS.index("teacher_read")
+
+
+def gated_step(
+    student_logits: Tensor,  # (C, V), overwritten by the gradient where they are contiguous
+    teacher_logits: Callable[[Tensor | None], list[Tensor]],  # (G, V) each of G rows by their places; None: of all
+    target: Tensor,  # (C,) int64
+    decide: Decide,
+    options: Options,
+    gradient_scale: float | None,
+    teacher_read: Tensor,  # (C,)
+) -> tuple[TokenResults, Tensor | None]:
+    if student_logits.dtype not in DTYPES or options.divergence != FUSED:
+        return gate_first.gated_step(
+            student_logits, teacher_logits, target, decide, options, gradient_scale, teacher_read
+        )
+    chunk = Chunk(student_logits, target, options, gradient_scale)
+    token = options.gate.weights is hard.token and gradient_scale is not None
+    if token:
+        chunk.found[TEACHER_READ] = teacher_read
+    chunk.run(TOKEN_CLOSED if token else STATISTICS_ALONE)
+    weights = decided(decide, chunk.statistics().student_read, teacher_read)
+    opened = (weights.teacher != 0).nonzero().squeeze(1)
+    if gradient_scale is not None and not token and len(opened) < len(target):
+        chunk.run(GRADIENT_ALONE, weights, places=(weights.teacher == 0).nonzero().squeeze(1))
+    if len(opened):
+        others, temperature = teacher_logits(opened), options.teacher_temperature
+        if len(others) > 1:  # log of the mean probability: logits at temperature 1
+            others = [rows.mean_probability(others, 1 / temperature, torch.float32).log_()]
+            temperature = 1.0
+        mode = STATISTICS_ALONE if gradient_scale is None else WEIGHTED
+        chunk.run(mode, weights, others[0], temperature, opened)
+    return rows.row_results(chunk.statistics(), weights, student_logits.size(1), options), chunk.gradient()

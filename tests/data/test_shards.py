@@ -1,0 +1,262 @@
+"""Shards that several processes fill together: whoever is killed, the folder is the same."""
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hgkd_fairseq.data.shards import Shards
+from hgkd_fairseq.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+ABOUT = {"teacher": {"a.pt": "1f"}, "beam": 5}
+SIZE = {"rows": 23, "shard_size": 3}
+WORKER = """
+import sys, time
+sys.path.insert(0, sys.argv[3])
+from test_shards import ABOUT, SIZE, make
+from hgkd_fairseq.data.shards import Shards
+
+def slowly(shard, folder):
+    rows = make(shard, folder)
+    time.sleep(float(sys.argv[2]))
+    return rows
+
+Shards.create(sys.argv[1], ABOUT, **SIZE, expires=float(sys.argv[4])).fill(slowly)
+"""
+
+
+def make(shard: int, folder: Path) -> int:
+    rows = range(shard * 3, min(shard * 3 + 3, 23))
+    (folder / "text.tsv").write_text("".join(f"{row}\t{row * row}\n" for row in rows))
+    ids = np.lib.format.open_memmap(folder / "ids.npy", mode="w+", dtype=np.int32, shape=(len(rows), 2))
+    ids[:] = np.array([[row, -row] for row in rows])
+    ids.flush()
+    return len(rows)
+
+
+def filled(folder: Path) -> Shards:
+    found = Shards.create(folder, ABOUT, **SIZE)
+    found.fill(make)
+    return found
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "folder"
+        for file in folder.rglob("*")
+    }
+
+
+def worker(folder: Path, seconds: float = 0.02, expires: float = 60) -> subprocess.Popen:
+    words = [sys.executable, "-c", WORKER, folder, seconds, Path(__file__).parent, expires]
+    return subprocess.Popen(list(map(str, words)), cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def owners(folder: Path) -> list[int]:
+    """Of the claims of the moment."""
+    found = []
+    for file in folder.glob("shard-?????.claim"):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(json.loads(file.read_text())["pid"])
+    return found
+
+
+def test_what_is_written_is_read(tmp_path: Path):
+    filled(tmp_path / "set")
+    found = Shards.open(tmp_path / "set", {"beam": 5, "teacher": {"a.pt": "1f"}})
+    folders = list(found.all_files())
+    assert [one.name for one in folders] == [f"shard-{n:05d}" for n in range(8)]
+    text = "".join((one / "text.tsv").read_text() for one in folders)
+    assert text == "".join(f"{row}\t{row * row}\n" for row in range(23))
+    ids = np.concatenate([np.load(one / "ids.npy", mmap_mode="r") for one in folders])
+    assert ids.tolist() == [[row, -row] for row in range(23)]
+    assert sorted(file.name for file in (tmp_path / "set").iterdir() if file.is_file())[0] == "manifest.json"
+
+
+def test_killed_at_random_moments_by_two_processes(tmp_path: Path):
+    """Five times the one of the two that is making a shard is killed and another started."""
+    whole = content(filled(tmp_path / "unbroken").folder)
+    rng = random.Random(3)
+    both = [worker(tmp_path / "set", seconds=0.1) for _ in range(2)]
+    for _ in range(5):
+        while not (at_work := [one for one in both if one.pid in owners(tmp_path / "set")]):
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.1))
+        killed = rng.choice(at_work)
+        killed.kill()
+        both.append(worker(tmp_path / "set", seconds=0.1))
+        killed.wait()
+        both.remove(killed)
+    assert [one.wait(60) for one in both] == [0, 0]
+    assert content(tmp_path / "set") == whole
+
+
+def test_what_killed_processes_leave_is_taken_over_or_removed(tmp_path: Path):
+    """Killed while it makes a shard; its files are there, and those of one that wrote the manifest or a record."""
+    whole = content(filled(tmp_path / "unbroken").folder)
+    one = worker(tmp_path / "set", seconds=60)
+    while not list(tmp_path.glob("set/*.partial-*/files/ids.npy")):
+        time.sleep(0.01)
+    one.kill()
+    assert list(tmp_path.glob("set/shard-00000.claim"))
+    (tmp_path / "set" / "manifest.partial-0").mkdir()  # the killed process is a zombie here: it has not been waited for
+    filled(tmp_path / "set")
+    one.wait()
+    assert content(tmp_path / "set") == whole
+
+
+def test_a_claim_without_a_sign_of_life_expires(tmp_path: Path):
+    """Of a process that is stopped, not dead. When it goes on it leaves the shard alone."""
+    whole = content(filled(tmp_path / "unbroken").folder)
+    one = worker(tmp_path / "set", seconds=0.5, expires=0.4)
+    while not list(tmp_path.glob("set/*.partial-*/files/ids.npy")):
+        time.sleep(0.01)
+    one.send_signal(signal.SIGSTOP)
+    found = Shards.create(tmp_path / "set", ABOUT, **SIZE, expires=0.4)
+    began = time.monotonic()
+    assert not found.make_one(0, make)
+    found.fill(make)
+    assert time.monotonic() - began > 0.4
+    one.send_signal(signal.SIGCONT)
+    assert one.wait(60) == 0
+    assert content(tmp_path / "set") == whole
+
+
+def test_a_living_claim_is_left_alone(tmp_path: Path):
+    """It is refreshed by its owner, for longer than it takes to expire; the other process waits."""
+    found = [Shards.create(tmp_path / "set", ABOUT, 1, 1, expires=0.3) for _ in range(2)]
+    makers = []
+
+    def slowly(name: str):
+        def run(shard: int, folder: Path) -> int:
+            makers.append(name)
+            (folder / "x").write_text("x")
+            time.sleep(1.0)
+            return 1
+
+        return run
+
+    threads = [threading.Thread(target=one.fill, args=(slowly(name),)) for one, name in zip(found, "ab", strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(makers) == 1
+
+
+def test_parts(tmp_path: Path):
+    for part in ((0, 3), (2, 3), (1, 3)):
+        assert not list(tmp_path.glob("set/shard-00001"))
+        Shards.create(tmp_path / "set", ABOUT, **SIZE).fill(make, part)
+    assert content(tmp_path / "set") == content(filled(tmp_path / "unbroken").folder)
+
+
+def flip(folder: Path) -> None:
+    file = folder / "shard-00002" / "ids.npy"
+    found = bytearray(file.read_bytes())
+    found[-1] ^= 1
+    file.write_bytes(found)
+
+
+def swap_lines(folder: Path) -> None:
+    file = folder / "shard-00002" / "text.tsv"
+    first, second, *rest = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([second, first, *rest]))
+
+
+def cut_short(folder: Path) -> None:
+    os.truncate(folder / "shard-00002" / "text.tsv", 5)
+
+
+def lose_a_file(folder: Path) -> None:
+    (folder / "shard-00002" / "text.tsv").unlink()
+
+
+def swap_shards(folder: Path) -> None:
+    for name in ("shard-00002", "shard-00002.json"):
+        (folder / name).rename(folder / f"{name}.aside")
+    (folder / "shard-00003").rename(folder / "shard-00002")
+    (folder / "shard-00002.json.aside").rename(folder / "shard-00002.json")
+    (folder / "shard-00002.aside").rename(folder / "shard-00003")
+
+
+def of_another_manifest(folder: Path) -> None:
+    record = json.loads((folder / "shard-00002.json").read_text())
+    (folder / "shard-00002.json").write_text(json.dumps({**record, "manifest": "0" * 64}))
+
+
+def cut_record(folder: Path) -> None:
+    os.truncate(folder / "shard-00002.json", 20)
+
+
+FAULTS = {
+    flip: "ids.npy is not what was written",
+    swap_lines: "text.tsv is not what was written",
+    cut_short: "text.tsv is not what was written",
+    lose_a_file: "holds ids.npy and not ids.npy, text.tsv",
+    swap_shards: "shard-00002/ids.npy is not what was written",
+    of_another_manifest: "belongs to another manifest.json",
+    cut_record: "is no record of a shard",
+    lambda folder: shutil.rmtree(folder / "shard-00002"): "holds nothing and not ids.npy, text.tsv",
+    lambda folder: (folder / "shard-00002.json").unlink(): "shard-00002 is not finished",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_damaged_shard_is_refused_by_a_reader_and_made_anew_by_a_writer(fault, tmp_path: Path):
+    whole = content(filled(tmp_path / "set").folder)
+    fault(tmp_path / "set")
+    with pytest.raises(UserError, match=FAULTS[fault]):
+        list(Shards.open(tmp_path / "set").all_files())
+    filled(tmp_path / "set")
+    left = {name: value for name, value in content(tmp_path / "set").items() if ".aside" not in name}
+    assert left == whole
+
+
+def test_another_manifest_is_refused(tmp_path: Path):
+    filled(tmp_path / "set")
+    for other, names in (
+        ({**ABOUT, "beam": 4}, [r"beam \(5, now 4\)"]),
+        ({"teacher": {"a.pt": "2e"}, "beam": 5}, ['teacher.a.pt \\("1f", now "2e"\\)']),
+    ):
+        with pytest.raises(UserError, match="was made with another " + names[0]):
+            Shards.create(tmp_path / "set", other, **SIZE)
+        with pytest.raises(UserError, match=names[0]):
+            Shards.open(tmp_path / "set", other)
+    with pytest.raises(UserError, match=r"shard_size \(3, now 4\)"):
+        Shards.create(tmp_path / "set", ABOUT, 23, 4)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").touch()
+    with pytest.raises(UserError, match="holds other files and no manifest"):
+        filled(tmp_path / "other")
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path):
+    def full(shard: int, folder: Path) -> int:
+        if shard == 2:
+            raise OSError(28, "No space left on device")
+        return make(shard, folder)
+
+    found = Shards.create(tmp_path / "set", ABOUT, **SIZE)
+    with pytest.raises(UserError, match="shard-00002: No space left on device"):
+        found.fill(full)
+    assert not list(tmp_path.glob("set/*.partial-*")) + list(tmp_path.glob("set/*.claim"))
+    filled(tmp_path / "set")
+    assert content(tmp_path / "set") == content(filled(tmp_path / "unbroken").folder)
+
+
+def test_rows_are_counted(tmp_path: Path):
+    with pytest.raises(UserError, match="shard-00000 would have 2 rows and not 3"):
+        Shards.create(tmp_path / "set", ABOUT, **SIZE).fill(lambda shard, folder: make(shard, folder) - 1)
