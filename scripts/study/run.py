@@ -210,10 +210,11 @@ class Runner:
             for cell in self.cells:
                 if cell.folder in self.failed or finished(cell, self.folder):
                     continue
-                if cell.teacher in self.failed:
-                    self.fail(cell, f"cannot be trained without {cell.teacher}")
+                without = [teacher for teacher in cell.teachers if teacher in self.failed]
+                if without:
+                    self.fail(cell, f"cannot be trained without {without[0]}")
                     continue
-                if cell.teacher and not is_finished(self.folder / cell.teacher):
+                if not all(is_finished(self.folder / teacher) for teacher in cell.teachers):
                     waiting = waiting or cell
                     continue
                 try:
