@@ -269,6 +269,14 @@ def test_cells(tmp_path):
         ("seeds = [1]", "seeds = [1]\ntemperatures = [nan]", r"temperatures\[0\] is not a number"),
         ("seeds = [1]", "seeds = [1]\ntemperatures = [0]", r"temperatures\[0\] is not from 0.01 to 100"),
         ("seeds = [1]", "seeds = [1]\ntemperatures = [1.2000001]", "temperatures 1.2000001: give at most 6 digits"),
+        ("seeds = [1]", 'seeds = [1]\ntemperatures = ["hot"]', r"temperatures\[0\] is not a number"),
+        (
+            "[generation]",
+            '[teachers.x]\nsize = "big"\ncheckpoint = "first"\n[generation]',
+            'is neither "best" nor "last"',
+        ),
+        ("updates = 150", 'updates = 150\ncheckpoints = ["worst"]', 'is none of "best", "best-bleu", "last"'),
+        ("[generation]", '[methods.x]\nof = "y"\n[generation]', "names y, which is none of the methods"),
         ("[data]", "x = " + "[" * 5000, "is no TOML"),
         ("pairs = 300", "pairs = " + "9" * 5000, "is no TOML"),
     ],
@@ -281,6 +289,72 @@ def test_grids_that_make_no_study(old, new, expected, tmp_path):
     else:
         with pytest.raises(UserError, match=expected):
             Grid(file).cells()
+
+
+OWN = """
+[teachers.late]
+size = "big"
+checkpoint = "last"
+[teachers.long]
+size = "big"
+updates = 900
+[teachers.longest]
+size = "big"
+updates = 900
+seeds = [0, 5]
+checkpoint = "last"
+[settings.late]
+teacher = "late"
+student = "small"
+[settings.long]
+teacher = "long"
+student = "small"
+[settings.longest]
+teacher = "longest"
+student = "small"
+[methods.mine]
+of = "word-kd"
+options = "--kd-weight 0.25"
+"""
+
+
+def test_teachers_temperatures_and_methods_of_a_grids_own(tmp_path):
+    cells = block(["late", "long", "longest"], ["mine", "annealing"], [3], 'temperatures = ["auto", 1.5]')
+    file = write_grid(tmp_path, cells)
+    text = file.read_text().replace("[[cells]]", OWN + "[[cells]]", 1)
+    file.write_text(text.replace("updates = 150", 'updates = 150\ncheckpoints = ["best", "best-bleu"]'))
+    cells = {cell.folder: cell for cell in Grid(file).cells()}
+    teachers = ["teacher/big/seed-0", "teacher/long/seed-0", "teacher/long/seed-5"]
+    assert [name for name in cells if name.startswith("teacher/")] == teachers
+    # Its temperature is its own: one cell of each setting.
+    assert [name for name in cells if "annealing" in name] == [
+        f"{it}/annealing/seed-3" for it in ("late", "long", "longest")
+    ]
+    late, longest = cells["late/mine-tau-auto/seed-3"], cells["longest/mine/seed-3"]
+    assert late.title == "mine"
+    assert late.teachers == ("teacher/big/seed-0",)
+    words = " ".join(late.train)
+    assert (
+        "--teacher-path teacher/big/seed-0/checkpoint_last.pt --gate always --kd-weight 0.5 --kd-weight 0.25" in words
+    )
+    assert "--teacher-temperature auto" in words
+    assert words.count("--teacher-temperature") == 1
+    assert "--no-epoch-checkpoints" not in words
+    assert late.score[-4:] == ["--checkpoint", "best-bleu", "--checkpoint", "best"]
+    assert longest.teachers == ("teacher/long/seed-0", "teacher/long/seed-5")
+    both = "teacher/long/seed-0/checkpoint_last.pt:teacher/long/seed-5/checkpoint_last.pt"
+    assert both in longest.train
+    assert "--teacher-temperature 1.5" in " ".join(longest.train)
+    assert "--max-update 900" in " ".join(cells["teacher/long/seed-5"].train)
+    assert "--no-epoch-checkpoints" in cells["teacher/long/seed-5"].train
+    assert longest.description()["teacher"] == "teacher/long/seed-0:teacher/long/seed-5"
+
+
+@pytest.mark.parametrize("grid", sorted((cl.ROOT / "scripts" / "study").glob("*.toml")), ids=lambda file: file.stem)
+def test_every_grid_is_a_study(grid):
+    cells = Grid(grid).cells()
+    assert len({cell.folder for cell in cells}) == len(cells) > 4
+    assert all(teacher in {cell.folder for cell in cells} for cell in cells for teacher in cell.teachers)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"bleu": NaN}', "cut", "nan", "text"])
