@@ -243,6 +243,40 @@ def add_report(commands) -> None:
     option("--reference", type=Input, metavar="FILE", help=text)
 
 
+def add_store(commands) -> None:
+    def run(args) -> None:
+        from hgkd_fairseq.teacher.storing import StoreOptions, write
+
+        subsets = tuple(args.subset.split(","))
+        sizes = (args.draws, args.k, args.max_tokens)
+        where = (args.cpu, args.teacher_model_overrides)
+        how = StoreOptions(args.kind, subsets, args.dtype, args.teacher_temperature, *sizes, *where)
+        print(write(args.data, args.teacher_path, args.output, how))
+
+    about = "run a teacher once over data and keep what it says, for fairseq-train --teacher-store"
+    option = add(commands, "store", run, about)
+    option("data", type=Data, metavar="DATA", help="folder that fairseq-preprocess wrote, or several with ':' between")
+    ensemble = "fairseq checkpoint, or an ensemble"
+    option("--teacher-path", type=Input, required=True, metavar="CKPT[:CKPT]", help=ensemble)
+    moved = "a dict of settings of the teacher's checkpoint, as \"{'data': 'DIR'}\" of dictionaries that have moved"
+    option("--teacher-model-overrides", default="{}", metavar="DICT", help=moved)
+    folder = "to fill; a command that was killed goes on where it was, and several at once share the work"
+    option("--output", required=True, metavar="STORE", help=folder)
+    kinds = (
+        "hidden: the decoder's states, for all gates and temperatures; sampled: draws, an unbiased estimate; topk: the "
+        "most probable tokens and the rest as one, biased (default: hidden)"
+    )
+    option("--kind", choices=["hidden", "sampled", "topk"], default="hidden", help=kinds)
+    option("--subset", default="train,valid", metavar="SPLITS", help="with ',' between (default: train,valid)")
+    option("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16", help="of hidden states (default: bf16)")
+    degree = "of what is drawn and compared (default: 1.5)"
+    option("--teacher-temperature", type=number(0.01, 1000, float), default=1.5, metavar="T", help=degree)
+    option("--draws", type=number(1, 255), default=50, metavar="N", help="a token, of sampled (default: 50)")
+    option("--k", type=number(1, 10_000), default=8, metavar="K", help="tokens kept, of topk (default: 8)")
+    option("--max-tokens", type=number(1, 2**31 - 1), default=4000, metavar="N", help="tokens a batch (default: 4000)")
+    add_cpu(option)
+
+
 def add_export(commands) -> None:
     def run(args) -> None:
         from hgkd_fairseq.export import export_all
@@ -304,7 +338,7 @@ def parser() -> Parser:
     top.add_argument("--version", action="version", version=hgkd_fairseq.__version__)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     for add in (add_user_dir, add_doctor, add_gates, add_methods, add_weights, add_calibration, add_score, add_report,
-                add_export, add_compare):  # fmt: skip
+                add_store, add_export, add_compare):  # fmt: skip
         add(commands)
     return top
 

@@ -15,7 +15,7 @@ from hgkd_fairseq.plugin import checks, features, training_state, workers
 from hgkd_fairseq.plugin.config import criterion_config, given_temperature, temperature
 from hgkd_fairseq.sentence_weights.gate import Instance
 from hgkd_fairseq.sentence_weights.refresh import Refresh
-from hgkd_fairseq.teacher import TeacherSource, gauge
+from hgkd_fairseq.teacher import Signal, Sparse, TeacherSource, gauge
 from hgkd_fairseq.teacher.loras import Loras
 
 HardGateKDConfig = criterion_config(__name__)
@@ -81,14 +81,14 @@ class HardGateKDCriterion(FairseqCriterion):
             self.gate.remembering.state = self.state.memory.setdefault("gate", self.gate.remembering.state)
         return self.gate
 
-    def signal(self, sample: dict, student: Head) -> list[Head]:
-        """The teacher's view of the batch; nothing before --distill-start-update, for a gate that needs none, and where
+    def signal(self, sample: dict, student: Head) -> Signal | None:
+        """The teacher's view of the batch; None before --distill-start-update, for a gate that needs none, and where
         a teacher that is the student's own past has not come into being."""
         teacher, updates = self.teacher(), self.state.updates
         training = torch.is_grad_enabled() and updates is not None
         if teacher is None or not teacher.ready or (training and updates < self.cfg.distill_start_update):
-            return []
-        return teacher.signal(sample, student.hidden.device, student.hidden.dtype).heads
+            return None
+        return teacher.signal(sample, student.hidden.device, student.hidden.dtype)
 
     def forward(self, model, sample, reduce=True):
         """Returns the summed loss, the sample size that divides its gradient, and log outputs that can be summed."""
@@ -96,19 +96,23 @@ class HardGateKDCriterion(FairseqCriterion):
         target = sample["target"][:, skip:]
         lengths = batches.target_lengths(sample, skip, self.padding_idx)
         student = features.head(model, sample["net_input"])
-        teachers = self.signal(sample, student)
-        student, *teachers = [head._replace(hidden=head.hidden[:, skip:]) for head in (student, *teachers)]
+        signal = self.signal(sample, student)
+        signal = signal and signal.after(skip)
+        student = student._replace(hidden=student.hidden[:, skip:])
+        teachers = signal.heads if signal else []
         gate, progress = self.gate_in_use(), self.state.progress(self.cfg.max_update)
         without_dropout = None
-        if self.cfg.gate_dropout == "off" and teachers and not validating:
+        if self.cfg.gate_dropout == "off" and signal and not validating:
             without_dropout = self.gold_logprob(model, sample, target, lengths)
+        tau = temperature(self.cfg, self.teacher_temperature, progress)
+        gold = signal.gold.at(1.0 if self.cfg.untempered_gate else tau) if signal and signal.gold else None
         out = gated_distillation(
             student.hidden, student.weight, [one.hidden for one in teachers] or None, [one.weight for one in teachers],
             target,
             padding_idx=self.padding_idx,
-            gate=gate if teachers or not gate.needs_teacher else "none",
+            gate=gate if signal or not gate.needs_teacher else "none",
             gate_on=self.cfg.gate_on,
-            teacher_temperature=temperature(self.cfg, self.teacher_temperature, progress),
+            teacher_temperature=tau,
             tempered_gate=not self.cfg.untempered_gate,
             divergence=self.cfg.divergence,
             label_smoothing=self.cfg.label_smoothing,
@@ -119,6 +123,8 @@ class HardGateKDCriterion(FairseqCriterion):
             lengths=lengths,
             instance=None if validating else sample["id"],
             student_logprob=without_dropout,
+            teacher_gold=gold,
+            teacher_sparse=signal.distribution if isinstance(signal, Sparse) else None,
             implementation=self.cfg.loss_impl,
         )  # fmt: skip
         loss = out.loss

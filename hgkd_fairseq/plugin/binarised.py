@@ -71,13 +71,15 @@ def check_index(prefix: str) -> None:
         raise ValueError(f"{prefix}.bin has {os.path.getsize(f'{prefix}.bin')} bytes and not {ends[-1]}")
 
 
-def subset(task, name: str, max_positions=None):
+def subset(task, name: str, max_positions=None, combine: bool = False, option: str = "--gen-subset"):
     """A subset of a translation task's data, all of whose sentences can be read.
 
     Args:
         task: of fairseq.
         name: "test", "valid", ...
         max_positions: of the model, as fairseq's own function has it; None: sentences may be of any length.
+        combine: whether NAME1, NAME2, ... are part of it, as they are of fairseq's training data.
+        option: that names it.
 
     Raises:
         UserError: there is no such subset, it lacks targets or is empty or damaged, or has sentences that are too long.
@@ -87,7 +89,7 @@ def subset(task, name: str, max_positions=None):
         if task.cfg.dataset_impl in (None, "mmap"):
             for prefix in glob.glob(f"{glob.escape(first_shard(task.cfg.data))}/{glob.escape(name)}.*-*.*.idx"):
                 check_index(prefix.removesuffix(".idx"))
-        task.load_dataset(name)
+        task.load_dataset(name, combine=combine)
         dataset = task.dataset(name)
         sides = {"source": (dataset.src, dataset.src_dict), "target": (dataset.tgt, dataset.tgt_dict)}
         if dataset.tgt is None:
@@ -105,12 +107,12 @@ def subset(task, name: str, max_positions=None):
     except UserError:
         raise
     except FileNotFoundError:
-        raise UserError(f"there is no subset {name} in {task.cfg.data}; name another with --gen-subset") from None
+        raise UserError(f"there is no subset {name} in {task.cfg.data}; name another with {option}") from None
     except Exception as error:  # of the operating system, of numpy, of fairseq: whatever the bytes lead to
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{where} is empty or damaged ({reason}); {ANEW}, or name another with --gen-subset") from error
+        raise UserError(f"{where} is empty or damaged ({reason}); {ANEW}, or name another with {option}") from error
     if not len(dataset):
-        raise UserError(f"{where} is empty; name another with --gen-subset")
+        raise UserError(f"{where} is empty; name another with {option}")
     _, ignored = dataset.filter_indices_by_size(dataset.ordered_indices(), max_positions)
     if len(ignored):
         raise UserError(

@@ -97,6 +97,7 @@ def load_teacher(cfg: Any, task: Any) -> Any:
             "does not have; add --task translation_with_teacher --teacher-path CHECKPOINT"
         )
     teacher, start = task.load_teacher(), cfg.teacher_temperature_start
+    teacher.check_options(cfg)
     fixed = given_temperature(cfg)
     if fixed is None and not teacher.frozen and not teacher.learns:
         raise UserError(

@@ -52,10 +52,12 @@ class WithTeacher:
             self.training.teacher_fingerprint = self.teacher.fingerprint
         return self.teacher
 
-    def load_dataset(self, split, *args, **kwargs):
-        super().load_dataset(split, *args, **kwargs)  # type: ignore[misc]
+    def load_dataset(self, split, epoch=1, **kwargs):
+        super().load_dataset(split, epoch=epoch, **kwargs)  # type: ignore[misc]
         batches.count_targets(self.datasets[split], self.tgt_dict.pad())
         if self.teacher is not None:
+            folders = len(utils.split_paths(self.cfg.data)) if split == self.cfg.train_subset else 1
+            self.teacher.attach(split, (epoch - 1) % folders, self.datasets[split])
             self.teacher.check_data(split, self.datasets[split], self.max_positions())  # type: ignore[attr-defined]
 
     def filter_indices_by_size(self, indices, dataset, *args, **kwargs):

@@ -24,6 +24,10 @@ class TeacherConfig:
             "validation with a distilling criterion, never for generation"
         },
     )
+    teacher_store: Optional[str] = field(  # noqa: UP045
+        default=None,
+        metadata={"help": "in place of --teacher-path: what `hgkd store` wrote of a teacher, which is not run again"},
+    )
     teacher_dtype: ChoiceEnum(["auto", "fp32", "fp16", "bf16"]) = field(  # type: ignore[valid-type]
         default="auto", metadata={"help": "precision of the teacher's forward pass; auto: the student's"}
     )

@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+from torch import Tensor
+
+from hgkd_fairseq import loss
 from hgkd_fairseq.loss import Head
+
+
+class Gold(NamedTuple):
+    """What is known of each target token beforehand, (B, T) each, in nats; at pads anything."""
+
+    temperature: float
+    logprob: Tensor  # log q of the gold token at temperature 1
+    tempered: Tensor  # at `temperature`
+    log_sum_exp: Tensor  # of the logits, at temperature 1; of an ensemble 0
+    entropy: Tensor  # of q at `temperature`
+
+    def at(self, temperature: float) -> Tensor | None:
+        """(B, T) log q of the gold tokens; None where it is not known."""
+        return {1.0: self.logprob, self.temperature: self.tempered}.get(temperature)
 
 
 class Dense(NamedTuple):
@@ -12,3 +30,33 @@ class Dense(NamedTuple):
     chunk of tokens at a time. No gradient passes through them."""
 
     heads: list[Head]
+    gold: Gold | None = None
+
+    def after(self, skip: int) -> Dense:
+        """From the `skip`-th target token on."""
+        heads = [head._replace(hidden=head.hidden[:, skip:]) for head in self.heads]
+        return Dense(heads, self.gold and _map(self.gold, lambda tensor: tensor[:, skip:]))
+
+
+class Sparse(NamedTuple):
+    """Ids and probabilities (B, T, K) at the temperature of `gold`, and what is known of the rest."""
+
+    distribution: loss.Sparse
+    gold: Gold
+
+    @property
+    def heads(self) -> list[Head]:
+        return []
+
+    def after(self, skip: int) -> Sparse:
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor[:, skip:]
+
+        return Sparse(self.distribution.map(cut), _map(self.gold, cut))
+
+
+def _map(gold: Gold, function: Callable[[Tensor], Tensor]) -> Gold:
+    return Gold(gold.temperature, *map(function, gold[1:]))
+
+
+Signal = Dense | Sparse

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from fairseq.data import Dictionary, FairseqDataset
 
-from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.errors import UserError, flag
 from hgkd_fairseq.plugin.training_state import TrainingState
-from hgkd_fairseq.teacher.signals import Dense
+from hgkd_fairseq.teacher.signals import Signal
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class TeacherSource:
     name: ClassVar[str]  # the value of --teacher-source
     help: ClassVar[str]
     learns: ClassVar[bool] = False
-    frozen: ClassVar[bool] = False  # a model that stays as it is, so that a temperature can be fitted to it beforehand
+    frozen: bool = False  # a model that stays as it is, so that a temperature can be fitted to it beforehand
     needs_ema: ClassVar[bool] = False  # whether fairseq's trainer shall hand its moving average to each step
     remembers: ClassVar[str | None] = None  # where validation finds what the training left of it, see TrainingState
 
@@ -64,7 +64,7 @@ class TeacherSource:
         """What tells this teacher from another; None for one that changes with the student."""
         return None
 
-    def signal(self, sample: dict, device: torch.device, dtype: torch.dtype) -> Dense:
+    def signal(self, sample: dict, device: torch.device, dtype: torch.dtype) -> Signal:
         """Its view of a fairseq batch.
 
         Args:
@@ -73,6 +73,24 @@ class TeacherSource:
         The same batch has the same signal, but for a source that learns, which may drop out at random in training.
         """
         raise NotImplementedError
+
+    def check_options(self, cfg: Any) -> None:
+        """Refuse options of the criterion that it cannot serve.
+
+        Raises:
+            UserError: it names the option.
+        """
+
+    def attach(self, split: str, folder: int, dataset: FairseqDataset) -> None:
+        """Have the batches of a data set bring what :meth:`signal` needs.
+
+        Args:
+            split: the data's name.
+            folder: which of the task's data folders they are of, from 0 on.
+
+        Raises:
+            UserError: it has nothing of these data.
+        """
 
     def check_data(self, split: str, dataset: FairseqDataset, limits: tuple[int, int]) -> None:
         """Refuse data that it cannot read.
@@ -121,6 +139,12 @@ def make(request: Request) -> TeacherSource:
         UserError: there is none, or it cannot be used.
     """
     name = str(request.options.teacher_source)
-    if name != "checkpoint" and request.options.teacher_path:
-        raise UserError(f"--teacher-path and --teacher-source {name} are two teachers; give one of them")
+    given = {flag(option): getattr(request.options, option, None) for option in ("teacher_path", "teacher_store")}
+    named = [option for option, value in given.items() if value]
+    if name not in ("checkpoint", "store"):
+        named.append(f"--teacher-source {name}")
+    if len(named) > 1:
+        raise UserError(f"{' and '.join(named)} are two teachers; give one of them")
+    if given["--teacher-store"]:
+        name = "store"
     return SOURCES[name].make(request)

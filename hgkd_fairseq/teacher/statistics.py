@@ -1,0 +1,73 @@
+"""What is kept of a teacher's distributions: of each token the gold statistics, and as the kind of the store has it the
+hidden state, draws or the most probable tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hgkd_fairseq.loss import Head
+from hgkd_fairseq.loss.eager import logits, mean_logprobs
+from hgkd_fairseq.plugin import features
+from hgkd_fairseq.teacher.store import DTYPES
+
+ROWS = 256  # of the vocabulary's width that are alive at a time
+DISTINCT = 12  # tokens of 50 draws, about
+
+
+def bytes_a_token(options: Any, models: Sequence, vocabulary: int) -> float:
+    """About; of `options` see storing.StoreOptions."""
+    id_bytes = 2 if vocabulary <= 2**16 else 4
+    layers = [features.linear_output(model) for model in models]
+    kinds = {
+        "hidden": sum(layer.in_features for layer in layers if layer is not None) * DTYPES[options.dtype].itemsize,
+        "sampled": 1 + DISTINCT * (id_bytes + 1),
+        "topk": options.tokens * (id_bytes + 4) + 4,
+    }
+    return 16 + kinds[options.kind]
+
+
+def of_rows(heads: list[Head], gold: Tensor, options: Any, generator: torch.Generator) -> dict[str, Tensor]:
+    """Of N tokens; `heads` with hidden (N, D). "ids" and "counts" of the kind "sampled" are those of all tokens, one
+    behind another."""
+    parts = []
+    for start in range(0, len(gold), ROWS):
+        rows = slice(start, start + ROWS)
+        some = [head._replace(hidden=head.hidden[rows]) for head in heads]
+        parts.append(of_chunk(some, gold[rows], options, generator))
+    found = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+    if options.kind == "hidden":
+        wanted = DTYPES[options.dtype]
+        found |= {f"hidden-{member}": head.hidden.to(wanted).cpu() for member, head in enumerate(heads)}
+    return found
+
+
+def of_chunk(heads: list[Head], gold: Tensor, options: Any, generator: torch.Generator) -> dict[str, Tensor]:
+    logq = mean_logprobs(heads, options.temperature)  # (C, V)
+    plain = mean_logprobs(heads, 1.0) if options.temperature != 1 else logq
+    log_sum = logits(heads[0]).logsumexp(1) if len(heads) == 1 else torch.zeros_like(logq[:, 0])
+    q = logq.exp()
+    entropy = -torch.where(q > 0, q * logq, torch.zeros_like(q)).sum(1)
+    golds = [one.gather(1, gold[:, None]).squeeze(1) for one in (plain, logq)]
+    found = {"gold": torch.stack([*golds, log_sum, entropy], 1).float()}
+    if options.kind == "sampled":
+        found |= draws(q, options.draws, generator)
+    if options.kind == "topk":
+        logprobs, ids = logq.topk(options.tokens, dim=1)
+        rest = logq.scatter(1, ids, -torch.inf).logsumexp(1)
+        found |= {"ids": ids, "logprobs": logprobs.float(), "rest": rest.float()}
+    return found
+
+
+def draws(q: Tensor, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Distinct ids and counts of `count` draws of each row of q (C, V), one row behind another, and how many a row has:
+    random sampling KD (Anshumann et al., ACL 2025, arXiv:2503.16870)."""
+    drawn = torch.multinomial(q, count, replacement=True, generator=generator).sort(1).values  # (C, count)
+    new = torch.ones_like(drawn, dtype=torch.bool)
+    new[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
+    starts = new.flatten().nonzero().squeeze(1)
+    ends = torch.cat([starts[1:], starts.new_tensor([drawn.numel()])])
+    return {"ids": drawn[new], "counts": ends - starts, "distinct": new.sum(1)}

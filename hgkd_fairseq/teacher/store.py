@@ -1,0 +1,191 @@
+"""What a teacher said of every target token of some data, on disk: the format, and its reading. No fairseq here.
+
+    manifest.json             kind, temperature, SHA-256 of dictionaries, teacher and data; data/shards.py checks it
+    member-0.weight.npy       (V, D), and member-0.bias.npy (V,) where there is one, of each member; kind "hidden"
+    shard-00000/keys.npy      (S,) uint64, hash of each sentence's source and target tokens
+    shard-00000/offsets.npy   (S + 1,) int64, of each sentence's first token; a sentence without tokens was too long
+    shard-00000/gold.npy      (N, 4) fp32, signals.Gold of each of the N tokens
+
+    hidden     hidden-0.npy (N, D): fp32, fp16, or bf16 as uint16; of each member
+    sampled    ids.npy, counts.npy (E,), the distinct ids that were drawn of the tokens in turn; distinct.npy (N,), how
+               many a token has; entries.npy (S + 1,), of each sentence's first
+    topk       ids.npy, logprobs.npy (N, k), rest.npy (N,), log of the other tokens' probability
+
+Sentences have numbers: the place in a subset's data, after those of the subsets and folders before it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hgkd_fairseq import files
+from hgkd_fairseq.data.shards import Shards, sha256
+from hgkd_fairseq.errors import UserError
+
+FORMAT = 1
+KINDS = ("hidden", "sampled", "topk")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+OPEN_SHARDS = 512  # memory maps kept by a process
+PART = {"name": str, "folder": files.Within(0), "first": files.Within(0), "sentences": files.Within(1), "data": str}
+MANIFEST = {
+    "format": files.Within(FORMAT, FORMAT),
+    "kind": str,
+    "dtype": str,
+    "temperature": files.Within(1e-6, 1e6, float),
+    "draws": files.Within(0, 255),
+    "vocabulary": files.Within(2),
+    "languages": [str],
+    "dictionaries": [str],
+    "teacher": str,
+    "heads": {str: str},
+    "members": files.Within(1),
+    "parts": [PART],
+}
+
+
+def key(source: Tensor, target: Tensor) -> int:
+    """Of a sentence pair's token ids, without pads."""
+    digest = hashlib.blake2b(digest_size=8)
+    for side in (source, target):
+        digest.update(np.int64(len(side)).tobytes() + side.long().numpy().tobytes())
+    return int.from_bytes(digest.digest(), "little") or 1
+
+
+def bits(tensor: Tensor) -> np.ndarray:
+    """As numpy has it: bf16 as uint16."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+class Part(NamedTuple):
+    """A subset of the data, or of one of several folders of them."""
+
+    name: str
+    folder: int
+    first: int  # number of its first sentence
+    sentences: int
+    data: str  # SHA-256 of its keys
+
+
+class Store:
+    """A store that `hgkd store` has written, or is writing.
+
+    Raises:
+        UserError: it is not there, is not finished, or its manifest or output layers are damaged.
+    """
+
+    def __init__(self, folder: str):
+        self.folder = Path(folder)
+        self.shards = Shards.open(folder)
+        self.manifest: dict[str, Any] = self.shards.manifest
+        if problem := files.mismatch(self.manifest, MANIFEST):
+            raise UserError(f"{self.folder} is no teacher's store: of its manifest {problem}")
+        if self.kind not in KINDS or self.manifest["dtype"] not in DTYPES:
+            raise UserError(f"{self.folder} is no teacher's store of a kind that is known; {' '.join(KINDS)} are")
+        self.parts = [Part(*[one[name] for name in Part._fields]) for one in self.manifest["parts"]]
+        for shard in range(self.shards.count):
+            if not self.shards.name(shard).with_suffix(".json").exists():
+                self.shards.check(shard)  # says so
+        # Of each shard whether it has been hashed, by whichever of the loader's workers came first.
+        self.hashed = torch.zeros(self.shards.count, dtype=torch.uint8).share_memory_()
+        self.arrays = functools.lru_cache(OPEN_SHARDS)(self._arrays)
+
+    @property
+    def kind(self) -> str:
+        return self.manifest["kind"]
+
+    @property
+    def temperature(self) -> float:
+        return self.manifest["temperature"]
+
+    def head(self, member: int) -> tuple[Tensor, Tensor | None]:
+        """(V, D) weight and (V,) bias or None of a member's output layer, fp32."""
+        found: list[Tensor | None] = []
+        for name in (f"member-{member}.weight.npy", f"member-{member}.bias.npy"):
+            digest = self.manifest["heads"].get(name)
+            if digest is None:
+                found.append(None)
+                continue
+            try:
+                if sha256(self.folder / name) != digest:
+                    raise UserError(f"{self.folder / name} is damaged or was changed; write the store again")
+                found.append(torch.from_numpy(np.load(self.folder / name, allow_pickle=False)))
+            except OSError as error:
+                raise UserError(f"{self.folder / name}: {error.strerror or error}; write the store again") from None
+        weight, bias = found
+        if weight is None:
+            raise UserError(f"{self.folder} has no output layer of the teacher; write the store again")
+        return weight, bias
+
+    def part(self, name: str, folder: int) -> Part:
+        """Raises:
+        UserError: the store has no such subset.
+        """
+        for part in self.parts:
+            if (part.name, part.folder) == (name, folder):
+                return part
+        known = ", ".join(dict.fromkeys(part.name for part in self.parts))
+        where = f" of data folder {folder + 1}" if folder else ""
+        raise UserError(
+            f"--teacher-store {self.folder} has the subsets {known} and not {name}{where}; write one with "
+            f"hgkd store --subset {','.join(dict.fromkeys([*known.split(', '), name]))}"
+        )
+
+    def _arrays(self, shard: int) -> dict[str, np.ndarray]:
+        """Of a shard, mapped to memory; hashed before they are used for the first time."""
+        if not self.hashed[shard]:
+            self.shards.files(shard)
+            self.hashed[shard] = 1
+        folder = self.shards.name(shard)
+        return {file.stem: np.load(file, mmap_mode="r", allow_pickle=False) for file in sorted(folder.iterdir())}
+
+    def sentence(self, number: int) -> tuple[int, dict[str, np.ndarray]]:
+        """Of a sentence its key and the rows of each array; `counts` and `ids` of a kind "sampled" are those of all its
+        tokens, one behind another."""
+        shard, local = divmod(number, self.shards.shard_size)
+        arrays = self.arrays(shard)
+        start, end = (int(offset) for offset in arrays["offsets"][local : local + 2])
+        names = set(arrays) - {"keys", "offsets", "entries"}
+        found = {}
+        if "entries" in arrays:
+            first, last = (int(offset) for offset in arrays["entries"][local : local + 2])
+            found = {name: arrays[name][first:last] for name in ("ids", "counts")}
+        return int(arrays["keys"][local]), {name: arrays[name][start:end] for name in names - set(found)} | found
+
+    # Batches
+
+    def batch(self, sentences: list[dict[str, np.ndarray]], kept: Tensor) -> dict[str, Any]:
+        """Tensors (B, T, ...) of the sentences of a batch, whose tokens stand where `kept` (B, T) is True. fairseq
+        halves what is fp32: statistics are fp64, and other floating-point numbers the integers of their bits."""
+        joined = {name: np.concatenate([one[name] for one in sentences]) for name in sentences[0]}
+        gold = torch.from_numpy(joined.pop("gold")).double()
+        made: dict[str, Any] = {"gold": spread(gold, kept)}
+        if self.kind == "sampled":
+            distinct = torch.from_numpy(joined["distinct"].astype(np.int64))
+            widest = int(distinct.max()) if len(distinct) else 1
+            filled = torch.arange(widest) < distinct[:, None]  # (N, K)
+            for name in ("ids", "counts"):
+                drawn = torch.zeros(filled.shape, dtype=torch.int64)
+                drawn[filled] = torch.from_numpy(joined[name].astype(np.int64))
+                if name == "ids":
+                    drawn = torch.where(filled, drawn, drawn[:, :1])
+                made[name] = spread(drawn, kept)
+            return made
+        for name, values in joined.items():
+            whole = values.astype(np.int64) if name == "ids" else values.view(np.dtype(f"int{8 * values.itemsize}"))
+            made[name] = spread(torch.from_numpy(whole), kept)
+        return made
+
+
+def spread(values: Tensor, kept: Tensor) -> Tensor:
+    """(N, ...) values of tokens at their places, (B, T, ...); 0 elsewhere."""
+    whole = values.new_zeros(*kept.shape, *values.shape[1:])
+    whole[kept] = values
+    return whole

@@ -1,0 +1,224 @@
+"""A teacher that was run once and is not needed any more: a store of it is read, in the loader's workers."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from fairseq.data import ConcatDataset, Dictionary, LanguagePairDataset
+from torch import Tensor
+
+from hgkd_fairseq import loss
+from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.gates import GATES
+from hgkd_fairseq.loss import Head
+from hgkd_fairseq.plugin.config import given_temperature
+from hgkd_fairseq.teacher.signals import Dense, Gold, Signal, Sparse
+from hgkd_fairseq.teacher.source import Request, TeacherSource, register_source
+from hgkd_fairseq.teacher.store import DTYPES, Part, Store, key
+
+BATCH = "stored_teacher"  # of a fairseq batch
+
+
+def dictionary_hash(dictionary: Dictionary) -> str:
+    """Of its symbols in their order, and of the special ones."""
+    special = [getattr(dictionary, name)() for name in ("bos", "pad", "eos", "unk")]
+    return hashlib.sha256("\n".join([*map(str, special), *dictionary.symbols]).encode()).hexdigest()
+
+
+@register_source("store", help="what --teacher-store holds of a teacher")
+class StoredTeacher(TeacherSource):
+    """The teacher of a store.
+
+    Args:
+        folder: that `hgkd store` wrote.
+        source_dictionary, target_dictionary: the student's.
+        dtype: of hidden states and output layers: "auto" (the student's), "fp32", "fp16" or "bf16".
+        languages: the student's source and target; None: not known.
+
+    Raises:
+        UserError: it is damaged, unfinished, or of other languages or dictionaries.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        source_dictionary: Dictionary,
+        target_dictionary: Dictionary,
+        dtype: str = "auto",
+        languages: tuple[str | None, str | None] = (None, None),
+    ):
+        self.store = Store(folder)
+        self.folder, self.dtype = folder, dtype
+        found = self.store.manifest
+        if None not in languages and found["languages"] != list(languages):
+            raise UserError(
+                f"--teacher-store {folder} is of the languages {'-'.join(found['languages'])}, the student of "
+                f"{'-'.join(map(str, languages))}; name a store of the student's"
+            )
+        for side, mine, theirs in zip(
+            ("source", "target"), (source_dictionary, target_dictionary), found["dictionaries"], strict=True
+        ):
+            if dictionary_hash(mine) != theirs:
+                raise UserError(
+                    f"--teacher-store {folder} was written with another {side} dictionary than the data's; write it "
+                    "from these data with hgkd store"
+                )
+        self.pad = target_dictionary.pad()
+        self.frozen = hidden = self.store.kind == "hidden"
+        self.layers = [self.store.head(member) for member in range(found["members"])] if hidden else []
+
+    def __repr__(self):
+        return f"StoredTeacher({self.folder}, kind={self.store.kind}, dtype={self.dtype})"
+
+    @classmethod
+    def make(cls, request: Request) -> TeacherSource:
+        options = request.options
+        if not options.teacher_store:
+            raise UserError("--teacher-source store needs --teacher-store STORE, which hgkd store writes")
+        return cls(
+            options.teacher_store,
+            request.source_dictionary,
+            request.target_dictionary,
+            options.teacher_dtype,
+            request.languages,
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the live teacher, where the store has all of it."""
+        teacher = self.store.manifest["teacher"]
+        return teacher if self.store.kind == "hidden" else f"{teacher} {self.store.kind}"
+
+    def check_options(self, cfg: Any) -> None:
+        if self.store.kind == "hidden":
+            return
+        store = f"--teacher-store {self.folder} of the kind {self.store.kind}"
+        tau = self.store.temperature
+        if given_temperature(cfg) != tau or cfg.teacher_temperature_start is not None:
+            raise UserError(
+                f"{store} holds the teacher at temperature {tau:g} alone: give --teacher-temperature {tau:g}, or write "
+                "a store with another one with hgkd store --teacher-temperature"
+            )
+        for option, given, needed in (
+            ("--gate-on", cfg.gate_on, "gold"),
+            ("--divergence", cfg.divergence, loss.options.FUSED),
+        ):
+            if given != needed:
+                raise UserError(
+                    f"{option} {given} needs the whole distribution and {store} has a part; use kind hidden"
+                )
+        if cfg.gate == "instance" or GATES[cfg.gate].asks:
+            raise UserError(f"--gate {cfg.gate} needs the whole distribution and {store} has a part; use kind hidden")
+
+    def attach(self, split: str, folder: int, dataset: LanguagePairDataset) -> None:
+        part = self.store.part(split, folder)
+        sentences = sum(len(one) for one in concatenated(dataset.tgt))
+        if sentences != part.sentences:
+            raise UserError(
+                f"--teacher-store {self.folder} was written for {part.sentences} sentences of {split}, and the data "
+                f"have {sentences}; write it from these data with hgkd store"
+            )
+        read = Reader(self.store, part, numbering(dataset.tgt), self.pad)
+        read.sentence(dataset[0], trained=False)  # another corpus is told before the training
+        dataset.collater = functools.partial(with_teacher, dataset.collater, read)
+
+    def signal(self, sample: dict, device: torch.device, dtype: torch.dtype) -> Signal:
+        found = sample.get(BATCH)
+        if found is None:
+            raise UserError(f"--teacher-store {self.folder} has nothing of a batch of these data; use --teacher-path")
+        if "problem" in found:
+            raise UserError(found["problem"])
+        found = {name: values.to(device) for name, values in found.items()}
+        gold = Gold(self.store.temperature, *found["gold"].float().unbind(-1))
+        if self.store.kind == "hidden":
+            wanted, stored = DTYPES.get(self.dtype, dtype), DTYPES[self.store.manifest["dtype"]]
+            heads = []
+            for member, layer in enumerate(self.layers):
+                hidden = found[f"hidden-{member}"].view(stored).to(wanted)
+                weight, bias = layer
+                layer = weight.to(device, wanted), None if bias is None else bias.to(device, wanted)
+                self.layers[member] = layer  # moved and converted for the first batch
+                heads.append(Head(hidden, *layer))
+            return Dense(heads, gold)
+        if self.store.kind == "sampled":
+            shares = found["counts"].float() / self.store.manifest["draws"]
+            return Sparse(loss.Sparse(found["ids"], shares, None, gold.entropy), gold)
+        logprobs, rest = (found[name].view(torch.float32) for name in ("logprobs", "rest"))
+        return Sparse(loss.Sparse(found["ids"], logprobs.exp(), rest.exp()), gold)
+
+
+def concatenated(dataset: Any) -> list:
+    """The data sets that one side of the data consists of, under what pads, appends and concatenates."""
+    inner = unwrapped(dataset)
+    return inner.datasets if isinstance(inner, ConcatDataset) else [inner]
+
+
+def unwrapped(dataset: Any) -> Any:
+    while not isinstance(dataset, ConcatDataset) and hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    return dataset
+
+
+def numbering(dataset: Any) -> Callable[[int], int]:
+    """From an index of the data to the sentence's number, the same for one that is repeated (--upsample-primary)."""
+    inner = unwrapped(dataset)
+    if not isinstance(inner, ConcatDataset):
+        return int
+    return functools.partial(number_in, inner.cumulative_sizes, inner.real_sizes)
+
+
+def number_in(ends: list[int], sizes: list[int], index: int) -> int:
+    which = bisect.bisect_right(ends, index)
+    start = ends[which - 1] if which else 0
+    return sum(sizes[:which]) + (index - start) % sizes[which]
+
+
+class Reader:
+    """Reads what a store has of the sentences of a part of it, in the process that makes the batches."""
+
+    def __init__(self, store: Store, part: Part, number: Callable[[int], int], pad: int):
+        self.store, self.part, self.number, self.pad = store, part, number, pad
+
+    def sentence(self, sample: dict, trained: bool = True) -> dict:
+        """Of one sample of the data; not `trained`: it may be one that is left out.
+
+        Raises:
+            UserError: the store has another sentence under its number, or nothing of it, or is damaged.
+        """
+        number = int(sample["id"])
+        found, arrays = self.store.sentence(self.part.first + self.number(number))
+        source, target = (sample[side][sample[side] != self.pad] for side in ("source", "target"))
+        where = f"--teacher-store {self.store.folder}: sentence {number} of {self.part.name}"
+        if found != key(source, target):
+            raise UserError(
+                f"{where} is another one there; write the store from these data with hgkd store, and train without "
+                "--truncate-source and what else changes sentences"
+            )
+        if trained and len(arrays["gold"]) != len(target):
+            raise UserError(
+                f"{where} was too long for the teacher; leave such out with --max-source-positions and "
+                "--max-target-positions"
+            )
+        return arrays
+
+    def __call__(self, samples: list[dict], batch: dict) -> dict:
+        of_id = {int(sample["id"]): sample for sample in samples}
+        kept: Tensor = batch["target"] != self.pad
+        return self.store.batch([self.sentence(of_id[int(one)]) for one in batch["id"]], kept)
+
+
+def with_teacher(collater: Callable[..., dict], read: Reader, samples: list, **options) -> dict:
+    """A batch with what a store has of it; or the reason why it has nothing, for an error in a worker of the loader
+    would reach the user with two tracebacks."""
+    batch = collater(samples, **options)
+    if batch.get("target") is not None:
+        try:
+            batch[BATCH] = read(samples, batch)
+        except (UserError, OSError) as error:
+            batch[BATCH] = {"problem": str(error)}
+    return batch
