@@ -232,9 +232,9 @@ def text_of(manifest: dict[str, Any]) -> str:
 
 
 def differences(found: Any, expected: Any, where: str = "") -> Iterator[str]:
-    """The values that are expected and not found, with both."""
+    """The values that are expected and not found, with both; single values before tables of hashes."""
     if isinstance(expected, dict) and isinstance(found, dict):
-        for key, value in expected.items():
+        for key, value in sorted(expected.items(), key=lambda item: isinstance(item[1], dict)):
             yield from differences(found.get(key), value, f"{where}.{key}" if where else key)
     elif found != expected:
         shown = [json.dumps(one, sort_keys=True) for one in (found, expected)]

@@ -20,7 +20,6 @@ from fairseq.data import Dictionary
 from hgkd_fairseq import files
 from hgkd_fairseq.data.shards import Shards, sha256
 from hgkd_fairseq.errors import UserError
-from hgkd_fairseq.plugin import binarised
 
 FILE = "translations.tsv"
 KIND = "translations"
@@ -49,14 +48,14 @@ def hash_of(ids: Any) -> str:
 
 
 def hashes(data: str, subset: str) -> dict[str, dict[str, str]]:
-    """What a manifest says of the data: SHA-256 of the subset's files and of the dictionaries.
+    """What a manifest says of a folder of data: SHA-256 of the subset's files and of the dictionaries.
 
     Raises:
-        UserError: there are several folders, or the subset is in several parts.
+        UserError: the subset is in several parts, or it is no folder.
     """
-    folder = Path(first := binarised.first_shard(data))
-    if first != data:
-        raise UserError(f"{data}: translate one folder at a time")
+    folder = Path(data)
+    if not folder.is_dir():
+        raise UserError(f"{data} is no folder; name one that fairseq-preprocess wrote, of several one at a time")
     more = sorted(folder.glob(f"{subset}1.*-*.*.idx"))
     if more:
         raise UserError(f"{more[0]} is another part of {subset}: binarise them as one")

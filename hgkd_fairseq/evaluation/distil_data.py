@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from fairseq.tasks.translation import TranslationConfig, TranslationTask
+from omegaconf import OmegaConf
 from sacrebleu.metrics import BLEU, CHRF
 
 from hgkd_fairseq import files
@@ -19,6 +21,7 @@ from hgkd_fairseq.data.translations import Hypothesis, Translated, hash_of
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.evaluation import generated, selection
 from hgkd_fairseq.evaluation.backward import BackwardModel
+from hgkd_fairseq.plugin import binarised
 
 MEASURED = 20_000  # sentences whose texts are scored, evenly spread
 
@@ -63,7 +66,7 @@ def distil(folder: str, data: str, output: str, choice: Choice) -> str:
     shards = translations.opened(folder, data)
     if (subset := shards.manifest["subset"]) != "train":
         raise UserError(f"{folder} has translations of {subset}: only train is distilled, what is measured on is not")
-    task, dataset = distilled.translated_data(data, shards)
+    task, dataset = translated_data(data, shards)
     chosen = Chosen(shards, task, dataset, choice)
     with files.writing_folder(output) as unfinished:
         chosen.examine()
@@ -77,6 +80,20 @@ def distil(folder: str, data: str, output: str, choice: Choice) -> str:
         made = {"translations": shards.digest, "files": hashed(unfinished)}
         files.write_json(unfinished / distilled.RECORD, made)
     return summary
+
+
+def translated_data(data: str, shards: Shards):
+    """(task, subset) of fairseq, of the data that were translated.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    about = shards.manifest
+    wanted = {key: about[key] for key in ("source_lang", "target_lang")}
+    options = {"_name": "translation", "data": str(data), "eval_bleu": False, **wanted}
+    options |= {"train_subset": about["subset"], "dataset_impl": None, "required_seq_len_multiple": 1}
+    task = TranslationTask.setup_task(OmegaConf.merge(TranslationConfig, options))
+    return task, binarised.subset(task, about["subset"])
 
 
 class Chosen:

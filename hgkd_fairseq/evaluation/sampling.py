@@ -20,7 +20,8 @@ def mixed(number: Tensor) -> Tensor:
 
 def uniform(seed: int, sentence: Tensor, step: int, beam: Tensor) -> Tensor:
     """Numbers of (0, 1), float64, one for each of `sentence` (int64) and `beam`, which are broadcast."""
-    state = mixed(mixed(sentence * 2**20 + step) + seed * STEP)
+    offset = (seed * STEP + 2**63) % 2**64 - 2**63  # of 64 bits, with a sign
+    state = mixed(mixed(sentence * 2**20 + step) + offset)
     return ((mixed(state + (beam + 1) * STEP) & (2**32 - 1)).double() + 0.5) / 2**32
 
 
