@@ -66,11 +66,16 @@ def add_methods(commands) -> None:
     def run(args) -> None:
         from hgkd_fairseq import methods
 
-        print("\n".join(methods.options(args.name, args.teacher)) if args.name else methods.text())
+        if args.data:
+            print(methods.data(args.name or ""))
+        else:
+            print("\n".join(methods.options(args.name, args.teacher)) if args.name else methods.text())
 
     option = add(commands, "methods", run, "the options of fairseq-train that make each method, or those of one")
     option("name", nargs="?", metavar="NAME", help="print this one's options, one a line")
     option("--teacher", default="TEACHER", metavar="CKPT", help="the teacher's checkpoint in them (default: TEACHER)")
+    which = "print which of the teacher's translations NAME is trained on, in place of the references"
+    option("--data", action="store_true", help=which)
 
 
 def add_weights(commands) -> None:

@@ -118,14 +118,22 @@ class Cell:
     train: list[str] = field(hash=False)  # arguments of fairseq-train
     score: list[str] = field(hash=False)  # arguments of hgkd score
     teacher: str | None = None  # the folder of the teacher's cell, which must be finished first
+    # Arguments of hgkd translate and hgkd distil-data, where it is trained on its teacher's translations.
+    translate: list[str] = field(default_factory=list, hash=False)
+    distil: list[str] = field(default_factory=list, hash=False)
 
     @property
     def commands(self) -> list[str]:
-        """For the reader, to be run in the study's folder."""
+        """For the reader, to be run in the study's folder; `making` comes first."""
         return [
             f"fairseq-train {shlex.join(self.train)} --user-dir $(hgkd user-dir)",
             f"hgkd score {shlex.join(self.score)}",
         ]
+
+    @property
+    def making(self) -> list[str]:
+        """Commands of the data that it is trained on."""
+        return [f"hgkd {shlex.join(words)}" for words in (self.translate, self.distil) if words]
 
     def description(self) -> dict[str, Any]:
         """What cell.json holds."""
@@ -139,6 +147,7 @@ class Cell:
             "temperature": self.temperature,
             "updates": self.updates,
             "commands": self.commands,
+            "making": self.making,
         }
 
 
@@ -206,16 +215,16 @@ class Grid:
         method = self.known("methods", name)
         training = self.table["training"]
         updates = self.table["settings"].get(setting, {}).get("updates", training["updates"])
-        if name == "seq-kd":
-            raise UserError(f"{self.file}: seq-kd trains on translations, which a study does not make; take a recipe")
+        select = methods.data(name)
         added = self.table.get("methods", {}).get(name, {}).get("options", "")  # [methods.NAME]: for this study
         options, teacher = [*methods.options(name), *shlex.split(added)], None
-        if "--teacher-path" not in options:
-            temperature = None
-        else:
+        if select or "--teacher-path" in options:
             if teacher_size is None:
                 raise UserError(f"{self.file}: [teacher] method {name} needs a teacher itself; take base")
             teacher = f"teacher/{teacher_size}/seed-{self.table['teacher']['seed']}"
+        if "--teacher-path" not in options:
+            temperature = None
+        else:
             options = [f"{teacher}/checkpoint_best.pt" if word == methods.TEACHER else word for word in options]
             if "--teacher-temperature" in options:
                 temperature = None
@@ -223,8 +232,15 @@ class Grid:
                 options += ["--teacher-temperature", f"{temperature:g}"]
         variant = name if temperature in (None, TEMPERATURE) else f"{name}-tau-{temperature:g}"
         folder = f"teacher/{size}/seed-{seed}" if setting == "teacher" else f"{setting}/{variant}/seed-{seed}"
+        data, translate, distil = "data-bin", [], []
+        search = self.table["generation"]["options"]
+        if select:
+            translations, data = f"{teacher}/translations", f"{teacher}/data-bin-{select}"
+            translate = ["translate", "data-bin", "--teacher-path", f"{teacher}/checkpoint_best.pt"]
+            translate += ["--output", translations, "--nbest", beam_of(search), *shlex.split(search)]
+            distil = ["distil-data", translations, "data-bin", "--output", data, "--select", select]
         train = [
-            *("data-bin", "--save-dir", folder, "--task", "translation_with_teacher", "--criterion", "hard_gate_kd"),
+            *(data, "--save-dir", folder, "--task", "translation_with_teacher", "--criterion", "hard_gate_kd"),
             *options,
             *shlex.split(self.known("sizes", size)["options"]),
             *shlex.split(training["options"]),
@@ -236,8 +252,7 @@ class Grid:
             *("--best-checkpoint-metric", "nll_loss", "--no-epoch-checkpoints"),
             *("--no-progress-bar", "--log-format", "json"),
         ]
-        generation = f"--generate={self.table['generation']['options']}"
-        score = ["data-bin", folder, "--reference", "text/test.en", "--own-lenpen", generation]
+        score = ["data-bin", folder, "--reference", "text/test.en", "--own-lenpen", f"--generate={search}"]
         parts = {
             "setting": setting,
             "method": variant,
@@ -252,8 +267,15 @@ class Grid:
         }
         signature = "|".join(f"{key}:{value}" for key, value in parts.items() if value is not None)
         return Cell(
-            folder, setting, name, method["title"], seed, temperature, updates, signature, train, score, teacher
-        )
+            folder, setting, name, method["title"], seed, temperature, updates, signature, train, score, teacher,
+            translate, distil,
+        )  # fmt: skip
+
+
+def beam_of(search: str) -> str:
+    """Of options of fairseq-generate: as many translations of a sentence can be chosen from."""
+    words = shlex.split(search)
+    return words[words.index("--beam") + 1] if "--beam" in words[:-1] else "5"
 
 
 def read_toml(file: Path) -> dict[str, Any]:
