@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hgkd_fairseq"
 # Each line may import those below it, and rooms of its own line as long as they do not import it back.
 LEVELS = [
-    {"cli", "doctor", "export", "methods", "report", "tasks"},
+    {"cli", "doctor", "export", "methods", "report", "sequence_level", "tasks"},
     {"criterions", "evaluation"},
     {"data", "plugin", "sentence_weights", "teacher"},
     {"loss"},

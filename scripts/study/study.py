@@ -59,6 +59,11 @@ def degree(value: Any) -> str | None:
     return None if value == AUTO else Within(0.01, 100, float)(value)
 
 
+def degree_text(temperature: float | str) -> str:
+    """As it is written on a command line."""
+    return temperature if isinstance(temperature, str) else f"{temperature:g}"
+
+
 def checkpoint(value: Any) -> str | None:
     """A schema: which checkpoint of a teacher."""
     return None if value in ("best", "last") else 'is neither "best" nor "last"'
@@ -135,14 +140,22 @@ class Cell:
     train: list[str] = field(hash=False)  # arguments of fairseq-train
     score: list[str] = field(hash=False)  # arguments of hgkd score
     teachers: tuple[str, ...] = ()  # folders of the teachers' cells, which must be finished first
+    # Arguments of hgkd translate and hgkd distil-data, where it is trained on its teacher's translations.
+    translate: list[str] = field(default_factory=list, hash=False)
+    distil: list[str] = field(default_factory=list, hash=False)
 
     @property
     def commands(self) -> list[str]:
-        """For the reader, to be run in the study's folder."""
+        """For the reader, to be run in the study's folder; `making` comes first."""
         return [
             f"fairseq-train {shlex.join(self.train)} --user-dir $(hgkd user-dir)",
             f"hgkd score {shlex.join(self.score)}",
         ]
+
+    @property
+    def making(self) -> list[str]:
+        """Commands of the data that it is trained on."""
+        return [f"hgkd {shlex.join(words)}" for words in (self.translate, self.distil) if words]
 
     def description(self) -> dict[str, Any]:
         """What cell.json holds."""
@@ -156,6 +169,7 @@ class Cell:
             "temperature": self.temperature,
             "updates": self.updates,
             "commands": self.commands,
+            "making": self.making,
         }
 
 
@@ -226,15 +240,14 @@ class Grid:
             raise UserError(f"{self.file} names {name}, which is none of the {kind}: {', '.join(table)}")
         return table[name]
 
-    def method(self, name: str) -> tuple[str, list[str]]:
-        """(title, options) of a method of `hgkd methods`, or of a row of this study's own, [methods.NAME] with `of`."""
+    def method(self, name: str) -> tuple[str, list[str], str | None]:
+        """(title, options, the choice of its teacher's translations, where it is trained on them) of a method of `hgkd
+        methods`, or of a row of this study's own, [methods.NAME] with `of`."""
         own = self.table.get("methods", {}).get(name, {})
         known = own.get("of", name)
-        if known == "seq-kd":
-            raise UserError(f"{self.file}: seq-kd trains on translations, which a study does not make; take a recipe")
         title = own.get("title", name if "of" in own else self.known("methods", known)["title"])
         self.known("methods", known)
-        return title, [*methods.options(known), *shlex.split(own.get("options", ""))]
+        return title, [*methods.options(known), *shlex.split(own.get("options", ""))], methods.data(known)
 
     def teacher(self, name: str, seed: str) -> Cell:
         size, updates, *_ = self.teachers(name)
@@ -251,33 +264,43 @@ class Grid:
 
     def cell(self, setting, name, seed, temperature, size, teacher, own_name=None, own_updates=None) -> Cell:
         """`own_name` and `own_updates`: of a teacher's cell."""
-        title, options = self.method(name)
+        title, options, select = self.method(name)
         training = self.table["training"]
         updates = own_updates or self.table["settings"].get(setting, {}).get("updates", training["updates"])
         taught: tuple[str, ...] = ()
-        if "--teacher-path" not in options:
-            temperature = None
-        else:
+        path, made = "", ""  # of the teachers, and the folder for their translations
+        if select or "--teacher-path" in options:
             if teacher is None:
                 raise UserError(f"{self.file}: [teacher] method {name} needs a teacher itself; take base")
             _, _, seeds, which = self.teachers(teacher)
             # Teachers of one name that differ in the checkpoint alone are one cell.
             taught = tuple(f"teacher/{self.trained_as(teacher)}/seed-{one}" for one in seeds)
             path = ":".join(f"{folder}/checkpoint_{which}.pt" for folder in taught)
+            made = taught[0] if len(taught) == 1 and which == "best" else f"teacher/{teacher}"
+        if "--teacher-path" not in options:
+            temperature = None
+        else:
             options = [path if word == methods.TEACHER else word for word in options]
             if AUTO in options:  # the method leaves it to the study
                 place = options.index(AUTO)
                 del options[place - 1 : place + 1]
-                options += ["--teacher-temperature", temperature if temperature == AUTO else f"{temperature:g}"]
+                options += ["--teacher-temperature", degree_text(temperature)]
             else:
                 temperature = None
         variant = name
         if temperature not in (None, TEMPERATURE):
-            variant += "-tau-" + (temperature if temperature == AUTO else f"{temperature:g}")
+            variant += f"-tau-{degree_text(temperature)}"
         folder = f"teacher/{own_name}/seed-{seed}" if setting == "teacher" else f"{setting}/{variant}/seed-{seed}"
+        data, translate, distil = "data-bin", [], []
+        search = self.table["generation"]["options"]
+        if select:
+            data = f"{made}/data-bin-{select}"
+            translate = ["translate", "data-bin", "--teacher-path", path, "--output", f"{made}/translations"]
+            translate += ["--nbest", beam_of(search), *shlex.split(search)]
+            distil = ["distil-data", f"{made}/translations", "data-bin", "--output", data, "--select", select]
         rules = [] if setting == "teacher" else training.get("checkpoints", [])
         train = [
-            *("data-bin", "--save-dir", folder, "--task", "translation_with_teacher", "--criterion", "hard_gate_kd"),
+            *(data, "--save-dir", folder, "--task", "translation_with_teacher", "--criterion", "hard_gate_kd"),
             *options,
             *shlex.split(self.known("sizes", size)["options"]),
             *shlex.split(training["options"]),
@@ -289,7 +312,7 @@ class Grid:
             *("--best-checkpoint-metric", "nll_loss", *([] if "best-bleu" in rules else ["--no-epoch-checkpoints"])),
             *("--no-progress-bar", "--log-format", "json"),
         ]
-        generation = f"--generate={self.table['generation']['options']}"
+        generation = f"--generate={search}"
         score = ["data-bin", folder, "--reference", "text/test.en", "--own-lenpen", generation]
         # The best by NLL last: whose scores are there all are there.
         score += [word for one in sorted(rules, key="best".__eq__) for word in ("--checkpoint", one)]
@@ -306,7 +329,15 @@ class Grid:
             "vocabulary": self.data["vocabulary"],
         }
         signature = "|".join(f"{key}:{value}" for key, value in parts.items() if value is not None)
-        return Cell(folder, setting, name, title, seed, temperature, updates, signature, train, score, taught)
+        return Cell(
+            folder, setting, name, title, seed, temperature, updates, signature, train, score, taught, translate, distil
+        )
+
+
+def beam_of(search: str) -> str:
+    """Of options of fairseq-generate: as many translations of a sentence can be chosen from."""
+    words = shlex.split(search)
+    return words[words.index("--beam") + 1] if "--beam" in words[:-1] else "5"
 
 
 def read_toml(file: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
-from study import diverged, read_about, read_scores
+from study import degree_text, diverged, read_about, read_scores
 
 from hgkd_fairseq import drawing, files, methods
 from hgkd_fairseq.errors import UserError, guarded, printable
@@ -288,7 +288,7 @@ def temperatures(study: Study, setting: str) -> list[str]:
             cells = [cell for cell in cells if cell.about["seed"] in common]
             shown = [SCORES[name](cells) for name in scores]
             rows.append(
-                [cells[0].about["title"], str(temperature), *shown, TRAINING["teacher share at the end"](cells)]
+                [cells[0].about["title"], degree_text(temperature), *shown, TRAINING["teacher share at the end"](cells)]
             )
     header = ["method", "teacher's temperature", *scores, "teacher share"]
     return markdown(header, rows) if rows else []

@@ -16,7 +16,7 @@ import command_line as cl
 import pytest
 from sacrebleu.metrics import BLEU
 
-from hgkd_fairseq import methods
+from hgkd_fairseq import cli, methods
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.evaluation.score import LENGTH_PENALTIES
 
@@ -238,6 +238,28 @@ def test_cells(tmp_path):
     assert "--teacher" not in " ".join(by_folder["same/base/seed-1"].train)
 
 
+def test_cells_of_translations(tmp_path, monkeypatch):
+    """Their data are the teacher's, made once for all of them by commands that hgkd takes."""
+    methods = ["seq-kd", "seq-kd+hkd-t", "seq-inter"]
+    cells = {cell.method: cell for cell in Grid(write_grid(tmp_path, block(["same"], methods, [1]))).cells()}
+    assert list(cells) == ["base", *methods]
+    folder = "teacher/big/seed-0"
+    monkeypatch.chdir(tmp_path)
+    Path(folder).mkdir(parents=True)
+    for method, select in zip(methods, ("best", "best", "bleu"), strict=True):
+        cell = cells[method]
+        assert cell.teachers == (folder,)
+        assert cell.train[0] == f"{folder}/data-bin-{select}"
+        assert cell.score[0] == "data-bin"
+        assert "--teacher-path" not in cell.train or method == "seq-kd+hkd-t"
+        translate, distil = (cli.parser().parse_args(words) for words in (cell.translate, cell.distil))
+        assert (translate.output, distil.folder) == (f"{folder}/translations",) * 2
+        assert (translate.nbest, translate.beam, distil.select) == (2, 2, select)
+        assert (distil.data, distil.output) == (translate.data, cell.train[0])
+    assert cells["base"].making == []
+    assert len(cells["seq-kd"].making) == 2
+
+
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
@@ -247,7 +269,6 @@ def test_cells(tmp_path):
         ("updates = ", "epochs = ", "lacks 'updates'; multi30k.toml shows where it belongs"),
         ('text = "', 'words = "', r"\[data\] needs either corpus"),
         ('["base"]', '["bass"]', "names bass, which is none of the methods: base, "),
-        ('["base"]', '["seq-kd"]', "seq-kd trains on translations, which a study does not make; take a recipe"),
         ('method = "base"', 'method = "hkd-t"', r"\[teacher\] method hkd-t needs a teacher itself"),
         ("[data]", "[data", "is no TOML"),
         ("[generation]", "[methods.bass]\n[generation]", "names bass, which is none of the methods: base, "),
