@@ -39,6 +39,14 @@ def number(low: float, high: float = 2**53, kind: type = int) -> Callable[[str],
     return convert
 
 
+def part(text: str) -> tuple[int, int]:
+    """An argument's type: I/N, the part I of N, as (I - 1, N)."""
+    first, slash, count = text.partition("/")
+    if not (slash and first.isdecimal() and count.isdecimal() and len(text) < 16 and 1 <= int(first) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{printable(text[:40])} is no part I/N, with I from 1 to N")
+    return int(first) - 1, int(count)
+
+
 class Output(str):
     """The name of a file that a command writes; it can be written: told before the work, not after it."""
 
@@ -101,3 +109,33 @@ def refuse_overwriting(args) -> None:
         special = os.path.exists(output) and not os.path.isfile(output)
         if not special and any(files.same_file(output, other) for other in outputs[:place]):
             raise UserError(f"{output} is named for two outputs; name another file for one of them")
+
+
+def add(commands, name: str, run: Callable, about: str) -> Callable:
+    """A command that `run` does, with an exit status or None; gives what adds arguments to it."""
+    command = commands.add_parser(name, help=about)
+    command.set_defaults(run=run)
+    return command.add_argument
+
+
+def add_data(option) -> None:
+    option("data", type=Data, metavar="DATA", help="folder that fairseq-preprocess wrote")
+
+
+def add_batches(option, subset: str) -> None:
+    option("--gen-subset", default=subset, metavar="SPLIT", help=f"subset to use (default: {subset})")
+    most = number(1, 2**31 - 1)
+    option("--max-tokens", type=most, default=4000, metavar="N", help="tokens a batch (default: 4000)")
+    add_cpu(option)
+
+
+def add_cpu(option) -> None:
+    option("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
+
+
+def add_search(option) -> None:
+    option("--beam", type=number(1, 1000), default=5, metavar="N", help="width of the beam (default: 5)")
+    option("--lenpen", type=number(-10, 10, float), default=1.0, metavar="P", help="length penalty (default: 1)")
+    longest = "translations have at most A x + B pieces, x those of the longest source in the batch (default: 0)"
+    option("--max-len-a", type=number(0, 1000, float), default=0.0, metavar="A", help=longest)
+    option("--max-len-b", type=number(0, 10**6), default=200, metavar="B", help="see --max-len-a (default: 200)")

@@ -11,21 +11,28 @@ import logging
 import shlex
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import hgkd_fairseq
-from hgkd_fairseq.arguments import Data, Input, NewOutput, Output, Parser, RunFolder, number, refuse_overwriting
+from hgkd_fairseq import sequence_level
+from hgkd_fairseq.arguments import (
+    Data,
+    Input,
+    NewOutput,
+    Output,
+    Parser,
+    RunFolder,
+    add,
+    add_batches,
+    add_cpu,
+    add_data,
+    add_search,
+    number,
+    refuse_overwriting,
+)  # fmt: skip
 from hgkd_fairseq.errors import guarded
 
 TOKENIZERS = ("13a", "none", "intl", "zh", "char")  # some of sacreBLEU's
-
-
-def add(commands, name: str, run: Callable, about: str) -> Callable:
-    """A command that `run` does, with an exit status or None; gives what adds arguments to it."""
-    command = commands.add_parser(name, help=about)
-    command.set_defaults(run=run)
-    return command.add_argument
 
 
 def add_user_dir(commands) -> None:
@@ -59,11 +66,16 @@ def add_methods(commands) -> None:
     def run(args) -> None:
         from hgkd_fairseq import methods
 
-        print("\n".join(methods.options(args.name, args.teacher)) if args.name else methods.text())
+        if args.data:
+            print(methods.data(args.name or ""))
+        else:
+            print("\n".join(methods.options(args.name, args.teacher)) if args.name else methods.text())
 
     option = add(commands, "methods", run, "the options of fairseq-train that make each method, or those of one")
     option("name", nargs="?", metavar="NAME", help="print this one's options, one a line")
     option("--teacher", default="TEACHER", metavar="CKPT", help="the teacher's checkpoint in them (default: TEACHER)")
+    which = "print which of the teacher's translations NAME is trained on, in place of the references"
+    option("--data", action="store_true", help=which)
 
 
 def add_weights(commands) -> None:
@@ -84,8 +96,8 @@ def add_weights(commands) -> None:
 def add_calibration(commands) -> None:
     command = commands.add_parser("calibration", help="measure the calibration of translation models")
     kinds = command.add_subparsers(required=True, metavar="KIND")
-    for add in (add_forced, add_inference, add_temperature, add_diagram):
-        add(kinds)
+    for make in (add_forced, add_inference, add_temperature, add_diagram):
+        make(kinds)
 
 
 def add_forced(kinds) -> None:
@@ -158,21 +170,6 @@ def add_model(option, subset: str) -> None:
 def model_of(args) -> dict:
     names = ("data", "path", "max_tokens", "cpu")
     return {name: getattr(args, name) for name in names} | {"subset": args.gen_subset, "settings": settings_of(args)}
-
-
-def add_data(option) -> None:
-    option("data", type=Data, metavar="DATA", help="folder that fairseq-preprocess wrote")
-
-
-def add_batches(option, subset: str) -> None:
-    option("--gen-subset", default=subset, metavar="SPLIT", help=f"subset to use (default: {subset})")
-    most = number(1, 2**31 - 1)
-    option("--max-tokens", type=most, default=4000, metavar="N", help="tokens a batch (default: 4000)")
-    add_cpu(option)
-
-
-def add_cpu(option) -> None:
-    option("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
 
 
 def add_scoring(option, tokens: bool = True) -> None:
@@ -316,11 +313,7 @@ def add_comparison(option) -> None:
     """Options of translating a subset with several models; :func:`comparison_of` makes arguments of them."""
     text = "text, one reference a line, for BLEU (default: the data's)"
     option("--reference", type=Input, metavar="FILE", help=text)
-    option("--beam", type=number(1, 1000), default=5, metavar="N", help="width of the beam (default: 5)")
-    option("--lenpen", type=number(-10, 10, float), default=1.0, metavar="P", help="length penalty (default: 1)")
-    longest = "translations have at most A x + B pieces, x those of the longest source in the batch (default: 0)"
-    option("--max-len-a", type=number(0, 1000, float), default=0.0, metavar="A", help=longest)
-    option("--max-len-b", type=number(0, 10**6), default=200, metavar="B", help="see --max-len-a (default: 200)")
+    add_search(option)
     option("--repeats", type=number(1, 10_000), default=5, metavar="N", help="timed passes (default: 5)")
     add_batches(option, "test")
 
@@ -337,9 +330,9 @@ def parser() -> Parser:
     top = Parser(prog="hgkd", description="Hard-gate knowledge distillation for fairseq")
     top.add_argument("--version", action="version", version=hgkd_fairseq.__version__)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    for add in (add_user_dir, add_doctor, add_gates, add_methods, add_weights, add_calibration, add_score, add_report,
-                add_store, add_export, add_compare):  # fmt: skip
-        add(commands)
+    for make in (add_user_dir, add_doctor, add_gates, add_methods, add_weights, add_calibration, add_score, add_report,
+                 add_store, *sequence_level.COMMANDS, add_export, add_compare):  # fmt: skip
+        make(commands)
     return top
 
 

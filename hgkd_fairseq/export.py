@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import tempfile
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -277,6 +278,18 @@ def to_ctranslate2(checkpoint: str, folder: str, data: str | None = None, quanti
             for part in (unfinished / "model").iterdir():
                 part.rename(unfinished / part.name)
             (unfinished / "model").rmdir()
+
+
+@contextlib.contextmanager
+def converted(path: str, data: str, quantization: str | None) -> Iterator[str]:
+    """A folder that is there for a while with the CTranslate2 model of a checkpoint; errors as of :func:`export` and
+    :func:`to_ctranslate2`."""
+    with tempfile.TemporaryDirectory() as temporary:
+        checkpoint, folder = f"{temporary}/model.pt", f"{temporary}/model"
+        check_conversion(path, folder, data)
+        export(path, checkpoint)
+        to_ctranslate2(checkpoint, folder, data, quantization)
+        yield folder
 
 
 def import_converters():

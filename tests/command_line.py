@@ -1,12 +1,18 @@
 """fairseq's own commands on a small corpus, as the tests run them."""
 
+import atexit
+import functools
 import json
 import os
 import random
 import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -98,21 +104,49 @@ def command(name: str, *arguments) -> list[str]:
     return [*start, *map(str, arguments)]
 
 
-def fairseq(name: str, *arguments, cwd: Path | None = None, stdin: str | None = None) -> Result:
-    """Run fairseq-`name` to its end, whatever that is."""
+@functools.cache
+def server() -> str:
+    """The socket of this process's own fork_server.py."""
+    folder = Path(tempfile.mkdtemp(prefix="fairseq-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = folder / "socket"
+    process = subprocess.Popen([sys.executable, Path(__file__).with_name("fork_server.py"), path], env=environment())
+    atexit.register(process.kill)
+    while not path.exists():
+        assert process.poll() is None, "fork_server.py has ended"
+        time.sleep(0.05)
+    return str(path)
+
+
+def console_script(name: str, *arguments) -> Result:
+    """Run fairseq-`name` to its end in a process of its own, for what is different there."""
     done = subprocess.run(
         command(name, *arguments),
-        cwd=cwd,
-        env=environment(),
-        input=stdin,
-        stdin=subprocess.DEVNULL if stdin is None else None,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
+        env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        timeout=TIMEOUT_S, check=False,
+    )  # fmt: skip
     return Result(done.returncode, done.stdout)
+
+
+def fairseq(name: str, *arguments, cwd: Path | None = None, stdin: str | None = None) -> Result:
+    """Run fairseq-`name` to its end, whatever that is; see fork_server.py."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as connection:
+        source, output = Path(folder, "stdin"), Path(folder, "output")
+        source.write_text(stdin or "")
+        output.touch()
+        request = {"name": name, "arguments": [*map(str, arguments)], "cwd": str(cwd or Path.cwd())}
+        request |= {"env": environment(), "stdin": str(source), "output": str(output)}
+        connection.connect(server())
+        connection.settimeout(TIMEOUT_S)
+        with connection.makefile("rw") as stream:
+            print(json.dumps(request), file=stream, flush=True)
+            process = int(stream.readline())
+            try:
+                code = int(stream.readline())
+            except TimeoutError:
+                os.killpg(process, signal.SIGKILL)
+                raise subprocess.TimeoutExpired(command(name, *arguments), TIMEOUT_S, output.read_text()) from None
+        return Result(code, output.read_text())
 
 
 def train(data: Path, folder: Path, *options, size=(*SIZE, *TIED), cwd: Path | None = None, device: str = "cpu") -> Run:

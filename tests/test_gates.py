@@ -33,6 +33,7 @@ SENTENCES = 7  # the last one has no token either
 P = [row[1] for row in TABLE]
 Q = [row[2] for row in TABLE]
 VOCABULARY = 11
+E = math.exp(0.989 / 20)
 
 # (gate, its parameters, progress) -> (data, teacher) of each token of TABLE, or (data, teacher, uniform)
 WEIGHTS = {
@@ -47,6 +48,11 @@ WEIGHTS = {
     # CE_s / CE_t = log p / log q
     ("wsl",): [(1, 2.5 * (1 - math.exp(-math.log(p) / math.log(q)))) for p, q in zip(P, Q, strict=True)],
     ("wsl", "kd_weight", 1.0): [(1, 1 - math.exp(-math.log(p) / math.log(q))) for p, q in zip(P, Q, strict=True)],
+    ("wsl-normalised", "kd_weight", 1.0): [
+        (1 / (1 + w), w / (1 + w))
+        for w in (1 - math.exp(-math.log(p) / math.log(q)) for p, q in zip(P, Q, strict=True))
+    ],
+    ("expected",): [(1 - p, p) for p in P],  # `statistics` say P as well of what it asks for
     ("always",): [(0, 1)] * 10,
     ("always", "kd_weight", 0.25): [(0.75, 0.25)] * 10,
     ("progressive", "kd_weight", 0.5, "progress", 0.5): [(0.75, 0.25)] * 10,
@@ -68,6 +74,11 @@ WEIGHTS = {
     # a = 1/2 and c = 6/11 at temperature 1 of 11 types: 12 to 1 odds, the others have 1/22 each. Half of that target is
     # 1/4 onehot + 1/4 uniform.
     ("virtual-teacher", "kd_weight", 0.5, "virtual_gold", 6 / 11, "virtual_temperature", 1.0): [(0.75, 0, 0.25)] * 10,
+    # Probabilities 0.99 and 0.001 over 20: odds exp(0.989 / 20); gold has e / (e + 10), each other one 1 / (e + 10).
+    ("virtual-teacher", "virtual_form", "probabilities", "virtual_gold", 0.99, "virtual_temperature", 20.0): [
+        (0.9 + 0.1 * (E - 1) / (E + 10), 0, 0.1 * 11 / (E + 10))
+    ]
+    * 10,
 }
 RANDOM = ("random", "beta")
 
@@ -75,7 +86,8 @@ RANDOM = ("random", "beta")
 def statistics(dtype: torch.dtype, progress: float = 0.0) -> TokenStatistics:
     sentence = torch.tensor([row[0] for row in TABLE])
     student, teacher = (torch.tensor(values, dtype=dtype).log() for values in (P, Q))
-    return TokenStatistics(student, teacher, sentence, SENTENCES, VOCABULARY, progress)
+    asked = dict.fromkeys(gates.contract.ASKED, torch.tensor(P, dtype=dtype))
+    return TokenStatistics(student, teacher, sentence, SENTENCES, VOCABULARY, progress, asked=asked)
 
 
 @pytest.fixture
@@ -116,7 +128,7 @@ def test_constant_gates_are_those_that_read_no_probability(name: str):
     if name == "selective-global":
         gate.weights.state["threshold"] = torch.tensor(1.0)
     unread = torch.zeros_like(seen.student_logprob)
-    blind = gate.weights(seen._replace(student_logprob=unread, teacher_logprob=unread))
+    blind = gate.weights(seen._replace(student_logprob=unread, teacher_logprob=unread, asked={"student_above": unread}))
     assert gate.constant == (rows(blind) == rows(gate.weights(seen)))
 
 
@@ -199,7 +211,9 @@ def test_weights_of_sentences(dtype: torch.dtype):
 @pytest.mark.parametrize("name", sorted(gates.GATES))
 def test_no_tokens(name: str):
     empty = torch.zeros(0)
-    weights = get_gate(name).weights(TokenStatistics(empty, empty, empty.long(), 3, vocabulary=VOCABULARY))
+    asked = dict.fromkeys(gates.contract.ASKED, empty)
+    seen = TokenStatistics(empty, empty, empty.long(), 3, vocabulary=VOCABULARY, asked=asked)
+    weights = get_gate(name).weights(seen)
     assert {part.shape for part in weights if part is not None} == {(0,)}
 
 
@@ -266,6 +280,14 @@ def test_duplicate_is_refused(registry: dict):
 def test_wrong_scope_is_refused(registry: dict):
     with pytest.raises(ValueError, match='scope of gate "mine" is "word"; it must be one of "token"'):
         register_gate("mine", scope="word", equation="", source="")
+    assert "mine" not in registry
+
+
+def test_asking_for_what_there_is_not_is_refused(registry: dict):
+    with pytest.raises(ValueError, match='gate "mine" asks for entropy; there are student_above, student_entropy'):
+        register_gate("mine", asks=("entropy",), equation="", source="")
+    with pytest.raises(ValueError, match='gate "mine" learns, and such a gate may ask for nothing'):
+        register_gate("mine", asks=("student_above",), equation="", source="")(torch.nn.Linear)
     assert "mine" not in registry
 
 

@@ -87,7 +87,7 @@ def test_table_of_gates():
 def test_table_of_methods():
     written = (ROOT / "hgkd_fairseq" / "methods.toml").read_text()
     rows = [f"| {it['title']} | `{name}` | `{it['options']}` |" for name, it in tomllib.loads(written).items()]
-    assert "\n" + "\n".join(rows) + "\n\n" in PAGES["hgkd_fairseq/gates/README.md"].read_text()
+    assert "\n" + "\n".join(rows) + "\n\n" in PAGES["hgkd_fairseq/METHODS.md"].read_text()
 
 
 def test_tables_of_the_study():

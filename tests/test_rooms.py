@@ -12,13 +12,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hgkd_fairseq"
 # Each line may import those below it, and rooms of its own line as long as they do not import it back.
 LEVELS = [
-    {"cli", "doctor", "export", "methods", "report", "tasks"},
+    {"cli", "doctor", "export", "methods", "report", "sequence_level", "tasks"},
     {"criterions", "evaluation"},
     {"data", "plugin", "sentence_weights", "teacher"},
     {"loss"},
     {"gates"},
     {"calibration"},
-    {"arguments", "drawing", "errors", "files", "ranges"},
+    {"arguments", "cache", "drawing", "errors", "files", "ranges"},
 ]
 # What fairseq must find registered, whichever of these it comes to first.
 REGISTRATION = {("plugin", "tasks"), ("criterions", "tasks")}

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import command_line as cl
 import pytest
+import torch
 from sacrebleu.metrics import BLEU, CHRF
 
 from hgkd_fairseq import cli
-from hgkd_fairseq.evaluation import score
+from hgkd_fairseq.calibration import temperature as calibration_temperature
 from hgkd_fairseq.report import runs, tables
 
 GENERATE = "--beam 2 --max-len-b 12"
@@ -108,6 +109,28 @@ def test_what_is_done_again(data, run):
     assert measured <= done_again(before, run)
 
 
+def test_the_checkpoint_with_the_highest_bleu_on_validation(data, student, run):
+    """As fairseq-generate alone finds it, translating greedily."""
+    for epoch in (1, 2):
+        shutil.copy(run / "checkpoint_last.pt", run / f"checkpoint{epoch}.pt")
+    weak = torch.load(run / "checkpoint1.pt", weights_only=False)
+    for tensor in weak["model"].values():
+        tensor.mul_(0.5)
+    torch.save(weak, run / "checkpoint1.pt")
+    assert scored(data, run, "--checkpoint", "best-bleu") == 0
+    found = json.loads((run / "best-bleu" / "candidates.json").read_text())
+    assert set(found["bleu"]) == {"checkpoint1.pt", "checkpoint2.pt", "checkpoint_best.pt", "checkpoint_last.pt"}
+    search = ("--gen-subset", "valid", "--max-len-b", 12, "--beam", 1, "--max-tokens", 4000, "--cpu", *cl.USER_DIR)
+    for name in ("checkpoint1.pt", "checkpoint_last.pt"):
+        result = cl.fairseq("generate", data, "--path", run / name, "--required-batch-size-multiple", 1, *search)
+        rows = re.findall(r"^([TH])-(\d+)\t(?:-[\d.]+\t)?(.*)$", result.output, re.MULTILINE)
+        gold, texts = ({number: text for kind, number, text in rows if kind == one} for one in "TH")
+        bleu = BLEU().corpus_score([texts[number] for number in gold], [list(gold.values())]).score
+        assert found["bleu"][name] == pytest.approx(bleu, abs=1e-9)
+    assert found["bleu"][found["best"]] == max(found["bleu"].values()) > found["bleu"]["checkpoint1.pt"]
+    assert json.loads((run / "best-bleu" / "scores.json").read_text())["bleu"] > 0
+
+
 def test_checkpoints_of_one_run(data, run, capsys):
     """best, last and any other lie side by side, and their scores too."""
     shutil.copy(run / "checkpoint_last.pt", run / "checkpoint.best_bleu_20.5.pt")
@@ -129,7 +152,10 @@ def test_checkpoints_of_one_run(data, run, capsys):
             "--generate '--beams 5' is not for fairseq-generate: unrecognized arguments: --beams 5",
         ),
         (["--generate=--beam '5"], "--generate '--beam '5' is not for fairseq-generate: No closing quotation"),
-        (["--checkpoint", "worst"], "worst does not exist; --checkpoint is best, last or a file in the run's folder"),
+        (
+            ["--checkpoint", "worst"],
+            "worst does not exist; --checkpoint is best, best-bleu, last or a file in",
+        ),
         (["--reference", "{short}"], r"64 translations for 1 references; name the text .* with --reference"),
     ],
 )
@@ -141,7 +167,7 @@ def test_what_is_refused(options, expected, data, run, tmp_path, capsys):
 
 def test_a_model_that_has_no_best_temperature(data, run, monkeypatch, capsys):
     """The others' scores are there, and none of a temperature of before."""
-    monkeypatch.setattr(score.temperature, "HIGHEST", 1.0000001)
+    monkeypatch.setattr(calibration_temperature, "HIGHEST", 1.0000001)
     (run / "scored.json").unlink()
     assert scored(data, run) == 0
     assert "scored without a temperature: the NLL of subset valid falls" in capsys.readouterr().err

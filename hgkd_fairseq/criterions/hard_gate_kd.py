@@ -12,10 +12,10 @@ from hgkd_fairseq.data import batches
 from hgkd_fairseq.gates import Gate
 from hgkd_fairseq.loss import Head, gated_distillation
 from hgkd_fairseq.plugin import checks, features, training_state, workers
-from hgkd_fairseq.plugin.config import criterion_config, temperature
+from hgkd_fairseq.plugin.config import criterion_config, given_temperature, temperature
 from hgkd_fairseq.sentence_weights.gate import Instance
 from hgkd_fairseq.sentence_weights.refresh import Refresh
-from hgkd_fairseq.teacher import Signal, Sparse, TeacherSource
+from hgkd_fairseq.teacher import Signal, Sparse, TeacherSource, gauge
 from hgkd_fairseq.teacher.loras import Loras
 
 HardGateKDConfig = criterion_config(__name__)
@@ -34,12 +34,15 @@ class HardGateKDCriterion(FairseqCriterion):
         checks.check_options(cfg, self.gate, self.state)
         if self.state.loaded is None:  # else the task was made from a checkpoint, and validates
             checks.check_training(cfg, self.gate, task)
+            self.state.at_training_begin.append(self.fit_temperature)
             if isinstance(self.gate.weights, Instance):
                 self.refresh = Refresh(self)
         if self.gate.needs_teacher:
             teacher = checks.load_teacher(cfg, task)
             if isinstance(teacher, Loras):
                 self.learned_teacher = teacher  # a child, so that its parameters are trained and saved
+            if self.state.loaded is not None:
+                checks.check_fitted(cfg, self.state)
         self.method = training_state.method(cfg, str(getattr(task.cfg, "teacher_source", "none")))
         self.state.method = self.method  # kept in the checkpoints
 
@@ -59,6 +62,18 @@ class HardGateKDCriterion(FairseqCriterion):
         """Called before training, with the student."""
         teacher = self.teacher()
         checks.check_model(self.cfg, model, teacher.models if teacher else [])
+
+    def fit_temperature(self, epoch: int, model: torch.nn.Module) -> None:
+        """Called when data and checkpoint are loaded: log how a frozen teacher fits the data, and where
+        --teacher-temperature is auto take the temperature that fits it, once for a run."""
+        teacher = self.teacher()
+        if teacher is not None and teacher.frozen:
+            gauge.begin(self.cfg, self.task, teacher, model, self.state)
+
+    @property
+    def teacher_temperature(self) -> float:
+        """The number that is given, or the fitted one; 1 without a teacher."""
+        return given_temperature(self.cfg) or self.state.fitted_temperature or 1.0
 
     def gate_in_use(self) -> Gate:
         """The gate; one that remembers finds its memory, which comes with the checkpoint, in the training's state."""
@@ -86,7 +101,10 @@ class HardGateKDCriterion(FairseqCriterion):
         student = student._replace(hidden=student.hidden[:, skip:])
         teachers = signal.heads if signal else []
         gate, progress = self.gate_in_use(), self.state.progress(self.cfg.max_update)
-        tau = temperature(self.cfg, progress)
+        without_dropout = None
+        if self.cfg.gate_dropout == "off" and signal and not validating:
+            without_dropout = self.gold_logprob(model, sample, target, lengths)
+        tau = temperature(self.cfg, self.teacher_temperature, progress)
         gold = signal.gold.at(1.0 if self.cfg.untempered_gate else tau) if signal and signal.gold else None
         out = gated_distillation(
             student.hidden, student.weight, [one.hidden for one in teachers] or None, [one.weight for one in teachers],
@@ -104,6 +122,7 @@ class HardGateKDCriterion(FairseqCriterion):
             top1=validating or self.cfg.report_accuracy,
             lengths=lengths,
             instance=None if validating else sample["id"],
+            student_logprob=without_dropout,
             teacher_gold=gold,
             teacher_sparse=signal.distribution if isinstance(signal, Sparse) else None,
             implementation=self.cfg.loss_impl,
@@ -117,6 +136,27 @@ class HardGateKDCriterion(FairseqCriterion):
             workers.show(out, self.gate, self.state.idle)
         sample_size = sample["target"].size(0) if self.cfg.sentence_avg else sample["ntokens"]
         return loss, sample_size, logged.sums(out, sample, sample_size, self.cfg.report_accuracy)
+
+    @torch.no_grad()
+    def gold_logprob(self, model, sample: dict, target: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        """(B, T) of the gold tokens under the student without dropout."""
+        training = [module for module in model.modules() if module.training]
+        model.eval()
+        try:
+            student = features.head(model, sample["net_input"])
+        finally:
+            for module in training:
+                module.training = True
+        hidden = student.hidden[:, -target.size(1) :]  # less --ignore-prefix-size
+        read = gated_distillation(
+            hidden, student.weight, None, None, target,
+            padding_idx=self.padding_idx,
+            gate="none",
+            student_bias=student.bias,
+            lengths=lengths,
+            implementation=self.cfg.loss_impl,
+        )  # fmt: skip
+        return -read.token_nll
 
     @classmethod
     def reduce_metrics(cls, logging_outputs) -> None:

@@ -2,8 +2,8 @@
 
 loss            the gated objective
 nll_loss, ppl   the student's plain cross-entropy, comparable across methods
-kd_loss         KL per token that the gate gave to the teacher
-teacher_share   share of such tokens
+kd_loss         KL per token that has a teacher weight above 0
+teacher_share   the teacher's weight of both weights, mean over the tokens: of a hard gate the share of its tokens
 gap             student over teacher, log-probability of the token that the gate reads
 accuracy        with --report-accuracy, per cent
 ece             in validation: top-1, teacher-forced, with EOS, a fraction
@@ -31,6 +31,7 @@ def sums(out: DistillationOutput, sample: dict, sample_size: int, accuracy: bool
         "nll_loss": out.nll,
         "kd_loss": out.kd,
         "gap": out.gap,
+        "teacher_share": out.teacher_share,
         "teacher_tokens": out.teacher_tokens,
         "tokens": out.tokens,
         "ntokens": sample["ntokens"],
@@ -61,7 +62,7 @@ def reduce(logging_outputs: Sequence[dict[str, Any]]) -> None:
     metrics.log_scalar("nll_loss", total("nll_loss") / max(tokens, 1) * bits, tokens, round=3)
     metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters["nll_loss"].avg))
     metrics.log_scalar("kd_loss", total("kd_loss") / max(teacher_tokens, 1) * bits, teacher_tokens, round=3)
-    metrics.log_scalar("teacher_share", teacher_tokens / max(tokens, 1), tokens, round=4)
+    metrics.log_scalar("teacher_share", total("teacher_share") / max(tokens, 1), tokens, round=4)
     metrics.log_scalar("gap", total("gap") / max(tokens, 1) * bits, tokens, round=3)
     if any("n_correct" in log for log in logging_outputs):
         metrics.log_scalar("accuracy", 100 * total("n_correct") / max(tokens, 1), tokens, round=3)

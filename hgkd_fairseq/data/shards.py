@@ -151,11 +151,14 @@ class Shards:
             return True
         return False
 
+    def finished(self) -> list[int]:
+        """Shards that have a record, by whoever; no file of theirs is read."""
+        return [shard for shard in range(self.count) if self.name(shard).with_suffix(".json").exists()]
+
     def all_files(self) -> Iterator[Path]:
         """Of each shard in turn, as :meth:`files`; what is not finished is told before the first."""
-        for shard in range(self.count):
-            if not self.name(shard).with_suffix(".json").exists():
-                self.check(shard)
+        for shard in sorted({*range(self.count)}.difference(self.finished())):
+            self.check(shard)
         return (self.files(shard) for shard in range(self.count))
 
     # Writing
@@ -176,7 +179,7 @@ class Shards:
             made = [self.make_one(shard, make) for shard in left]
             if not any(made):
                 time.sleep(min(1.0, self._claims[0].expires / 10))
-        if all(self.name(shard).with_suffix(".json").exists() for shard in range(self.count)):
+        if len(self.finished()) == self.count:
             self.sweep()
 
     def make_one(self, shard: int, make: Make) -> bool:
@@ -229,9 +232,9 @@ def text_of(manifest: dict[str, Any]) -> str:
 
 
 def differences(found: Any, expected: Any, where: str = "") -> Iterator[str]:
-    """The values that are expected and not found, with both."""
+    """The values that are expected and not found, with both; single values before tables of hashes."""
     if isinstance(expected, dict) and isinstance(found, dict):
-        for key, value in expected.items():
+        for key, value in sorted(expected.items(), key=lambda item: isinstance(item[1], dict)):
             yield from differences(found.get(key), value, f"{where}.{key}" if where else key)
     elif found != expected:
         shown = [json.dumps(one, sort_keys=True) for one in (found, expected)]

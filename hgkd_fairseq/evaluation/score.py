@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import io
-import json
 import logging
 import math
+import re
 import shlex
 import sys
 import tempfile
@@ -34,12 +33,15 @@ from hgkd_fairseq import files
 from hgkd_fairseq.calibration.scores import Results, Score
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.evaluation import forced, generated, inference, logs, results, temperature
+from hgkd_fairseq.evaluation.steps import Steps
 from hgkd_fairseq.plugin import binarised, checkpoints
 
 CHECKPOINTS = {"best": "checkpoint_best.pt", "last": "checkpoint_last.pt"}
+BEST_BLEU = "best-bleu"  # of the epochs' checkpoints and those two
+CANDIDATES = 10  # of the epochs, evenly spaced
+EPOCH = re.compile(r"checkpoint(\d{1,9})\.pt")
 LENGTH_PENALTIES = (0.5, 1.0, 1.5, 2.0, 3.0)
 PACKAGES = ("torch", "ve-fairseq", "sacrebleu")
-RECORD = "scored.json"
 GENERATED = "generate-test.txt"
 SHOWN = ("nll", "ece", "ece_without_eos")
 
@@ -62,8 +64,10 @@ def score_all(data: str, runs: Sequence[str], names: Sequence[str], how: ScoreOp
     Args:
         data: folder of fairseq-preprocess, with the subsets valid and test.
         runs: folders that fairseq-train saved to.
-        names: of the checkpoints in each: "best", "last" or a file. The scores of the best one are in the run's folder,
-            those of checkpoint_NAME.pt in its folder NAME.
+        names: of the checkpoints in each: "best", "last", a file, or "best-bleu": of up to 10 of the epochs'
+            checkpoints, the best one and the last one that with the highest BLEU on the validation set, translated
+            greedily. The scores of the best one are in the run's folder, those of checkpoint_NAME.pt in its folder
+            NAME, those of that with the highest BLEU in best-bleu.
         how: see there.
 
     Raises:
@@ -74,38 +78,6 @@ def score_all(data: str, runs: Sequence[str], names: Sequence[str], how: ScoreOp
     for run in runs:
         for name in names:
             print(*Scoring(data, Path(run), name, how).score(references), sep="\n", flush=True)
-
-
-class Steps:
-    """The files of a folder that are whole and come from known inputs: RECORD has the hashes of both."""
-
-    def __init__(self, folder: Path, *inputs: Any):
-        self.folder, self.inputs = folder, [content(one) for one in inputs]
-        self.table: dict[str, list[str]] = {}
-        with contextlib.suppress(UserError):  # there is none, or one that was cut short
-            self.table = files.read_json(folder / RECORD, {str: [str]})
-
-    def once(self, name: str, make: Callable[[Path], object], *inputs: Any) -> Path:
-        """The file `name`, which make(file) writes unless it is there, byte for byte, from the same inputs. Of a Path
-        the content counts."""
-        file = self.folder / name
-        known = json.dumps([*self.inputs, *map(content, inputs)])
-        key = hashlib.sha256(known.encode()).hexdigest()
-        if not file.is_file() or self.table.get(name) != [key, content(file)]:
-            print(f"hgkd: {file}", file=sys.stderr, flush=True)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            make(file)
-            self.table[name] = [key, content(file)]
-            files.write_json(self.folder / RECORD, self.table)
-        return file
-
-
-def content(value: Any) -> Any:
-    """The SHA-256 of a Path's content; any other value as it is."""
-    if not isinstance(value, Path):
-        return value
-    with open(value, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def generation(how: str, *words: str) -> argparse.Namespace:
@@ -146,15 +118,50 @@ class Scoring:
 
     def __init__(self, data: str, run: Path, name: str, how: ScoreOptions):
         self.data, self.run, self.how = data, run, how
-        self.path = run / CHECKPOINTS.get(name, name)
-        if not self.path.is_file():
-            raise UserError(f"{self.path} does not exist; --checkpoint is best, last or a file in the run's folder")
-        self.folder = self.path.parent / self.path.stem.removeprefix("checkpoint").lstrip("_.")
-        if name == "best":
-            self.folder = run
         corpus = Path(binarised.first_shard(data))
         subsets = [file for split in ("dict", "valid", "test") for file in sorted(corpus.glob(f"{split}.*"))]
-        self.once = Steps(self.folder, hgkd_fairseq.__version__, self.path, *subsets).once
+        known = (hgkd_fairseq.__version__, *subsets)
+        self.folder = run / name
+        if name == BEST_BLEU:
+            self.once = Steps(self.folder, *known).once
+            self.path = self.best_by_bleu()
+        else:
+            self.path = run / CHECKPOINTS.get(name, name)
+            self.folder = self.path.parent / self.path.stem.removeprefix("checkpoint").lstrip("_.")
+        if name == "best":
+            self.folder = run
+        if not self.path.is_file():
+            raise UserError(
+                f"{self.path} does not exist; --checkpoint is best, {BEST_BLEU}, last or a file in the run's folder"
+            )
+        self.once = Steps(self.folder, *known, self.path).once
+
+    def best_by_bleu(self) -> Path:
+        """Of the epochs' checkpoints, the best and the last one, that with the highest BLEU on the validation set."""
+        epochs = {int(found[1]): file for file in self.run.iterdir() if (found := EPOCH.fullmatch(file.name))}
+        numbers = sorted(epochs)
+        step = max(len(numbers) / CANDIDATES, 1)  # from the last one back
+        candidates = [epochs[numbers[-1 - int(i * step)]] for i in range(min(CANDIDATES, len(numbers)))]
+        candidates += [file for name in CHECKPOINTS.values() if (file := self.run / name).is_file()]
+        if not candidates:
+            raise UserError(f"{self.run} holds no checkpoint of fairseq-train")
+
+        def choose(output: Path) -> None:
+            found = {}
+            for self.path in candidates:
+                found[self.path.name] = self.valid_bleu("--beam", "1")
+            files.write_json(output, {"best": max(found, key=lambda name: found[name]), "bleu": found})
+
+        table = files.read_json(self.once("candidates.json", choose, self.how.cpu, *candidates), {"best": str})
+        return self.run / Path(table["best"]).name
+
+    def valid_bleu(self, *more: str) -> float:
+        """BLEU on the validation set, against the references in the data, with more options of fairseq-generate."""
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder, "generate-valid.txt")
+            self.translate(output, *more)
+            found, gold = generated.read_texts(output)
+        return self.bleu().corpus_score(found, [gold or []]).score
 
     def translated(self, name: str, *more: str) -> Path:
         """The output of fairseq-generate, in pieces; beside it generate.log, which has its settings."""
@@ -259,13 +266,7 @@ class Scoring:
     def choose_lenpen(self, file: Path) -> None:
         """The control of BLEU, as a fitted temperature is that of ECE: which --lenpen has the highest BLEU on the
         validation set (against the references in the data)."""
-        valid = {}
-        with tempfile.TemporaryDirectory() as folder:
-            for penalty in LENGTH_PENALTIES:
-                output = Path(folder, "generate-valid.txt")
-                self.translate(output, "--lenpen", str(penalty))
-                found, gold = generated.read_texts(output)
-                valid[penalty] = self.bleu().corpus_score(found, [gold or []]).score
+        valid = {penalty: self.valid_bleu("--lenpen", str(penalty)) for penalty in LENGTH_PENALTIES}
         files.write_json(file, {"lenpen": max(valid, key=lambda penalty: valid[penalty]), "bleu": valid})
 
     def training(self) -> dict[str, Any]:

@@ -5,23 +5,18 @@ What a temperature also fixes is no gain of a training method: report it beside 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from hgkd_fairseq import files
+from hgkd_fairseq.calibration import temperature as calibration
 from hgkd_fairseq.calibration.scores import Results, Settings
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.evaluation.forced import batches, chunks, load, measure, token_batches
 from hgkd_fairseq.loss.eager import mean_logprobs
 
-HIGHEST = 20.0  # temperatures from 1 / HIGHEST to HIGHEST are tried
 LEAST, MOST = 0.01, 100.0  # temperatures that are taken: logits in fp32 stay far from their limits
-TOLERANCE = 1e-4  # of the temperature, relative
-MOST_PASSES = 30
 
 
 class Fit(NamedTuple):
@@ -64,54 +59,20 @@ def fit(
         first = second = 0.0
         for batch in token_batches(models, batches(task, models, subset, max_tokens), task.target_dictionary, device):
             for heads, gold in chunks(batch.heads, batch.target):
-                slopes = nll_slopes(heads, gold, inverse)
+                slopes = calibration.nll_slopes(functools.partial(mean_logprobs, heads), gold, inverse)
                 first, second = first + slopes[0], second + slopes[1]
         return first, second
 
-    try:
-        temperature = 1 / minimum(slope)
-    except ValueError:
+    found = calibration.fit(slope)
+    if found is None:
         raise NoMinimum(
-            f"the NLL of subset {subset} falls up to a temperature of {HIGHEST:g} or down to 1/{HIGHEST:g}; "
-            "fit it on data the model was not trained on, with --gen-subset"
-        ) from None
-    scaled = measure(models, task, device, subset, max_tokens, settings, temperature)
+            f"the NLL of subset {subset} falls up to a temperature of {calibration.HIGHEST:g} or down to "
+            f"1/{calibration.HIGHEST:g}; fit it on data the model was not trained on, with --gen-subset"
+        )
+    scaled = measure(models, task, device, subset, max_tokens, settings, found)
     for results in (raw, scaled):
         results.about["path"] = path
-    return Fit(temperature, raw, scaled)
-
-
-def nll_slopes(heads, gold: torch.Tensor, inverse: float) -> tuple[float, float]:
-    """First and second derivative of the summed NLL (nats) by the inverse temperature; `heads` with hidden (N, D)."""
-    with torch.enable_grad():
-        beta = torch.tensor(inverse, dtype=torch.float64, device=gold.device, requires_grad=True)
-        logp = mean_logprobs(heads, 1 / beta)  # type: ignore[arg-type]  # a tensor, for its gradient
-        nll = -logp.gather(1, gold[:, None]).double().sum()
-        (first,) = torch.autograd.grad(nll, beta, create_graph=True)
-        (second,) = torch.autograd.grad(first, beta)
-    return float(first.detach()), float(second)
-
-
-def minimum(slope: Callable[[float], tuple[float, float]]) -> float:
-    """Where the first of the two derivatives that `slope` gives is zero: Newton's method from 1, with bisection where
-    it leaves the bracket. The NLL of one model is convex in the inverse temperature, so there is one such place.
-
-    Raises:
-        ValueError: there is none between 1 / HIGHEST and HIGHEST.
-    """
-    low, high = 1 / HIGHEST, HIGHEST
-    inverse = 1.0
-    for _ in range(MOST_PASSES):
-        first, second = slope(inverse)
-        low, high = (inverse, high) if first < 0 else (low, inverse)
-        step = inverse - first / second if second > 0 else math.nan
-        after = step if low < step < high else math.sqrt(low * high)
-        if abs(after - inverse) <= TOLERANCE * inverse:
-            if after > (1 - 2 * TOLERANCE) * HIGHEST or after < (1 + 2 * TOLERANCE) / HIGHEST:
-                break
-            return after
-        inverse = after
-    raise ValueError("no minimum")
+    return Fit(found, raw, scaled)
 
 
 def read(given: str) -> float:

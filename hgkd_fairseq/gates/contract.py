@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -26,6 +27,15 @@ class TokenStatistics(NamedTuple):
     vocabulary: int = 0  # V
     progress: float = 0.0  # share of the training's updates that are made, 0 to 1
     instance: Tensor | None = None  # (n,) int64, number of the token's sentence in the training set; None outside of it
+    asked: Mapping[str, Tensor] = MappingProxyType({})  # (n,) each, what the gate asks for of ASKED
+
+
+# What a gate may ask for by name, of the student's distribution p and the teacher's q as the gate reads it.
+ASKED = {
+    "student_above": "sum_v p(v) 1[p(v) > q(v)]",
+    "student_entropy": "H(p), nats",
+    "teacher_entropy": "H(q), nats",
+}
 
 
 class GateWeights(NamedTuple):
@@ -34,6 +44,11 @@ class GateWeights(NamedTuple):
     data: Tensor
     teacher: Tensor
     uniform: Tensor | None = None  # of the cross-entropy with the uniform distribution; None: 0
+
+    @property
+    def teacher_share(self) -> Tensor:
+        """(n,) teacher / (data + teacher); 0 where both are."""
+        return self.teacher / (self.data + self.teacher).clamp(min=torch.finfo(self.teacher.dtype).tiny)
 
 
 class GateError(ValueError):
@@ -110,6 +125,7 @@ class Gate:
         uniform: whether its weights have a `uniform` part.
         timed: whether it changes with `progress`, so that the length of the training must be known.
         constant: whether its weights do not depend on the two log-probabilities, so that they are known beforehand.
+        asks: the statistics of `ASKED` that it sees beside them, which no kernel makes: plain torch does the rows.
         closes: whether it gives tokens the teacher's weight 0, so that it pays to decide before the teacher's logits
             are made, where the teacher's log-probabilities of the gold tokens are known.
         parameters: by name, as the gate declares them.
@@ -125,6 +141,7 @@ class Gate:
     uniform: bool = False
     timed: bool = False
     constant: bool = False
+    asks: tuple[str, ...] = ()
     closes: bool = False
     equation: str = ""
     source: str = ""

@@ -55,6 +55,18 @@ def floor(statistics: TokenStatistics, *, gate_floor: Floor = "0.3,0.7") -> Gate
     return GateWeights(1 - teacher, teacher)
 
 
+@register_gate(
+    "expected",
+    equation="teacher sum_v p(v) 1[p(v) > q(v)], data 1 - teacher",
+    source="the rule of HKD-T in its mean over the student's tokens, so that no sampled gold token decides; ours",
+    compares=False,
+    asks=("student_above",),
+)
+def expected(statistics: TokenStatistics) -> GateWeights:
+    teacher = statistics.asked["student_above"]
+    return GateWeights(1 - teacher, teacher)
+
+
 def floor_weights(text: str) -> tuple[float, float]:
     """(weight of the teacher where the gate is closed, where it is open), of "LO,HI"; either may be the larger."""
     try:

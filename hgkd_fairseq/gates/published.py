@@ -23,6 +23,13 @@ QUEUE = Range(1, 2**24, "a number of tokens, 1 to 16 million; the paper's is 300
 Queue = Annotated[int, Option("tokens whose NLL is remembered", QUEUE)]
 VirtualGold = Annotated[float, Option("c, the virtual teacher's probability of the gold token", SHARE)]
 VirtualTemperature = Annotated[float, Option("temperature of the virtual teacher", POSITIVE)]
+VirtualForm = Annotated[
+    str,
+    Option(
+        "what the temperature divides: the virtual teacher's logits, or, as in the released code, its probabilities",
+        choices=("logits", "probabilities"),
+    ),
+]
 BetaShape = Annotated[float, Option("c of Beta(c, 1), from which the gold token's probability is drawn", POSITIVE)]
 
 
@@ -66,6 +73,7 @@ def annealed(
     return mixed(statistics, 1.0 if statistics.progress < gate_share else 0.0)
 
 
+WSL = "WSL, Zhou et al., ICLR 2021, arXiv:2102.00650, by token"
 SELECTIVE = "Selective-KD, Wang et al., ACL 2021, arXiv:2105.12967"
 
 
@@ -143,7 +151,7 @@ def newest(values: Tensor, size: int) -> Tensor:
     constant=True,
     uniform=True,
     equation="(1 - a) CE + a CE(q, p), q = c on gold, the rest even, tempered (--kd-weight a, --virtual-gold c, "
-    "--virtual-temperature)",
+    "--virtual-temperature, --virtual-form)",
     source="TF-KD, Yuan et al., CVPR 2020, arXiv:1909.11723",
 )
 def virtual_teacher(
@@ -152,11 +160,16 @@ def virtual_teacher(
     kd_weight: KdShare = 0.1,
     virtual_gold: VirtualGold = 0.9,
     virtual_temperature: VirtualTemperature = 1.5,
+    virtual_form: VirtualForm = "logits",
 ) -> GateWeights:
     others = math.log(statistics.vocabulary - 1)
-    # p^(1 / tau), normalised: gold odds are c (V - 1) / (1 - c) to one other token. In logarithms: no power overflows.
-    known = (math.log(virtual_gold) if virtual_gold else -math.inf) - math.log(max(1 - virtual_gold, 1e-12))
-    odds = (known + others) / virtual_temperature - others
+    # By how much the logit of gold is above each other one; odds in logarithms, so that no power overflows.
+    if virtual_form == "logits":
+        known = (math.log(virtual_gold) if virtual_gold else -math.inf) - math.log(max(1 - virtual_gold, 1e-12))
+        above = known + others
+    else:
+        above = virtual_gold - (1 - virtual_gold) / (statistics.vocabulary - 1)
+    odds = above / virtual_temperature - others
     gold = torch.full_like(statistics.student_logprob, odds).sigmoid()
     return smoothed(torch.full_like(gold, 1 - kd_weight), kd_weight, gold, statistics.vocabulary)
 
@@ -185,12 +198,28 @@ def beta(
     return smoothed(torch.full_like(gold, 1 - kd_weight), kd_weight, gold, statistics.vocabulary)
 
 
+def wsl_weight(statistics: TokenStatistics, kd_weight: float) -> Tensor:
+    """(n,) a (1 - exp(-CE_s / CE_t)): the teacher's weight grows where the student is behind it."""
+    student, teacher = -statistics.student_logprob, -statistics.teacher_logprob
+    ratio = student / teacher.clamp(min=torch.finfo(teacher.dtype).tiny)
+    return kd_weight * -torch.expm1(-ratio)
+
+
 @register_gate(
     "wsl",
     equation="data 1, teacher a (1 - exp(-CE_s / CE_t)), CE the gold token's -log p and -log q (--kd-weight a)",
-    source="WSL, Zhou et al., ICLR 2021, arXiv:2102.00650, by token",
+    source=WSL,
 )
 def wsl(statistics: TokenStatistics, *, kd_weight: KdWeight = 2.5) -> GateWeights:
-    student, teacher = -statistics.student_logprob, -statistics.teacher_logprob
-    ratio = student / teacher.clamp(min=torch.finfo(teacher.dtype).tiny)
-    return GateWeights(torch.ones_like(student), kd_weight * -torch.expm1(-ratio))
+    teacher = wsl_weight(statistics, kd_weight)
+    return GateWeights(torch.ones_like(teacher), teacher)
+
+
+@register_gate(
+    "wsl-normalised",
+    equation="as wsl, both weights divided by their sum (--kd-weight a)",
+    source=f"{WSL}; the division is ours",
+)
+def wsl_normalised(statistics: TokenStatistics, *, kd_weight: KdWeight = 2.5) -> GateWeights:
+    teacher = wsl_weight(statistics, kd_weight)
+    return GateWeights(1 / (1 + teacher), teacher / (1 + teacher))

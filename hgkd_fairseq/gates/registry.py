@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-from hgkd_fairseq.gates.contract import Gate, GateError, Option, Parameter, TokenStatistics
+from hgkd_fairseq.gates.contract import ASKED, Gate, GateError, Option, Parameter, TokenStatistics
 from hgkd_fairseq.ranges import FINITE
 
 GATES: dict[str, Gate] = {}
 
 SCOPES = ("token", "sentence", "batch")
 TYPES = (float, int, str)
-NO_TOKENS = TokenStatistics(torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.int64), 0, vocabulary=2)
+NO = torch.zeros(0)
+NO_TOKENS = TokenStatistics(NO, NO, NO.long(), 0, vocabulary=2, asked=dict.fromkeys(ASKED, NO))
 
 
 def register_gate(
@@ -32,6 +33,7 @@ def register_gate(
     uniform: bool = False,
     timed: bool = False,
     constant: bool = False,
+    asks: tuple[str, ...] = (),
     closes: bool = False,
 ) -> Callable[[Any], Any]:
     """Decorator: register a gate under ``name``, the value that ``--gate`` takes.
@@ -44,18 +46,35 @@ def register_gate(
     choices. It becomes an option of the criterion, of that name.
 
     Raises:
-        ValueError: the name is taken, the scope is none of "token", "sentence" and "batch", or a parameter has no
-            default, no `Option`, or another type.
+        ValueError: the name is taken, the scope is none of "token", "sentence" and "batch", it asks for statistics that
+            there are not or learns beside them, or a parameter has no default, no `Option`, or another type.
     """
     if scope not in SCOPES:
         raise ValueError(f'scope of gate "{name}" is "{scope}"; it must be one of "token", "sentence", "batch"')
 
+    if unknown := set(asks) - set(ASKED):
+        raise ValueError(f'gate "{name}" asks for {", ".join(sorted(unknown))}; there are {", ".join(ASKED)}')
+
     def register(made: Any) -> Any:
         if name in GATES:
             raise ValueError(f'a gate named "{name}" is registered already; choose another name')
+        if asks and inspect.isclass(made) and issubclass(made, torch.nn.Module):
+            raise ValueError(f'gate "{name}" learns, and such a gate may ask for nothing')
         declared = declared_parameters(name, made)
         GATES[name] = Gate(
-            name, made, scope, needs_teacher, compares, uniform, timed, constant, closes, equation, source, declared
+            name,
+            made,
+            scope,
+            needs_teacher,
+            compares,
+            uniform,
+            timed,
+            constant,
+            asks,
+            closes,
+            equation,
+            source,
+            declared,
         )
         return made
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,7 +40,8 @@ class DistillationOutput:
     nll: Tensor  # scalar, plain -log p(gold): cross-entropy without smoothing or gate
     kd: Tensor  # scalar, KL(teacher || student) over the tokens that the gate gave to the teacher
     gap: Tensor  # scalar, log p - log q of the token that the gate reads
-    teacher_tokens: Tensor  # scalar int64
+    teacher_share: Tensor  # scalar, sum over the tokens of teacher weight / (data weight + teacher weight)
+    teacher_tokens: Tensor  # scalar int64, those with a teacher weight above 0
     tokens: Tensor  # scalar int64
     tokens_mask: Tensor  # (B, T) bool, False at pads
     rows: Tensor  # (N,) int64, the places of the N tokens in B T
@@ -48,7 +49,7 @@ class DistillationOutput:
 
     @functools.cached_property
     def teacher_mask(self) -> Tensor:
-        """(B, T) bool, the tokens that the gate gave to the teacher."""
+        """(B, T) bool, the tokens with a teacher weight above 0."""
         return self._spread(self.results.teacher_mask)
 
     @functools.cached_property
@@ -92,6 +93,7 @@ def gated_distillation(
     top1: bool = False,
     lengths: Sequence[int] | None = None,
     instance: Tensor | None = None,  # (B,) int64
+    student_logprob: Tensor | None = None,  # (B, T)
     teacher_gold: Tensor | None = None,  # (B, T)
     teacher_sparse: Sparse | None = None,  # (B, T, K)
     implementation: str = "auto",
@@ -112,7 +114,8 @@ def gated_distillation(
         teacher_weight: the teacher's output projection(s); None as for the student.
         target: gold tokens; those equal to ``padding_idx`` count for nothing.
         gate: a name registered in :mod:`hgkd_fairseq.gates`, or a `Gate`.
-        gate_on: the token whose probability the gate compares: the "gold" one or the student's "argmax".
+        gate_on: the token whose probability the gate compares: the "gold" one, the student's "argmax", or one drawn
+            from the student's or the teacher's distribution, "student-draw" and "teacher-draw".
         teacher_temperature: tau; divides the teacher's logits only, so no tau^2 factor belongs to the loss.
         tempered_gate: whether the gate's teacher probability is tempered too.
         divergence: of the student from the teacher: "kl", as above, or another of `equations.DIVERGENCES`.
@@ -129,6 +132,8 @@ def gated_distillation(
         teacher_sparse: what is known of the teacher's distribution at its temperature, in place of `teacher_hidden`;
             with `teacher_gold`, and for the divergence "kl".
         instance: number of each sentence in the training set, for gates that know sentences (``gate="instance"``).
+        student_logprob: nats, of the gold token, what the gate reads in place of what student_hidden gives: of the
+            student without dropout, say.
         implementation: "eager" (the oracle: full logits, autograd), "chunked" (chunks of tokens, gradients made in
             the forward pass, fp32 softmax and accumulation), "native" (chunked, with the rows in a C kernel, on the
             CPU), "triton" (chunked, with the rows in Triton kernels), or "auto": triton on a GPU and native on the CPU
@@ -150,8 +155,11 @@ def gated_distillation(
     )
     if divergence not in equations.DIVERGENCES:
         raise ValueError(f'unknown divergence "{divergence}"; known are: {", ".join(equations.DIVERGENCES)}')
+    if student_logprob is not None and not options.gate.learned:
+        # No kernel shall take it for the token gate, and read the student itself.
+        options = replace(options, gate=replace(options.gate, weights=functools.partial(options.gate.weights)))
     student = Head(student_hidden, student_weight, student_bias)
-    known = checked.known(teacher_gold, teacher_sparse, options)
+    known = checked.known(teacher_gold, teacher_sparse, student_logprob, options)
     teachers = []
     if known.sparse is None:
         teachers = checked.teacher_heads(teacher_hidden, teacher_weight, teacher_bias, options)
@@ -188,6 +196,8 @@ def gated_distillation(
         flat = (student, teachers, kept_rows, gold, sentence, lengths, options)
         results = chunked.token_results(*flat, instance, row_step, known, GATED_STEPS.get(row_step))
     if options.gate.learned and torch.is_grad_enabled():
+        if known.student is not None:
+            results = results._replace(student_read=known.student)
         gate_gradient = _gate_gradient(results, sentence(), instance, options, student)
         results = results._replace(loss=results.loss.sum() + gate_gradient)
     return _output(results, kept, kept_rows)
@@ -262,6 +272,7 @@ def _output(results: TokenResults, kept: Tensor, kept_rows: Tensor) -> Distillat
         nll=results.nll.sum(),
         kd=torch.where(results.teacher_mask, results.kl, torch.zeros_like(results.kl)).sum(),
         gap=(results.student_read - results.teacher_read).sum(),
+        teacher_share=(results.teacher_mask if results.teacher_share is None else results.teacher_share).sum(),
         teacher_tokens=results.teacher_mask.sum(),
         tokens=kept.sum(),
         tokens_mask=kept,

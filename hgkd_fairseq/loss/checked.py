@@ -26,23 +26,28 @@ def teacher_heads(hidden, weight, bias, options: Options) -> list[Head]:
     return [Head(*member) for member in zip(hidden, weight, bias, strict=True)]
 
 
-def known(gold: Tensor | None, sparse: Sparse | None, options: Options) -> Known:
-    """What of the teacher's is of use to the gate."""
+def known(gold: Tensor | None, sparse: Sparse | None, student: Tensor | None, options: Options) -> Known:
+    """What is of use to the gate."""
+    if student is not None and (options.gate_on != "gold" or options.gate.asks):
+        raise ValueError("student_logprob is of the gold token: with it a gate reads no other and asks for nothing")
     if not options.gate.needs_teacher:
-        return Known()
+        return Known(student=student)
     if sparse is not None and gold is None:
         raise ValueError("teacher_sparse needs teacher_gold, the log-probabilities of the gold tokens")
+    if sparse is not None and options.gate.asks:
+        raise ValueError(f'gate "{options.gate.name}" asks for what a sparse teacher does not say')
     if sparse is not None and (options.gate_on != "gold" or options.divergence != FUSED):
         raise ValueError(
             f'of a sparse teacher a gate reads the gold token, not the "{options.gate_on}", and the divergence is '
             f'"{FUSED}", not "{options.divergence}"'
         )
-    return Known(gold if options.gate_on == "gold" else None, sparse)
+    return Known(gold if options.gate_on == "gold" else None, sparse, student)
 
 
 def known_shapes(known: Known, target: Tensor, vocabulary: int) -> None:
-    if known.gold is not None and known.gold.shape != target.shape:
-        raise ValueError(f"teacher_gold is {tuple(known.gold.shape)} and target {tuple(target.shape)}")
+    for name, given in (("teacher_gold", known.gold), ("student_logprob", known.student)):
+        if given is not None and given.shape != target.shape:
+            raise ValueError(f"{name} is {tuple(given.shape)} and target {tuple(target.shape)}")
     if known.sparse is not None:
         sizes = [tuple(part.shape) for part in known.sparse if part is not None]
         if any(shape[:2] != target.shape for shape in sizes) or sizes[0] != sizes[1]:

@@ -235,14 +235,16 @@ def token_results(
     whole_sentences = lengths if options.gate.scope == "sentence" else None
     bounds = chunk_bounds(tokens, whole_sentences, chunk_tokens(device, inputs[0].dtype, vocabulary))
 
-    def weights(start: int, end: int, student_read: Tensor, teacher_read: Tensor) -> GateWeights:
+    def weights(start: int, end: int, student_read: Tensor, teacher_read: Tensor, *asked: dict) -> GateWeights:
+        if known.student is not None:
+            student_read = known.student[start:end].to(student_read.dtype)
         some = sentence()[start:end]
         # There are at most as many sentences as tokens.
         numbers = None if instance is None else instance[start:end]
         if known.gold is not None:
             teacher_read = known.gold[start:end]
         view = (some - some[:1], end - start, vocabulary, options.progress, numbers)
-        return options.gate.weights(TokenStatistics(student_read, teacher_read, *view))
+        return options.gate.weights(TokenStatistics(student_read, teacher_read, *view, *asked))
 
     def decide(start: int, end: int) -> Decide:
         if not options.gate.constant:
@@ -278,10 +280,10 @@ def token_results(
 @torch.no_grad()
 def _decide_whole_batch(chunks: Chunks, target: Tensor, weights, options: Options, row_step: RowStep) -> GateWeights:
     """The weights of a gate that has to see all tokens: a pass of its own, the forward products without a gradient."""
-    reads: list[tuple[Tensor, Tensor]] = []
+    reads: list[tuple[Tensor, ...]] = []
 
-    def read(student_read: Tensor, teacher_read: Tensor) -> GateWeights:
-        reads.append((student_read, teacher_read))
+    def read(student_read: Tensor, teacher_read: Tensor, *asked: dict[str, Tensor]) -> GateWeights:
+        reads.append((student_read, teacher_read, *[value for each in asked for value in each.values()]))
         nothing = torch.zeros_like(student_read)
         return GateWeights(nothing, nothing, nothing if options.gate.uniform else None)
 
@@ -289,4 +291,5 @@ def _decide_whole_batch(chunks: Chunks, target: Tensor, weights, options: Option
         options = options.without_teacher
     for (start, end), _, logits, others in chunks:
         row_step(logits, others(None), target[start:end], read, options, None)
-    return weights(0, target.numel(), *[torch.cat(column) for column in zip(*reads, strict=True)])
+    student_read, teacher_read, *asked = [torch.cat(column) for column in zip(*reads, strict=True)]
+    return weights(0, target.numel(), student_read, teacher_read, dict(zip(options.gate.asks, asked, strict=True)))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hgkd_fairseq.gates import GateWeights, TokenStatistics
 from hgkd_fairseq.loss import equations
-from hgkd_fairseq.loss.options import NOTHING, Decide, Head, Known, Options, TokenResults, decided
+from hgkd_fairseq.loss.options import DRAWN, NOTHING, Decide, Head, Known, Options, TokenResults, decided
 
 
 def logits(head: Head) -> Tensor:
@@ -62,6 +62,8 @@ def from_logits(
         argmax = z.detach().argmax(1)  # the lowest index where several are equal
         confidence, correct = logp.detach().gather(1, argmax[:, None]).squeeze(1).exp(), argmax == target
         read = argmax if options.gate_on == "argmax" else target
+    if logq is not None and gate_logq is not None and options.gate_on in DRAWN:
+        read = equations.drawn(logp.detach() if options.gate_on == "student-draw" else gate_logq)
     student_read = logp.detach().gather(1, read[:, None]).squeeze(1)
     teacher_read, kl = student_read, torch.zeros_like(gold)
     if known.sparse is not None:
@@ -72,7 +74,10 @@ def from_logits(
     if known.gold is not None:
         teacher_read = known.gold.to(gold.dtype)
 
-    weights = decided(decide, student_read, teacher_read)
+    asked = []
+    if options.gate.asks and gate_logq is not None:
+        asked = [{name: equations.STATISTICS[name](logp.detach(), gate_logq) for name in options.gate.asks}]
+    weights = decided(decide, student_read, teacher_read, *asked)
     loss = weights.data.detach() * data_term
     if options.gate.needs_teacher:
         loss = loss + weights.teacher.detach() * kl
@@ -91,6 +96,7 @@ def from_logits(
         teacher_mask=weights.teacher > 0,
         confidence=confidence,
         correct=correct,
+        teacher_share=weights.teacher_share.detach(),
     )
 
 
@@ -106,8 +112,9 @@ def token_results(
 ) -> TokenResults:
     logq, gate_logq = teacher_logprobs(teachers, options)
 
-    def decide(student_read: Tensor, teacher_read: Tensor) -> GateWeights:
+    def decide(student_read: Tensor, teacher_read: Tensor, *asked: dict[str, Tensor]) -> GateWeights:
+        read = student_read if known.student is None else known.student.to(student_read.dtype)
         view = (sentence, sentence_count, student.vocabulary, options.progress, instance)
-        return options.gate.weights(TokenStatistics(student_read, teacher_read, *view))
+        return options.gate.weights(TokenStatistics(read, teacher_read, *view, *asked))
 
     return from_logits(logits(student), logq, gate_logq, target, decide, options, known)

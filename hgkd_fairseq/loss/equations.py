@@ -41,6 +41,26 @@ def expectation(logw: Tensor, values: Tensor) -> Tensor:
     return (w * torch.where(w > 0, values, torch.zeros_like(w))).sum(1)  # a product of 0 and inf has no gradient
 
 
+def above(logp: Tensor, logq: Tensor) -> Tensor:
+    """(N,) sum_v p(v) 1[p(v) > q(v)]."""
+    return (logp.exp() * (logp > logq)).sum(1)
+
+
+# (log p, log q), (N, V) each -> (N,): what a gate may ask for, `hgkd_fairseq.gates.contract.ASKED`.
+STATISTICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "student_above": above,
+    "student_entropy": lambda logp, logq: -expectation(logp, logp),
+    "teacher_entropy": lambda logp, logq: -expectation(logq, logq),
+}
+
+
+def drawn(logp: Tensor) -> Tensor:
+    """(N,) int64, a token of each distribution (N, V), drawn at random: of its cumulative sums the first above u."""
+    sums = logp.exp().cumsum(1)
+    u = torch.rand((len(logp), 1), dtype=logp.dtype, device=logp.device)
+    return torch.searchsorted(sums, u * sums[:, -1:], right=True).squeeze(1).clamp(max=logp.size(1) - 1)
+
+
 class Divergence(NamedTuple):
     """Of the student's distribution p from the teacher's q."""
 

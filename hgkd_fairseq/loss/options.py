@@ -11,18 +11,25 @@ from torch import Tensor
 from hgkd_fairseq.gates import Gate, GateWeights
 from hgkd_fairseq.ranges import BELOW_1, POSITIVE, SHARE, WEIGHT
 
-GATE_ON = ("gold", "argmax")
+GATE_ON = {
+    "gold": "the gold one",
+    "argmax": "the student's argmax",
+    "student-draw": "one drawn from the student's distribution",
+    "teacher-draw": "one drawn from the teacher's, as the gate reads it",
+}
+DRAWN = ("student-draw", "teacher-draw")
+FUSED_GATE_ON = ("gold", "argmax")  # of these, what the kernels know
 FUSED = "kl"  # the divergence that the kernels know
 TEACHER_TEMPERATURE = 1.5  # of the paper
 RANGES = {"teacher_temperature": POSITIVE, "label_smoothing": BELOW_1, "confidence_penalty": WEIGHT}
 
 # A chunk's weights: known beforehand, or made from the log-probability of the token that the gate reads under the
-# student and under the teacher, each (C,).
-Decide = GateWeights | Callable[[Tensor, Tensor], GateWeights]
+# student and under the teacher, each (C,), and from what else the gate asks for, where it does.
+Decide = GateWeights | Callable[..., GateWeights]
 
 
-def decided(decide: Decide, student_read: Tensor, teacher_read: Tensor) -> GateWeights:
-    return decide if isinstance(decide, GateWeights) else decide(student_read, teacher_read)
+def decided(decide: Decide, student_read: Tensor, teacher_read: Tensor, *asked: dict[str, Tensor]) -> GateWeights:
+    return decide if isinstance(decide, GateWeights) else decide(student_read, teacher_read, *asked)
 
 
 class Sparse(NamedTuple):
@@ -39,14 +46,16 @@ class Sparse(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What is known of the teacher beforehand, of N tokens, besides its logits or in place of them."""
+    """What is known beforehand of N tokens, besides the logits or in place of them."""
 
     gold: Tensor | None = None  # (N,) nats, log q of the gold token as the gate reads it
     sparse: Sparse | None = None  # (N, K)
+    student: Tensor | None = None  # (N,) nats, log p of the gold token, which the gate reads in place of the student's
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Known:
         sparse = None if self.sparse is None else self.sparse.map(function)
-        return Known(None if self.gold is None else function(self.gold), sparse)
+        gold, student = (None if tensor is None else function(tensor) for tensor in (self.gold, self.student))
+        return Known(gold, sparse, student)
 
 
 NOTHING = Known()
@@ -97,6 +106,11 @@ class Options:
         return self.top1 or (self.gate_on == "argmax" and self.gate.needs_teacher)
 
     @property
+    def fused(self) -> bool:
+        """Whether the rows' own mathematics, and so the kernels, may know it; else `rows.autograd_step` does it."""
+        return self.divergence == FUSED and self.gate_on in FUSED_GATE_ON and not self.gate.asks
+
+    @property
     def needs_mean(self) -> bool:
         """Whether the mean log-probability over the vocabulary is part of the loss."""
         return self.label_smoothing > 0 or self.gate.uniform
@@ -137,3 +151,4 @@ class TokenResults(NamedTuple):
     teacher_mask: Tensor  # (N,) bool, teacher weight > 0
     confidence: Tensor | None  # (N,) probability of the student's argmax
     correct: Tensor | None  # (N,) bool, the student's argmax is the gold token
+    teacher_share: Tensor | None = None  # (N,) teacher weight of both weights; None: teacher_mask says it, 0 or 1

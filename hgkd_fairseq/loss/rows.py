@@ -20,7 +20,7 @@ from torch import Tensor
 from hgkd_fairseq import gates
 from hgkd_fairseq.gates import GateWeights, TokenStatistics
 from hgkd_fairseq.loss import eager
-from hgkd_fairseq.loss.options import FUSED, Decide, Head, Known, Options, Sparse, TokenResults, decided
+from hgkd_fairseq.loss.options import Decide, Head, Known, Options, Sparse, TokenResults, decided
 
 
 class RowStatistics(NamedTuple):
@@ -136,6 +136,7 @@ def row_results(statistics: RowStatistics, weights: GateWeights, vocabulary: int
         teacher_mask=weights.teacher > 0,
         confidence=1 / statistics.student_sum if options.needs_argmax else None,
         correct=statistics.correct,
+        teacher_share=weights.teacher_share,
     )
 
 
@@ -183,7 +184,7 @@ def row_step(
     dtype, is multiplied by `gradient_scale`; None: no gradient is made. An implementation of this function may write it
     over `student_logits`.
     """
-    if options.divergence != FUSED or sparse is not None:
+    if not options.fused or sparse is not None:
         return autograd_step(student_logits, teacher_logits, target, decide, options, gradient_scale, sparse)
     statistics, p, q = row_statistics(student_logits, teacher_logits, target, 1 / options.teacher_temperature, options)
     weights = decided(decide, statistics.student_read, statistics.teacher_read)
@@ -203,7 +204,8 @@ def autograd_step(
     gradient_scale: float | None,
     sparse: Sparse | None = None,
 ) -> tuple[TokenResults, Tensor | None]:
-    """`row_step` for any divergence, from the equations as they stand and autograd, in a chunk's memory some times."""
+    """`row_step` for any divergence and any statistic, from the equations as they stand and
+    autograd, in a chunk's memory some times."""
     logq, gate_logq = eager.teacher_logprobs([Head(logits, None) for logits in teacher_logits], options)
     with torch.set_grad_enabled(gradient_scale is not None):
         z = widen(student_logits).detach().requires_grad_(gradient_scale is not None)

@@ -11,7 +11,7 @@ from hgkd_fairseq.errors import UserError, flag
 from hgkd_fairseq.gates import Gate, GateError, all_parameters, get_gate
 from hgkd_fairseq.loss import unusable
 from hgkd_fairseq.plugin import features
-from hgkd_fairseq.plugin.config import RANGES
+from hgkd_fairseq.plugin.config import RANGES, given_temperature
 from hgkd_fairseq.plugin.training_state import TrainingState
 
 
@@ -41,6 +41,15 @@ def check_options(cfg: Any, gate: Gate, state: TrainingState) -> None:
         raise UserError(f"{which}: gate {cfg.gate} does not compare the student with the teacher; drop the option")
     if gate.timed and not cfg.max_update:
         raise UserError(f"--gate {cfg.gate} changes over the training and needs to know its length: --max-update N")
+    if cfg.gate_dropout == "off" and (gate.constant or not gate.needs_teacher or gate.asks or cfg.gate_on != "gold"):
+        raise UserError(
+            "--gate-dropout off: it is for gates that read the probability of the gold token, which --gate "
+            f"{cfg.gate} --gate-on {cfg.gate_on} does not; drop the option"
+        )
+    try:
+        given_temperature(cfg)
+    except ValueError as error:
+        raise UserError(f"--teacher-temperature {cfg.teacher_temperature}: {error}") from None
     if cfg.teacher_temperature_start is not None and not cfg.max_update:
         raise UserError("--teacher-temperature-start needs to know the length of the training: give --max-update N")
     for name, span in RANGES.items():
@@ -88,13 +97,32 @@ def load_teacher(cfg: Any, task: Any) -> Any:
             "does not have; add --task translation_with_teacher --teacher-path CHECKPOINT"
         )
     teacher, start = task.load_teacher(), cfg.teacher_temperature_start
-    if teacher.learns and (cfg.gate != "always" or cfg.teacher_temperature != 1 or start is not None):
+    teacher.check_options(cfg)
+    fixed = given_temperature(cfg)
+    if fixed is None and not teacher.frozen and not teacher.learns:
+        raise UserError(
+            f"--teacher-temperature auto is for a frozen teacher, and --teacher-source {teacher.name} changes with the "
+            "student; give a number"
+        )
+    if teacher.learns and (cfg.gate != "always" or fixed != 1 or start is not None):
         raise UserError(
             f"--teacher-source {teacher.name} is a label smoothing and learns with the gate always at temperature 1: "
             "add --gate always --kd-weight 0.1 --teacher-temperature 1"
         )
-    teacher.check_options(cfg)
     return teacher
+
+
+def check_fitted(cfg: Any, state: TrainingState) -> None:
+    """Of a validation.
+
+    Raises:
+        UserError: the checkpoint was trained at a given temperature, and a fitted one is asked for.
+    """
+    if given_temperature(cfg) is None and state.fitted_temperature is None:
+        raise UserError(
+            "--teacher-temperature auto: the checkpoint was not trained with it and holds no fitted temperature; give "
+            "the number that `hgkd calibration temperature` fits to the teacher"
+        )
 
 
 def check_model(cfg: Any, model: torch.nn.Module, teachers: list[torch.nn.Module]) -> None:

@@ -12,7 +12,7 @@ from omegaconf import II
 from hgkd_fairseq.gates import all_parameters
 from hgkd_fairseq.loss import DIVERGENCES, IMPLEMENTATIONS
 from hgkd_fairseq.loss import options as loss_options
-from hgkd_fairseq.ranges import COUNT, POSITIVE
+from hgkd_fairseq.ranges import COUNT, POSITIVE, SHARE
 
 
 @dataclass
@@ -29,11 +29,25 @@ class CriterionOptions(FairseqDataclass):
     )
     gate_on: ChoiceEnum(list(loss_options.GATE_ON)) = field(  # type: ignore[valid-type]
         default="gold",
-        metadata={"help": "the token whose probability the gate compares: the gold one or the student's argmax"},
+        metadata={
+            "help": "the token whose probability the gate compares: "
+            + "; ".join(f"{name}, {it}" for name, it in loss_options.GATE_ON.items())
+        },
     )
-    teacher_temperature: float = field(
-        default=loss_options.TEACHER_TEMPERATURE,
-        metadata={"help": "divides the teacher's logits; the student's stay as they are"},
+    gate_dropout: ChoiceEnum(["on", "off"]) = field(  # type: ignore[valid-type]
+        default="on",
+        metadata={
+            "help": "whether the gate reads the student with dropout, as it is trained, or without, which takes "
+            "another forward pass"
+        },
+    )
+    teacher_temperature: str = field(
+        default=str(loss_options.TEACHER_TEMPERATURE),
+        metadata={
+            "help": "divides the teacher's logits; the student's stay as they are. auto: the one under which the "
+            "validation set (the first of --valid-subset) has the least NLL, fitted at the start and kept in the "
+            "checkpoints"
+        },
     )
     untempered_gate: bool = field(
         default=False,
@@ -43,8 +57,11 @@ class CriterionOptions(FairseqDataclass):
         default=None,
         metadata={
             "help": "the teacher's temperature at the first update; its inverse goes evenly to that of "
-            "--teacher-temperature at the last (Annealing KD)"
+            "--teacher-temperature (Annealing KD)"
         },
+    )
+    teacher_temperature_share: float = field(
+        default=1.0, metadata={"help": "share of the updates after which --teacher-temperature is reached"}
     )
     divergence: ChoiceEnum(list(DIVERGENCES)) = field(  # type: ignore[valid-type]
         default=loss_options.FUSED,
@@ -85,18 +102,43 @@ class CriterionOptions(FairseqDataclass):
     memory_efficient_fp16: bool = II("common.memory_efficient_fp16")
 
 
+# Of --teacher-temperature see `given_temperature`.
 RANGES = {
-    **loss_options.RANGES,
+    **{name: span for name, span in loss_options.RANGES.items() if name != "teacher_temperature"},
+    "teacher_temperature_share": SHARE,
     "teacher_temperature_start": POSITIVE,
     "ignore_prefix_size": COUNT,
     "distill_start_update": COUNT,
 }
 
 
-def temperature(cfg: Any, progress: float) -> float:
-    """The teacher's, at a share of the training: constant, or its inverse goes evenly from the one at the start."""
-    end, start = cfg.teacher_temperature, cfg.teacher_temperature_start
-    return end if start is None else 1 / (1 / start + (1 / end - 1 / start) * progress)
+AUTO = "auto"
+
+
+def given_temperature(cfg: Any) -> float | None:
+    """The number that --teacher-temperature is; None: it is to be fitted.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    given = str(cfg.teacher_temperature)
+    if given == AUTO:
+        return None
+    try:
+        value = float(given)
+    except ValueError:
+        raise ValueError(f"it is neither a number nor {AUTO}") from None
+    if problem := loss_options.RANGES["teacher_temperature"].problem(value):
+        raise ValueError(f"{problem}, or {AUTO}")
+    return value
+
+
+def temperature(cfg: Any, end: float, progress: float) -> float:
+    """The teacher's, at a share of the training: `end`, or its inverse goes evenly there from the one at the start."""
+    start, share = cfg.teacher_temperature_start, cfg.teacher_temperature_share
+    if start is None or progress >= share:
+        return end
+    return 1 / (1 / start + (1 / end - 1 / start) * progress / share)
 
 
 def gate_help(takers: list[tuple[str, Any]]) -> str:

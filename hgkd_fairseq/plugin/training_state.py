@@ -7,6 +7,7 @@ fairseq-validate restores neither. `prepare` looks at a checkpoint before fairse
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
 from collections.abc import Callable
@@ -29,10 +30,15 @@ TASK = "TranslationWithTeacherTask"  # under whose name checkpoints without a "m
 SENTENCES = "held_out"
 # What a run may go on with otherwise than it began, as with another learning rate; a warning says so.
 FREE = (
-    *("gate_on", "teacher_temperature", "teacher_temperature_start", "untempered_gate", "label_smoothing"),
+    *("gate_on", "teacher_temperature", "teacher_temperature_start", "teacher_temperature_share"),
+    *("gate_dropout", "untempered_gate", "label_smoothing"),
     *("confidence_penalty", "divergence", "distill_start_update", "refresh_interval", "refresh_change"),
 )
-NEW = ("divergence",)  # of these, what checkpoints of version 0.1.0 do not have
+# Of these, what checkpoints of version 0.1.0 do not have.
+NEW = ("divergence", "gate_dropout", "teacher_temperature_share")
+
+
+KEPT = ("method", "updates", "teacher", "fitted_temperature")  # in the checkpoints, beside the memory
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class TrainingState:
     loaded: Loaded | None = None
     held_out: HeldOut = field(default_factory=HeldOut)
     teacher_fingerprint: str | None = None
+    fitted_temperature: float | None = None  # the teacher's, of --teacher-temperature auto
     # Called with (epoch, model) when data and checkpoint are loaded, and before each epoch of training.
     at_training_begin: list[Callable[[int, torch.nn.Module], None]] = field(default_factory=list)
     at_epoch_begin: list[Callable[[int, torch.nn.Module], None]] = field(default_factory=list)
@@ -68,13 +75,14 @@ class TrainingState:
 
     def checkpoint(self) -> dict[str, Any]:
         """What the task saves."""
-        kept = {"method": self.method, "updates": self.updates, "teacher": self.teacher_fingerprint}
-        return {**utils.move_to_cpu(self.memory), **kept}
+        kept: dict[str, Any] = {"method": self.method, "updates": self.updates, "teacher": self.teacher_fingerprint}
+        return {**utils.move_to_cpu(self.memory), **kept, "fitted_temperature": self.fitted_temperature}
 
     def resume(self, kept: dict[str, Any]) -> None:
         """From what was saved."""
-        self.memory |= {name: what for name, what in kept.items() if name not in ("method", "updates", "teacher")}
+        self.memory |= {name: what for name, what in kept.items() if name not in KEPT}
         self.updates = kept.get("updates")
+        self.fitted_temperature = kept.get("fitted_temperature")
 
 
 _states: weakref.WeakKeyDictionary[FairseqTask, TrainingState] = weakref.WeakKeyDictionary()
@@ -119,7 +127,11 @@ def changes(asked_cfg: Any, held_cfg: Any) -> str:
     """Of the options that a run may go on with otherwise: those of the criterion that differ, in words. A checkpoint
     of an older version has fewer of them."""
     names = [name for name in FREE if name not in NEW or getattr(held_cfg, name, None) is not None]
-    return differences(*({name: getattr(cfg, name, None) for name in names} for cfg in (asked_cfg, held_cfg)))
+    found: list[dict[str, Any]] = [{name: getattr(cfg, name, None) for name in names} for cfg in (asked_cfg, held_cfg)]
+    for values in found:  # a number in checkpoints of version 0.1.0
+        with contextlib.suppress(ValueError, TypeError):
+            values["teacher_temperature"] = float(values["teacher_temperature"])
+    return differences(*found)
 
 
 def differences(asked: dict[str, Any], held: dict[str, Any]) -> str:

@@ -197,7 +197,7 @@ class Refresh:
         learning_rate = cfg.lr[min(epoch, len(cfg.lr)) - 1]
         options = Options(
             self.criterion.gate,
-            teacher_temperature=cfg.teacher_temperature,
+            teacher_temperature=self.criterion.teacher_temperature,
             label_smoothing=cfg.label_smoothing,
             confidence_penalty=cfg.confidence_penalty,
         )

@@ -40,6 +40,8 @@ class LiveTeacher(TeacherSource):
         UserError: a file that is missing, refused or no translation model; languages or dictionaries that differ.
     """
 
+    frozen = True
+
     def __init__(
         self,
         paths: Sequence[str],

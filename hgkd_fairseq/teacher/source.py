@@ -36,6 +36,7 @@ class TeacherSource:
     name: ClassVar[str]  # the value of --teacher-source
     help: ClassVar[str]
     learns: ClassVar[bool] = False
+    frozen: bool = False  # a model that stays as it is, so that a temperature can be fitted to it beforehand
     needs_ema: ClassVar[bool] = False  # whether fairseq's trainer shall hand its moving average to each step
     remembers: ClassVar[str | None] = None  # where validation finds what the training left of it, see TrainingState
 

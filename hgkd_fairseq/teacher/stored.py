@@ -14,7 +14,9 @@ from torch import Tensor
 
 from hgkd_fairseq import loss
 from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.gates import GATES
 from hgkd_fairseq.loss import Head
+from hgkd_fairseq.plugin.config import given_temperature
 from hgkd_fairseq.teacher.signals import Dense, Gold, Signal, Sparse
 from hgkd_fairseq.teacher.source import Request, TeacherSource, register_source
 from hgkd_fairseq.teacher.store import DTYPES, Part, Store, key
@@ -67,7 +69,7 @@ class StoredTeacher(TeacherSource):
                     "from these data with hgkd store"
                 )
         self.pad = target_dictionary.pad()
-        hidden = self.store.kind == "hidden"
+        self.frozen = hidden = self.store.kind == "hidden"
         self.layers = [self.store.head(member) for member in range(found["members"])] if hidden else []
 
     def __repr__(self):
@@ -97,10 +99,10 @@ class StoredTeacher(TeacherSource):
             return
         store = f"--teacher-store {self.folder} of the kind {self.store.kind}"
         tau = self.store.temperature
-        if cfg.teacher_temperature != tau or cfg.teacher_temperature_start is not None:
+        if given_temperature(cfg) != tau or cfg.teacher_temperature_start is not None:
             raise UserError(
                 f"{store} holds the teacher at temperature {tau:g} alone: give --teacher-temperature {tau:g}, or write "
-                f"a store with hgkd store --teacher-temperature {cfg.teacher_temperature:g}"
+                "a store with another one with hgkd store --teacher-temperature"
             )
         for option, given, needed in (
             ("--gate-on", cfg.gate_on, "gold"),
@@ -110,8 +112,8 @@ class StoredTeacher(TeacherSource):
                 raise UserError(
                     f"{option} {given} needs the whole distribution and {store} has a part; use kind hidden"
                 )
-        if cfg.gate == "instance":
-            raise UserError(f"--gate instance needs the whole distribution and {store} has a part; use kind hidden")
+        if cfg.gate == "instance" or GATES[cfg.gate].asks:
+            raise UserError(f"--gate {cfg.gate} needs the whole distribution and {store} has a part; use kind hidden")
 
     def attach(self, split: str, folder: int, dataset: LanguagePairDataset) -> None:
         part = self.store.part(split, folder)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import logging
 import random
 import sys
 import tempfile
@@ -177,7 +176,6 @@ def read(path: str | Path) -> None:
 @functools.cache
 def transformer() -> tuple[TranslationTask, dict[str, Any]]:
     """A task, and the state of a model under it of random weights."""
-    logging.disable(logging.INFO)
     dictionary = Dictionary()
     for name in "abc":
         dictionary.add_symbol(name)

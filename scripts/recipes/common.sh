@@ -13,7 +13,8 @@
 #   batch_tokens           target tokens of one update, over all GPUs: the same recipe on any number of them
 #   gpu_tokens             of these, at most on one GPU at a time
 #   updates average        length of the training; checkpoints to average, 0: the best one
-#   generation=()          options of fairseq-generate
+#   search=()              options of the beam search, of fairseq-generate and hgkd translate
+#   generation=()          all options of fairseq-generate
 # and calls `recipe "$@"`.
 set -euo pipefail
 
@@ -62,6 +63,7 @@ interruption: it goes on where it was.
   --average N     score the average of the last N epochs (default $average; 0: the best checkpoint; at most $keep)
   --max-update N  cut training short, for a trial (default $updates)
   --until STEP    stop after the step data or training (default: scores)
+  --distil WORDS  options of hgkd distil-data, for a method that trains on the teacher's translations
   --dry-run       print the commands that would run, and run nothing
   OPTIONS         of fairseq-train, for this --method's model; they win over the recipe's. A teacher of another size:
                   --method teacher -- OPTIONS first
@@ -79,7 +81,7 @@ options() {
     originals=()
     for ((i = 0; i < ${#files[@]}; i += 2)); do originals+=("${files[i]}"); done
     method_name=hkd-t seed=1 teacher="" dir="" from="" gpus="" nodes=1 torchrun=0 precision="" until=scores
-    dry_run=0 extra=()
+    dry_run=0 extra=() distil=()
     while (($#)); do
         case $1 in
             -h | --help)
@@ -94,7 +96,7 @@ options() {
                 break
                 ;;
             --method | --seed | --teacher | --dir | --from | --gpus | --nodes | --precision | --average | --max-update | \
-                --style | --until)
+                --style | --until | --distil)
                 [[ -n ${2:-} ]] || fail 2 "$1 needs a value"
                 case $1 in
                     --method) method_name=$2 ;;
@@ -109,6 +111,7 @@ options() {
                     --max-update) number "$@" && updates=$value ;;
                     --style) style=$2 ;;
                     --until) until=$2 ;;
+                    --distil) read -r -a distil <<<"$2" ;;
                 esac
                 shift
                 ;;
@@ -125,6 +128,7 @@ options() {
         names=$(method_names) || exit
         [[ " $names " == *" $method_name "* ]] || fail 2 "--method $method_name: unknown; known are: teacher $names"
         mapfile -t method < <(methods "$method_name" --teacher "${teacher:-$dir/teacher/checkpoint_best.pt}")
+        select=$(methods "$method_name" --data) || exit
     fi
     [[ -z $teacher || -f $teacher ]] || fail 2 "--teacher $teacher: no such file"
     [[ -z $from || -d $from ]] || fail 2 "--from $from: no such folder"
@@ -346,38 +350,24 @@ prepare() {
     data=$dir/data-bin
 }
 
-# Seq-KD: the training targets become the teacher's translations. Source and translation are taken from the same lines
-# of fairseq-generate's output, by number, so that no sentence can meet another's translation.
+# distil_data TEACHER: the teacher's translations of the training set, four of a sentence so that all methods choose from
+# the same ones, and the training data that the method makes of them ($select). Each once: what other options would have
+# made is refused.
 distil_data() {
-    local out=$dir/seq-kd side partial=$dir/data-bin-seq-kd.partial
-    data=$dir/data-bin-seq-kd
-    if [[ -f $out/teacher && $(<"$out/teacher") != "$1" ]]; then
-        fail 1 "$out was translated by $(<"$out/teacher"), not $1: choose another --dir"
+    local translations=$dir/translations made device=() wanted
+    ((gpus > 0)) || device=(--cpu)
+    data=$dir/data-bin-$select
+    made=$data.made wanted=$(printf '%s\n' "$1" "${distil[@]}")
+    if [[ -d $data ]]; then
+        [[ $(<"$made") == "$wanted" ]] ||
+            fail 1 "$data was made by $(paste -sd' ' "$made"): remove it, or choose another --dir"
+        return
     fi
-    [[ ! -d $data ]] || return 0
-    if ! ((dry_run)); then
-        mkdir -p "$out"
-        printf '%s\n' "$1" >"$out/teacher"
-    fi
-    if ! recorded "$out" generate-train.txt; then
-        # fairseq drops a last batch whose size is no multiple of --required-batch-size-multiple, 8 by default.
-        run "$out/generate.log" "$BIN/fairseq-generate" "$dir/data-bin" --user-dir "$root/hgkd_fairseq" --path "$1" \
-            --gen-subset train "${generation[@]}" --required-batch-size-multiple 1 "${device[@]}" --results-path "$out"
-        ((dry_run)) || record "$out" generate-train.txt
-    fi
-    if ! ((dry_run)); then
-        for side in "S $source" "H $target"; do
-            sentences "${side% *}" "$out/generate-train.txt" >"$out/train.${side#* }"
-        done
-        empty_work_folder "$data"
-    fi
-    run "$dir/prepare.log" "$BIN/fairseq-preprocess" --source-lang "$source" --target-lang "$target" \
-        --trainpref "$out/train" --srcdict "$dir/data-bin/dict.$source.txt" --tgtdict "$dir/data-bin/dict.$target.txt" \
-        --destdir "$partial" --workers "$(nproc)"
-    if ! ((dry_run)); then
-        cp "$dir"/data-bin/{valid,test}.* "$partial"
-        finish "$data"
-    fi
+    run "$dir/translate.log" "$BIN/hgkd" translate "$dir/data-bin" --teacher-path "$1" --output "$translations" \
+        --nbest 4 "${search[@]}" "${device[@]}"
+    ((dry_run)) || printf '%s\n' "$wanted" >"$made"
+    run "$dir/translate.log" "$BIN/hgkd" distil-data "$translations" "$dir/data-bin" --output "$data" \
+        --select "$select" "${distil[@]}"
 }
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -436,14 +426,6 @@ need_teacher() {
 }
 
 # ----------------------------------------------------------------------------------------------- translating, scoring
-
-# sentences LETTER FILE: of fairseq-generate's output, the lines of a kind (S source, H hypothesis) in the corpus'
-# order.
-sentences() {
-    local columns=2-
-    [[ $1 != H ]] || columns=3- # its second column is the score
-    sed -n "s/^$1-//p" "$2" | LC_ALL=C sort -n | cut -f"$columns"
-}
 
 # average_checkpoints RUN OUT: OUT/checkpoint.pt from the checkpoints of the run's last epochs. fairseq's own script for
 # this, average_checkpoints.py, is in its repository but not in its package.
@@ -538,8 +520,8 @@ recipe() {
         train_teacher
     else
         run_name=$method_name-$seed
-        if [[ $method_name == seq-kd || " ${method[*]} " == *" --teacher-path "* ]]; then need_teacher; fi
-        if [[ $method_name == seq-kd ]]; then
+        if [[ -n $select || " ${method[*]} " == *" --teacher-path "* ]]; then need_teacher; fi
+        if [[ -n $select ]]; then
             ((dry_run)) || lock "$dir" wait || exit 1
             distil_data "$teacher"
         fi

@@ -62,6 +62,7 @@ training=(
 batch_tokens=4096 gpu_tokens=4096 # published on one GPU
 updates=50000                     # about 50 epochs, the usual number, by which Base is past its best
 average=0                         # the README translates with the best checkpoint
-generation=(--batch-size 128 --beam 5)
+search=(--beam 5)
+generation=(--batch-size 128 "${search[@]}")
 
 recipe "$@"

@@ -45,6 +45,7 @@ training=(
 batch_tokens=4096 gpu_tokens=4096
 updates=40000 # about 50 epochs
 average=0     # as for IWSLT14
-generation=(--batch-size 128 --beam 5)
+search=(--beam 5)
+generation=(--batch-size 128 "${search[@]}")
 
 recipe "$@"

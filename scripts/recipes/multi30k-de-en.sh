@@ -82,6 +82,7 @@ training=(
 batch_tokens=8192 gpu_tokens=4096 # they train on two GPUs
 updates=8000                      # at most: 129 epochs
 average=10
-generation=(--batch-size 128 --beam 5)
+search=(--beam 5)
+generation=(--batch-size 128 "${search[@]}")
 
 recipe "$@"

@@ -74,6 +74,7 @@ training=(
 batch_tokens=32768 gpu_tokens=4096 # the paper: about 25,000 of each language on 8 GPUs; fairseq: 8 x 4,096
 updates=100000                     # as the paper
 average=5                          # as the paper, which averages the last 5 checkpoints (of 10 minutes; here of epochs)
-generation=(--batch-size 128 --beam 4 --lenpen 0.6) # as the paper
+search=(--beam 4 --lenpen 0.6) # as the paper
+generation=(--batch-size 128 "${search[@]}")
 
 recipe "$@"

@@ -210,10 +210,11 @@ class Runner:
             for cell in self.cells:
                 if cell.folder in self.failed or finished(cell, self.folder):
                     continue
-                if cell.teacher in self.failed:
-                    self.fail(cell, f"cannot be trained without {cell.teacher}")
+                without = [teacher for teacher in cell.teachers if teacher in self.failed]
+                if without:
+                    self.fail(cell, f"cannot be trained without {without[0]}")
                     continue
-                if cell.teacher and not is_finished(self.folder / cell.teacher):
+                if not all(is_finished(self.folder / teacher) for teacher in cell.teachers):
                     waiting = waiting or cell
                     continue
                 try:
@@ -232,6 +233,7 @@ class Runner:
     def make(self, cell: Cell, lock: IO) -> None:
         folder = self.folder / cell.folder
         files.write_json(folder / "cell.json", cell.description())
+        self.distil(cell)
         place = f"cell {self.cells.index(cell) + 1} of {len(self.cells)}"
         if not trained(folder / "checkpoint_last.pt", cell.updates):
             say(f"{cell.folder}: training ({place}; log: {folder / 'train.log'})")
@@ -248,6 +250,34 @@ class Runner:
                 f"{cell.folder}: BLEU {found['bleu']:.1f}, ECE {100 * found['ece']:.2f} %, "
                 f"validation NLL {found['valid_nll_best']:.3f} bits, {found['minutes']:.1f} minutes"
             )
+
+    def distil(self, cell: Cell) -> None:
+        """The translations that a cell is trained on, made once for all cells of one teacher.
+
+        Raises:
+            UserError: they cannot be made.
+        """
+        if not cell.distil or (self.folder / cell.train[0]).exists():  # it is made in one step
+            return
+        folder = (self.folder / cell.train[0]).with_name("translations")
+        log = folder.with_name("translate.log")
+        say(f"{cell.train[0]}: translating the training set (log: {log})")
+        lock = claim(folder.with_name("distil"), wait=True)  # another cell, or another run.py, may be making them
+        assert lock is not None
+        with lock, log.open("a") as output:
+            if (self.folder / cell.train[0]).exists():
+                return
+            for words in ([*cell.translate, *self.device], cell.distil):
+                child = subprocess.Popen(
+                    [str(BIN / "hgkd"), *words], cwd=self.folder, env=self.environment, stdin=subprocess.DEVNULL,
+                    stdout=output, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()],
+                )  # fmt: skip
+                self.children.add(child)
+                status = child.wait()
+                self.children.discard(child)
+                if status:
+                    told = log.read_text(errors="replace").splitlines()
+                    raise UserError(f"hgkd {words[0]} ended with status {status}: {told[-1] if told else ''}")
 
     def call(self, cell: Cell, command: list, log: str, lock: IO) -> bool:
         """Run a command of a cell, which keeps the cell's lock; False where it failed, which is said."""
@@ -268,7 +298,8 @@ class Runner:
 
 def show(cells: list[Cell], folder: Path) -> None:
     for cell in cells:
-        print(f"# {cell.folder}: {'finished' if finished(cell, folder) else 'to do'}", *cell.commands, "", sep="\n")
+        state = "finished" if finished(cell, folder) else "to do"
+        print(f"# {cell.folder}: {state}", *cell.making, *cell.commands, "", sep="\n")
     print(f"# {len(cells)} cells, {sum(finished(cell, folder) for cell in cells)} finished")
 
 

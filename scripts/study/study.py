@@ -6,7 +6,7 @@ study lives in one folder, whose commands run there with relative paths, so that
     data.json  text/  data-bin/         the data, once (text/ may hold valid1.LANG, see prepare_data.sh)
     SETTING/METHOD/seed-N/              a cell: cell.json (signature, commands), train.log, checkpoints, score.log,
                                         what hgkd score writes, scores.json last
-    teacher/SIZE/seed-N/                the cell of a teacher
+    teacher/NAME/seed-N/                the cell of a teacher: NAME is a size, or one of [teachers]
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from hgkd_fairseq.files import Within
 
 PRECISIONS = {"fp32": [], "bf16": ["--bf16"], "fp16": ["--fp16"]}
 TEMPERATURE = 1.5  # of the teacher, the paper's
+AUTO = "auto"  # the one that fits it to the validation set
 TAKEN = ("teacher", "text", "corpus", "data-bin", "data.json", "lock")  # names in a study's folder
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
@@ -48,19 +49,40 @@ def curve_points(value: Any) -> str | None:
     return files.mismatch(value, [point], "curve") or (None if value else "is empty")
 
 
+def rule(value: Any) -> str | None:
+    """A schema: which checkpoint of a cell is scored."""
+    return None if value in ("best", "best-bleu", "last") else 'is none of "best", "best-bleu", "last"'
+
+
+def degree(value: Any) -> str | None:
+    """A schema: a temperature."""
+    return None if value == AUTO else Within(0.01, 100, float)(value)
+
+
+def degree_text(temperature: float | str) -> str:
+    """As it is written on a command line."""
+    return temperature if isinstance(temperature, str) else f"{temperature:g}"
+
+
+def checkpoint(value: Any) -> str | None:
+    """A schema: which checkpoint of a teacher."""
+    return None if value in ("best", "last") else 'is neither "best" nor "last"'
+
+
 NUMBER = Within(-1e12, 1e12, float)
 SHARE = Within(0, 1 + 1e-9, float)
 SEED = Within(0, 2**32 - 1)
 COUNT = Within(1)
 GRID = {
     "data": {"corpus?": str, "text?": str, "pairs?": COUNT, "vocabulary": Within(1, 2**31 - 1)},
-    "training": {"updates": COUNT, "precision": str, "options": option_string},
+    "training": {"updates": COUNT, "precision": str, "options": option_string, "checkpoints?": [rule]},
     "sizes": {str: {"options": option_string}},
     "settings": {str: {"teacher": str, "student": str, "updates?": COUNT}},
     "teacher": {"method": str, "seed": SEED},
+    "teachers?": {str: {"size": str, "updates?": COUNT, "seeds?": [SEED], "checkpoint?": checkpoint}},
     "generation": {"options": option_string},
-    "methods?": {str: {"options?": option_string}},
-    "cells": [{"settings": [str], "methods": [str], "seeds": [SEED], "temperatures?": [Within(0.01, 100, float)]}],
+    "methods?": {str: {"options?": option_string, "of?": str, "title?": str}},
+    "cells": [{"settings": [str], "methods": [str], "seeds": [SEED], "temperatures?": [degree]}],
 }
 # What cell.json holds, as far as it is read again,
 ABOUT = {
@@ -70,7 +92,7 @@ ABOUT = {
     "title": str,
     "teacher": (str, None),
     "seed": SEED,
-    "temperature": (NUMBER, None),
+    "temperature": (NUMBER, str, None),
 }
 # and scores.json.
 SCORES = {
@@ -112,20 +134,28 @@ class Cell:
     method: str  # of `hgkd methods`
     title: str  # the method's
     seed: int
-    temperature: float | None  # of the teacher; None: there is none, or the method has its own
+    temperature: float | str | None  # of the teacher, or "auto"; None: there is none, or the method has its own
     updates: int
     signature: str
     train: list[str] = field(hash=False)  # arguments of fairseq-train
     score: list[str] = field(hash=False)  # arguments of hgkd score
-    teacher: str | None = None  # the folder of the teacher's cell, which must be finished first
+    teachers: tuple[str, ...] = ()  # folders of the teachers' cells, which must be finished first
+    # Arguments of hgkd translate and hgkd distil-data, where it is trained on its teacher's translations.
+    translate: list[str] = field(default_factory=list, hash=False)
+    distil: list[str] = field(default_factory=list, hash=False)
 
     @property
     def commands(self) -> list[str]:
-        """For the reader, to be run in the study's folder."""
+        """For the reader, to be run in the study's folder; `making` comes first."""
         return [
             f"fairseq-train {shlex.join(self.train)} --user-dir $(hgkd user-dir)",
             f"hgkd score {shlex.join(self.score)}",
         ]
+
+    @property
+    def making(self) -> list[str]:
+        """Commands of the data that it is trained on."""
+        return [f"hgkd {shlex.join(words)}" for words in (self.translate, self.distil) if words]
 
     def description(self) -> dict[str, Any]:
         """What cell.json holds."""
@@ -134,11 +164,12 @@ class Cell:
             "setting": self.setting,
             "method": self.method,
             "title": self.title,
-            "teacher": self.teacher,
+            "teacher": ":".join(self.teachers) or None,
             "seed": self.seed,
             "temperature": self.temperature,
             "updates": self.updates,
             "commands": self.commands,
+            "making": self.making,
         }
 
 
@@ -161,27 +192,30 @@ class Grid:
         self.data: dict[str, Any] = self.table["data"]
         if ("corpus" in self.data) == ("text" in self.data):
             raise UserError(f"{file}: [data] needs either corpus, a name that get_data.sh knows, or text, a folder")
-        for kind in ("sizes", "settings"):
+        for kind in ("sizes", "settings", "teachers"):
+            if kind not in self.table:
+                continue
             for name in self.table[kind]:
                 if not re.fullmatch(NAME, name) or name in TAKEN:
                     raise UserError(f"{file}: [{kind}.{name}]: it becomes a folder's name; take other letters")
         for block in self.table["cells"]:
             for temperature in block.get("temperatures", []):
-                if float(f"{temperature:g}") != temperature:  # else two of them would be one folder
+                # Else two of them would be one folder.
+                if temperature != AUTO and float(f"{temperature:g}") != temperature:
                     raise UserError(f"{file}: temperatures {temperature!r}: give at most 6 digits")
         precision = self.table["training"]["precision"]
         if precision not in PRECISIONS:
             raise UserError(f"{file}: [training] precision {precision!r}: it must be one of {', '.join(PRECISIONS)}")
         for name in self.table.get("methods", {}):
-            self.known("methods", name)
+            self.method(name)
 
     def cells(self) -> list[Cell]:
         """All cells, each once, a teacher before its students; within a block of the grid seed by seed."""
         found: dict[str, Cell] = {}
         for block in self.table["cells"]:
             for cell in self.block(block):
-                if cell.teacher and cell.teacher not in found:
-                    found[cell.teacher] = self.teacher(Path(cell.teacher).parts[1])
+                for teacher in cell.teachers:
+                    found.setdefault(teacher, self.teacher(*Path(teacher).parts[1:]))
                 found.setdefault(cell.folder, cell)
         return list(found.values())
 
@@ -193,38 +227,80 @@ class Grid:
                     for method in block["methods"]:
                         yield self.cell(setting, method, seed, temperature, sizes["student"], sizes["teacher"])
 
+    def trained_as(self, teacher: str) -> str:
+        """The first name under which [teachers] has the same training, or the size."""
+        size, updates, *_ = self.teachers(teacher)
+        if updates is None:
+            return size
+        return next(one for one in self.table["teachers"] if self.teachers(one)[:2] == (size, updates))
+
     def known(self, kind: str, name: str) -> dict[str, Any]:
         table = methods.table() if kind == "methods" else self.table[kind]
         if name not in table:
             raise UserError(f"{self.file} names {name}, which is none of the {kind}: {', '.join(table)}")
         return table[name]
 
-    def teacher(self, size: str) -> Cell:
-        return self.cell("teacher", self.table["teacher"]["method"], self.table["teacher"]["seed"], None, size, None)
+    def method(self, name: str) -> tuple[str, list[str], str | None]:
+        """(title, options, the choice of its teacher's translations, where it is trained on them) of a method of `hgkd
+        methods`, or of a row of this study's own, [methods.NAME] with `of`."""
+        own = self.table.get("methods", {}).get(name, {})
+        known = own.get("of", name)
+        title = own.get("title", name if "of" in own else self.known("methods", known)["title"])
+        self.known("methods", known)
+        return title, [*methods.options(known), *shlex.split(own.get("options", ""))], methods.data(known)
 
-    def cell(self, setting, name, seed, temperature, size, teacher_size) -> Cell:
-        method = self.known("methods", name)
+    def teacher(self, name: str, seed: str) -> Cell:
+        size, updates, *_ = self.teachers(name)
+        number = int(seed.removeprefix("seed-"))
+        return self.cell("teacher", self.table["teacher"]["method"], number, None, size, None, name, updates)
+
+    def teachers(self, name: str) -> tuple[str, int | None, list[int], str]:
+        """(size, updates, seeds, which checkpoint) of the teachers of that name, [teachers.NAME] or a size."""
+        seeds = [self.table["teacher"]["seed"]]
+        own = self.table.get("teachers", {}).get(name)
+        if own is None:
+            return name, None, seeds, "best"
+        return own["size"], own.get("updates"), own.get("seeds", seeds), own.get("checkpoint", "best")
+
+    def cell(self, setting, name, seed, temperature, size, teacher, own_name=None, own_updates=None) -> Cell:
+        """`own_name` and `own_updates`: of a teacher's cell."""
+        title, options, select = self.method(name)
         training = self.table["training"]
-        updates = self.table["settings"].get(setting, {}).get("updates", training["updates"])
-        if name == "seq-kd":
-            raise UserError(f"{self.file}: seq-kd trains on translations, which a study does not make; take a recipe")
-        added = self.table.get("methods", {}).get(name, {}).get("options", "")  # [methods.NAME]: for this study
-        options, teacher = [*methods.options(name), *shlex.split(added)], None
+        updates = own_updates or self.table["settings"].get(setting, {}).get("updates", training["updates"])
+        taught: tuple[str, ...] = ()
+        path, made = "", ""  # of the teachers, and the folder for their translations
+        if select or "--teacher-path" in options:
+            if teacher is None:
+                raise UserError(f"{self.file}: [teacher] method {name} needs a teacher itself; take base")
+            _, _, seeds, which = self.teachers(teacher)
+            # Teachers of one name that differ in the checkpoint alone are one cell.
+            taught = tuple(f"teacher/{self.trained_as(teacher)}/seed-{one}" for one in seeds)
+            path = ":".join(f"{folder}/checkpoint_{which}.pt" for folder in taught)
+            made = taught[0] if len(taught) == 1 and which == "best" else f"teacher/{teacher}"
         if "--teacher-path" not in options:
             temperature = None
         else:
-            if teacher_size is None:
-                raise UserError(f"{self.file}: [teacher] method {name} needs a teacher itself; take base")
-            teacher = f"teacher/{teacher_size}/seed-{self.table['teacher']['seed']}"
-            options = [f"{teacher}/checkpoint_best.pt" if word == methods.TEACHER else word for word in options]
-            if "--teacher-temperature" in options:
-                temperature = None
+            options = [path if word == methods.TEACHER else word for word in options]
+            if AUTO in options:  # the method leaves it to the study
+                place = options.index(AUTO)
+                del options[place - 1 : place + 1]
+                options += ["--teacher-temperature", degree_text(temperature)]
             else:
-                options += ["--teacher-temperature", f"{temperature:g}"]
-        variant = name if temperature in (None, TEMPERATURE) else f"{name}-tau-{temperature:g}"
-        folder = f"teacher/{size}/seed-{seed}" if setting == "teacher" else f"{setting}/{variant}/seed-{seed}"
+                temperature = None
+        variant = name
+        if temperature not in (None, TEMPERATURE):
+            variant += f"-tau-{degree_text(temperature)}"
+        folder = f"teacher/{own_name}/seed-{seed}" if setting == "teacher" else f"{setting}/{variant}/seed-{seed}"
+        data, translate, distil = "data-bin", [], []
+        search = self.table["generation"]["options"]
+        if select:
+            data = f"{made}/data-bin-{select}"
+            translate = ["translate", "data-bin", "--teacher-path", path, "--output", f"{made}/translations"]
+            translate += ["--nbest", beam_of(search), *shlex.split(search)]
+            distil = ["distil-data", f"{made}/translations", "data-bin", "--output", data, "--select", select]
+        rules = [] if setting == "teacher" else training.get("checkpoints", [])
         train = [
-            *("data-bin", "--save-dir", folder, "--task", "translation_with_teacher", "--criterion", "hard_gate_kd"),
+            *(data, "--save-dir", folder, "--task", "translation_with_teacher", "--criterion", "hard_gate_kd"),
             *options,
             *shlex.split(self.known("sizes", size)["options"]),
             *shlex.split(training["options"]),
@@ -233,16 +309,18 @@ class Grid:
             # Every sentence counts; batches are made in this process, which leaves a core to another cell.
             *("--required-batch-size-multiple", "1", "--num-workers", "0"),
             # Chosen by plain cross-entropy, which means the same for every method.
-            *("--best-checkpoint-metric", "nll_loss", "--no-epoch-checkpoints"),
+            *("--best-checkpoint-metric", "nll_loss", *([] if "best-bleu" in rules else ["--no-epoch-checkpoints"])),
             *("--no-progress-bar", "--log-format", "json"),
         ]
-        generation = f"--generate={self.table['generation']['options']}"
+        generation = f"--generate={search}"
         score = ["data-bin", folder, "--reference", "text/test.en", "--own-lenpen", generation]
+        # The best by NLL last: whose scores are there all are there.
+        score += [word for one in sorted(rules, key="best".__eq__) for word in ("--checkpoint", one)]
         parts = {
             "setting": setting,
             "method": variant,
             "size": size,
-            "teacher": teacher_size if teacher else None,
+            "teacher": teacher if taught else None,
             "temp": temperature,
             "seed": seed,
             "updates": updates,
@@ -252,8 +330,14 @@ class Grid:
         }
         signature = "|".join(f"{key}:{value}" for key, value in parts.items() if value is not None)
         return Cell(
-            folder, setting, name, method["title"], seed, temperature, updates, signature, train, score, teacher
+            folder, setting, name, title, seed, temperature, updates, signature, train, score, taught, translate, distil
         )
+
+
+def beam_of(search: str) -> str:
+    """Of options of fairseq-generate: as many translations of a sentence can be chosen from."""
+    words = shlex.split(search)
+    return words[words.index("--beam") + 1] if "--beam" in words[:-1] else "5"
 
 
 def read_toml(file: Path) -> dict[str, Any]:

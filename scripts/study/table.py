@@ -19,7 +19,7 @@ from typing import Any
 
 from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
-from study import diverged, read_about, read_scores
+from study import degree_text, diverged, read_about, read_scores
 
 from hgkd_fairseq import drawing, files, methods
 from hgkd_fairseq.errors import UserError, guarded, printable
@@ -33,6 +33,10 @@ CONTROLS = ("ls-uniform", "word-kd", "always", "hkd-t-reversed", "hkd-s-reversed
 
 # Which translations of a cell the score is of: those of the grid's search, or those at a length penalty of its own.
 TRANSLATIONS = {"bleu": "translations.txt", "lenpen_bleu": "translations-lenpen.txt"}
+# One rule for all methods: where the grid has these checkpoints scored, what is said of a cell's translations is of the
+# one with the highest BLEU on validation, and all else of the one with the least NLL.
+BEST_BLEU, LAST = "best-bleu", "last"
+OF_TRANSLATIONS = ("bleu", "brevity_penalty", "chrf", "lenpen", "lenpen_bleu", "lenpen_brevity_penalty")
 
 
 class Scored:
@@ -43,7 +47,15 @@ class Scored:
         if "lenpen" not in files.read_json(folder / "scores.json", {}):
             raise UserError(f"{folder} was scored by an earlier score.py; remove its scores.json and run it again")
         self.scores: dict[str, Any] = read_scores(folder)
-        self.translations = {key: read_references(folder / file) for key, file in TRANSLATIONS.items()}
+        self.checkpoints = {"best": dict(self.scores)}
+        for name in (BEST_BLEU, LAST):
+            if (folder / name / "scores.json").exists():
+                self.checkpoints[name] = read_scores(folder / name)
+        place = folder
+        if BEST_BLEU in self.checkpoints:
+            place = folder / BEST_BLEU
+            self.scores |= {key: self.checkpoints[BEST_BLEU][key] for key in OF_TRANSLATIONS}
+        self.translations = {key: read_references(place / file) for key, file in TRANSLATIONS.items()}
 
 
 class Study:
@@ -84,12 +96,18 @@ class Study:
                 groups.setdefault((cell.about["method"], cell.about["temperature"]), []).append(cell)
         for cells in groups.values():
             cells.sort(key=lambda cell: cell.about["seed"])
-        return sorted(groups.items(), key=lambda row: (self.order.get(row[0][0], len(self.order)), row[0][1] or 0))
+
+        def place(row) -> tuple:
+            (method, temperature), _ = row
+            known = isinstance(temperature, int | float)
+            return self.order.get(method, len(self.order)), method, not known, temperature if known else 0
+
+        return sorted(groups.items(), key=place)
 
     def teacher(self, cells: Sequence[Scored]) -> Scored | None:
         """The teacher that one of these cells names."""
         names = [cell.about["teacher"] for cell in cells if cell.about["teacher"]]
-        return self.cells.get(names[0]) if names else None
+        return self.cells.get(names[0].split(":")[0]) if names else None
 
     def p_value(self, cell: Scored, base: Scored, key: str) -> float:
         if cell.translations[key] == base.translations[key]:
@@ -147,6 +165,22 @@ LENGTHS: dict[str, Callable[[Sequence[Scored]], str]] = {
     "brevity penalty then": column("lenpen_brevity_penalty", 3),
     "BLEU then": SCORES["BLEU at its own length penalty"],
 }
+
+
+def by_checkpoint(named: Sequence[tuple[str, Sequence[Scored]]]) -> list[str]:
+    """What the choice of the checkpoint makes of each method."""
+    if not any(BEST_BLEU in cell.checkpoints for _, cells in named for cell in cells):
+        return []
+    rules = {"best": "least NLL", BEST_BLEU: "highest BLEU", LAST: "last"}
+    kinds: dict[str, tuple[str, int, float]] = {"BLEU": ("bleu", 1, 1), "NLL": ("nll", 3, 1), "ECE, %": ("ece", 2, 100)}
+
+    def shown(cells: Sequence[Scored], rule: str, key: str, digits: int, scale: float) -> str:
+        values = [cell.checkpoints[rule][key] for cell in cells if rule in cell.checkpoints]
+        return spread(values, digits, scale) if values else ABSENT
+
+    header = ["method, by checkpoint", *[f"{kind}, {text}" for kind in kinds for text in rules.values()]]
+    rows = [[title, *[shown(cells, rule, *how) for how in kinds.values() for rule in rules]] for title, cells in named]
+    return markdown(header, rows)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -212,6 +246,7 @@ def setting_tables(study: Study, setting: str) -> list[str]:
     training = [[title, *[show(cells) for show in TRAINING.values()]] for title, cells in above + named]
     lines = [f"### {setting}", "", f"All its cells: {signature(every)}.", ""]
     lines += markdown(["method", *SCORES, "BLEU over Base", "p, each seed"], scores)
+    lines += by_checkpoint(above + named)
     lines += markdown(["method", *TRAINING], training)
     lengths = [
         [title, *[show(cells) for show in LENGTHS.values()], *over_base(title, cells, "lenpen_bleu")]
@@ -239,7 +274,7 @@ def against_controls(study: Study, rows: Sequence[Sequence[Scored]], corner: str
 
 def temperatures(study: Study, setting: str) -> list[str]:
     """Methods that were trained with several temperatures of the teacher, on the seeds that all of them have."""
-    methods: dict[str, dict[float, list[Scored]]] = {}
+    methods: dict[str, dict[float | str, list[Scored]]] = {}
     for (method, temperature), cells in study.rows(setting):
         if temperature is not None:
             methods.setdefault(method, {})[temperature] = cells
@@ -249,11 +284,11 @@ def temperatures(study: Study, setting: str) -> list[str]:
         common = set.intersection(*[{cell.about["seed"] for cell in cells} for cells in by_temperature.values()])
         if len(by_temperature) < 2 or not common:
             continue
-        for temperature, cells in sorted(by_temperature.items()):
+        for temperature, cells in by_temperature.items():
             cells = [cell for cell in cells if cell.about["seed"] in common]
             shown = [SCORES[name](cells) for name in scores]
             rows.append(
-                [cells[0].about["title"], f"{temperature:g}", *shown, TRAINING["teacher share at the end"](cells)]
+                [cells[0].about["title"], degree_text(temperature), *shown, TRAINING["teacher share at the end"](cells)]
             )
     header = ["method", "teacher's temperature", *scores, "teacher share"]
     return markdown(header, rows) if rows else []

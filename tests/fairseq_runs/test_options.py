@@ -29,7 +29,7 @@ def data_with_another_dictionary(data: Path, tmp_path_factory: pytest.TempPathFa
 # name: (options, what the sentence says); TEACHER is replaced
 CASES = {
     "unknown gate": (["--gate", "tokens"], ["--gate", 'unknown gate "tokens"', "known gates: always", "sentence"]),
-    "temperature 0": (["--teacher-temperature", 0], ["--teacher-temperature 0.0", "must be above 0"]),
+    "temperature 0": (["--teacher-temperature", 0], ["--teacher-temperature 0:", "must be above 0"]),
     "label smoothing 1": (["--label-smoothing", 1], ["--label-smoothing 1.0", "below 1"]),
     "no teacher": (["--teacher-path", ""], ["give --teacher-path CHECKPOINT"]),
     "missing teacher": (["--teacher-path", "nowhere.pt"], ["--teacher-path names nowhere.pt, which does not exist"]),
@@ -84,7 +84,7 @@ def test_one_error_message_under_hydra(data: Path, tmp_path: Path):
     }
     (tmp_path / "kd.yaml").write_text("# @package _group_\n" + json.dumps(sections))
     options = ("--config-dir", tmp_path, "--config-name", "kd", f"hydra.run.dir={tmp_path / 'out'}")
-    cl.one_error_message(cl.fairseq("hydra-train", *options), ["give --teacher-path CHECKPOINT"])
+    cl.one_error_message(cl.console_script("hydra-train", *options), ["give --teacher-path CHECKPOINT"])
 
 
 def test_dictionaries_are_compared(

@@ -933,7 +933,8 @@ def autograd_of_the_equation(
     if instance is not None:
         instance = instance[sentence]
     view = (sentence, len(batch.target), z.size(1), progress, instance)
-    weights = gate.weights(gates.TokenStatistics(*reads, *view))
+    asked = {"student_above": (p * (p > q)).sum(1).detach()} if gate.asks else {}
+    weights = gate.weights(gates.TokenStatistics(*reads, *view, asked))
     entropy = -(p * p.log()).sum(1)
     loss = weights.data * (-p[rows, gold].log() - penalty * entropy)
     if gate.needs_teacher:
@@ -1088,3 +1089,100 @@ def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def detached(weights: gates.GateWeights) -> gates.GateWeights:
     return gates.GateWeights(*[None if part is None else part.detach() for part in weights])
+
+
+@pytest.mark.parametrize("scope", ["token", "sentence", "batch"])
+@pytest.mark.parametrize("tempered_gate", [True, False])
+@both
+def test_what_a_gate_asks_for(implementation: str, tempered_gate: bool, scope: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(chunked.CHUNK_TOKENS, "cpu", 5)
+    batch = make(dtype=precision(implementation)[0], teacher_dimensions=(9, 4))
+    seen: dict[str, list[Tensor]] = {}
+
+    def weights(statistics: gates.TokenStatistics) -> gates.GateWeights:
+        for name, values in statistics.asked.items():
+            seen.setdefault(name, []).append(values)
+        return gates.hard.token(statistics)
+
+    gate = gates.Gate("asks", weights, scope, asks=tuple(gates.contract.ASKED))
+    out = run(batch, implementation, gate=gate, tempered_gate=tempered_gate)
+    expected = run(batch, implementation, gate="token", tempered_gate=tempered_gate)
+    assert torch.equal(out.teacher_mask, expected.teacher_mask)
+    z, *logits = [
+        (hidden.double() @ weight.double().t() + bias.double())[batch.target != PAD].detach()
+        for hidden, weight, bias in zip(
+            [batch.hidden, *batch.teacher_hidden],
+            [batch.weight, *batch.teacher_weight],
+            [batch.bias, *batch.teacher_bias],
+            strict=True,
+        )
+    ]
+    p = z.softmax(1)
+    q = sum((teacher / (1.5 if tempered_gate else 1)).softmax(1) for teacher in logits) / len(logits)
+    values = {
+        "student_above": p.where(p > q, 0.0).sum(1),
+        "student_entropy": -(p * p.log()).sum(1),
+        "teacher_entropy": -(q * q.log()).sum(1),
+    }
+    for name, value in values.items():
+        torch.testing.assert_close(torch.cat(seen[name]).double(), value, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("gate_on", ["student-draw", "teacher-draw"])
+@both
+def test_drawn_tokens_have_the_distribution_they_are_drawn_from(implementation: str, gate_on: str):
+    """In the mean over many draws log p - log q is the sum over the vocabulary, within four standard errors."""
+    count, vocabulary = 4000, 7
+    batch = make((1,), 1, vocabulary)
+    many = batch._replace(
+        hidden=batch.hidden.expand(count, 1, -1),
+        teacher_hidden=[hidden.expand(count, 1, -1) for hidden in batch.teacher_hidden],
+        target=batch.target.expand(count, 1),
+    )
+    logp, logq = (
+        (hidden @ weight.t() + bias).flatten().detach() / tau
+        for hidden, weight, bias, tau in (
+            (batch.hidden, batch.weight, batch.bias, 1.0),
+            (batch.teacher_hidden[0], batch.teacher_weight[0], batch.teacher_bias[0], 1.5),
+        )
+    )
+    logp, logq = logp.log_softmax(0), logq.log_softmax(0)
+    torch.manual_seed(0)
+    out = run(many, implementation, gate="token", gate_on=gate_on)
+    drawn_from = (logp if gate_on == "student-draw" else logq).exp()
+    mean = (drawn_from * (logp - logq)).sum()
+    spread = ((drawn_from * (logp - logq - mean) ** 2).sum() / count).sqrt()
+    assert abs(out.gap / count - mean) < 4 * spread
+    share = (drawn_from * (logp > logq)).sum()
+    assert abs(out.teacher_share / count - share) < 4 * (share * (1 - share) / count).sqrt()
+    assert out.teacher_share == out.teacher_tokens
+
+
+@pytest.mark.parametrize("scope", ["token", "sentence", "batch"])
+@both
+def test_the_gate_reads_what_is_given(implementation: str, scope: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(chunked.CHUNK_TOKENS, "cpu", 5)
+    batch = make()
+    own = run(batch, implementation, gate="token")
+    given = -torch.rand(batch.target.shape)
+    gate = gates.Gate("token of another scope", gates.hard.token, scope)
+    out = run(batch, implementation, gate=gate, student_logprob=given)
+    teacher = torch.zeros_like(given)
+    teacher[batch.target != PAD] = own.results.teacher_read
+    assert torch.equal(out.teacher_mask, (given > teacher) & (batch.target != PAD))
+    assert not torch.equal(out.teacher_mask, own.teacher_mask)
+    assert torch.equal(out.token_nll, own.token_nll)
+    with pytest.raises(ValueError, match="student_logprob is of the gold token"):
+        run(batch, implementation, gate="token", gate_on="argmax", student_logprob=given)
+
+
+@both
+def test_the_teachers_share_is_of_the_weights(implementation: str):
+    batch = make()
+    out = run(batch, implementation, gate=gates.get_gate("wsl", kd_weight=2.0))
+    ratio = (out.results.student_read / out.results.teacher_read).double()  # of two NLLs
+    weight = 2 * (1 - (-ratio).exp())
+    assert out.teacher_share.item() == pytest.approx((weight / (1 + weight)).sum().item(), rel=1e-5)
+    assert out.teacher_tokens == out.tokens
+    assert run(batch, implementation, gate="none").teacher_share == 0
+    assert run(batch, implementation, gate=gates.get_gate("always", kd_weight=0.25)).teacher_share == 0.25 * out.tokens

@@ -12,6 +12,7 @@ from hgkd_fairseq.loss import Head, Sparse, chunked, gated_distillation
 from hgkd_fairseq.loss.eager import mean_logprobs
 
 WITH_TEACHER = sorted(name for name, gate in gates.GATES.items() if gate.needs_teacher)
+OF_SPARSE = [name for name in WITH_TEACHER if not gates.GATES[name].asks]
 SUMS = ("loss", "nll", "kd", "gap", "teacher_tokens")
 fast = pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name != "eager"])
 
@@ -146,7 +147,7 @@ def test_sparse_by_hand(implementation: str):
 
 @fast
 @pytest.mark.parametrize("rest", [True, False], ids=["rest", "draws"])
-@pytest.mark.parametrize("name", WITH_TEACHER)
+@pytest.mark.parametrize("name", OF_SPARSE)
 def test_sparse_against_eager(name: str, rest: bool, implementation: str, monkeypatch: pytest.MonkeyPatch):
     if name != "random":
         monkeypatch.setitem(chunked.CHUNK_TOKENS, "cpu", 5)
@@ -235,3 +236,9 @@ def test_refused(name: str):
     with pytest.raises(ValueError) as caught:  # noqa: PT011  its text is compared
         gated_distillation(**arguments)
     assert message in str(caught.value)
+
+
+def test_a_gate_that_asks_is_refused_of_a_sparse_teacher():
+    batch = make()
+    with pytest.raises(ValueError, match='gate "expected" asks for what a sparse teacher does not say'):
+        run_sparse(batch, "eager", top(batch, 7, True), gate="expected")

@@ -14,6 +14,9 @@ from pathlib import Path
 import command_line as cl
 import corpora
 import pytest
+from fairseq.data import Dictionary, indexed_dataset
+
+from hgkd_fairseq.sequence_level import REASONS as SWITCHES
 
 RECIPES = cl.ROOT / "scripts" / "recipes"
 UPDATES = 20
@@ -111,7 +114,9 @@ def trial(name: str, folder: Path) -> Trial:
     if name == "multi30k-de-en":
         steps = {"teacher": "training", "seq-kd": "training", "hkd-t": "scores"}
     for method, step in steps.items():
-        arguments = (*where, "--method", method, "--until", step, "--", *SMALL)
+        # A teacher of 20 updates says the same again and again.
+        keep = ("--distil", " ".join(f"--keep {reason}" for reason in SWITCHES)) if method == "seq-kd" else ()
+        arguments = (*where, "--method", method, "--until", step, *keep, "--", *SMALL)
         dry = recipe(name, "--dry-run", *arguments, env=env)
         assert dry.returncode == 0, dry.stderr
         planned += dry.stdout.splitlines()
@@ -212,15 +217,24 @@ def test_goes_on_where_it_was(trials: dict[str, Trial]):
 
 def test_seq_kd_trains_on_the_teachers_translations(trials: dict[str, Trial]):
     run = trials["multi30k-de-en"]
-    translated = (run.folder / "seq-kd" / "generate-train.txt").read_text(encoding="utf-8")
-    hypotheses = {int(i): text for i, text in re.findall(r"^H-(\d+)\t\S+\t(.*)$", translated, re.MULTILINE)}
-    assert run.lines("seq-kd/train.de") == run.lines("pieces/train.de")
-    assert run.lines("seq-kd/train.en") == [hypotheses[i] for i in range(RECIPE[run.name].pairs[0])]
-    assert run.lines("seq-kd/train.en") != run.lines("pieces/train.en")
+    made, data = run.folder / "data-bin-best", run.folder / "data-bin"
+    rows = [line.split("\t") for line in run.lines("translations/shard-00000/translations.tsv")]
+    hypotheses = [row[5] for row in rows if row[2] == "0"]
+    assert len(hypotheses) == RECIPE[run.name].pairs[0]
+    dictionary = Dictionary.load(str(data / "dict.en.txt"))
+    sides = {
+        side: indexed_dataset.MMapIndexedDataset(str(made / f"train.de-en.{side}")) for side in ("de", "en")
+    }  # fmt: skip
+    sources = indexed_dataset.MMapIndexedDataset(str(data / "train.de-en.de"))
+    assert [dictionary.string(row) for row in sides["en"]] == hypotheses
+    assert [row.tolist() for row in sides["de"]] == [row.tolist() for row in sources]
     for name in ("valid.de-en.en.bin", "dict.en.txt"):
-        assert (run.folder / "data-bin-seq-kd" / name).read_bytes() == (run.folder / "data-bin" / name).read_bytes()
+        assert (made / name).read_bytes() == (data / name).read_bytes()
     trained_on = shlex.split(next(line for line in run.lines("commands") if "seq-kd-1" in line))
-    assert trained_on[1] == str(run.folder / "data-bin-seq-kd")
+    assert trained_on[1] == str(made)
+    refused = recipe(run.name, "--dir", run.folder, *TRIAL, "--method", "seq-kd", "--distil", "--mix-original 1")
+    assert refused.returncode == 1
+    assert "data-bin-best was made by" in refused.stderr.splitlines()[-1]
 
 
 def test_a_killed_preparation_restarts_cleanly(trials: dict[str, Trial], tmp_path: Path):

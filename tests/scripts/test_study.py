@@ -16,7 +16,7 @@ import command_line as cl
 import pytest
 from sacrebleu.metrics import BLEU
 
-from hgkd_fairseq import methods
+from hgkd_fairseq import cli, methods
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.evaluation.score import LENGTH_PENALTIES
 
@@ -238,6 +238,28 @@ def test_cells(tmp_path):
     assert "--teacher" not in " ".join(by_folder["same/base/seed-1"].train)
 
 
+def test_cells_of_translations(tmp_path, monkeypatch):
+    """Their data are the teacher's, made once for all of them by commands that hgkd takes."""
+    methods = ["seq-kd", "seq-kd+hkd-t", "seq-inter"]
+    cells = {cell.method: cell for cell in Grid(write_grid(tmp_path, block(["same"], methods, [1]))).cells()}
+    assert list(cells) == ["base", *methods]
+    folder = "teacher/big/seed-0"
+    monkeypatch.chdir(tmp_path)
+    Path(folder).mkdir(parents=True)
+    for method, select in zip(methods, ("best", "best", "bleu"), strict=True):
+        cell = cells[method]
+        assert cell.teachers == (folder,)
+        assert cell.train[0] == f"{folder}/data-bin-{select}"
+        assert cell.score[0] == "data-bin"
+        assert "--teacher-path" not in cell.train or method == "seq-kd+hkd-t"
+        translate, distil = (cli.parser().parse_args(words) for words in (cell.translate, cell.distil))
+        assert (translate.output, distil.folder) == (f"{folder}/translations",) * 2
+        assert (translate.nbest, translate.beam, distil.select) == (2, 2, select)
+        assert (distil.data, distil.output) == (translate.data, cell.train[0])
+    assert cells["base"].making == []
+    assert len(cells["seq-kd"].making) == 2
+
+
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
@@ -247,7 +269,6 @@ def test_cells(tmp_path):
         ("updates = ", "epochs = ", "lacks 'updates'; multi30k.toml shows where it belongs"),
         ('text = "', 'words = "', r"\[data\] needs either corpus"),
         ('["base"]', '["bass"]', "names bass, which is none of the methods: base, "),
-        ('["base"]', '["seq-kd"]', "seq-kd trains on translations, which a study does not make; take a recipe"),
         ('method = "base"', 'method = "hkd-t"', r"\[teacher\] method hkd-t needs a teacher itself"),
         ("[data]", "[data", "is no TOML"),
         ("[generation]", "[methods.bass]\n[generation]", "names bass, which is none of the methods: base, "),
@@ -269,6 +290,14 @@ def test_cells(tmp_path):
         ("seeds = [1]", "seeds = [1]\ntemperatures = [nan]", r"temperatures\[0\] is not a number"),
         ("seeds = [1]", "seeds = [1]\ntemperatures = [0]", r"temperatures\[0\] is not from 0.01 to 100"),
         ("seeds = [1]", "seeds = [1]\ntemperatures = [1.2000001]", "temperatures 1.2000001: give at most 6 digits"),
+        ("seeds = [1]", 'seeds = [1]\ntemperatures = ["hot"]', r"temperatures\[0\] is not a number"),
+        (
+            "[generation]",
+            '[teachers.x]\nsize = "big"\ncheckpoint = "first"\n[generation]',
+            'is neither "best" nor "last"',
+        ),
+        ("updates = 150", 'updates = 150\ncheckpoints = ["worst"]', 'is none of "best", "best-bleu", "last"'),
+        ("[generation]", '[methods.x]\nof = "y"\n[generation]', "names y, which is none of the methods"),
         ("[data]", "x = " + "[" * 5000, "is no TOML"),
         ("pairs = 300", "pairs = " + "9" * 5000, "is no TOML"),
     ],
@@ -281,6 +310,72 @@ def test_grids_that_make_no_study(old, new, expected, tmp_path):
     else:
         with pytest.raises(UserError, match=expected):
             Grid(file).cells()
+
+
+OWN = """
+[teachers.late]
+size = "big"
+checkpoint = "last"
+[teachers.long]
+size = "big"
+updates = 900
+[teachers.longest]
+size = "big"
+updates = 900
+seeds = [0, 5]
+checkpoint = "last"
+[settings.late]
+teacher = "late"
+student = "small"
+[settings.long]
+teacher = "long"
+student = "small"
+[settings.longest]
+teacher = "longest"
+student = "small"
+[methods.mine]
+of = "word-kd"
+options = "--kd-weight 0.25"
+"""
+
+
+def test_teachers_temperatures_and_methods_of_a_grids_own(tmp_path):
+    cells = block(["late", "long", "longest"], ["mine", "annealing"], [3], 'temperatures = ["auto", 1.5]')
+    file = write_grid(tmp_path, cells)
+    text = file.read_text().replace("[[cells]]", OWN + "[[cells]]", 1)
+    file.write_text(text.replace("updates = 150", 'updates = 150\ncheckpoints = ["best", "best-bleu"]'))
+    cells = {cell.folder: cell for cell in Grid(file).cells()}
+    teachers = ["teacher/big/seed-0", "teacher/long/seed-0", "teacher/long/seed-5"]
+    assert [name for name in cells if name.startswith("teacher/")] == teachers
+    # Its temperature is its own: one cell of each setting.
+    assert [name for name in cells if "annealing" in name] == [
+        f"{it}/annealing/seed-3" for it in ("late", "long", "longest")
+    ]
+    late, longest = cells["late/mine-tau-auto/seed-3"], cells["longest/mine/seed-3"]
+    assert late.title == "mine"
+    assert late.teachers == ("teacher/big/seed-0",)
+    words = " ".join(late.train)
+    assert (
+        "--teacher-path teacher/big/seed-0/checkpoint_last.pt --gate always --kd-weight 0.5 --kd-weight 0.25" in words
+    )
+    assert "--teacher-temperature auto" in words
+    assert words.count("--teacher-temperature") == 1
+    assert "--no-epoch-checkpoints" not in words
+    assert late.score[-4:] == ["--checkpoint", "best-bleu", "--checkpoint", "best"]
+    assert longest.teachers == ("teacher/long/seed-0", "teacher/long/seed-5")
+    both = "teacher/long/seed-0/checkpoint_last.pt:teacher/long/seed-5/checkpoint_last.pt"
+    assert both in longest.train
+    assert "--teacher-temperature 1.5" in " ".join(longest.train)
+    assert "--max-update 900" in " ".join(cells["teacher/long/seed-5"].train)
+    assert "--no-epoch-checkpoints" in cells["teacher/long/seed-5"].train
+    assert longest.description()["teacher"] == "teacher/long/seed-0:teacher/long/seed-5"
+
+
+@pytest.mark.parametrize("grid", sorted((cl.ROOT / "scripts" / "study").glob("*.toml")), ids=lambda file: file.stem)
+def test_every_grid_is_a_study(grid):
+    cells = Grid(grid).cells()
+    assert len({cell.folder for cell in cells}) == len(cells) > 4
+    assert all(teacher in {cell.folder for cell in cells} for cell in cells for teacher in cell.teachers)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"bleu": NaN}', "cut", "nan", "text"])

@@ -25,9 +25,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hgkd_fairseq import cache
 from hgkd_fairseq.gates import GateWeights, hard
 from hgkd_fairseq.loss import equations, rows
-from hgkd_fairseq.loss.options import FUSED, Decide, Options, Sparse, TokenResults, decided
+from hgkd_fairseq.loss.options import Decide, Options, Sparse, TokenResults, decided
 
 logger = logging.getLogger(__name__)
 
@@ -62,36 +63,6 @@ def processor() -> str:
     return f"{platform.machine()} {platform.processor()} {sorted(kinds)}"
 
 
-def open_to_others(path: Path) -> bool:
-    """Whether another user may change what lies under the name of this existing file or folder. In a folder such as
-    /tmp, with the sticky bit, nobody replaces what is somebody else's."""
-    status = path.lstat()
-    writable = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX
-    return bool(writable) or status.st_uid not in (0, os.geteuid())
-
-
-def cache() -> Path:
-    """The folder of compiled kernels, made where it is missing (mode 0700, as each missing folder above it).
-
-    Raises:
-        OSError: it cannot be made, or another user may write to it or to a folder above it.
-        RuntimeError: there is no home folder.
-    """
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))  # a relative one is to be ignored, says its specification
-    folder = (given if given.is_absolute() else Path.home() / ".cache") / "hgkd_fairseq"
-    missing = [part for part in (folder, *folder.parents) if not part.exists()]
-    for part in reversed(missing):
-        part.mkdir(mode=0o700, exist_ok=True)
-    owned = folder.lstat()
-    if not stat.S_ISDIR(owned.st_mode) or owned.st_uid != os.geteuid():
-        raise PermissionError(f"{folder} is no folder of this user's: remove it")
-    folder = folder.resolve()
-    for part in (folder, *folder.parents):
-        if open_to_others(part):
-            raise PermissionError(f"{part} is another user's, or others may write to it: chmod go-w {part}")
-    return folder
-
-
 def name_of(content: bytes, key: str) -> str:
     """The name of a compiled kernel: what it was compiled from and for, and what it is."""
     return f"rows-{key}-{hashlib.sha256(content).hexdigest()[:32]}.so"
@@ -103,7 +74,7 @@ def whole(file: Path, key: str) -> bool:
     return (
         stat.S_ISREG(status.st_mode)
         and status.st_uid == os.geteuid()
-        and not open_to_others(file)
+        and not cache.open_to_others(file)
         and file.name == name_of(file.read_bytes(), key)
     )
 
@@ -122,7 +93,7 @@ def library() -> Path:
     parts = (SOURCE.read_bytes(), " ".join(FLAGS).encode(), program.encode(), version, processor().encode())
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
     try:
-        folder = cache()
+        folder = cache.folder()
         for file in folder.glob(f"rows-{key}-*.so"):
             if whole(file, key):
                 return file
@@ -248,7 +219,7 @@ def row_step(
     # A row of an ensemble has a mean probability for each temperature.
     if sparse is not None and sparse.rest is None and dtype == torch.float32:
         return sparse_step(student_logits, sparse, target, decide, options, gradient_scale)
-    ordinary = dtype in DTYPES and options.divergence == FUSED and sparse is None
+    ordinary = dtype in DTYPES and options.fused and sparse is None
     if not ordinary or (ensemble and options.reads_untempered):
         return rows.row_step(student_logits, teacher_logits, target, decide, options, gradient_scale, sparse)
     temperature, teacher = options.teacher_temperature, None

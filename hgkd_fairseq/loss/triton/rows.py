@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hgkd_fairseq.gates import GATES, Gate, hard
 from hgkd_fairseq.loss import chunked, rows
-from hgkd_fairseq.loss.options import FUSED, GATE_ON, Decide, Options, Sparse, TokenResults, decided
+from hgkd_fairseq.loss.options import FUSED_GATE_ON, Decide, Options, Sparse, TokenResults, decided
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WARP = 32
@@ -97,7 +97,7 @@ def all_variants(vocabulary: int, itemsize: int) -> list[Variant]:
     strides = (chunked.row_stride(vocabulary, itemsize),) * 2
     split = (Gate("user", lambda s: hard.none(s), needs_teacher=needs) for needs in (True, False))
     for gate, gate_on, tempered_gate, smoothing, top1, make_gradient in itertools.product(
-        (GATES["token"], GATES["none"], *split), GATE_ON, (True, False), (0.0, 0.1), (True, False), (True, False)
+        (GATES["token"], GATES["none"], *split), FUSED_GATE_ON, (True, False), (0.0, 0.1), (True, False), (True, False)
     ):
         options = Options(gate, gate_on, 1.5, tempered_gate, smoothing, top1=top1)
         found += [v for v in variants(vocabulary, strides, itemsize, options, make_gradient) if v not in found]
@@ -120,14 +120,14 @@ def _rows(logits: Tensor) -> Tensor:
 
 def _known(student_logits: Tensor, teachers: int, options: Options) -> bool:
     """Whether the kernels can do it. They read one teacher at one temperature (an ensemble has other means at tau and
-    at 1), know no fp64, no entropy, no uniform term and one divergence."""
+    at 1), know no fp64, no entropy, no uniform term and one divergence, and read the gold token or the argmax."""
     return not (
         student_logits.dtype not in DTYPES
         or not student_logits.size(0)
         or (teachers > 1 and options.reads_untempered)
         or options.confidence_penalty
         or options.gate.uniform
-        or options.divergence != FUSED
+        or not options.fused
     )
 
 
@@ -166,6 +166,7 @@ def row_step(
     scale = 0.0 if gradient_scale is None else float(gradient_scale)
     outputs = (student, teacher, target.contiguous(), results, flags)
     scalars = (tokens, 1 / temperature, *options.gold_weight(vocabulary))
+    teacher_share = None
     with torch.cuda.device_of(student):
         if len(steps) == 1:
             _launch(steps[0], *outputs, *scalars, scale)
@@ -174,12 +175,14 @@ def row_step(
             _launch(steps[0], *outputs, statistics, *scalars)
             weights = decided(decide, results[4], results[5])  # what the gate reads
             data, teacher_weight = (weight.to(torch.float32).contiguous() for weight in weights[:2])
+            teacher_share = weights.teacher_share
             _launch(steps[1], *outputs, statistics, data, teacher_weight, *scalars, scale)
 
     loss, nll, data_term, kl, student_read, teacher_read, confidence = results.unbind()
     teacher_mask, correct = flags.view(torch.bool).unbind()
     top = (confidence, correct) if options.needs_argmax else (None, None)
     found = TokenResults(loss, nll, data_term, kl, None, student_read, teacher_read, teacher_mask, *top)
+    found = found._replace(teacher_share=teacher_share)
     return found, None if gradient_scale is None else student
 
 

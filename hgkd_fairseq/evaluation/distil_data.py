@@ -1,0 +1,219 @@
+"""Training data of a teacher's translations: which hypothesis of a sentence, which sentences, and how good they are.
+`hgkd distil-data`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from fairseq.tasks.translation import TranslationConfig, TranslationTask
+from omegaconf import OmegaConf
+from sacrebleu.metrics import BLEU, CHRF
+
+from hgkd_fairseq import files
+from hgkd_fairseq.data import distilled, translations
+from hgkd_fairseq.data.distilled import REFERENCE, TRANSLATION, Row
+from hgkd_fairseq.data.filters import CODES, REASONS, Filters
+from hgkd_fairseq.data.shards import Shards, hashed
+from hgkd_fairseq.data.translations import Hypothesis, Translated, hash_of
+from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.evaluation import generated, selection
+from hgkd_fairseq.evaluation.backward import BackwardModel
+from hgkd_fairseq.plugin import binarised
+
+MEASURED = 20_000  # sentences whose texts are scored, evenly spread
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What of the translations becomes training data.
+
+    Attributes:
+        select: best: the hypothesis of the teacher's best score; bleu, chrf: the one nearest to the reference by that
+            metric of sentences (sequence-level interpolation: Kim and Rush, EMNLP 2016, section 3.3); scores:FILE: the
+            one of the best score in a file with a number a line, one for each hypothesis in their order.
+        filters: what is dropped.
+        mix_original: share of the sentences whose references are added.
+        backward: checkpoint of a model of the other direction, or several; None: without.
+        max_tokens: of a batch of it.
+        cpu: it stays on the CPU where there is a GPU.
+    """
+
+    select: str = "best"
+    filters: Filters = field(default_factory=Filters)
+    mix_original: float = 0.0
+    backward: str | None = None
+    max_tokens: int = 4000
+    cpu: bool = False
+
+
+def distil(folder: str, data: str, output: str, choice: Choice) -> str:
+    """Make training data of translations.
+
+    Args:
+        folder: that `hgkd translate` filled.
+        data: that it translated.
+        output: folder to make, of binarised data, with sentences.tsv, dropped.tsv and summary.md.
+        choice: of hypotheses and sentences.
+
+    Returns: the summary.
+
+    Raises:
+        UserError: translations that are not finished, damaged, or of other data; a sentence that has moved.
+    """
+    shards = translations.opened(folder, data)
+    if (subset := shards.manifest["subset"]) != "train":
+        raise UserError(f"{folder} has translations of {subset}: only train is distilled, what is measured on is not")
+    task, dataset = translated_data(data, shards)
+    chosen = Chosen(shards, task, dataset, choice)
+    with files.writing_folder(output) as unfinished:
+        chosen.examine()
+        count = distilled.write(unfinished, data, task, subset, chosen.rows())
+        with files.writing(unfinished / distilled.DROPPED) as stream:
+            stream.write("sentence\treason\n")
+            names = ["", *REASONS]
+            stream.writelines(f"{one}\t{names[chosen.reasons[one]]}\n" for one in np.flatnonzero(chosen.reasons))
+        summary = chosen.summary(count)
+        files.write_text(unfinished / distilled.SUMMARY, summary)
+        made = {"translations": shards.digest, "files": hashed(unfinished)}
+        files.write_json(unfinished / distilled.RECORD, made)
+    return summary
+
+
+def translated_data(data: str, shards: Shards):
+    """(task, subset) of fairseq, of the data that were translated.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    about = shards.manifest
+    wanted = {key: about[key] for key in ("source_lang", "target_lang")}
+    options = {"_name": "translation", "data": str(data), "eval_bleu": False, **wanted}
+    options |= {"train_subset": about["subset"], "dataset_impl": None, "required_seq_len_multiple": 1}
+    task = TranslationTask.setup_task(OmegaConf.merge(TranslationConfig, options))
+    return task, binarised.subset(task, about["subset"])
+
+
+class Chosen:
+    """The sentences and what is decided of each.
+
+    Attributes:
+        reasons: (N,) why it is dropped, of filters.CODES; 0 where it is kept.
+        ranks: (N,) of the chosen hypothesis.
+    """
+
+    def __init__(self, shards: Shards, task, dataset, choice: Choice):
+        self.shards, self.task, self.dataset, self.choice = shards, task, dataset, choice
+        self.reasons = np.zeros(len(dataset), np.int8)
+        self.ranks = np.zeros(len(dataset), np.int16)
+        self.scores = np.zeros(len(dataset))  # the teacher's
+        self.copies = np.zeros(len(dataset), bool)
+        self.ratios = np.zeros(len(dataset))
+        self.texts: list[tuple[int, list[str], list[str]]] = []  # of MEASURED sentences: translation and reference
+
+    def sentences(self) -> Iterator[Translated]:
+        """All of them; each has the source that it had when it was translated.
+
+        Raises:
+            UserError: names the first one that has not.
+        """
+        for one in translations.read(self.shards):
+            if one.source != hash_of(self.dataset.src[one.number]):
+                raise UserError(
+                    f"sentence {one.number} of {self.shards.folder} was another one when it was translated: lines have "
+                    "moved; translate these data anew"
+                )
+            yield one
+
+    def source(self, number: int) -> list[str]:
+        symbols = self.task.source_dictionary.symbols
+        return [symbols[index] for index in self.dataset.src[number].tolist()[:-1]]
+
+    def reference(self, number: int) -> list[str]:
+        return generated.reference(self.task.target_dictionary, self.dataset.tgt[number].tolist())
+
+    def chosen(self, one: Translated) -> Hypothesis | None:
+        return one.hypotheses[self.ranks[one.number]] if one.hypotheses else None
+
+    def examine(self) -> None:
+        """Decide."""
+        filters = self.choice.filters
+        select = selection.make(self.choice.select, self.reference)
+        unknown = self.task.target_dictionary.unk_word
+        every = max(-(-len(self.dataset) // MEASURED), 1)
+        for one in self.sentences():
+            number = one.number
+            self.ranks[number] = select(one.number, one.hypotheses) if one.hypotheses else 0
+            hypothesis, source = self.chosen(one), self.source(number)
+            self.reasons[number] = CODES.get(filters.reason(source, hypothesis, unknown) or "", 0)
+            if hypothesis is not None:
+                self.scores[number] = hypothesis.score
+                self.copies[number] = "".join(hypothesis.pieces) == "".join(source)
+                self.ratios[number] = len(hypothesis.pieces) / max(len(source), 1)
+                if number % every == 0:
+                    self.texts.append((number, hypothesis.pieces, self.reference(number)))
+        if isinstance(select, selection.ByFile):
+            select.end()
+        filters.worst("score", self.reasons, self.scores)
+        if self.choice.backward:
+            model = BackwardModel(self.choice.backward, self.task, self.choice.max_tokens, self.choice.cpu)
+            scores = np.zeros(len(self.dataset))
+            for number, score in model.scores(self.kept(), self.dataset.src):
+                scores[number] = score
+            filters.worst("backward", self.reasons, scores)
+
+    def kept(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Number, rank and ids of each translation that is kept."""
+        for one in self.sentences():
+            if not self.reasons[one.number]:
+                rank = int(self.ranks[one.number])
+                try:
+                    ids = distilled.ids_of(one.hypotheses[rank].pieces, self.task.target_dictionary)
+                except KeyError as error:
+                    raise UserError(
+                        f"sentence {one.number} of {self.shards.folder} has the piece {error}, which is not in the "
+                        "dictionary"
+                    ) from None
+                yield one.number, rank, ids
+
+    def rows(self) -> Iterator[Row]:
+        """What is trained on, in the order of the sentences."""
+        count = round(self.choice.mix_original * len(self.dataset))
+        drawn = sorted(np.random.default_rng(1).permutation(len(self.dataset))[:count].tolist(), reverse=True)
+        for number, rank, ids in self.kept():
+            while drawn and drawn[-1] < number:
+                yield self.reference_row(drawn.pop())
+            yield Row(number, TRANSLATION, rank, ids)
+        while drawn:
+            yield self.reference_row(drawn.pop())
+
+    def reference_row(self, number: int) -> Row:
+        return Row(number, REFERENCE, 0, self.dataset.tgt[number])
+
+    def summary(self, rows: int) -> str:
+        """A table in markdown."""
+        kept, there = self.reasons == 0, self.reasons != CODES["skipped"]
+        lines = ["| dropped | sentences | |", "|---|---:|---|"]
+        counts = np.bincount(self.reasons, minlength=len(REASONS) + 1)
+        lines += [f"| {name} | {counts[code]:,} | {REASONS[name]} |" for name, code in CODES.items() if counts[code]]
+        lines += [f"| all | {len(kept) - counts[0]:,} of {len(kept):,} | |", ""]
+        lines.append(f"| {self.choice.select} | translations | copies, % | length ratio | BLEU | chrF |")
+        lines.append("|---|---:|---:|---:|---:|---:|")
+        bleu, chrf = BLEU(), CHRF()
+        for name, part in (("before", there), ("kept", kept)):
+            texts = [(pieces, reference) for number, pieces, reference in self.texts if part[number]]
+            if not texts:
+                continue
+            found, references = (generated.joined(column) for column in zip(*texts, strict=True))
+            scores = [f"{metric.corpus_score(found, [references]).score:.2f}" for metric in (bleu, chrf)]
+            copies, ratio = 100 * self.copies[part].mean(), self.ratios[part].mean()
+            lines.append(f"| {name} | {part.sum():,} | {copies:.2f} | {ratio:.3f} | {' | '.join(scores)} |")
+        lines += [
+            "",
+            f"{rows:,} rows, {rows - counts[0]:,} of them references. Length ratio: pieces over the source's.",
+        ]
+        about = f"BLEU `{bleu.get_signature()}` and chrF `{chrf.get_signature()}`: against the references"
+        lines.append(f"{about}, of {len(self.texts):,} sentences.")
+        return "\n".join(lines) + "\n"

@@ -1,0 +1,253 @@
+"""Translations of a subset by a teacher, in shards that any number of processes make together: `hgkd translate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from fairseq import utils
+from fairseq.dataclass.configs import GenerationConfig
+
+import hgkd_fairseq
+from hgkd_fairseq.data import translations
+from hgkd_fairseq.data.shards import Shards, sha256
+from hgkd_fairseq.data.translations import Hypothesis, Translated
+from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.evaluation import forced
+from hgkd_fairseq.evaluation.progress import Progress
+from hgkd_fairseq.evaluation.sampling import SeededSampling
+from hgkd_fairseq.plugin import binarised
+from hgkd_fairseq.plugin.checkpoints import split_paths
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TOGETHER = 16  # batches that CTranslate2 is given at a time, to work on several at once
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a teacher translates; fairseq-generate's names and defaults, but for `sampling`, which draws `nbest`
+    translations, and `max_tokens`, of the padded sources of a batch."""
+
+    engine: str = "fairseq"
+    beam: int = 5
+    nbest: int = 1
+    lenpen: float = 1.0
+    max_len_a: float = 0.0
+    max_len_b: int = 200
+    sampling: bool = False
+    sampling_topk: int = 0
+    sampling_topp: float = 0.0
+    seed: int = 1
+    max_tokens: int = 4000
+    dtype: str = "fp32"
+    device: str = "cpu"
+    quantization: str | None = None
+
+    def __post_init__(self):
+        if self.max_len_a + self.max_len_b < 1:
+            given = f"--max-len-a {self.max_len_a:g} and --max-len-b {self.max_len_b}"
+            raise UserError(f"{given} leave no room for a translation; raise one")
+        if self.nbest > self.beam:
+            raise UserError(f"--nbest {self.nbest} is more than --beam {self.beam}; raise --beam")
+        if (self.sampling_topk or self.sampling_topp) and not self.sampling:
+            raise UserError("--sampling-topk and --sampling-topp are of --sampling; add it")
+        if self.sampling and self.engine != "fairseq":
+            raise UserError("--sampling needs --engine fairseq: CTranslate2 draws by the order of its batches")
+        if self.quantization and self.engine != "ctranslate2":
+            raise UserError("--quantization is of --engine ctranslate2; add it")
+        if self.dtype != "fp32" and (self.device == "cpu" or self.engine != "fairseq"):
+            raise UserError(f"--dtype {self.dtype} needs a GPU and --engine fairseq; leave it out")
+
+
+class Engine(Protocol):
+    """What translates."""
+
+    def translate(self, sample: dict) -> list[list[Hypothesis]]:
+        """The hypotheses of each sentence of a batch of fairseq's, in its order."""
+
+
+class FairseqEngine:
+    """The models as fairseq-generate runs them."""
+
+    def __init__(self, models: Sequence, task, how: Decoding, device: torch.device):
+        self.models, self.task, self.how, self.device = models, task, how, device
+        for model in models:
+            model.to(DTYPES[how.dtype])
+            model.make_generation_fast_(beamable_mm_beam_size=None if how.sampling else how.beam, need_attn=False)
+        cfg = GenerationConfig(
+            beam=how.beam, lenpen=how.lenpen, max_len_a=how.max_len_a, max_len_b=how.max_len_b, nbest=how.nbest
+        )
+        self.generator = task.build_generator(models, cfg)
+        if how.sampling:
+            dictionary = task.target_dictionary
+            self.generator.search = SeededSampling(dictionary, how.seed, how.sampling_topk, how.sampling_topp)
+
+    def translate(self, sample: dict) -> list[list[Hypothesis]]:
+        limit = limit_of(self.how, sample["net_input"]["src_tokens"].size(1), self.generator.max_len - 1)
+        symbols = self.task.target_dictionary.symbols
+        sample = utils.move_to_cuda(sample) if self.device.type == "cuda" else sample
+        found = []
+        for best in self.task.inference_step(self.generator, self.models, sample):
+            rows = [([symbols[index] for index in one["tokens"].tolist()[:-1]], one["score"]) for one in best]
+            rows = rows[: self.how.nbest]
+            found.append([Hypothesis(pieces, float(score), len(pieces) >= limit) for pieces, score in rows])
+        return found
+
+
+class CTranslate2Engine:
+    """A folder that `hgkd export` wrote of the model."""
+
+    def __init__(self, folder: str, task, how: Decoding, longest: int):
+        import ctranslate2
+
+        self.task, self.how, self.longest = task, how, longest
+        threads = torch.get_num_threads()
+        on_cpu = {"inter_threads": threads, "intra_threads": 1} if how.device == "cpu" else {}
+        self.translator = ctranslate2.Translator(folder, device=how.device, **on_cpu)
+
+    def translate(self, sample: dict) -> list[list[Hypothesis]]:
+        dictionary = self.task.source_dictionary
+        padding = dictionary.pad(), dictionary.eos()
+        rows = sample["net_input"]["src_tokens"].tolist()
+        sources = [[dictionary.symbols[index] for index in row if index not in padding] for row in rows]
+        limit = limit_of(self.how, len(rows[0]), self.longest)
+        found = self.translator.translate_batch(
+            sources,
+            beam_size=self.how.beam,
+            num_hypotheses=self.how.nbest,
+            length_penalty=self.how.lenpen,
+            max_decoding_length=limit,
+            max_input_length=0,
+            return_scores=True,
+            max_batch_size=self.how.max_tokens,
+            batch_type="tokens",
+        )
+        return [
+            [
+                Hypothesis(pieces, score, len(pieces) >= limit)
+                for pieces, score in zip(one.hypotheses, one.scores, strict=True)
+            ]
+            for one in found
+        ]
+
+
+def limit_of(how: Decoding, source: int, longest: int) -> int:
+    """Pieces of a translation; fairseq-generate counts the padded sources of the batch."""
+    return min(int(how.max_len_a * source + how.max_len_b), longest)
+
+
+Convert = Callable[[str, str, str | None], AbstractContextManager[str]]
+"""(checkpoint, data, quantization): the name of a folder with a CTranslate2 model of it."""
+
+
+def translate(
+    data: str,
+    path: str,
+    output: str,
+    subset: str,
+    how: Decoding,
+    convert: Convert,
+    shard_size: int = 20_000,
+    part: tuple[int, int] | None = None,
+) -> str:
+    """Translate a subset of binarised data to a folder of shards (:mod:`hgkd_fairseq.data.translations`), or what is
+    missing in it.
+
+    Args:
+        data: folder of fairseq-preprocess; its dictionaries must be those of the teacher.
+        path: fairseq translation checkpoint, or several with ':' between them (an ensemble).
+        output: folder to write, or that another process, or a killed one, has begun.
+        subset: "train", ...
+        how: options of the search.
+        convert: makes a CTranslate2 model of a checkpoint.
+        shard_size: sentences a shard.
+        part: (i, n): only the shards i, i + n, ...
+
+    Returns: a line that says what was done.
+
+    Raises:
+        UserError: a file that is missing or cannot be used or written, a folder that was begun with other data,
+            another teacher or other options.
+    """
+    paths = split_paths(path)
+    if how.engine == "ctranslate2" and len(paths) > 1:
+        raise UserError("--engine ctranslate2 translates with one model; average the checkpoints by hgkd export")
+    hashes = translations.hashes(data, subset)
+    models, task, device = forced.load(data, path, cpu=how.device == "cpu")
+    translations.check_pieces(task.target_dictionary)
+    dataset = binarised.subset(task, subset)
+    manifest = {
+        "kind": translations.KIND,
+        "subset": subset,
+        "source_lang": task.cfg.source_lang,
+        "target_lang": task.cfg.target_lang,
+        **hashes,
+        "teacher": [sha256(Path(file)) for file in paths],
+        "decoding": asdict(how),
+        "versions": versions(how.engine),
+    }
+    shards = Shards.create(output, manifest, len(dataset), shard_size)
+    longest = utils.resolve_max_positions(task.max_positions(), *[model.max_positions() for model in models])
+    worker = Worker(shards, dataset, how, longest[0])
+    if how.engine == "fairseq":
+        worker.engine = FairseqEngine(models, task, how, device)
+        shards.fill(worker, part)
+    else:
+        models.clear()
+        with convert(path, data, how.quantization) as folder:
+            worker.engine = CTranslate2Engine(folder, task, how, longest[1] - 1)
+            shards.fill(worker, part)
+    return f"{output}: {worker.progress.end()}"
+
+
+def versions(engine: str) -> dict[str, str]:
+    names = ["torch", "ctranslate2"] if engine == "ctranslate2" else ["torch"]
+    return {"hgkd_fairseq": hgkd_fairseq.__version__, **{name: metadata.version(name) for name in names}}
+
+
+class Worker:
+    """Makes shards of translations."""
+
+    engine: Engine
+
+    def __init__(self, shards: Shards, dataset, how: Decoding, longest: int):
+        self.shards, self.dataset, self.how, self.longest = shards, dataset, how, longest
+        self.progress = Progress(shards.rows, self.finished)
+
+    def finished(self) -> int:
+        """Sentences in finished shards, whoever made them."""
+        return sum(len(self.shards.numbers(shard)) for shard in self.shards.finished())
+
+    @torch.no_grad()
+    def __call__(self, shard: int, folder: Path) -> int:
+        self.progress.begin()
+        numbers = self.shards.numbers(shard)
+        hypotheses: dict[int, list[Hypothesis]] = {}
+        for batch in self.batches(numbers):
+            sample = self.dataset.collater([self.dataset[number] for number in batch])
+            found = self.engine.translate(sample)
+            hypotheses |= dict(zip(sample["id"].tolist(), found, strict=True))
+            self.progress.add(len(found), sum(one[0].limit for one in found))
+        source = self.dataset.src
+        rows = [Translated(one, translations.hash_of(source[one]), hypotheses.get(one, [])) for one in numbers]
+        translations.write(folder, rows)
+        return len(rows)
+
+    def batches(self, numbers: range) -> Iterator[list[int]]:
+        """Sentences of about one length, the longest first: what does not fit into memory fails at once."""
+        sizes = self.dataset.src_sizes
+        taken = [one for one in numbers if sizes[one] <= self.longest]
+        most = self.how.max_tokens * (TOGETHER if self.how.engine == "ctranslate2" else 1)
+        batch: list[int] = []
+        for one in sorted(taken, key=lambda one: (-sizes[one], one)):
+            if batch and sizes[batch[0]] * (len(batch) + 1) > most:
+                yield batch
+                batch = []
+            batch.append(one)
+        if batch:
+            yield batch
