@@ -57,7 +57,7 @@ def of_chunk(heads: list[Head], gold: Tensor, options: Any, generator: torch.Gen
         log_sum = torch.zeros_like(logq[:, 0])
         plain = at(mean_logprobs(heads, 1.0), gold)
     q = logq.exp()
-    found = {}
+    found: dict[str, Tensor] = {}
     if options.kind == "sampled":
         found |= draws(q, options.draws, generator)
     if options.kind == "topk":
