@@ -124,7 +124,8 @@ class Options:
     def closes_first(self) -> bool:
         """Whether the gate may be decided before the teacher's logits are made, and it pays: it gives tokens no
         teacher, and asks nothing of it but the gold token's log-probability."""
-        return self.gate.closes and self.gate_on == "gold" and not self.gate.learned
+        more = self.gate_on != "gold" or bool(self.gate.asks) or self.gate.learned
+        return self.gate.closes and not more
 
     @property
     def without_teacher(self) -> Options:

@@ -1,5 +1,6 @@
 """What is known of a teacher beforehand, gold tokens and sparse distributions: against eager, and by hand."""
 
+import dataclasses
 import math
 
 import pytest
@@ -95,9 +96,10 @@ def test_the_teachers_product_is_made_for_its_tokens_alone(
     assert sum(len(features) for features in rows if features.size(1) == 9) == out.teacher_tokens == share * 400
 
 
-def test_what_reads_more_takes_the_full_way(monkeypatch: pytest.MonkeyPatch):
+def test_what_reads_more_takes_the_full_way():
     batch = make()
-    for options in ({"gate": "token", "gate_on": "argmax"}, {"gate": "soft-learned"}):
+    asks = dataclasses.replace(gates.GATES["token"], asks=("student_entropy",))
+    for options in ({"gate": "token", "gate_on": "argmax"}, {"gate": "soft-learned"}, {"gate": asks}):
         expected = run(batch, "eager", **options)
         out = run(batch, "chunked", teacher_gold=gold(batch), **options)
         assert out.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
