@@ -30,7 +30,7 @@ from hgkd_fairseq.evaluation.backward import BackwardModel
 from hgkd_fairseq.evaluation.distil_data import translated_data
 from hgkd_fairseq.evaluation.sampling import SeededSampling, uniform
 
-SEARCH = ("--beam", 4, "--max-len-b", 12)
+SEARCH = ("--beam", 4, "--max-len-b", 12, "--lenpen", 0.6)
 SHARDS = ("--shard-size", 100, "--nbest", 2)
 
 
@@ -169,7 +169,7 @@ def test_another_teacher_or_search_is_refused(own: Path, plain: cl.Run, path: Pa
     assert translate(data, plain.path(), own) == 1
     assert f"{own} was made with another teacher (" in error(capsys)
     assert translate(data, path, own, "--lenpen", 0.5) == 1
-    assert "another decoding.lenpen (1.0, now 0.5)" in error(capsys)
+    assert "another decoding.lenpen (0.6, now 0.5)" in error(capsys)
     assert translate(data, path, own, "--subset", "valid") == 1
     assert "another subset (" in error(capsys)
 
