@@ -81,7 +81,7 @@ def test_the_gate_reads_the_gauge_and_learns_from_the_teacher(data: Path, teache
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (("--gate", "always"), ["--gauge-store", "gate always", "does not compare"]),
+        (("--gate", "always"), ["--gauge-store", "gate always", "does not compare the gold tokens"]),
         (("--gate-on", "argmax"), ["--gauge-store", "reading argmax"]),
         (("--teacher-temperature", 2), ["was written at temperature 1.2", "--teacher-temperature 1.2 or 1"]),
         (("--leave-out-fold", "3/2"), ["--leave-out-fold 3/2: give K/N"]),
