@@ -247,13 +247,13 @@ def add_store(commands) -> None:
         subsets = tuple(args.subset.split(","))
         sizes = (args.draws, args.k, args.max_tokens)
         where = (args.cpu, args.teacher_model_overrides)
-        how = StoreOptions(args.kind, subsets, args.dtype, args.teacher_temperature, *sizes, *where)
+        how = StoreOptions(args.kind, subsets, args.dtype, args.teacher_temperature, *sizes, *where, args.folds)
         print(write(args.data, args.teacher_path, args.output, how))
 
     about = "run a teacher once over data and keep what it says, for fairseq-train --teacher-store"
     option = add(commands, "store", run, about)
     option("data", type=Data, metavar="DATA", help="folder that fairseq-preprocess wrote, or several with ':' between")
-    ensemble = "fairseq checkpoint, or an ensemble"
+    ensemble = "fairseq checkpoint, or an ensemble; with --folds one for each fold"
     option("--teacher-path", type=Input, required=True, metavar="CKPT[:CKPT]", help=ensemble)
     moved = "a dict of settings of the teacher's checkpoint, as \"{'data': 'DIR'}\" of dictionaries that have moved"
     option("--teacher-model-overrides", default="{}", metavar="DICT", help=moved)
@@ -261,9 +261,11 @@ def add_store(commands) -> None:
     option("--output", required=True, metavar="STORE", help=folder)
     kinds = (
         "hidden: the decoder's states, for all gates and temperatures; sampled: draws, an unbiased estimate; topk: the "
-        "most probable tokens and the rest as one, biased (default: hidden)"
+        "most probable tokens and the rest as one, biased; gold: for --gauge-store alone (default: hidden)"
     )
-    option("--kind", choices=["hidden", "sampled", "topk"], default="hidden", help=kinds)
+    option("--kind", choices=["hidden", "sampled", "topk", "gold"], default="hidden", help=kinds)
+    each = "of N teachers the i-th is asked of the training sentences i, i + N, ... alone, with --kind gold"
+    option("--folds", action="store_true", help=each)
     option("--subset", default="train,valid", metavar="SPLITS", help="with ',' between (default: train,valid)")
     option("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16", help="of hidden states (default: bf16)")
     degree = "of what is drawn and compared (default: 1.5)"

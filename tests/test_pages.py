@@ -124,7 +124,8 @@ def fairseq_parser(program: str) -> argparse.ArgumentParser:
 
     plugin.register()
     kind = program.removeprefix("fairseq-")
-    return options.get_training_parser() if kind == "train" else getattr(options, f"get_{kind}_parser")()
+    kind = {"train": "training", "preprocess": "preprocessing", "generate": "generation"}.get(kind, kind)
+    return getattr(options, f"get_{kind}_parser")()
 
 
 @cache
@@ -157,9 +158,10 @@ def check(words: list[str]) -> None:
         for word in arguments:
             Path(word).parent.mkdir(parents=True, exist_ok=True)  # where an output goes must be there
         cli.parser().parse_args(arguments)
+    elif program == "fairseq-preprocess":
+        fairseq_parser(program).parse_args(arguments)
     elif program in ("fairseq-train", "fairseq-generate"):
-        parser = fairseq_parser("train" if program == "fairseq-train" else "generation")
-        options.parse_args_and_arch(parser, arguments)
+        options.parse_args_and_arch(fairseq_parser(program), arguments)
     elif program in ("bash", "python", "sbatch"):
         place = next(index for index, word in enumerate(arguments) if word.startswith("scripts/"))
         script, rest = ROOT / arguments[place], arguments[place + 1 :]

@@ -44,6 +44,8 @@ class HardGateKDCriterion(FairseqCriterion):
             if self.state.loaded is not None:
                 checks.check_fitted(cfg, self.state)
         self.method = training_state.method(cfg, str(getattr(task.cfg, "teacher_source", "none")))
+        if getattr(task.cfg, "leave_out_fold", None):
+            self.method["leave_out_fold"] = task.cfg.leave_out_fold
         self.state.method = self.method  # kept in the checkpoints
 
     def teacher(self) -> TeacherSource | None:

@@ -4,6 +4,7 @@ teacher can teach every token of them."""
 from __future__ import annotations
 
 import shutil
+from array import array
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -68,16 +69,17 @@ def write(folder: Path, data: str, task, subset: str, rows: Iterable[Row]) -> in
         language: indexed_dataset.make_builder(f"{prefixes[language]}.bin", "mmap", len(dictionary))
         for language, dictionary in ((source, task.source_dictionary), (target, task.target_dictionary))
     }
-    expected = []  # (hash of the source, hash of the target) of each row
+    expected = array("Q"), array("Q")  # hashes of the sources and targets; a list of text would take ten times as much
     with files.writing(folder / SENTENCES) as stream:
         stream.write("row\tsentence\torigin\trank\n")
         for place, row in enumerate(rows):
             ids = dataset.src[row.number]
             builders[source].add_item(ids.int())
             builders[target].add_item(row.target.int())
-            expected.append((hash_of(ids), hash_of(row.target)))
+            for hashes, side in zip(expected, (ids, row.target), strict=True):
+                hashes.append(int(hash_of(side), 16))
             stream.write(f"{place}\t{row.number}\t{row.origin}\t{row.rank}\n")
-    if not expected:
+    if not expected[0]:
         raise UserError("no translation is left to train on; keep more of them with --keep")
     for language, builder in builders.items():
         builder.finalize(f"{prefixes[language]}.idx")
@@ -85,7 +87,7 @@ def write(folder: Path, data: str, task, subset: str, rows: Iterable[Row]) -> in
     for file, digest in copied.items():
         if sha256(folder / file) != digest:
             raise UserError(f"{file} is not what it is in {data}, after it was copied; try again")
-    return len(expected)
+    return len(expected[0])
 
 
 def copy_others(data: Path, folder: Path, subset: str) -> dict[str, str]:
@@ -99,8 +101,8 @@ def copy_others(data: Path, folder: Path, subset: str) -> dict[str, str]:
     return copied
 
 
-def check(source: Path, target: Path, expected: list[tuple[str, str]]) -> None:
-    """Whether what can be read now is what was to be written, row by row.
+def check(source: Path, target: Path, expected: tuple[array, array]) -> None:
+    """Whether what can be read now is what was to be written, row by row; `expected`: hashes of sources and targets.
 
     Raises:
         UserError: names the first row that is not.
@@ -109,12 +111,12 @@ def check(source: Path, target: Path, expected: list[tuple[str, str]]) -> None:
         for suffix in (".bin", ".idx"):
             sync(prefix.with_name(prefix.name + suffix))
     sides = [indexed_dataset.MMapIndexedDataset(str(prefix)) for prefix in (source, target)]
-    if {len(side) for side in sides} != {len(expected)}:
+    if {len(side) for side in sides} != {len(expected[0])}:
         counts = f"{source} has {len(sides[0])} rows and {target} {len(sides[1])}"
-        raise UserError(f"{counts}, to be written were {len(expected)}; try again")
-    for row, hashes in enumerate(expected):
+        raise UserError(f"{counts}, to be written were {len(expected[0])}; try again")
+    for row, hashes in enumerate(zip(*expected, strict=True)):
         try:
-            found = [hash_of(side[row]) for side in sides]
+            found = [int(hash_of(side[row]), 16) for side in sides]
         except ValueError:  # numpy's: the file ends before the row does
             found = []
         if found != [*hashes]:

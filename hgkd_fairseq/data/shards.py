@@ -19,6 +19,7 @@ import json
 import os
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -175,9 +176,13 @@ class Shards:
         """
         first, step = part or (0, 1)
         left = list(range(first, self.count, step))
+        waiting = False
         while left := [shard for shard in left if not self.whole(shard)]:
             made = [self.make_one(shard, make) for shard in left]
             if not any(made):
+                if not waiting:
+                    waiting = True
+                    print(f"hgkd: {self.folder}: waiting for shards that others make", file=sys.stderr, flush=True)
                 time.sleep(min(1.0, self._claims[0].expires / 10))
         if len(self.finished()) == self.count:
             self.sweep()

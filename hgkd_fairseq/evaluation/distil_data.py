@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
@@ -77,7 +77,9 @@ def distil(folder: str, data: str, output: str, choice: Choice) -> str:
             stream.writelines(f"{one}\t{names[chosen.reasons[one]]}\n" for one in np.flatnonzero(chosen.reasons))
         summary = chosen.summary(count)
         files.write_text(unfinished / distilled.SUMMARY, summary)
-        made = {"translations": shards.digest, "files": hashed(unfinished)}
+        options = asdict(choice)
+        options["filters"]["off"] = sorted(choice.filters.off)
+        made = {"manifest": shards.manifest, "choice": options, "files": hashed(unfinished)}
         files.write_json(unfinished / distilled.RECORD, made)
     return summary
 

@@ -9,7 +9,8 @@ from fairseq import utils
 from fairseq.distributed import utils as distributed_utils
 
 from hgkd_fairseq import teacher
-from hgkd_fairseq.data import batches
+from hgkd_fairseq.data import batches, held_out
+from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.plugin import training_state
 from hgkd_fairseq.report.tensorboard import write_reliability
 
@@ -31,6 +32,10 @@ class WithTeacher:
         self.teacher: teacher.TeacherSource | None = None
         self.training = training_state.of(self)  # type: ignore[arg-type]
         self.training.keeps_memory = True
+        if self.cfg.leave_out_fold:
+            self.training.held_out.fold = held_out.fold(self.cfg.leave_out_fold)
+            if self.cfg.upsample_primary > 1:
+                raise UserError("--leave-out-fold: with --upsample-primary copies of its sentences are trained on")
         self.validated = 0  # subsets, in the validation that is going on
 
     def load_teacher(self) -> teacher.TeacherSource:

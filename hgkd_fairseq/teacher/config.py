@@ -28,6 +28,21 @@ class TeacherConfig:
         default=None,
         metadata={"help": "in place of --teacher-path: what `hgkd store` wrote of a teacher, which is not run again"},
     )
+    gauge_store: Optional[str] = field(  # noqa: UP045
+        default=None,
+        metadata={
+            "help": "folder that hgkd store has written: the gate compares the student with what it says of the gold "
+            "tokens, and learns from the teacher; written with --kind gold --folds by teachers that were each trained "
+            "without the sentences that they are asked of"
+        },
+    )
+    leave_out_fold: Optional[str] = field(  # noqa: UP045
+        default=None,
+        metadata={
+            "help": "K/N: train without the sentences K - 1, K - 1 + N, ... of the training set, for the K-th of N "
+            "teachers of a --gauge-store"
+        },
+    )
     teacher_dtype: ChoiceEnum(["auto", "fp32", "fp16", "bf16"]) = field(  # type: ignore[valid-type]
         default="auto", metadata={"help": "precision of the teacher's forward pass; auto: the student's"}
     )

@@ -147,4 +147,9 @@ def make(request: Request) -> TeacherSource:
         raise UserError(f"{' and '.join(named)} are two teachers; give one of them")
     if given["--teacher-store"]:
         name = "store"
-    return SOURCES[name].make(request)
+    made = SOURCES[name].make(request)
+    if getattr(request.options, "gauge_store", None):
+        from hgkd_fairseq.teacher.gauged import Gauged  # which is a source itself
+
+        return Gauged(made, request)
+    return made

@@ -27,6 +27,7 @@ def bytes_a_token(options: Any, models: Sequence, vocabulary: int) -> float:
         "hidden": sum(layer.in_features for layer in layers if layer is not None) * DTYPES[options.dtype].itemsize,
         "sampled": 1 + DISTINCT * (id_bytes + 1),
         "topk": options.tokens * (id_bytes + 4) + 4,
+        "gold": 0,
     }
     return 16 + kinds[options.kind]
 

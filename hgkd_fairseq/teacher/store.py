@@ -10,6 +10,7 @@
     sampled    ids.npy, counts.npy (E,), the distinct ids that were drawn of the tokens in turn; distinct.npy (N,), how
                many a token has; entries.npy (S + 1,), of each sentence's first
     topk       ids.npy, logprobs.npy (N, k), rest.npy (N,), log of the other tokens' probability
+    gold       nothing more
 
 Sentences have numbers: the place in a subset's data, after those of the subsets and folders before it.
 """
@@ -30,7 +31,7 @@ from hgkd_fairseq.data.shards import Shards, sha256
 from hgkd_fairseq.errors import UserError
 
 FORMAT = 1
-KINDS = ("hidden", "sampled", "topk")
+KINDS = ("hidden", "sampled", "topk", "gold")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 OPEN_SHARDS = 512  # memory maps kept by a process
 PART = {"name": str, "folder": files.Within(0), "first": files.Within(0), "sentences": files.Within(1), "data": str}
@@ -40,6 +41,7 @@ MANIFEST = {
     "dtype": str,
     "temperature": files.Within(1e-6, 1e6, float),
     "draws": files.Within(0, 255),
+    "folds": files.Within(0),
     "vocabulary": files.Within(2),
     "languages": [str],
     "dictionaries": [str],

@@ -39,6 +39,7 @@ class StoredTeacher(TeacherSource):
         source_dictionary, target_dictionary: the student's.
         dtype: of hidden states and output layers: "auto" (the student's), "fp32", "fp16" or "bf16".
         languages: the student's source and target; None: not known.
+        name: of what it adds to a batch.
 
     Raises:
         UserError: it is damaged, unfinished, or of other languages or dictionaries.
@@ -51,9 +52,10 @@ class StoredTeacher(TeacherSource):
         target_dictionary: Dictionary,
         dtype: str = "auto",
         languages: tuple[str | None, str | None] = (None, None),
+        name: str = BATCH,
     ):
         self.store = Store(folder)
-        self.folder, self.dtype = folder, dtype
+        self.folder, self.dtype, self.of_batch = folder, dtype, name
         found = self.store.manifest
         if None not in languages and found["languages"] != list(languages):
             raise UserError(
@@ -80,13 +82,19 @@ class StoredTeacher(TeacherSource):
         options = request.options
         if not options.teacher_store:
             raise UserError("--teacher-source store needs --teacher-store STORE, which hgkd store writes")
-        return cls(
+        made = cls(
             options.teacher_store,
             request.source_dictionary,
             request.target_dictionary,
             options.teacher_dtype,
             request.languages,
         )
+        if made.store.kind == "gold":
+            raise UserError(
+                f"--teacher-store {made.folder} holds the gold tokens' probabilities alone: give it in --gauge-store, "
+                "beside a teacher"
+            )
+        return made
 
     @property
     def fingerprint(self) -> str:
@@ -125,10 +133,10 @@ class StoredTeacher(TeacherSource):
             )
         read = Reader(self.store, part, numbering(dataset.tgt), self.pad)
         read.sentence(dataset[0], trained=False)  # another corpus is told before the training
-        dataset.collater = functools.partial(with_teacher, dataset.collater, read)
+        dataset.collater = functools.partial(with_teacher, dataset.collater, read, self.of_batch)
 
     def signal(self, sample: dict, device: torch.device, dtype: torch.dtype) -> Signal:
-        found = sample.get(BATCH)
+        found = sample.get(self.of_batch)
         if found is None:
             raise UserError(f"--teacher-store {self.folder} has nothing of a batch of these data; use --teacher-path")
         if "problem" in found:
@@ -145,6 +153,8 @@ class StoredTeacher(TeacherSource):
                 self.layers[member] = layer  # moved and converted for the first batch
                 heads.append(Head(hidden, *layer))
             return Dense(heads, gold)
+        if self.store.kind == "gold":
+            return Dense([], gold)
         if self.store.kind == "sampled":
             shares = found["counts"].float() / self.store.manifest["draws"]
             return Sparse(loss.Sparse(found["ids"], shares, None, gold.entropy), gold)
@@ -212,13 +222,13 @@ class Reader:
         return self.store.batch([self.sentence(of_id[int(one)]) for one in batch["id"]], kept)
 
 
-def with_teacher(collater: Callable[..., dict], read: Reader, samples: list, **options) -> dict:
+def with_teacher(collater: Callable[..., dict], read: Reader, name: str, samples: list, **options) -> dict:
     """A batch with what a store has of it; or the reason why it has nothing, for an error in a worker of the loader
     would reach the user with two tracebacks."""
     batch = collater(samples, **options)
     if batch.get("target") is not None:
         try:
-            batch[BATCH] = read(samples, batch)
+            batch[name] = read(samples, batch)
         except (UserError, OSError) as error:
-            batch[BATCH] = {"problem": str(error)}
+            batch[name] = {"problem": str(error)}
     return batch

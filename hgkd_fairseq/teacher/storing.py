@@ -50,6 +50,7 @@ class StoreOptions:
     max_tokens: int = 4000  # a batch
     cpu: bool = False
     overrides: str = "{}"  # of the teacher's checkpoint, as --teacher-model-overrides has them
+    folds: bool = False  # of N teachers the i-th is asked of the training sentences i, i + N, ... alone; kind gold
 
 
 class Source:
@@ -89,6 +90,8 @@ def write(data: str, teacher_path: str, output: str, options: StoreOptions) -> s
     members = [features.max_positions(model) for model in teacher.models]
     limits = (min(source for source, _ in members), min(target for _, target in members))
     vocabulary = len(task.tgt_dict)
+    if options.folds and (options.kind != "gold" or len(paths) < 2):
+        raise UserError("--folds needs --kind gold and several teachers in --teacher-path, one for each fold")
     if options.kind == "topk" and options.tokens >= vocabulary:
         raise UserError(f"--k {options.tokens} is no part of a vocabulary of {vocabulary}; give fewer")
     sources = list(sources_of(task, data, options.subsets, limits))
@@ -98,6 +101,7 @@ def write(data: str, teacher_path: str, output: str, options: StoreOptions) -> s
         "kind": options.kind, "dtype": options.dtype if options.kind == "hidden" else "fp32",
         "temperature": options.temperature, "draws": options.draws if options.kind == "sampled" else 0,
         "k": options.tokens if options.kind == "topk" else 0, "vocabulary": vocabulary,
+        "folds": len(paths) if options.folds else 0,
         "max_tokens": options.max_tokens, "members": len(teacher.models), "teacher": teacher.fingerprint,
         "languages": list(languages),
         "dictionaries": [dictionary_hash(task.src_dict), dictionary_hash(task.tgt_dict)],
@@ -226,10 +230,11 @@ class Writer:
             first = source.part.first
             inside = range(max(numbers.start, first), min(numbers.stop, first + source.part.sentences))
             keys.append(source.keys[inside.start - first : inside.stop - first] if inside else source.keys[:0])
-            for some in self.batches(source, [number - first for number in inside]):
-                for index, arrays in zip(some, self.ask(source, some, generator), strict=True):
-                    found[first + index] = arrays
-                    self.progress.update(len(arrays["gold"]))
+            for models, asked in self.asked(source, [number - first for number in inside]):
+                for some in self.batches(source, asked):
+                    for index, arrays in zip(some, self.ask(source, some, models, generator), strict=True):
+                        found[first + index] = arrays
+                        self.progress.update(len(arrays["gold"]))
         if not found:
             raise UserError(f"all sentences from {numbers.start} on are longer than the teacher takes; leave them out")
         first_found = next(iter(found.values()))
@@ -242,6 +247,15 @@ class Writer:
         for name in empty:
             self.save(folder, name, np.concatenate([one[name] for one in rows]))
         return len(numbers)
+
+    def asked(self, source: Source, indices: list[int]) -> Iterator[tuple[list, list[int]]]:
+        """(models, the sentences that they are asked of)."""
+        models = self.teacher.models
+        if not self.options.folds or source.part.name != TRAIN:
+            yield models, indices
+            return
+        for fold, model in enumerate(models):
+            yield [model], [index for index in indices if index % len(models) == fold]
 
     @staticmethod
     def save(folder: Path, name: str, values: np.ndarray) -> None:
@@ -264,12 +278,14 @@ class Writer:
             yield batch
 
     @torch.no_grad()
-    def ask(self, source: Source, indices: list[int], generator: torch.Generator) -> list[dict[str, np.ndarray]]:
-        """What the teacher says of some sentences, in their order."""
+    def ask(
+        self, source: Source, indices: list[int], models: list, generator: torch.Generator
+    ) -> list[dict[str, np.ndarray]]:
+        """What models say of some sentences, in their order."""
         batch = source.dataset.collater([source.dataset[index] for index in indices])
         batch = utils.move_to_cuda(batch) if self.device.type == "cuda" else batch
         kept: Tensor = batch["target"] != self.pad
-        heads = [features.head(model, batch["net_input"]) for model in self.teacher.models]
+        heads = [features.head(model, batch["net_input"]) for model in models]
         heads = [head._replace(hidden=head.hidden[kept]) for head in heads]  # (N, D)
         rows = statistics.of_rows(heads, batch["target"][kept], self.options, generator)
         lengths = kept.sum(1).tolist()

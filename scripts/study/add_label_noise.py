@@ -1,10 +1,11 @@
-"""Label noise for a study: a share of the training targets is shuffled, so that they belong to other sources.
+"""Label noise for a study: a share of the training targets is shuffled, so that they belong to other sources, or with
+--kind copy replaced by their sources.
 
     python scripts/study/add_label_noise.py TEXT NOISY --noise-share 0.3 --clean 400
     bash scripts/prepare_data.sh NOISY data-bin/noisy
 
 TEXT holds train.LANG of two languages and whatever else get_data.sh writes; NOISY becomes a copy of it with another
-train.TARGET, and with noisy.txt: the numbers of the shuffled lines, from 0 on, one a line, as `hgkd weights --compare`
+train.TARGET, and with noisy.txt: the numbers of the changed lines, from 0 on, one a line, as `hgkd weights --compare`
 reads them. (fairseq-preprocess keeps the lines' order and drops none: a line's number is the sentence's in the data.)
 With --clean the last pairs are not trained on and become valid1, clean held-out sentences for `--held-out valid1`.
 """
@@ -36,6 +37,15 @@ def shuffled(lines: list[str], share: float, seed: int) -> tuple[list[str], list
     return noisy, sorted(chosen)
 
 
+def copied(lines: list[str], sources: list[str], share: float, seed: int) -> tuple[list[str], list[int]]:
+    """The lines with round(share * number) of them replaced by their sources; and their numbers in ascending order."""
+    chosen = sorted(random.Random(seed).sample(range(len(lines)), round(share * len(lines))))
+    noisy = list(lines)
+    for here in chosen:
+        noisy[here] = sources[here]
+    return noisy, chosen
+
+
 def write(file: Path, lines: list[str]) -> None:
     files.write_text(file, "".join(f"{line}\n" for line in lines))
 
@@ -52,8 +62,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("text", type=Path, metavar="TEXT", help="folder of plain text")
     parser.add_argument("noisy", type=Path, metavar="NOISY", help="folder to make")
     parser.add_argument("--noise-share", type=share, default=0.3, metavar="R", help="of the targets (default: 0.3)")
+    kinds = "shuffle them among each other, or copy their sources (default: shuffle)"
+    parser.add_argument("--kind", choices=("shuffle", "copy"), default="shuffle", help=kinds)
     parser.add_argument("--clean", type=int, default=0, metavar="N", help="the last N pairs become valid1 (default: 0)")
-    parser.add_argument("--target", default="en", metavar="LANG", help="language that is shuffled (default: en)")
+    parser.add_argument("--target", default="en", metavar="LANG", help="language that is changed (default: en)")
     parser.add_argument("--seed", type=int, default=1, help="which ones, and where to (default: 1)")
     args = parser.parse_args(argv)
     file = args.text / f"train.{args.target}"
@@ -78,7 +90,13 @@ def make(args: argparse.Namespace, parser: argparse.ArgumentParser, file: Path) 
     if not 0 <= args.clean < len(lines):
         parser.error(f"--clean {args.clean}: {file} has {len(lines)} lines; some must stay to be trained on")
     trained = len(lines) - args.clean
-    noisy, numbers = shuffled(lines[:trained], args.noise_share, args.seed)
+    if args.kind == "copy":
+        if len(sides) != 2:
+            parser.error(f"--kind copy: {args.text} has train. of {len(sides)} languages; it needs two")
+        (source,) = (others for side, others in sides.items() if side != file)
+        noisy, numbers = copied(lines[:trained], source, args.noise_share, args.seed)
+    else:
+        noisy, numbers = shuffled(lines[:trained], args.noise_share, args.seed)
     with files.writing_folder(args.noisy) as folder:
         shutil.copytree(args.text, folder, dirs_exist_ok=True)
         for side, pairs in sides.items():
@@ -87,7 +105,8 @@ def make(args: argparse.Namespace, parser: argparse.ArgumentParser, file: Path) 
                 write(folder / side.name, pairs[:trained])
         write(folder / file.name, noisy)
         write(folder / "noisy.txt", [str(number) for number in numbers])
-    print(f"{args.noisy}: {len(numbers)} of {trained} targets belong to other sources")
+    what = "are copies of their sources" if args.kind == "copy" else "belong to other sources"
+    print(f"{args.noisy}: {len(numbers)} of {trained} targets {what}")
     return 0
 
 

@@ -30,7 +30,7 @@ from hgkd_fairseq.evaluation.backward import BackwardModel
 from hgkd_fairseq.evaluation.distil_data import translated_data
 from hgkd_fairseq.evaluation.sampling import SeededSampling, uniform
 
-SEARCH = ("--beam", 4, "--max-len-b", 12)
+SEARCH = ("--beam", 4, "--max-len-b", 12, "--lenpen", 0.6)
 SHARDS = ("--shard-size", 100, "--nbest", 2)
 
 
@@ -169,7 +169,7 @@ def test_another_teacher_or_search_is_refused(own: Path, plain: cl.Run, path: Pa
     assert translate(data, plain.path(), own) == 1
     assert f"{own} was made with another teacher (" in error(capsys)
     assert translate(data, path, own, "--lenpen", 0.5) == 1
-    assert "another decoding.lenpen (1.0, now 0.5)" in error(capsys)
+    assert "another decoding.lenpen (0.6, now 0.5)" in error(capsys)
     assert translate(data, path, own, "--subset", "valid") == 1
     assert "another subset (" in error(capsys)
 
@@ -191,7 +191,11 @@ def test_options_that_do_not_go_together(more, message, data: Path, path: Path, 
     assert not (tmp_path / "set").exists()
 
 
-def test_parts_of_a_set(data: Path, path: Path, translated: Path, tmp_path: Path):
+def test_parts_of_a_set(data: Path, path: Path, translated: Path, tmp_path: Path, capsys):
+    for wrong in ("0/2", "3/2", "1", "a/b"):
+        with pytest.raises(SystemExit):
+            translate(data, path, tmp_path / "set", "--shard", wrong)
+        assert f"{wrong} is no part I/N, with I from 1 to N" in capsys.readouterr().err
     for part in ("2/2", "1/2"):
         assert translate(data, path, tmp_path / "set", "--shard", part) == 0
     assert content(tmp_path / "set") == content(translated)
@@ -244,6 +248,17 @@ def test_ctranslate2(data: Path, path: Path, tmp_path: Path):
     same = [(one.score, other.score) for one, other in pairs if one.pieces == other.pieces]
     assert len(same) > 0.9 * len(pairs)
     assert [one for one, _ in same] == pytest.approx([other for _, other in same], abs=1e-3)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_on_a_gpu(dtype: str, data: Path, path: Path, translated: Path, tmp_path: Path):
+    """In each precision it finds what the CPU finds, but where hypotheses are nearly alike."""
+    words = ("--teacher-path", path, "--output", tmp_path / "set", *SEARCH, *SHARDS, "--dtype", dtype)
+    assert hgkd("translate", data, *words) == 0
+    pairs = zip(read(tmp_path / "set"), read(translated), strict=True)
+    same = sum(one.hypotheses[0].pieces == other.hypotheses[0].pieces for one, other in pairs)
+    assert same > (590 if dtype == "fp32" else 500)
 
 
 # Training data

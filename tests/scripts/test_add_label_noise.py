@@ -53,6 +53,19 @@ def test_a_share_of_the_targets_changes_places(text: Path, tmp_path: Path):
         assert (tmp_path / "noisy" / name).read_text() == (text / name).read_text()
 
 
+def test_copies_of_the_sources(text: Path, tmp_path: Path):
+    done = run(text, tmp_path / "noisy", "--noise-share", 0.3, "--kind", "copy")
+    assert done.returncode == 0, done.stderr
+    assert "60 of 200 targets are copies of their sources" in done.stdout
+    lines, numbers = read(tmp_path / "noisy")
+    assert len(numbers) == 60
+    assert lines == [f"Quelle {at}" if at in numbers else LINES[at] for at in range(200)]
+    (text / "train.fr").write_text("".join("x\n" for _ in LINES))
+    refused = run(text, tmp_path / "other", "--kind", "copy")
+    assert refused.returncode == 2
+    assert "has train. of 3 languages; it needs two" in refused.stderr
+
+
 def test_seeds(text: Path, tmp_path: Path):
     for name, seed in (("one", 1), ("again", 1), ("other", 2)):
         assert run(text, tmp_path / name, "--seed", seed).returncode == 0
