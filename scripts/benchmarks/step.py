@@ -8,8 +8,9 @@
 Synthetic sentences of 8 to 40 tokens in fairseq's binary format; task, models, criterions and trainers are made by
 fairseq from the options of its command line, the teacher is an untrained checkpoint. All take turns on the same batches
 in one process: medians, target tokens a second, and the median over the batches of the ratio within a batch. Of the
-distilling step the teacher's forward pass and its product with the output layer are also timed alone. On a GPU also the
-peak of the memory that a step takes beyond what stands there before it (parameters, optimizer's state).
+distilling step the teacher's forward pass and its product with the output layer are also timed alone, and what a
+loader's worker takes to read a stored teacher (hidden states in the model's dtype). On a GPU also the peak of the
+memory that a step takes beyond what stands there before it (parameters, optimizer's state).
 """
 
 from __future__ import annotations
@@ -117,15 +118,17 @@ def make_trainer(data: Path, size: Size, setting: Setting, device: str, dtype: s
 
 
 def competitors(
-    data: Path, teacher: Path, setting: Setting, device: str, dtype: str, rungs: Sequence[str]
+    data: Path, teacher: Path, store: Path, setting: Setting, device: str, dtype: str, rungs: Sequence[str]
 ) -> dict[str, Trainer]:
     """Students that start equal and differ in their criterion."""
     build = functools.partial(make_trainer, data, setting.student, setting, device, dtype)
-    distil = ("--task=translation_with_teacher", f"--teacher-path={teacher}", "--criterion=hard_gate_kd")
+    task = ("--task=translation_with_teacher", "--criterion=hard_gate_kd")
+    distil = (*task, f"--teacher-path={teacher}")
     return {
         "CE, fairseq": build("--criterion=label_smoothed_cross_entropy", "--label-smoothing=0"),
         f"CE, {rungs[0]}": build("--criterion=hard_gate_kd", "--gate=none", f"--loss-impl={rungs[0]}"),
         **{f"KD, {rung}": build(*distil, "--gate=token", f"--loss-impl={rung}") for rung in (*rungs, "eager")},
+        f"KD, {rungs[0]}, stored": build(*task, "--gate=token", f"--teacher-store={store}", f"--loss-impl={rungs[0]}"),
     }
 
 
@@ -146,6 +149,17 @@ def teacher_parts(trainer: Trainer) -> dict[str, Callable[[dict], None]]:
             F.linear(head.hidden[kept], head.weight, head.bias)
 
     return {"teacher's forward pass": forward, "teacher's output product": product}
+
+
+def reading(trainer: Trainer) -> dict[str, Callable[[dict], None]]:
+    """What a worker of the loader does for a batch of a stored teacher, besides making the batch."""
+    dataset = trainer.task.datasets["train"]
+    _, reader = dataset.collater.args
+
+    def read(batch: dict) -> None:
+        reader([dataset[int(number)] for number in batch["id"]], batch)
+
+    return {"reading the store": read}
 
 
 class Row(NamedTuple):
@@ -169,11 +183,16 @@ def measure(setting: Setting, device: str, dtype: str, rungs: Sequence[str], rep
         untrained = build("--criterion=cross_entropy")
         untrained.consolidate_optimizer()  # a trainer cannot be saved before
         untrained.save_checkpoint(str(teacher), {})
-        trainers = competitors(folder, teacher, setting, device, dtype, rungs)
-        distilling = f"KD, {rungs[0]}"
-        batches = trainers[distilling].get_train_iterator(1).next_epoch_itr(shuffle=True)
+        from hgkd_fairseq.teacher import storing  # by now fairseq has imported --user-dir, as it does only once
+
+        store = folder / "store"
+        storing.write(str(folder), str(teacher), str(store), storing.StoreOptions("hidden", ("train",), dtype))
+        trainers = competitors(folder, teacher, store, setting, device, dtype, rungs)
+        distilling, stored = f"KD, {rungs[0]}", f"KD, {rungs[0]}, stored"
+        batches = trainers[stored].get_train_iterator(1).next_epoch_itr(shuffle=True)
         chosen = list(itertools.islice(batches, rounds))
-        times = take_turns(trainers, distilling, chosen, device)
+        parts = teacher_parts(trainers[distilling]) | reading(trainers[stored])
+        times = take_turns(trainers, parts, chosen, device)
         peaks = {name: peak(trainer, chosen[-1]) for name, trainer in trainers.items()} if device == "cuda" else {}
     base, ours = times["CE, fairseq"], times[distilling]
     tokens = [batch["ntokens"] for batch in chosen[WARM_ROUNDS:]]
@@ -207,10 +226,11 @@ def peak(trainer: Trainer, batch: dict) -> float:
 
 
 def take_turns(
-    trainers: dict[str, Trainer], distilling: str, batches: list[dict], device: str
+    trainers: dict[str, Trainer], parts: dict[str, Callable[[dict], None]], batches: list[dict], device: str
 ) -> dict[str, list[float]]:
-    """Seconds of every step on every batch but the first ones, which warm up. A batch passes once untimed: on a GPU the
-    first trainer that meets a batch of a new shape takes 100 ms longer or more, whichever it is."""
+    """Seconds of every step, and of its `parts` in their order (the teacher's product is of what its forward pass
+    gave), on every batch but the first ones, which warm up. A batch passes once untimed: on a GPU the first trainer
+    that meets a batch of a new shape takes 100 ms longer or more, whichever it is."""
 
     def step(trainer: Trainer, batch: dict) -> None:
         trainer.train_step([batch])
@@ -218,7 +238,6 @@ def take_turns(
     for trainer in trainers.values():
         trainer.begin_epoch(1)
     runs = {name: functools.partial(step, trainer) for name, trainer in trainers.items()}
-    parts = teacher_parts(trainers[distilling])  # in their order: the product is of what the forward pass gave
     times: dict[str, list[float]] = {name: [] for name in (*runs, *parts)}
     for index, batch in enumerate(batches):
         for run in runs.values():
@@ -238,6 +257,9 @@ def summary(rows: list[Row]) -> Iterator[str]:
     yield f"A step of eager KD over one of {ours.name}: {eager.over_ours:.2f}."
     parts = [by[f"teacher's {part}"].over_ours for part in ("forward pass", "output product")]
     yield f"Of a step of {ours.name}: teacher's forward pass {parts[0]:.0%}, its output product {parts[1]:.0%}."
+    stored = by[f"{ours.name}, stored"]
+    waits = by["reading the store"].median_ms / stored.median_ms
+    yield f"A step of {stored.name}, over one of CE (fairseq): {stored.over_ce:.2f}; it is read in {waits:.1%} of that."
     if ours.peak_mib and eager.peak_mib:
         yield f"Peak memory of a step of eager KD over one of {ours.name}: {eager.peak_mib / ours.peak_mib:.2f}."
 

@@ -56,8 +56,8 @@ def test_step(tmp_path):
     arguments = ("--arch-size", "tiny", "--rungs", "chunked", "--repeats", 7)
     printed = run("step.py", *arguments, "--csv", tmp_path / "step.csv")
     found = {row["name"]: row for row in rows(tmp_path / "step.csv")}
-    parts = ["teacher's forward pass", "teacher's output product"]
-    assert list(found) == ["CE, fairseq", "CE, chunked", "KD, chunked", "KD, eager", *parts]
+    parts = ["teacher's forward pass", "teacher's output product", "reading the store"]
+    assert list(found) == ["CE, fairseq", "CE, chunked", "KD, chunked", "KD, eager", "KD, chunked, stored", *parts]
     assert all(float(row["median_ms"]) > 0 for row in found.values())
     assert float(found["KD, chunked"]["over_ours"]) == 1
     assert all(0 < float(found[part]["over_ours"]) < 1 for part in parts)
