@@ -49,9 +49,7 @@ class Gauged(TeacherSource):
         self.teacher.check_options(cfg)
         gate, store = GATES[cfg.gate], f"--gauge-store {self.gauge.folder}"
         if not gate.compares or cfg.gate_on != "gold":
-            raise UserError(
-                f"{store}: gate {cfg.gate} reading {cfg.gate_on} does not compare the gold tokens; drop it"
-            )
+            raise UserError(f"{store}: gate {cfg.gate} reading {cfg.gate_on} does not compare the gold tokens; drop it")
         if cfg.gate == "instance" or self.teacher.learns or not self.teacher.frozen:
             raise UserError(f"{store} is for a frozen teacher and a gate without a memory of sentences; drop it")
         known = {1.0, self.gauge.store.temperature}
