@@ -187,6 +187,8 @@ if INTERPRETED or torch.cuda.is_available():
         results, dz = step(student, teachers, target, gate, case.options, case.scale)
         if step is triton_rows.row_step and dz is not None and runs_kernels(case, student):
             assert dz.data_ptr() == student.data_ptr()
+        if results.teacher_share is None:  # of the fused gates, 0 or 1
+            results = results._replace(teacher_share=results.teacher_mask.to(results.kl.dtype))
         named = {**results._asdict(), "gap": results.student_read - results.teacher_read, "dz": dz}
         return {name: value.cpu() for name, value in named.items() if value is not None}
 
