@@ -30,6 +30,7 @@ from hgkd_fairseq.data.claims import EXPIRES, Claim, told
 from hgkd_fairseq.errors import UserError
 
 MANIFEST = "manifest.json"
+MOST = 100_000  # shards: their numbers have five digits
 COUNTS = ("rows", "shard_size")
 RECORD = {"manifest": str, "rows": files.Within(0), "files": {str: str}}
 
@@ -51,6 +52,8 @@ class Shards:
         self.folder, self.manifest = Path(folder), manifest
         self.rows, self.shard_size = (manifest[name] for name in COUNTS)
         self.count = -(-self.rows // self.shard_size)
+        if self.count > MOST:
+            raise UserError(f"{folder} would have {self.count:,} shards, more than {MOST:,}; make them larger")
         self.digest = hashlib.sha256(text_of(manifest).encode()).hexdigest()
         self._whole: set[int] = set()  # shards that have been hashed
         self._claims = [Claim(self.name(shard).with_suffix(".claim"), expires) for shard in range(self.count)]
@@ -73,6 +76,7 @@ class Shards:
         """
         folder, wanted = Path(folder), {**manifest, "rows": rows, "shard_size": shard_size}
         wanted = json.loads(text_of(wanted))
+        cls(folder, wanted)  # what it refuses is told before the folder is made
         with told(folder):
             folder.mkdir(exist_ok=True)
             if not (folder / MANIFEST).exists():

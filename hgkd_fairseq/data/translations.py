@@ -75,7 +75,17 @@ def check_pieces(dictionary: Dictionary) -> None:
 
 
 def lines(one: Translated) -> Iterator[str]:
+    """Of a file.
+
+    Raises:
+        UserError: a score is no number.
+    """
     for rank, (pieces, score, limit) in enumerate(one.hypotheses):
+        if not math.isfinite(score):
+            raise UserError(
+                f"the teacher gives sentence {one.number} a translation with the score {score}: it has diverged, or "
+                "needs --dtype fp32 or bf16"
+            )
         state = LIMIT if limit else WHOLE
         yield f"{one.number}\t{one.source}\t{rank}\t{score:.4f}\t{state}\t{' '.join(pieces)}\n"
     if not one.hypotheses:

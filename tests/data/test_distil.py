@@ -514,6 +514,12 @@ def test_a_full_disk_while_training_data_are_written(data: Path, translated: Pat
     assert not list(tmp_path.iterdir())
 
 
+def test_a_teacher_that_has_diverged(tmp_path: Path):
+    with pytest.raises(UserError, match="gives sentence 3 a translation with the score nan"):
+        translations.write(tmp_path, [translations.Translated(3, "0", [Hypothesis(["a"], math.nan, False)])])
+    assert not list(tmp_path.iterdir())
+
+
 def test_validation_sets_are_not_distilled(data: Path, path: Path, tmp_path: Path, capsys):
     assert translate(data, path, tmp_path / "set", "--subset", "valid") == 0
     capsys.readouterr()

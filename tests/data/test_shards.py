@@ -257,6 +257,12 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path):
     assert content(tmp_path / "set") == content(filled(tmp_path / "unbroken").folder)
 
 
+def test_too_many_shards(tmp_path: Path):
+    with pytest.raises(UserError, match="would have 100,001 shards"):
+        Shards.create(tmp_path / "set", ABOUT, 100_001, 1)
+    assert not (tmp_path / "set").exists()
+
+
 def test_rows_are_counted(tmp_path: Path):
     with pytest.raises(UserError, match="shard-00000 would have 2 rows and not 3"):
         Shards.create(tmp_path / "set", ABOUT, **SIZE).fill(lambda shard, folder: make(shard, folder) - 1)
