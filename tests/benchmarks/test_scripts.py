@@ -62,3 +62,14 @@ def test_step(tmp_path):
     assert float(found["KD, chunked"]["over_ours"]) == 1
     assert all(0 < float(found[part]["over_ours"]) < 1 for part in parts)
     assert "A step of KD (KD, chunked) over one of CE (fairseq):" in printed
+
+
+def test_store(data, teacher, plain):
+    """A store of fp32 states loses nothing, one of half precision little, and one of few tokens more."""
+    paths = ("--teacher-path", teacher.path(), "--student-path", plain.path())
+    output = run("store.py", data, *paths, "--teacher-temperature", 1.2, "--topk", 4)
+    rows = [line.strip("| ").split(" | ") for line in output.splitlines()[2:]]
+    errors = {kind: float(error) for kind, _, error, _, _ in rows}
+    assert list(errors) == ["hidden, fp32", "hidden, bf16", "sampled, 50 draws", "topk, 4"]
+    assert errors["hidden, fp32"] < 1e-5 < errors["hidden, bf16"] < 0.02 < errors["topk, 4"]
+    assert all(gates.startswith("0 of ") for *_, gates in rows)
