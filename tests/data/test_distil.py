@@ -238,16 +238,18 @@ def test_sampling_draws_what_it_should():
 
 
 def test_ctranslate2(data: Path, path: Path, tmp_path: Path):
-    """In float32 it finds what fairseq finds, with the same scores."""
+    """In float32 it finds what fairseq finds, with the same scores but where the length limit cuts it off: fairseq adds
+    the end of sentence there, CTranslate2 does not."""
     pytest.importorskip("ctranslate2")
     found = {}
     for engine in ("fairseq", "ctranslate2"):
         assert translate(data, path, tmp_path / engine, "--subset", "valid", "--engine", engine) == 0
         found[engine] = [one.hypotheses[0] for one in read(tmp_path / engine)]
-    pairs = list(zip(*found.values(), strict=True))
+    pairs = [pair for pair in zip(*found.values(), strict=True) if not pair[0].limit]
+    assert len(pairs) > 32
     same = [(one.score, other.score) for one, other in pairs if one.pieces == other.pieces]
     assert len(same) > 0.9 * len(pairs)
-    assert [one for one, _ in same] == pytest.approx([other for _, other in same], abs=1e-3)
+    assert [one for one, _ in same] == pytest.approx([other for _, other in same], abs=5e-3)
 
 
 @pytest.mark.cuda
