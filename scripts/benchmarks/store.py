@@ -3,9 +3,9 @@
 
     store.py DATA --teacher-path CKPT --student-path CKPT [--subset valid] [--teacher-temperature 1.5]
 
-The student's gradient at its output layer (KL alone, --gate always) is made batch by batch from the live teacher and from
-a store of each kind, written anew. Printed: the norm of the difference over that of the live
-gradient, the mean over batches and of the sum of all; and the gates of HKD-T that differ. A table for a page.
+The student's gradient at its output layer (KL alone, --gate always) is made batch by batch from the live teacher and
+from a store of each kind, written anew. Printed: the norm of the difference over that of the live gradient, the mean
+over batches and of the sum of all; and the gates of HKD-T that differ. A table for a page.
 """
 
 from __future__ import annotations
