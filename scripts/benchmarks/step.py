@@ -154,7 +154,7 @@ def teacher_parts(trainer: Trainer) -> dict[str, Callable[[dict], None]]:
 def reading(trainer: Trainer) -> dict[str, Callable[[dict], None]]:
     """What a worker of the loader does for a batch of a stored teacher, besides making the batch."""
     dataset = trainer.task.datasets["train"]
-    _, reader = dataset.collater.args
+    _, reader, _ = dataset.collater.args
 
     def read(batch: dict) -> None:
         reader([dataset[int(number)] for number in batch["id"]], batch)

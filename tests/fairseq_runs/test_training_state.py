@@ -51,8 +51,12 @@ def build(data: Path, *options):
     ]
     + [
         (("--gate", "none", option, value), f"{option} {float(value)}: it must be ")
-        for option in ("--teacher-temperature", "--label-smoothing", "--confidence-penalty")
+        for option in ("--label-smoothing", "--confidence-penalty")
         for value in ("nan", "inf", "-1")
+    ]
+    + [
+        (("--gate", "none", "--teacher-temperature", value), f"--teacher-temperature {value}: it {what}")
+        for value, what in (*((number, "must be") for number in ("nan", "inf", "-1")), ("hot", "is neither a number"))
     ]
     + [
         (("--teacher-temperature-start", "inf", "--max-update", 9), "--teacher-temperature-start inf: it must be"),
