@@ -8,6 +8,7 @@ import torch
 from fairseq.criterions import FairseqCriterion, register_criterion
 
 from hgkd_fairseq.criterions import logged
+from hgkd_fairseq.criterions.without_dropout import gold_logprob
 from hgkd_fairseq.data import batches
 from hgkd_fairseq.gates import Gate
 from hgkd_fairseq.loss import Head, gated_distillation
@@ -105,7 +106,8 @@ class HardGateKDCriterion(FairseqCriterion):
         gate, progress = self.gate_in_use(), self.state.progress(self.cfg.max_update)
         without_dropout = None
         if self.cfg.gate_dropout == "off" and signal and not validating:
-            without_dropout = self.gold_logprob(model, sample, target, lengths)
+            how = {"padding_idx": self.padding_idx, "lengths": lengths, "implementation": self.cfg.loss_impl}
+            without_dropout = gold_logprob(model, sample, target, **how)
         tau = temperature(self.cfg, self.teacher_temperature, progress)
         gold = signal.gold.at(1.0 if self.cfg.untempered_gate else tau) if signal and signal.gold else None
         out = gated_distillation(
@@ -138,27 +140,6 @@ class HardGateKDCriterion(FairseqCriterion):
             workers.show(out, self.gate, self.state.idle)
         sample_size = sample["target"].size(0) if self.cfg.sentence_avg else sample["ntokens"]
         return loss, sample_size, logged.sums(out, sample, sample_size, self.cfg.report_accuracy)
-
-    @torch.no_grad()
-    def gold_logprob(self, model, sample: dict, target: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        """(B, T) of the gold tokens under the student without dropout."""
-        training = [module for module in model.modules() if module.training]
-        model.eval()
-        try:
-            student = features.head(model, sample["net_input"])
-        finally:
-            for module in training:
-                module.training = True
-        hidden = student.hidden[:, -target.size(1) :]  # less --ignore-prefix-size
-        read = gated_distillation(
-            hidden, student.weight, None, None, target,
-            padding_idx=self.padding_idx,
-            gate="none",
-            student_bias=student.bias,
-            lengths=lengths,
-            implementation=self.cfg.loss_impl,
-        )  # fmt: skip
-        return -read.token_nll
 
     @classmethod
     def reduce_metrics(cls, logging_outputs) -> None:

@@ -8,6 +8,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from hgkd_fairseq.criterions.without_dropout import gold_logprob
+from hgkd_fairseq.gates import get_gate
+from hgkd_fairseq.loss.eager import mean_logprobs
+
 
 @pytest.fixture(scope="module")
 def parts(data: Path, teacher: cl.Run):
@@ -48,6 +52,38 @@ def test_frozen_and_without_dropout(parts):
         assert not parameter.requires_grad
         assert parameter.grad is None
         assert torch.equal(parameter, old)
+
+
+def test_the_gate_reads_the_student_without_dropout(parts):
+    """Its decisions are those of the model in eval mode; the loss, its dropout and the random numbers are as before."""
+    task, model, criterion, sample = parts
+    target = sample["target"]
+    kept = target != task.target_dictionary.pad()
+    model.eval()
+    with torch.no_grad():
+        logp = model(**sample["net_input"])[0].log_softmax(-1).gather(2, target[..., None]).squeeze(2)
+    model.train()
+    frozen = model.encoder.layers[0]
+    frozen.eval()  # a part that somebody keeps without dropout stays so
+    torch.manual_seed(3)
+    read = gold_logprob(model, sample, target, padding_idx=task.target_dictionary.pad(), implementation="auto")
+    torch.testing.assert_close(read[kept], logp[kept], rtol=1e-4, atol=1e-4)
+    assert model.training
+    assert not frozen.training
+    frozen.train()
+    results, gate = {}, criterion.gate
+    criterion.gate = get_gate("soft")  # whose share says how far each token's reading is from the teacher's
+    for dropout in ("on", "off"):
+        criterion.cfg.gate_dropout = dropout
+        torch.manual_seed(3)
+        results[dropout] = criterion(model, sample)[2]
+    criterion.cfg.gate_dropout, criterion.gate = "on", gate
+    assert results["on"]["nll_loss"] == results["off"]["nll_loss"]
+    teacher = task.teacher.signal(sample, torch.device("cpu"), torch.float32).heads
+    logq = mean_logprobs(teacher, 1.5).gather(2, target[..., None]).squeeze(2)
+    expected = (logp - logq).sigmoid()[kept].sum()
+    torch.testing.assert_close(results["off"]["teacher_share"], expected, rtol=1e-4, atol=0)
+    assert abs(results["on"]["teacher_share"] - expected) > 1e-3 * expected
 
 
 def test_outside_every_module(parts):
