@@ -114,7 +114,7 @@ def test_forced_calibration_by_hand(data, teacher, plain, tmp_path, members):
     assert f"ECE|bins:20|mode:forced|eos:yes|tok:bpe|version:0.1.0 = {100 * scores['ece']:.2f} %" in done.stdout
 
 
-def test_forced_calibration_refuses(data, plain, tmp_path):
+def test_forced_calibration_refuses(data, plain, tmp_path, capsys):
     other, unknown = tmp_path / "other", tmp_path / "unknown"
     for folder in (other, unknown):
         folder.mkdir()
@@ -132,12 +132,12 @@ def test_forced_calibration_refuses(data, plain, tmp_path):
         ((other, "--path", checkpoint), "does not fit the dictionaries"),
     ]
     for arguments, expected in cases:
-        done = hgkd("calibration", "forced", *arguments)
-        errors = [line for line in done.stderr.splitlines() if line.startswith("hgkd: error: ")]
-        assert done.returncode == 1
-        assert len(errors) == 1, done.stderr[-2000:]
+        assert cli.main(["calibration", "forced", *map(str, arguments)]) == 1
+        printed = capsys.readouterr().err
+        errors = [line for line in printed.splitlines() if line.startswith("hgkd: error: ")]
+        assert len(errors) == 1, printed[-2000:]
         assert expected in errors[0]
-        assert "Traceback" not in done.stderr
+        assert "Traceback" not in printed
 
 
 GENERATED = "T-0\tx\nH-0\t-1\tx\nP-0\t-1 -1\n"

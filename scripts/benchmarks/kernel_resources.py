@@ -110,9 +110,9 @@ def jobs(selection: str) -> list[Job]:
     found = [Job(v, "bf16", 90) for v in all_variants(VOCABULARIES[0], 2)]
     found += [
         Job(v, dtype, capability)
-        for capability in (80, 90, 100)
+        for capability, vocabularies in ((80, VOCABULARIES[:1]), (90, VOCABULARIES), (100, VOCABULARIES[:1]))
         for dtype in ITEMSIZE
-        for vocabulary in VOCABULARIES
+        for vocabulary in vocabularies
         for v in heavy(vocabulary, dtype)
     ]
     found += [Job(v, "bf16", capability) for capability in (86, 89) for v in heavy(VOCABULARIES[0], "bf16")]
