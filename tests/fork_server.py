@@ -19,7 +19,10 @@ import signal
 import socket
 import sys
 
-HEAVY = ("torch", "fairseq.checkpoint_utils", "fairseq.tasks.translation", "fairseq.trainer", "sacrebleu")
+HEAVY = (
+    *("fairseq.checkpoint_utils", "fairseq.tasks.translation", "fairseq.trainer", "sacrebleu"),
+    *("torch", "torch._dynamo", "torch.distributed.fsdp"),  # the last two come with the first optimizer
+)
 
 
 def take_over(request: dict) -> None:
