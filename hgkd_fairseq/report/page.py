@@ -247,6 +247,6 @@ def commands_of(run: Run) -> list[str]:
 def versions() -> list[str]:
     found = [f"Python {platform.python_version()}", f"hgkd_fairseq {hgkd_fairseq.__version__}"]
     for package in PACKAGES:
-        for name in packages_distributions().get(package, []):
+        for name in dict.fromkeys(packages_distributions().get(package, [])):
             found.append(f"{name} {version(name)}")
     return found
