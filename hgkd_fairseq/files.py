@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import math
@@ -220,6 +221,12 @@ def write_json(file: str | Path, content: Any) -> None:
     except ValueError:
         raise UserError(f"{file} is not written: a number in it is NaN or infinite, which JSON does not have") from None
     write_text(file, text + "\n")
+
+
+def sha256(file: str | Path) -> str:
+    """Of its content, in hexadecimal digits."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def figure_format(option: str, file: str | Path) -> str:

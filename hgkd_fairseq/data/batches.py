@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -33,6 +33,21 @@ def target_lengths(sample: dict, skip: int, pad: int) -> list[int]:
     done here: before anything of the batch is queued on the device, so that the host waits for the last step alone."""
     counted = None if skip else sample.get("target_lengths")
     return (sample["target"][:, skip:] != pad).sum(1).tolist() if counted is None else counted
+
+
+def filled(order: Iterable[int], length: Callable[[int], int], most: int) -> Iterator[list[int]]:
+    """Batches of sentences in their order, each of as many as have at most `most` tokens with pads, or of one."""
+    batch: list[int] = []
+    widest = 0
+    for one in order:
+        wider = max(widest, length(one))
+        if batch and wider * (len(batch) + 1) > most:
+            yield batch
+            batch, wider = [], length(one)
+        batch.append(one)
+        widest = wider
+    if batch:
+        yield batch
 
 
 def training_targets(task: FairseqTask, max_tokens: int | None) -> Iterator[torch.Tensor]:

@@ -13,7 +13,7 @@ import torch
 from fairseq.data import Dictionary, indexed_dataset
 
 from hgkd_fairseq import files
-from hgkd_fairseq.data.shards import sha256, sync
+from hgkd_fairseq.data.shards import sync
 from hgkd_fairseq.data.translations import hash_of
 from hgkd_fairseq.errors import UserError
 
@@ -85,7 +85,7 @@ def write(folder: Path, data: str, task, subset: str, rows: Iterable[Row]) -> in
         builder.finalize(f"{prefixes[language]}.idx")
     check(prefixes[source], prefixes[target], expected)
     for file, digest in copied.items():
-        if sha256(folder / file) != digest:
+        if files.sha256(folder / file) != digest:
             raise UserError(f"{file} is not what it is in {data}, after it was copied; try again")
     return len(expected[0])
 
@@ -96,7 +96,7 @@ def copy_others(data: Path, folder: Path, subset: str) -> dict[str, str]:
     for pattern in ("*.bin", "*.idx", "dict.*.txt"):
         for file in sorted(data.glob(pattern)):
             if not file.name.startswith(f"{subset}."):
-                copied[file.name] = sha256(file)
+                copied[file.name] = files.sha256(file)
                 shutil.copyfile(file, folder / file.name)
     return copied
 

@@ -147,7 +147,7 @@ class Shards:
                     f"{name} holds {', '.join(there) or 'nothing'} and not {', '.join(found['files'])}; {again}"
                 )
             for file, digest in found["files"].items():
-                if sha256(name / file) != digest:
+                if files.sha256(name / file) != digest:
                     raise UserError(f"{name / file} is not what was written: it is damaged or was changed; {again}")
 
     def whole(self, shard: int) -> bool:
@@ -260,17 +260,12 @@ def link(source: Path, target: Path) -> None:
         source.replace(target)
 
 
-def sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def hashed(folder: Path) -> dict[str, str]:
     """SHA-256 of each file, all of which are on the disk then."""
     found = {}
     for file in sorted(folder.iterdir()):
         sync(file)
-        found[file.name] = sha256(file)
+        found[file.name] = files.sha256(file)
     sync(folder)
     return found
 

@@ -18,7 +18,7 @@ import numpy as np
 from fairseq.data import Dictionary
 
 from hgkd_fairseq import files
-from hgkd_fairseq.data.shards import Shards, sha256
+from hgkd_fairseq.data.shards import Shards
 from hgkd_fairseq.errors import UserError
 
 FILE = "translations.tsv"
@@ -60,7 +60,10 @@ def hashes(data: str, subset: str) -> dict[str, dict[str, str]]:
     if more:
         raise UserError(f"{more[0]} is another part of {subset}: binarise them as one")
     found = {"data": f"{subset}.*-*.*", "dictionaries": "dict.*.txt"}
-    return {kind: {file.name: sha256(file) for file in sorted(folder.glob(pattern))} for kind, pattern in found.items()}
+    return {
+        kind: {file.name: files.sha256(file) for file in sorted(folder.glob(pattern))}
+        for kind, pattern in found.items()
+    }
 
 
 def check_pieces(dictionary: Dictionary) -> None:

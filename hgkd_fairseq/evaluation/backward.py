@@ -10,6 +10,7 @@ import torch
 from fairseq import utils
 from fairseq.data import LanguagePairDataset
 
+from hgkd_fairseq.data.batches import filled
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.evaluation import forced
 from hgkd_fairseq.loss.eager import mean_logprobs
@@ -65,14 +66,7 @@ class BackwardModel:
     def batches(self, block: dict[int, torch.Tensor], sources) -> Iterator[list[int]]:
         """Sentences of about one length."""
         sizes = {one: max(len(ids), len(sources[one])) for one, ids in block.items() if self.takes(ids, sources[one])}
-        batch: list[int] = []
-        for one in sorted(sizes, key=lambda one: (sizes[one], one)):
-            if batch and sizes[one] * (len(batch) + 1) > self.max_tokens:
-                yield batch
-                batch = []
-            batch.append(one)
-        if batch:
-            yield batch
+        return filled(sorted(sizes, key=lambda one: (sizes[one], one)), sizes.__getitem__, self.max_tokens)
 
     @torch.no_grad()
     def score(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> list[float]:

@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
-from fairseq.tasks.translation import TranslationConfig, TranslationTask
-from omegaconf import OmegaConf
 from sacrebleu.metrics import BLEU, CHRF
 
 from hgkd_fairseq import files
@@ -92,9 +90,7 @@ def translated_data(data: str, shards: Shards):
     """
     about = shards.manifest
     wanted = {key: about[key] for key in ("source_lang", "target_lang")}
-    options = {"_name": "translation", "data": str(data), "eval_bleu": False, **wanted}
-    options |= {"train_subset": about["subset"], "dataset_impl": None, "required_seq_len_multiple": 1}
-    task = TranslationTask.setup_task(OmegaConf.merge(TranslationConfig, options))
+    task = binarised.translation_task(data, str(shards.folder), {"train_subset": about["subset"], **wanted})
     return task, binarised.subset(task, about["subset"])
 
 

@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 from fairseq import utils
 from fairseq.logging import progress_bar
-from fairseq.tasks.translation import TranslationConfig, TranslationTask
-from omegaconf import OmegaConf
+from fairseq.tasks.translation import TranslationConfig
 from torch import Tensor
 
 from hgkd_fairseq.calibration.distribution import brier, weighted_tables
@@ -146,15 +145,8 @@ def load(data: str, path: str, cpu: bool = False):
     data = binarised.first_shard(data)
     found = [checkpoints.read(file) for file in split_paths(path)]
     known = {field.name for field in fields(TranslationConfig)}
-    options = {"train_subset": "train", "dataset_impl": None, "required_seq_len_multiple": 1}  # where there are none
-    options |= {key: value for key, value in found[0].options("task").items() if key in known}
-    options |= {"_name": "translation", "data": data, "eval_bleu": False}
-    try:
-        task = TranslationTask.setup_task(OmegaConf.merge(TranslationConfig, options))
-    except Exception as error:  # fairseq's own, for an unknown language pair
-        raise UserError(
-            f"{data} is no data for {path}: {error}; name the folder that fairseq-preprocess wrote"
-        ) from error
+    options = {key: value for key, value in found[0].options("task").items() if key in known}
+    task = binarised.translation_task(data, path, options)
     models = [checkpoints.build(checkpoint, task) for checkpoint in found]
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
     for model in models:

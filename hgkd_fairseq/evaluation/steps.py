@@ -42,7 +42,4 @@ class Steps:
 
 def content(value: Any) -> Any:
     """The SHA-256 of a Path's content; any other value as it is."""
-    if not isinstance(value, Path):
-        return value
-    with open(value, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return files.sha256(value) if isinstance(value, Path) else value

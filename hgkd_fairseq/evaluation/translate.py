@@ -14,8 +14,10 @@ from fairseq import utils
 from fairseq.dataclass.configs import GenerationConfig
 
 import hgkd_fairseq
+from hgkd_fairseq import files
 from hgkd_fairseq.data import translations
-from hgkd_fairseq.data.shards import Shards, sha256
+from hgkd_fairseq.data.batches import filled
+from hgkd_fairseq.data.shards import Shards
 from hgkd_fairseq.data.translations import Hypothesis, Translated
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.evaluation import forced
@@ -187,7 +189,7 @@ def translate(
         "source_lang": task.cfg.source_lang,
         "target_lang": task.cfg.target_lang,
         **hashes,
-        "teacher": [sha256(Path(file)) for file in paths],
+        "teacher": [files.sha256(Path(file)) for file in paths],
         "decoding": asdict(how),
         "versions": versions(how.engine),
     }
@@ -243,11 +245,4 @@ class Worker:
         sizes = self.dataset.src_sizes
         taken = [one for one in numbers if sizes[one] <= self.longest]
         most = self.how.max_tokens * (TOGETHER if self.how.engine == "ctranslate2" else 1)
-        batch: list[int] = []
-        for one in sorted(taken, key=lambda one: (-sizes[one], one)):
-            if batch and sizes[batch[0]] * (len(batch) + 1) > most:
-                yield batch
-                batch = []
-            batch.append(one)
-        if batch:
-            yield batch
+        return filled(sorted(taken, key=lambda one: (-sizes[one], one)), sizes.__getitem__, most)

@@ -6,10 +6,13 @@ from __future__ import annotations
 import glob
 import os
 import struct
+from typing import Any
 
 import numpy as np
 from fairseq import utils
 from fairseq.data import Dictionary, indexed_dataset
+from fairseq.tasks.translation import TranslationConfig, TranslationTask
+from omegaconf import OmegaConf
 
 from hgkd_fairseq.errors import UserError
 
@@ -26,6 +29,27 @@ def first_shard(data: str) -> str:
     if not os.path.isdir(folder):
         raise UserError(f"{folder or 'an empty name'} is no folder; name the one that fairseq-preprocess wrote")
     return folder
+
+
+def translation_task(data: str, of: str, options: dict[str, Any]) -> TranslationTask:
+    """fairseq's plain translation task on data.
+
+    Args:
+        data: folder of fairseq-preprocess, or several with ':' between them.
+        of: what it is for, in the error message.
+        options: of the task; those of a checkpoint may lack what fairseq's data loading asks for.
+
+    Raises:
+        UserError: there are no such data, or not of these languages.
+    """
+    given: dict[str, Any] = {"train_subset": "train", "dataset_impl": None, "required_seq_len_multiple": 1, **options}
+    given |= {"_name": "translation", "data": str(data), "eval_bleu": False}
+    try:
+        return TranslationTask.setup_task(OmegaConf.merge(TranslationConfig, given))
+    except Exception as error:  # fairseq's own, for an unknown language pair
+        raise UserError(
+            f"{data} is no data for {of}: {error}; name the folder that fairseq-preprocess wrote"
+        ) from error
 
 
 def dictionary(file: str) -> Dictionary:

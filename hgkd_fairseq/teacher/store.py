@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from hgkd_fairseq import files
-from hgkd_fairseq.data.shards import Shards, sha256
+from hgkd_fairseq.data.shards import Shards
 from hgkd_fairseq.errors import UserError
 
 FORMAT = 1
@@ -116,7 +116,7 @@ class Store:
                 found.append(None)
                 continue
             try:
-                if sha256(self.folder / name) != digest:
+                if files.sha256(self.folder / name) != digest:
                     raise UserError(f"{self.folder / name} is damaged or was changed; write the store again")
                 found.append(torch.from_numpy(np.load(self.folder / name, allow_pickle=False)))
             except OSError as error:

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from fairseq import utils
-from fairseq.tasks.translation import TranslationConfig, TranslationTask
-from omegaconf import OmegaConf
+from fairseq.tasks.translation import TranslationTask
 from torch import Tensor
 from tqdm import tqdm
 
 import hgkd_fairseq
 from hgkd_fairseq import files
+from hgkd_fairseq.data.batches import filled
 from hgkd_fairseq.data.shards import Shards
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.plugin import binarised, checkpoints, features
@@ -130,15 +130,8 @@ def make_task(data: str, teacher_path: str) -> TranslationTask:
     """fairseq's own, with the teacher's languages, or those that the data's files have."""
     held = checkpoints.read(split_paths(teacher_path)[0]).options("task") if teacher_path else {}
     wanted = {name: held.get(name) for name in ("source_lang", "target_lang")}
-    options = {"data": str(data), "train_subset": TRAIN, "dataset_impl": None, "required_seq_len_multiple": 1}
-    options |= {"upsample_primary": 1, **wanted}
     binarised.first_shard(data)
-    try:
-        return TranslationTask.setup_task(OmegaConf.merge(TranslationConfig, options))
-    except Exception as error:  # fairseq's own, for an unknown language pair
-        raise UserError(
-            f"{data} is no data for {teacher_path}: {error}; name the folder that fairseq-preprocess wrote"
-        ) from error
+    return binarised.translation_task(data, teacher_path, {"upsample_primary": 1, **wanted})
 
 
 def sources_of(task: TranslationTask, data: str, subsets: tuple[str, ...], limits: tuple[int, int]) -> Iterator[Source]:
@@ -265,17 +258,8 @@ class Writer:
         """Of similar length, of at most so many tokens with pads."""
         dataset = source.dataset
         lengths = {i: (int(dataset.tgt_sizes[i]), int(dataset.src_sizes[i])) for i in indices if source.kept(i)}
-        batch: list[int] = []
-        widest = 0
-        for index in sorted(lengths, key=lambda i: (lengths[i], i)):
-            longer = max(widest, *lengths[index])
-            if batch and longer * (len(batch) + 1) > self.options.max_tokens:
-                yield batch
-                batch, longer = [], max(lengths[index])
-            batch.append(index)
-            widest = longer
-        if batch:
-            yield batch
+        order = sorted(lengths, key=lambda i: (lengths[i], i))
+        return filled(order, lambda i: max(lengths[i]), self.options.max_tokens)
 
     @torch.no_grad()
     def ask(

@@ -22,13 +22,14 @@ from test_shards import content, owners
 from hgkd_fairseq import cli
 from hgkd_fairseq.data import distilled, translations
 from hgkd_fairseq.data.filters import CODES, Filters, loops
-from hgkd_fairseq.data.shards import MANIFEST, sha256
+from hgkd_fairseq.data.shards import MANIFEST
 from hgkd_fairseq.data.translations import Hypothesis, hash_of
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.evaluation import forced, selection
 from hgkd_fairseq.evaluation.backward import BackwardModel
 from hgkd_fairseq.evaluation.distil_data import translated_data
 from hgkd_fairseq.evaluation.sampling import SeededSampling, uniform
+from hgkd_fairseq.files import sha256
 
 SEARCH = ("--beam", 4, "--max-len-b", 12, "--lenpen", 0.6)
 SHARDS = ("--shard-size", 100, "--nbest", 2)
