@@ -210,8 +210,9 @@ def add_score(commands) -> None:
     add_data(option)
     option("runs", nargs="+", type=RunFolder, metavar="RUN", help="folder that fairseq-train saved to")
     which = (
-        "best, last or a file in RUN; may be given again (default: best, whose scores are in RUN; those of "
-        "checkpoint_NAME.pt in RUN/NAME)"
+        "best, last, a file in RUN, or best-bleu: of up to 10 epochs' checkpoints that with the highest BLEU on the "
+        "validation set; may be given again (default: best, whose scores are in RUN; those of checkpoint_NAME.pt are in "
+        "RUN/NAME)"
     )
     option("--checkpoint", action="append", type=Input, metavar="NAME", help=which)
     search = "of fairseq-generate, in one word (default: --beam 5)"
@@ -229,7 +230,7 @@ def add_report(commands) -> None:
     def run(args) -> None:
         from hgkd_fairseq.report.page import report
 
-        print(report(args.runs, args.output, args.reference))
+        print(report(args.runs, args.output, args.reference, args.translations))
 
     about = "finished runs side by side: tables in markdown, and an HTML page with diagrams and curves"
     option = add(commands, "report", run, about)
@@ -238,6 +239,8 @@ def add_report(commands) -> None:
     option("--output", type=Output, default="report.html", metavar="FILE", help="the page (default: report.html)")
     text = "references as text, one a line, instead of those in the translations, which lack unknown characters"
     option("--reference", type=Input, metavar="FILE", help=text)
+    which = "translations of `hgkd score --checkpoint NAME`, in RUN/NAME, such as best-bleu; all else is RUN's own"
+    option("--translations", default="", metavar="NAME", help=which)
 
 
 def add_store(commands) -> None:

@@ -69,10 +69,11 @@ pre { background: var(--soft); padding: .75rem; border-radius: 6px; white-space:
 PACKAGES = ("torch", "fairseq", "sacrebleu", "numpy")  # by the names they are imported by
 
 
-def report(folders: Sequence[str], output: str, reference: str | None = None) -> str:
-    """Write the page of these runs; their tables in markdown."""
+def report(folders: Sequence[str], output: str, reference: str | None = None, translations: str = "") -> str:
+    """Write the page of these runs; their tables in markdown. The arguments are those of `read_all`."""
     check(len(folders))
-    found = measure(read_all([Path(folder) for folder in folders], Path(reference) if reference else None))
+    runs = read_all([Path(folder) for folder in folders], Path(reference) if reference else None, translations)
+    found = measure(runs)
     files.write_text(output, html(found))
     return found.markdown()
 

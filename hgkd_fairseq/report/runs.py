@@ -49,19 +49,20 @@ class Run:
     temperature: dict[str, Any] | None = None
 
 
-def read_all(folders: Sequence[Path], reference: Path | None = None) -> list[Run]:
+def read_all(folders: Sequence[Path], reference: Path | None = None, translations: str = "") -> list[Run]:
     """The runs, translated from one test set.
 
     Args:
         folders: their names are the runs', with their parents' where they repeat.
         reference: text file, a reference a line; without it the references in the first run's translations.
+        translations: folder in each run's that holds its translations, as `hgkd score --checkpoint NAME` leaves them.
 
     Raises:
         UserError: a folder that is no run, a file in it that cannot be used, translations of different test sets.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError("a run is named twice; name each once")
-    runs = [read(folder, name) for folder, name in zip(folders, names(folders), strict=True)]
+    runs = [read(folder, name, translations) for folder, name in zip(folders, names(folders), strict=True)]
     translated = [run for run in runs if run.translations is not None]
     if reference is not None:
         given = generated.read_references(reference)
@@ -69,8 +70,9 @@ def read_all(folders: Sequence[Path], reference: Path | None = None) -> list[Run
             count = len(run.translations or ())
             if count != len(given):
                 raise UserError(
-                    f"{run.folder / GENERATED} has {count} translations and {reference} {len(given)} lines; name the "
-                    "references of its subset with --reference, and generate with --required-batch-size-multiple 1"
+                    f"{run.folder / translations / GENERATED} has {count} translations and {reference} {len(given)} "
+                    "lines; name the references of its subset with --reference, and generate with "
+                    "--required-batch-size-multiple 1"
                 )
             run.references = given
     referenced = [run for run in translated if run.references is not None]
@@ -90,24 +92,31 @@ def names(folders: Sequence[Path]) -> list[str]:
     return [f"{folder.resolve().parent.name}/{name}" for folder, name in zip(folders, short, strict=True)]
 
 
-def read(folder: Path, name: str) -> Run:
+def read(folder: Path, name: str, translations: str = "") -> Run:
     """One run, alone."""
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; name the --save-dir of a run of fairseq-train")
-    run = Run(folder, name, missing=[file for file in FILES if not (folder / file).exists()])
+    generation = folder / translations
+    if translations and not (generation / GENERATED).exists():
+        raise UserError(
+            f"--translations {translations}: {generation / GENERATED} does not exist; write it: hgkd score DATA "
+            f"{folder} --checkpoint {translations}"
+        )
+    places = {file: generation if file == GENERATED else folder for file in FILES}
+    run = Run(folder, name, missing=[file for file in FILES if not (places[file] / file).exists()])
     if len(run.missing) == len(FILES):
         raise UserError(
             f"{folder} is no run: it holds none of {', '.join(FILES)}; name the --save-dir of a run of fairseq-train"
         )
     if GENERATED not in run.missing:
-        run.translations, run.references = generated.read_texts(folder / GENERATED)
+        run.translations, run.references = generated.read_texts(generation / GENERATED)
     run.best_update, _ = progress(run, "checkpoint_best.pt")
     run.last_update, run.minutes = progress(run, "checkpoint_last.pt")
     if "train.log" not in run.missing:
         run.log = logs.read(folder / "train.log")
     for file in ("generate.log", GENERATED):  # with --results-path, the settings are printed, not written there
-        if (folder / file).exists() and not run.generation.settings:
-            run.generation = logs.read(folder / file)
+        if (generation / file).exists() and not run.generation.settings:
+            run.generation = logs.read(generation / file)
     for key, mode in MODES.items():
         if f"{key}.json" not in run.missing:
             setattr(run, key, scores(folder / f"{key}.json", mode))

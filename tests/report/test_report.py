@@ -259,6 +259,26 @@ def test_reference_file(folders, tmp_path):
         runs.read_all(folders, tmp_path / "test.en")
 
 
+def test_translations_of_another_checkpoint(folders, tmp_path):
+    """`hgkd score --checkpoint NAME` leaves them in RUN/NAME: here each run's are the other's."""
+    copies = [tmp_path / "one", tmp_path / "two"]
+    for folder, other, copy in zip(folders, reversed(folders), copies, strict=True):
+        shutil.copytree(folder, copy, symlinks=True)
+        (copy / "best-bleu").mkdir()
+        shutil.copy(other / "generate-test.txt", copy / "best-bleu")
+        (copy / "generate-test.txt").unlink()
+    there = tables.measure(runs.read_all(copies, translations="best-bleu"))
+    plain = tables.measure(runs.read_all(folders))
+    scores = [[cell.text for cell in row[1:4]] for row in plain.quality.rows]
+    assert [[cell.text for cell in row[1:4]] for row in there.quality.rows] == scores[::-1] != scores
+    assert [row[1:] for row in there.calibration.rows] == [row[1:] for row in plain.calibration.rows]
+    assert not any("generate-test.txt" in note for note in there.quality.notes)
+    with pytest.raises(
+        UserError, match=r"generate-test.txt does not exist; write it: hgkd score DATA \S+ --checkpoint last"
+    ):
+        runs.read_all(copies, translations="last")
+
+
 def change(folder: Path, file: str, old: str, new: str) -> None:
     text = (folder / file).read_text()
     assert old in text
