@@ -211,7 +211,7 @@ def add_score(commands) -> None:
     option("runs", nargs="+", type=RunFolder, metavar="RUN", help="folder that fairseq-train saved to")
     which = (
         "best, last, a file in RUN, or best-bleu: of up to 10 epochs' checkpoints that with the highest BLEU on the "
-        "validation set; may be given again (default: best, whose scores are in RUN; those of checkpoint_NAME.pt are in "
+        "validation set; may be given again (default: best, whose scores are in RUN; those of checkpoint_NAME.pt in "
         "RUN/NAME)"
     )
     option("--checkpoint", action="append", type=Input, metavar="NAME", help=which)
