@@ -70,6 +70,6 @@ def test_store(data, teacher, plain):
     output = run("store.py", data, *paths, "--teacher-temperature", 1.2, "--topk", 4)
     rows = [line.strip("| ").split(" | ") for line in output.splitlines()[2:]]
     errors = {kind: float(error) for kind, _, error, _, _ in rows}
-    assert list(errors) == ["hidden, fp32", "hidden, bf16", "sampled, 50 draws", "topk, 4"]
+    assert list(errors) == ["hidden, fp32", "hidden, bf16", "sampled, 32 draws", "topk, 4"]
     assert errors["hidden, fp32"] < 1e-5 < errors["hidden, bf16"] < 0.02 < errors["topk, 4"]
     assert all(gates.startswith("0 of ") for *_, gates in rows)
