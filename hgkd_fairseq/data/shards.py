@@ -84,10 +84,12 @@ class Shards:
                     raise UserError(f"{folder} holds other files and no {MANIFEST}; name another folder")
                 partial = folder / f"manifest.partial-{secrets.token_hex(8)}"
                 partial.mkdir()
-                files.write_text(partial / MANIFEST, text_of(wanted))
-                with contextlib.suppress(FileExistsError):
-                    link(partial / MANIFEST, folder / MANIFEST)
-                shutil.rmtree(partial, ignore_errors=True)
+                try:
+                    files.write_text(partial / MANIFEST, text_of(wanted))
+                    with contextlib.suppress(FileExistsError):
+                        link(partial / MANIFEST, folder / MANIFEST)
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
         return cls.open(folder, wanted, expires)
 
     @classmethod
@@ -167,6 +169,22 @@ class Shards:
         return (self.files(shard) for shard in range(self.count))
 
     # Writing
+
+    def beside(self, name: str, content: bytes) -> None:
+        """Write a file beside the shards, of a content that depends on the manifest alone.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        partial = self.folder / f"{name}.partial-{secrets.token_hex(8)}"
+        with told(self.folder / name):
+            try:
+                partial.write_bytes(content)
+                sync(partial)
+                with contextlib.suppress(FileNotFoundError):  # swept by one that has finished, and has written it too
+                    partial.replace(self.folder / name)
+            finally:
+                partial.unlink(missing_ok=True)
 
     def fill(self, make: Make, part: tuple[int, int] | None = None) -> None:
         """Make what is missing, a free shard at a time, and wait for those that others make, until all are there.

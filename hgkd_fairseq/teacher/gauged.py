@@ -48,6 +48,12 @@ class Gauged(TeacherSource):
     def check_options(self, cfg: Any) -> None:
         self.teacher.check_options(cfg)
         gate, store = GATES[cfg.gate], f"--gauge-store {self.gauge.folder}"
+        teacher = self.teacher
+        if isinstance(teacher, StoredTeacher) and not teacher.frozen:
+            raise UserError(
+                f"{store} needs a whole teacher beside it, and --teacher-store {teacher.folder} of the kind "
+                f"{teacher.store.kind} has a part of one; write that store with --kind hidden, or drop one of both"
+            )
         if not gate.compares or cfg.gate_on != "gold":
             raise UserError(f"{store}: gate {cfg.gate} reading {cfg.gate_on} does not compare the gold tokens; drop it")
         if cfg.gate == "instance" or self.teacher.learns or not self.teacher.frozen:

@@ -144,7 +144,10 @@ def make(request: Request) -> TeacherSource:
     if name not in ("checkpoint", "store"):
         named.append(f"--teacher-source {name}")
     if len(named) > 1:
-        raise UserError(f"{' and '.join(named)} are two teachers; give one of them")
+        raise UserError(
+            f"{' and '.join(named)} are two teachers; give one of them (fairseq-validate takes the other one from the "
+            "checkpoint: drop it with '')"
+        )
     if given["--teacher-store"]:
         name = "store"
     made = SOURCES[name].make(request)

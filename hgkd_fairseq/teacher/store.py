@@ -3,12 +3,13 @@
     manifest.json             kind, temperature, SHA-256 of dictionaries, teacher and data; data/shards.py checks it
     member-0.weight.npy       (V, D), and member-0.bias.npy (V,) where there is one, of each member; kind "hidden"
     shard-00000/keys.npy      (S,) uint64, hash of each sentence's source and target tokens
-    shard-00000/offsets.npy   (S + 1,) int64, of each sentence's first token; a sentence without tokens was too long
+    shard-00000/offsets.npy   (S + 1,) uint32, of each sentence's first token; a sentence without tokens was too long
     shard-00000/gold.npy      (N, 4) fp32, signals.Gold of each of the N tokens
 
     hidden     hidden-0.npy (N, D): fp32, fp16, or bf16 as uint16; of each member
-    sampled    ids.npy, counts.npy (E,), the distinct ids that were drawn of the tokens in turn; distinct.npy (N,), how
-               many a token has; entries.npy (S + 1,), of each sentence's first
+    sampled    ids.npy (E,), the distinct ids that were drawn, of the tokens in turn, first those drawn more than once;
+               counts.npy (R,), how often those were drawn; distinct.npy, repeated.npy (N,), how many ids and how many
+               counts a token has; ids_offsets.npy, counts_offsets.npy (S + 1,), of each sentence's first
     topk       ids.npy, logprobs.npy (N, k), rest.npy (N,), log of the other tokens' probability
     gold       nothing more
 
@@ -30,7 +31,7 @@ from hgkd_fairseq import files
 from hgkd_fairseq.data.shards import Shards
 from hgkd_fairseq.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 KINDS = ("hidden", "sampled", "topk", "gold")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 OPEN_SHARDS = 4096  # whose memory maps a process keeps; Linux grants it 65,530 maps
@@ -156,13 +157,12 @@ class Store:
         tokens, one behind another."""
         shard, local = divmod(number, self.shards.shard_size)
         arrays = self.arrays(shard)
-        start, end = (int(offset) for offset in arrays["offsets"][local : local + 2])
-        names = set(arrays) - {"keys", "offsets", "entries"}
         found = {}
-        if "entries" in arrays:
-            first, last = (int(offset) for offset in arrays["entries"][local : local + 2])
-            found = {name: arrays[name][first:last] for name in ("ids", "counts")}
-        return int(arrays["keys"][local]), {name: arrays[name][start:end] for name in names - set(found)} | found
+        for name, values in arrays.items():
+            if name != "keys" and not name.endswith("offsets"):
+                start, end = arrays.get(f"{name}_offsets", arrays["offsets"])[local : local + 2].tolist()
+                found[name] = values[start:end]
+        return int(arrays["keys"][local]), found
 
     # Batches
 
@@ -173,20 +173,31 @@ class Store:
         gold = torch.from_numpy(joined.pop("gold")).double()
         made: dict[str, Any] = {"gold": spread(gold, kept)}
         if self.kind == "sampled":
-            distinct = torch.from_numpy(joined["distinct"].astype(np.int64))
-            widest = int(distinct.max()) if len(distinct) else 1
-            filled = torch.arange(widest) < distinct[:, None]  # (N, K)
-            for name in ("ids", "counts"):
-                drawn = torch.zeros(filled.shape, dtype=torch.int64)
-                drawn[filled] = torch.from_numpy(joined[name].astype(np.int64))
-                if name == "ids":
-                    drawn = torch.where(filled, drawn, drawn[:, :1])
-                made[name] = spread(drawn, kept)
-            return made
+            distinct, repeated = (torch.from_numpy(joined[name].astype(np.int64)) for name in ("distinct", "repeated"))
+            places = torch.arange(int(distinct.max()) if len(distinct) else 1)  # (K,)
+            filled = places < distinct[:, None]  # (N, K)
+            ids, counts = torch.zeros(filled.shape, dtype=torch.int64), filled.long()
+            ids[filled] = torch.from_numpy(joined["ids"].astype(np.int64))
+            counts[places < repeated[:, None]] = torch.from_numpy(joined["counts"].astype(np.int64))
+            return made | {"ids": spread(torch.where(filled, ids, ids[:, :1]), kept), "counts": spread(counts, kept)}
         for name, values in joined.items():
             whole = values.astype(np.int64) if name == "ids" else values.view(np.dtype(f"int{8 * values.itemsize}"))
             made[name] = spread(torch.from_numpy(whole), kept)
         return made
+
+
+def save(folder: Path, name: str, values: np.ndarray) -> None:
+    """An array of a shard. np.save does not say why it cannot be written: on a full disk, say."""
+    values = np.ascontiguousarray(values)
+    with open(folder / f"{name}.npy", "wb") as stream:
+        np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(values))
+        stream.write(values.data)
+
+
+def ends(lengths: list[int]) -> np.ndarray:
+    """0 and the running sums."""
+    found = np.cumsum([0, *lengths], dtype=np.int64)
+    return found if found[-1] >= 2**32 else found.astype(np.uint32)
 
 
 def spread(values: Tensor, kept: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import hgkd_fairseq
-from hgkd_fairseq import files
 from hgkd_fairseq.data.batches import filled
 from hgkd_fairseq.data.shards import Shards
 from hgkd_fairseq.errors import UserError
@@ -28,12 +27,11 @@ from hgkd_fairseq.plugin import binarised, checkpoints, features
 from hgkd_fairseq.plugin.checkpoints import split_paths
 from hgkd_fairseq.teacher import statistics
 from hgkd_fairseq.teacher.live import LiveTeacher
-from hgkd_fairseq.teacher.store import FORMAT, Part, bits, key
+from hgkd_fairseq.teacher.store import FORMAT, Part, bits, ends, key, save
 from hgkd_fairseq.teacher.stored import dictionary_hash
 
 logger = logging.getLogger(__name__)
 
-SENTENCES = 4096  # a shard
 TRAIN = "train"  # subsets of this name are of all data folders, with fairseq's train1, ...
 
 
@@ -45,12 +43,13 @@ class StoreOptions:
     subsets: tuple[str, ...] = ("train", "valid")
     dtype: str = "bf16"  # of hidden states: a key of store.DTYPES
     temperature: float = 1.5
-    draws: int = 50  # a token, of the kind sampled
+    draws: int = 32  # a token, of the kind sampled
     tokens: int = 8  # the most probable ones that are kept, of the kind topk
     max_tokens: int = 4000  # a batch
     cpu: bool = False
     overrides: str = "{}"  # of the teacher's checkpoint, as --teacher-model-overrides has them
     folds: bool = False  # of N teachers the i-th is asked of the training sentences i, i + N, ... alone; kind gold
+    shard_size: int = 4096  # sentences
 
 
 class Source:
@@ -111,10 +110,9 @@ def write(data: str, teacher_path: str, output: str, options: StoreOptions) -> s
     tokens = sum(int(source.dataset.tgt_sizes.sum()) for source in sources)
     check_room(output, tokens * statistics.bytes_a_token(options, teacher.models, vocabulary), options.kind)
     rows = sum(source.part.sentences for source in sources)
-    shards = Shards.create(output, manifest, rows, SENTENCES)
+    shards = Shards.create(output, manifest, rows, options.shard_size)
     for name, content in layers.items():
-        with files.writing(Path(output) / name, "wb") as stream:
-            stream.write(content)
+        shards.beside(name, content)
     with tqdm(total=tokens, unit="token", unit_scale=True, disable=not os.isatty(2)) as progress:
         writer = Writer(teacher, shards, sources, options, task, device, progress)
         shards.fill(writer.make)
@@ -233,12 +231,12 @@ class Writer:
         first_found = next(iter(found.values()))
         empty = {name: values[:0] for name, values in first_found.items()}
         rows = [found.get(number, empty) for number in numbers]
-        self.save(folder, "keys", np.concatenate(keys))
-        self.save(folder, "offsets", ends([len(one["gold"]) for one in rows]))
-        if self.options.kind == "sampled":
-            self.save(folder, "entries", ends([len(one["ids"]) for one in rows]))
+        save(folder, "keys", np.concatenate(keys))
+        save(folder, "offsets", ends([len(one["gold"]) for one in rows]))
         for name in empty:
-            self.save(folder, name, np.concatenate([one[name] for one in rows]))
+            save(folder, name, np.concatenate([one[name] for one in rows]))
+            if self.options.kind == "sampled" and name in statistics.DRAWN:
+                save(folder, f"{name}_offsets", ends([len(one[name]) for one in rows]))
         return len(numbers)
 
     def asked(self, source: Source, indices: list[int]) -> Iterator[tuple[list, list[int]]]:
@@ -249,10 +247,6 @@ class Writer:
             return
         for fold, model in enumerate(models):
             yield [model], [index for index in indices if index % len(models) == fold]
-
-    @staticmethod
-    def save(folder: Path, name: str, values: np.ndarray) -> None:
-        np.save(folder / f"{name}.npy", values, allow_pickle=False)
 
     def batches(self, source: Source, indices: list[int]) -> Iterator[list[int]]:
         """Of similar length, of at most so many tokens with pads."""
@@ -278,11 +272,10 @@ class Writer:
                 f"the teacher gives probabilities that are NaN or 0 to targets of {source.part.name}; its training has "
                 "diverged: name an earlier checkpoint"
             )
-        cut = {name: values.split(lengths) for name, values in rows.items() if name not in ("ids", "counts")}
-        entries = lengths
-        if "distinct" in rows:
-            entries = [int(one.sum()) for one in cut["distinct"]]
-        cut |= {name: rows[name].split(entries) for name in ("ids", "counts") if name in rows}
+        cut = {}
+        for name, values in rows.items():
+            of_tokens = rows.get(statistics.DRAWN.get(name, ""))  # how many a token has of it, where that is not one
+            cut[name] = values.split(lengths if of_tokens is None else [int(n.sum()) for n in of_tokens.split(lengths)])
         of_id = {
             int(number): {name: narrow(name, parts[place], self.vocabulary) for name, parts in cut.items()}
             for place, number in enumerate(batch["id"])
@@ -292,11 +285,7 @@ class Writer:
 
 def narrow(name: str, values: Tensor, vocabulary: int) -> np.ndarray:
     """As it is stored."""
-    kinds = {"counts": np.uint8, "distinct": np.uint8, "ids": np.uint16 if vocabulary <= 2**16 else np.uint32}
     found = bits(values)
-    return found.astype(kinds[name]) if name in kinds else found
-
-
-def ends(lengths: list[int]) -> np.ndarray:
-    """0 and the running sums."""
-    return np.concatenate([[0], np.cumsum(np.array(lengths, np.int64))]).astype(np.int64)
+    if name == "ids":
+        return found.astype(np.uint16 if vocabulary <= 2**16 else np.uint32)
+    return found.astype(np.uint8) if name in ("counts", "distinct", "repeated") else found

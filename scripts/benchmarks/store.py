@@ -1,23 +1,32 @@
 #!/usr/bin/env python3
 """What a stored teacher costs and loses: bytes a token, and the gradient's error against the live teacher's, by kind.
 
-    store.py DATA --teacher-path CKPT --student-path CKPT [--subset valid] [--teacher-temperature 1.5]
+    store.py DATA --teacher-path CKPT --student-path CKPT [--subset valid] [--teacher-temperature 1.5] [--repeats 7]
 
 The student's gradient at its output layer (KL alone, --gate always) is made batch by batch from the live teacher and
 from a store of each kind, written anew. Printed: the norm of the difference over that of the live gradient, the mean
-over batches and of the sum of all; and the gates of HKD-T that differ. A table for a page.
+over batches and of the sum of all; and the gates of HKD-T that differ. With --repeats also how many target tokens a
+second `hgkd store` writes, over fairseq-validate of the teacher: both whole, in this process, taking turns. Tables for
+a page.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import logging
+import statistics
 import sys
 import tempfile
 import warnings
 from pathlib import Path
 
 import torch
+from fairseq import options
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq_cli import validate
+from measuring import interleaved, markdown, median_ratio
 
 from hgkd_fairseq import plugin
 from hgkd_fairseq.errors import guarded
@@ -31,13 +40,19 @@ from hgkd_fairseq.teacher.stored import StoredTeacher
 KINDS = {
     "hidden, fp32": {"kind": "hidden", "dtype": "fp32"},
     "hidden, bf16": {"kind": "hidden"},
-    "sampled, 50 draws": {"kind": "sampled"},
+    "sampled, 32 draws": {"kind": "sampled"},
 }
 SENTENCES = 32  # a batch
 
 
 def kinds(args: argparse.Namespace) -> dict[str, dict]:
     return KINDS | {f"topk, {k}": {"kind": "topk", "tokens": k} for k in args.topk}
+
+
+def write(args: argparse.Namespace, kind: str, folder: Path) -> None:
+    moved = repr({"data": args.data})  # the dictionaries of the checkpoints
+    how = {"subsets": (args.subset,), "temperature": args.teacher_temperature, "cpu": True, "overrides": moved}
+    storing.write(args.data, args.teacher_path, str(folder), storing.StoreOptions(**how, **kinds(args)[kind]))
 
 
 def gradients(student, target: torch.Tensor, gate: str, tau: float, pad: int, **teacher):
@@ -57,9 +72,7 @@ def dense(heads) -> dict:
 
 def measure(args: argparse.Namespace, kind: str, folder: Path) -> list[str]:
     tau = args.teacher_temperature
-    moved = repr({"data": args.data})  # the dictionaries of the checkpoints
-    how = storing.StoreOptions(subsets=(args.subset,), temperature=tau, cpu=True, overrides=moved, **kinds(args)[kind])
-    storing.write(args.data, args.teacher_path, str(folder), how)
+    write(args, kind, folder)
     (live,), task, device = forced.load(args.data, args.teacher_path, cpu=True)
     (model,), _, _ = forced.load(args.data, args.student_path, cpu=True)
     task.load_dataset(args.subset)
@@ -93,6 +106,34 @@ def measure(args: argparse.Namespace, kind: str, folder: Path) -> list[str]:
     ]
 
 
+def validated(args: argparse.Namespace) -> None:
+    words = [
+        args.data, "--path", args.teacher_path, "--valid-subset", args.subset, "--max-tokens", "4000", "--cpu",
+        "--task", "translation", "--criterion", "cross_entropy", "--no-progress-bar", "--log-format", "none",
+    ]  # fmt: skip
+    given, overrides = (
+        options.parse_args_and_arch(options.get_validation_parser(), words, suppress_defaults=alone)
+        for alone in (False, True)
+    )
+    validate.main(convert_namespace_to_omegaconf(given), overrides)
+
+
+def speeds(args: argparse.Namespace, folder: Path) -> list[list[str]]:
+    numbers = itertools.count()
+    runs = {"fairseq-validate": functools.partial(validated, args)}
+    for kind in kinds(args):
+        runs[kind] = lambda kind=kind: write(args, kind, folder / str(next(numbers)))
+    for run in runs.values():
+        run()  # once untimed
+    times = interleaved(runs, args.repeats, "cpu")
+    first = Store(str(folder / "0"))
+    tokens = sum(len(first.sentence(number)[1]["gold"]) for number in range(first.shards.rows))
+    return [
+        [kind, f"{tokens / statistics.median(mine):,.0f}", f"{median_ratio(times['fairseq-validate'], mine):.2f}"]
+        for kind, mine in times.items()
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", metavar="DATA", help="folder of fairseq-preprocess")
@@ -101,19 +142,27 @@ def main() -> int:
     parser.add_argument("--subset", default="valid", metavar="SPLIT")
     parser.add_argument("--teacher-temperature", type=float, default=1.5, metavar="T")
     parser.add_argument("--topk", type=int, nargs="+", default=(8, 32, 128), metavar="K", help="(default: 8 32 128)")
+    rounds = "in which writing is timed; 7 say something (default: 0)"
+    parser.add_argument("--repeats", type=int, default=0, metavar="N", help=rounds)
     args = parser.parse_args()
     plugin.register()
-    logging.getLogger().setLevel(logging.WARNING)
     warnings.simplefilter("ignore")
+    logging.disable(logging.INFO)
     return guarded("store.py: error", lambda: show(args), False)
 
 
 def show(args: argparse.Namespace) -> int:
     print("| kind | bytes a token | error of a batch's gradient | of all batches' | gates that differ |")
     print("|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         for place, kind in enumerate(kinds(args)):
-            print(f"| {' | '.join(measure(args, kind, Path(folder, str(place))))} |", flush=True)
+            print(f"| {' | '.join(measure(args, kind, folder / str(place)))} |", flush=True)
+        if args.repeats:
+            (folder / "timed").mkdir()
+            print(
+                "\n" + markdown(["", "tokens a second", "/ fairseq-validate"], speeds(args, folder / "timed")), end=""
+            )
     return 0
 
 

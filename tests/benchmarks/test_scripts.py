@@ -67,9 +67,13 @@ def test_step(tmp_path):
 def test_store(data, teacher, plain):
     """A store of fp32 states loses nothing, one of half precision little, and one of few tokens more."""
     paths = ("--teacher-path", teacher.path(), "--student-path", plain.path())
-    output = run("store.py", data, *paths, "--teacher-temperature", 1.2, "--topk", 4)
-    rows = [line.strip("| ").split(" | ") for line in output.splitlines()[2:]]
+    output = run("store.py", data, *paths, "--teacher-temperature", 1.2, "--topk", 4, "--repeats", 1)
+    rows, speeds = (
+        [line.strip("| ").split(" | ") for line in table.splitlines()[2:]] for table in output.split("\n\n")
+    )
     errors = {kind: float(error) for kind, _, error, _, _ in rows}
-    assert list(errors) == ["hidden, fp32", "hidden, bf16", "sampled, 50 draws", "topk, 4"]
+    assert list(errors) == ["hidden, fp32", "hidden, bf16", "sampled, 32 draws", "topk, 4"]
     assert errors["hidden, fp32"] < 1e-5 < errors["hidden, bf16"] < 0.02 < errors["topk, 4"]
     assert all(gates.startswith("0 of ") for *_, gates in rows)
+    assert [kind for kind, *_ in speeds] == ["fairseq-validate", *errors]
+    assert all(float(ratio) > 0 for *_, ratio in speeds)

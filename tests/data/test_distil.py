@@ -3,13 +3,8 @@ and nothing that was damaged or has moved is trained on."""
 
 import json
 import math
-import multiprocessing
 import os
-import random
-import resource
 import shutil
-import signal
-import time
 from pathlib import Path
 
 import command_line as cl
@@ -17,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from fairseq.data import Dictionary, indexed_dataset
-from test_shards import content, owners
+from processes import content, fill_and_kill, full_disk, start
 
 from hgkd_fairseq import cli
 from hgkd_fairseq.data import distilled, translations
@@ -39,10 +34,12 @@ def hgkd(*words) -> int:
     return cli.main([str(word) for word in words])
 
 
+def command(data: Path, teacher: Path, folder: Path, *more) -> tuple:
+    return ("translate", data, "--teacher-path", teacher, "--output", folder, "--cpu", *SEARCH, *SHARDS, *more)
+
+
 def translate(data: Path, teacher: Path, folder: Path, *more) -> int:
-    return hgkd(
-        "translate", data, "--teacher-path", teacher, "--output", folder, "--cpu", *SEARCH, *SHARDS, *more
-    )  # fmt: skip
+    return hgkd(*command(data, teacher, folder, *more))
 
 
 def distil(folder: Path, data: Path, output: Path, *more) -> int:
@@ -110,57 +107,18 @@ def test_translations_are_those_of_fairseq_generate(runs: list, data: Path, path
         assert [each.score for each in one.hypotheses] == pytest.approx([s for s, _ in expected[one.number]], abs=2e-4)
 
 
-def work(folder: str, data: str, path: str, largest: int | None = None) -> None:
-    """Of another process; `largest`: bytes that a file may have, as on a full disk."""
-    if largest:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
-    torch.set_num_threads(1)
-    os._exit(translate(Path(data), Path(path), Path(folder), "--beam", 10))
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Starts processes that have imported all of it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hgkd_fairseq.export", "hgkd_fairseq.evaluation.translate"])
-
-    def start(*arguments) -> multiprocessing.Process:
-        process = context.Process(target=work, args=[str(one) if isinstance(one, Path) else one for one in arguments])
-        process.start()
-        return process
-
-    return start
-
-
-def test_killed_five_times_by_two_processes(processes, data: Path, path: Path, tmp_path: Path):
-    """Who translates is killed at a random moment of a shard, and another process is started."""
+def test_killed_five_times_by_two_processes(data: Path, path: Path, tmp_path: Path):
     assert translate(data, path, tmp_path / "unbroken", "--beam", 10) == 0
-    rng, folder = random.Random(1), tmp_path / "set"
-    both, killed = [processes(folder, data, path) for _ in range(2)], 0
-    while killed < 5 and any(one.is_alive() for one in both):
-        at_work = [one for one in both if one.pid in owners(folder)] if folder.exists() else []
-        if at_work:
-            time.sleep(rng.uniform(0, 0.1))
-            one = rng.choice(at_work)
-            one.kill()
-            one.join()
-            killed += one.exitcode == -signal.SIGKILL
-            both = [*(other for other in both if other is not one), processes(folder, data, path)]
-        time.sleep(0.01)
-    for one in both:
-        one.join(60)
-    assert killed == 5
-    assert [one.exitcode for one in both] == [0, 0]
-    assert content(folder) == content(tmp_path / "unbroken")
+    fill_and_kill(tmp_path / "set", lambda: start(*command(data, path, tmp_path / "set", "--beam", 10)))
+    assert content(tmp_path / "set") == content(tmp_path / "unbroken")
 
 
-def test_a_full_disk(processes, data: Path, path: Path, tmp_path: Path):
+def test_a_full_disk(data: Path, path: Path, tmp_path: Path, capsys):
     """Nothing unfinished is left, and the next run goes on."""
     folder = tmp_path / "set"
-    one = processes(folder, data, path, 4000)
-    one.join(60)
-    assert one.exitcode == 1
+    with full_disk(4000):
+        assert translate(data, path, folder, "--beam", 10) == 1
+    assert "File too large" in error(capsys)
     assert [file.name for file in folder.iterdir()] == [MANIFEST]
     assert translate(data, path, folder, "--beam", 10) == 0
     assert len(read(folder)) == 600
@@ -505,14 +463,8 @@ def test_no_fault_is_trained_on(fault, own: Path, data: Path, tmp_path: Path, ca
 
 
 def test_a_full_disk_while_training_data_are_written(data: Path, translated: Path, tmp_path: Path, capsys):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+    with full_disk(4000):
         assert distil(translated, data, tmp_path / "bin") == 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, before)
     assert "File too large" in error(capsys)
     assert not list(tmp_path.iterdir())
 

@@ -1,7 +1,5 @@
 """Shards that several processes fill together: whoever is killed, the folder is the same."""
 
-import contextlib
-import hashlib
 import json
 import os
 import random
@@ -15,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import content, owners
 
 from hgkd_fairseq.data.shards import Shards
 from hgkd_fairseq.errors import UserError
@@ -52,25 +51,10 @@ def filled(folder: Path) -> Shards:
     return found
 
 
-def content(folder: Path) -> dict[str, str]:
-    return {
-        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "folder"
-        for file in folder.rglob("*")
-    }
-
-
 def worker(folder: Path, seconds: float = 0.02, expires: float = 60) -> subprocess.Popen:
     words = [sys.executable, "-c", WORKER, folder, seconds, Path(__file__).parent, expires]
-    return subprocess.Popen(list(map(str, words)), cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
-
-
-def owners(folder: Path) -> list[int]:
-    """Of the claims of the moment."""
-    found = []
-    for file in folder.glob("shard-?????.claim"):
-        with contextlib.suppress(OSError, ValueError):
-            found.append(json.loads(file.read_text())["pid"])
-    return found
+    path = f"{ROOT}:{ROOT / 'tests'}"
+    return subprocess.Popen(list(map(str, words)), cwd=ROOT, env={**os.environ, "PYTHONPATH": path})
 
 
 def test_what_is_written_is_read(tmp_path: Path):

@@ -1,0 +1,37 @@
+"""Stores of the shared teacher, one of each kind."""
+
+import shutil
+from pathlib import Path
+
+import command_line as cl
+import pytest
+from making_stores import FROM_A_STORE, TranslationWithTeacherTask, make_task, write
+
+
+@pytest.fixture(scope="session")
+def stores(data: Path, teacher: cl.Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By kind; of 200 sentences a shard."""
+    folder = tmp_path_factory.mktemp("stores")
+    found = {kind: folder / kind for kind in ("hidden", "sampled", "topk", "gold")}
+    for kind, one in found.items():
+        assert write(data, teacher, one, "--kind", kind, "--dtype", "fp32") == 0
+    assert write(data, teacher, folder / "bf16") == 0
+    return found | {"bf16": folder / "bf16"}
+
+
+@pytest.fixture(scope="session")
+def live(data: Path, teacher: cl.Run) -> TranslationWithTeacherTask:
+    task = make_task(data, teacher_path=str(teacher.path()))
+    task.load_teacher()
+    return task
+
+
+@pytest.fixture(scope="session")
+def distilled(data: Path, stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> cl.Run:
+    """As `student`, but of a store, which is deleted when it is trained."""
+    folder = tmp_path_factory.mktemp("distilled")
+    gone = shutil.copytree(stores["hidden"], folder / "store_then_deleted")
+    options = (*FROM_A_STORE, "--teacher-store", gone, "--max-epoch", 6, "--disable-validation", *cl.KEEP_LAST)
+    run = cl.train(data, folder / "run", *options)
+    shutil.rmtree(gone)
+    return run

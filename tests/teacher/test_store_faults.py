@@ -1,0 +1,164 @@
+"""A store that is damaged, unfinished, or of other data, another teacher or temperature: nobody trains on it."""
+
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+import command_line as cl
+import pytest
+import torch
+from fairseq.data import Dictionary
+from making_stores import CPU, FP32, FROM_A_STORE, TranslationWithTeacherTask, load, make_task, write
+from processes import content
+
+from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.teacher.stored import BATCH, StoredTeacher
+
+
+def flipped(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-5])
+
+
+DRAWS = ["ids", "ids_offsets", "counts", "counts_offsets", "distinct", "repeated"]
+FILES = {
+    "hidden": ["keys", "offsets", "gold", "hidden-0"],
+    "sampled": ["keys", "offsets", "gold", *DRAWS],
+    "topk": ["keys", "offsets", "gold", "ids", "logprobs", "rest"],
+    "gold": ["keys", "offsets", "gold"],
+}
+
+
+def test_all_files_are_damaged_here(stores: dict[str, Path]):
+    for kind, names in FILES.items():
+        assert {file.name for file in stores[kind].iterdir() if file.is_file()} == {
+            "manifest.json", *[f"shard-0000{n}.json" for n in range(4)], *["member-0.weight.npy"] * (kind == "hidden"),
+        }  # fmt: skip
+        assert sorted(file.stem for file in (stores[kind] / "shard-00001").iterdir()) == sorted(names)
+
+
+@pytest.mark.parametrize("damage", [flipped, cut])
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in FILES.items() for name in names])
+def test_a_damaged_array_is_refused(kind: str, name: str, damage, stores: dict[str, Path], data: Path, tmp_path: Path):
+    """In the second shard, which is read in the training: by the loader's worker."""
+    shutil.copytree(stores[kind], tmp_path / "store")
+    damage(tmp_path / "store" / "shard-00001" / f"{name}.npy")
+    task = make_task(data)
+    store = StoredTeacher(str(tmp_path / "store"), task.src_dict, task.tgt_dict)
+    task.load_dataset("train", combine=True)
+    dataset = task.dataset("train")
+    store.attach("train", 0, dataset)
+    store.signal(dataset.collater([dataset[0], dataset[199]]), CPU, FP32)
+    sample = dataset.collater([dataset[0], dataset[200]])
+    with pytest.raises(UserError, match=f"shard-00001/{name}.npy is not what was written"):
+        store.signal(sample, CPU, FP32)
+
+
+@pytest.mark.parametrize("damage", [flipped, cut, Path.unlink])
+@pytest.mark.parametrize("name", ["manifest.json", "member-0.weight.npy", "shard-00000.json"])
+def test_a_damaged_description_is_refused(name: str, damage, stores: dict[str, Path], data: Path, tmp_path: Path):
+    shutil.copytree(stores["hidden"], tmp_path / "store")
+    damage(tmp_path / "store" / name)
+    with pytest.raises(UserError, match=str(tmp_path / "store")):
+        load(data, tmp_path / "store")
+
+
+def test_a_training_that_meets_a_fault_ends(
+    data: Path, plain: cl.Run, distilled: cl.Run, stores: dict[str, Path], tmp_path: Path
+):
+    """A shard is damaged that is read in the middle of the first epoch; and a run is resumed with the store of another
+    teacher. One error message, and no checkpoint."""
+    damaged = Path(shutil.copytree(stores["hidden"], tmp_path / "damaged"))
+    flipped(damaged / "shard-00002" / "hidden-0.npy")
+    assert write(data, plain, tmp_path / "other", "--dtype", "fp32") == 0
+    resumed = Path(shutil.copytree(distilled.folder, tmp_path / "resumed"))
+    before = content(resumed)
+    words = (data, *cl.SIZE, *cl.TIED, *cl.STEPS, *cl.LOGS, *FROM_A_STORE, "--max-epoch", 9)
+    broken, other = cl.together(
+        lambda: cl.fairseq("train", *words, "--teacher-store", damaged, "--save-dir", tmp_path / "broken"),
+        lambda: cl.fairseq("train", *words, "--teacher-store", tmp_path / "other", "--save-dir", resumed),
+    )
+    cl.one_error_message(other, ["is of another run: another teacher taught its student"])
+    assert content(resumed) == before
+    assert broken.code != 0
+    assert len(broken.errors()) == 1, broken.end()
+    assert "shard-00002/hidden-0.npy is not what was written" in broken.errors()[0]
+    assert not list((tmp_path / "broken").glob("checkpoint*.pt"))
+
+
+def test_an_unfinished_store_is_refused(stores: dict[str, Path], data: Path, tmp_path: Path):
+    shutil.copytree(stores["hidden"], tmp_path / "store")
+    (tmp_path / "store" / "shard-00002.json").unlink()
+    with pytest.raises(UserError, match="shard-00002 is not finished"):
+        make_task(data, teacher_store=str(tmp_path / "store")).load_teacher()
+
+
+def test_other_data_are_refused(stores: dict[str, Path], data: Path):
+    task = make_task(data, teacher_store=str(stores["hidden"]))
+    task.load_teacher()
+    with pytest.raises(UserError, match=r"has the subsets train, valid and not test; .* --subset train,valid,test"):
+        task.load_dataset("test")
+    task.load_dataset("valid")
+    dataset = task.dataset("valid")
+    targets = [dataset.tgt[index] for index in range(len(dataset))]
+    dataset.tgt = targets[::-1]
+    with pytest.raises(UserError, match="sentence 0 of valid is another one there"):
+        task.teacher.attach("valid", 0, dataset)
+    dataset.tgt = targets[:-1]
+    with pytest.raises(UserError, match="was written for 64 sentences of valid, and the data have 63"):
+        task.teacher.attach("valid", 0, dataset)
+    for side in ("src", "tgt"):  # one sentence alone: told when it is read, also of the source
+        task.load_dataset("valid")
+        dataset = task.dataset("valid")
+        sentences = [getattr(dataset, side)[index] for index in range(len(dataset))]
+        sentences[5] = torch.cat([sentences[5][:1], sentences[5]])
+        setattr(dataset, side, sentences)
+        sample = dataset.collater([dataset[4], dataset[5]])
+        assert "sentence 5 of valid is another one there" in sample[BATCH]["problem"]
+        with pytest.raises(UserError, match="sentence 5 of valid"):
+            task.teacher.signal(sample, CPU, FP32)
+
+
+def test_what_does_not_fit_is_refused(stores: dict[str, Path], data: Path, teacher: cl.Run):
+    task = make_task(data)
+    other = Dictionary()
+    for symbol in task.tgt_dict.symbols[4:][::-1]:
+        other.add_symbol(symbol)
+    with pytest.raises(UserError, match="another target dictionary"):
+        StoredTeacher(str(stores["hidden"]), task.src_dict, other)
+    with pytest.raises(UserError, match="is of the languages de-en, the student of en-de"):
+        StoredTeacher(str(stores["hidden"]), task.src_dict, task.tgt_dict, languages=("en", "de"))
+    with pytest.raises(UserError, match="--teacher-path and --teacher-store are two teachers"):
+        make_task(data, teacher_store=str(stores["hidden"]), teacher_path=str(teacher.path())).load_teacher()
+    with pytest.raises(UserError, match="needs --teacher-store STORE"):
+        make_task(data, teacher_source="store").load_teacher()
+    asked = {
+        "teacher_temperature": 1.5, "teacher_temperature_start": None, "gate_on": "gold", "divergence": "kl",
+        "gate": "token",
+    }  # fmt: skip
+    stored = {kind: StoredTeacher(str(stores[kind]), task.src_dict, task.tgt_dict) for kind in ("hidden", "sampled")}
+    for option, value in (("teacher_temperature", 2.0), ("teacher_temperature_start", 3.0), ("gate_on", "argmax"),
+                          ("divergence", "js"), ("gate", "instance")):  # fmt: skip
+        cfg = Namespace(**asked | {option: value})
+        stored["hidden"].check_options(cfg)
+        with pytest.raises(UserError, match="of the kind sampled"):
+            stored["sampled"].check_options(cfg)
+    stored["sampled"].check_options(Namespace(**asked))
+    for kind in ("sampled", "topk"):
+        gauged = make_task(data, teacher_store=str(stores[kind]), gauge_store=str(stores["gold"])).load_teacher()
+        with pytest.raises(UserError, match=f"--gauge-store .* needs .* --teacher-store .* {kind} .* --kind hidden"):
+            gauged.check_options(Namespace(**asked, untempered_gate=False))
+
+
+def test_a_store_resumes_its_teachers_run(stores: dict[str, Path], live: TranslationWithTeacherTask):
+    """By the fingerprint, which training compares; a part of the teacher is another one."""
+    found = {
+        kind: StoredTeacher(str(folder), live.src_dict, live.tgt_dict).fingerprint for kind, folder in stores.items()
+    }
+    assert found["hidden"] == found["bf16"] == live.teacher.fingerprint
+    assert len({found["hidden"], found["sampled"], found["topk"]}) == 3

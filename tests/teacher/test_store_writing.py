@@ -1,0 +1,91 @@
+"""`hgkd store`: whoever is killed, whichever disk is full, the store is the same, byte for byte."""
+
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+import command_line as cl
+import pytest
+from making_stores import command, write
+from processes import content, fill_and_kill, full_disk, start
+
+
+def error(capsys) -> str:
+    """The one line of a command that failed."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hgkd: error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+OPTIONS = ("--dtype", "fp32", "--shard-size", 32)
+
+
+@pytest.fixture(scope="module")
+def unbroken(data: Path, teacher: cl.Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken") / "store"
+    assert write(data, teacher, folder, *OPTIONS) == 0
+    return folder
+
+
+def test_killed_five_times_by_two_processes(data: Path, teacher: cl.Run, unbroken: Path, tmp_path: Path):
+    words = command(data, teacher.path(), tmp_path / "store", *OPTIONS)
+    fill_and_kill(tmp_path / "store", lambda: start(*words))
+    assert content(tmp_path / "store") == content(unbroken)
+
+
+@pytest.mark.parametrize("kind", ["hidden", "sampled"])
+def test_what_was_interrupted_goes_on(kind: str, data: Path, teacher: cl.Run, stores: dict[str, Path], tmp_path: Path):
+    """A shard is missing, another is damaged, and so is the output layer, which somebody was writing."""
+    folder = Path(shutil.copytree(stores[kind], tmp_path / "store"))
+    shutil.rmtree(folder / "shard-00001")
+    (folder / "shard-00001.json").unlink()
+    (folder / "shard-00002" / "gold.npy").write_bytes(b"")
+    for name in ("member-0.weight.npy", "member-0.weight.npy.partial-0"):
+        (folder / name).write_bytes(b"")
+    assert write(data, teacher, folder, "--kind", kind, "--dtype", "fp32") == 0
+    if kind != "hidden":
+        (folder / "member-0.weight.npy").unlink()
+    assert content(folder) == content(stores[kind])
+
+
+@pytest.mark.parametrize("full", ["manifest.json", "member-0.weight.npy", "shard"])
+def test_a_full_disk(full: str, data: Path, teacher: cl.Run, tmp_path: Path, capsys):
+    """It is told in one line, what was finished before stays, nothing else does, and the next run goes on."""
+    options = ("--dtype", "fp32", "--subset", "valid", "--shard-size", 10)
+    folder, unbroken = tmp_path / "store", tmp_path / "unbroken"
+    assert write(data, teacher, unbroken, *options) == 0
+    sizes = [file.stat().st_size for file in sorted(unbroken.rglob("hidden-0.npy"))]
+    largest = sizes.index(max(sizes))
+    finished = [f"shard-{number:05d}{end}" for number in range(largest) for end in ("", ".json")]
+    limit, left, file = {
+        "manifest.json": (500, [], "manifest.json cannot be written"),
+        "member-0.weight.npy": (3000, ["manifest.json"], f"{folder}/member-0.weight.npy"),
+        "shard": (max(sizes) - 1, ["manifest.json", "member-0.weight.npy", *finished], f"{folder}/shard-{largest:05d}"),
+    }[full]
+    assert largest > 0
+    with full_disk(limit):
+        assert write(data, teacher, folder, *options) == 1
+    assert f"{file}: File too large" in error(capsys)
+    assert sorted(one.name for one in folder.iterdir()) == sorted(left)
+    assert write(data, teacher, folder, *options) == 0
+    assert content(folder) == content(unbroken)
+
+
+def test_another_teachers_store_is_not_continued(
+    data: Path, teacher: cl.Run, student: cl.Run, stores: dict[str, Path], capsys
+):
+    for run, options, message in (
+        (student, ("--kind", "topk"), "another teacher"),
+        (teacher, ("--kind", "topk", "--k", 9), "another k (8, now 9)"),
+        (teacher, ("--kind", "topk", "--teacher-temperature", 2), "another temperature (1.5, now 2.0)"),
+        (teacher, ("--kind", "topk", "--shard-size", 100), "another shard_size (200, now 100)"),
+    ):
+        assert write(data, run, stores["topk"], *options) == 1
+        assert message in error(capsys)
+
+
+def test_no_room_is_told_before_the_work(data: Path, teacher: cl.Run, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Namespace(free=1000))
+    assert write(data, teacher, tmp_path / "store") == 1
+    assert "do not fit, 0.0 GB are free; name another disk" in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
