@@ -297,7 +297,7 @@ def read_json(file: str | Path, schema: Any = object, what: str = "file of JSON"
     """
     text = read_text(file, f"name a {what}")
     try:
-        content = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+        content = json.loads(text, parse_constant=_refuse_constant)
     except RecursionError:
         raise UserError(f"{file} is no {what}: it is nested too deep") from None
     except ValueError as error:
@@ -310,14 +310,6 @@ def read_json(file: str | Path, schema: Any = object, what: str = "file of JSON"
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
-
-
-def _finite(text: str) -> float:
-    """Of a number that is too large, such as 1e999, infinity would be read."""
-    found = float(text)
-    if not math.isfinite(found):
-        raise ValueError(f"{text[:20]} is too large")
-    return found
 
 
 NAMES: dict[type | None, str] = {

@@ -106,8 +106,11 @@ class Shards:
         try:
             different = list(differences(found, expected or {}))
             made = cls(folder, found, expires)
-        except RecursionError:
-            raise UserError(f"{Path(folder) / MANIFEST} is no manifest of shards: it is nested too deep") from None
+        except UserError:
+            raise
+        except (RecursionError, ValueError) as error:
+            why = "it is nested too deep" if isinstance(error, RecursionError) else "a number in it is infinite"
+            raise UserError(f"{Path(folder) / MANIFEST} is no manifest of shards: {why}") from None
         if different:
             more = f", and {len(different) - 3} more" if len(different) > 3 else ""
             raise UserError(
