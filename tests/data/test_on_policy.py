@@ -1,19 +1,24 @@
 """On-policy distillation: what the student translates, alone or with the teacher's help, and what is learnt of it."""
 
+import copy
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import command_line as cl
 import numpy as np
 import pytest
 import torch
+from fairseq import utils
 
+from hgkd_fairseq.criterions.on_policy import check
 from hgkd_fairseq.data import on_policy
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.evaluation import forced
 from hgkd_fairseq.evaluation.on_policy import MAX_LEN_A, MAX_LEN_B, Translator, accepted
 from hgkd_fairseq.evaluation.sampling import uniform
 from hgkd_fairseq.loss import DIVERGENCES
+from hgkd_fairseq.plugin import checks, training_state
 
 SELF = ("--task", "translation_with_teacher", "--criterion", "hard_gate_kd", *cl.USER_DIR)
 PAD, EOS = 1, 2
@@ -153,6 +158,17 @@ def test_beam_search_is_fairseqs(models):
     assert [one.tolist() for one in found] == [best[0]["tokens"].tolist() for best in expected]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_in_half_precision(device: str, models):
+    student, better, dictionary, sample = models
+    student, better = (copy.deepcopy(one).to(device, torch.bfloat16) for one in (student, better))
+    if device == "cuda":
+        sample = utils.move_to_cuda(sample)
+    for how in ((1, True, 5), (3, False, None)):
+        found = Translator(student, [better], dictionary, *how)(sample)
+        assert all(tokens[-1] == EOS and (tokens[:-1] > EOS).all() and len(tokens) > 1 for tokens in found)
+
+
 # What is learnt
 
 
@@ -216,21 +232,22 @@ def test_own_translations_are_learnt_from_the_teacher_alone(data: Path, teacher:
         buffer = criterion.on_policy.own().by_number()
 
 
+@pytest.fixture(scope="module")
+def built(data: Path, teacher: cl.Run):
+    return build(data, "--teacher-path", teacher.path())
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
         (("--on-policy-beam", 2), "--on-policy-beam is about the student's own translations: add --on-policy-share"),
         (("--on-policy-share", 1.5), "--on-policy-share 1.5: it must be between 0 and 1"),
-        (("--on-policy-share", "nan"), "--on-policy-share nan: it must be between 0 and 1"),
+        (("--on-policy-share", math.nan), "--on-policy-share nan: it must be between 0 and 1"),
         (("--on-policy-share", 1, "--on-policy-every", 0), "--on-policy-every 0: it must be at least 1"),
         (("--on-policy-share", 1, "--on-policy-speculative", 0), "--on-policy-speculative 0: it must be at least 1"),
         (("--on-policy-share", 1, "--gate", "none"), "--on-policy-share 1: of its own translations a student learns"),
         (
-            ("--on-policy-share", 1, "--teacher-source", "unigram", "--gate", "always"),
-            "--on-policy-share 1: --teacher-source unigram knows no translations but those of the data",
-        ),
-        (
-            ("--on-policy-share", 1, "--on-policy-beam", 4, "--on-policy-sampling"),
+            ("--on-policy-share", 1, "--on-policy-beam", 4, "--on-policy-sampling", True),
             "--on-policy-beam 4 is a search, --on-policy-sampling draws; drop one",
         ),
         (
@@ -238,7 +255,10 @@ def test_own_translations_are_learnt_from_the_teacher_alone(data: Path, teacher:
             "--on-policy-beam 4 is a search, --on-policy-speculative draws; drop one",
         ),
         (("--on-policy-share", 1, "--ignore-prefix-size", 1), "--on-policy-share 1: the student's translations begin"),
-        (("--on-policy-share", 1, "--left-pad-target"), "--on-policy-share 1 needs targets that are padded on the"),
+        (
+            ("--on-policy-share", 1, "--left-pad-target", True),
+            "--on-policy-share 1 needs targets that are padded on the",
+        ),
         (("--jsd-beta", 0.5), "--jsd-beta is of --divergence jsd, not kl; drop one of them"),
         (("--divergence", "jsd", "--skew-alpha", 0.5), "--skew-alpha is of --divergence skew-kl, not jsd"),
         (("--divergence", "jsd", "--jsd-beta", 1.5), "--jsd-beta 1.5: it must be between 0 and 1"),
@@ -246,19 +266,32 @@ def test_own_translations_are_learnt_from_the_teacher_alone(data: Path, teacher:
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
-def test_refused_before_it_starts(given: tuple, expected: str, data: Path, teacher: cl.Run):
-    path = () if "--teacher-source" in given else ("--teacher-path", teacher.path())
+def test_refused_before_it_starts(given: tuple, expected: str, built):
+    """By what a criterion asks before it trains."""
+    task, criterion, _ = built
+    cfg, of_task = copy.deepcopy(criterion.cfg), copy.deepcopy(task.cfg)
+    for option, value in zip(given[::2], given[1::2], strict=True):
+        name = option.removeprefix("--").replace("-", "_")
+        setattr(cfg if hasattr(cfg, name) else of_task, name, value)
+
+    def ask() -> None:
+        gate = checks.make_gate(cfg)
+        checks.check_options(cfg, gate, training_state.of(task))
+        check(cfg, gate, SimpleNamespace(cfg=of_task, load_teacher=task.load_teacher))
+
     with pytest.raises(UserError) as caught:
-        build(data, *path, *given)
+        ask()
     assert str(caught.value).startswith(expected)
 
 
-def test_two_folders_and_stores_are_refused(data: Path, teacher: cl.Run, tmp_path: Path):
+def test_other_teachers_and_two_folders_are_refused(data: Path, teacher: cl.Run, tmp_path: Path):
     from hgkd_fairseq import cli
 
     with pytest.raises(UserError, match="--on-policy-share 1 numbers the training sentences"):
         build(f"{data}:{data}", "--teacher-path", teacher.path(), "--on-policy-share", 1)
-    words = ("store", data, "--teacher-path", teacher.path(), "--output", tmp_path / "store", "--subset", "train,valid")
+    with pytest.raises(UserError, match="--on-policy-share 1: --teacher-source unigram knows no translations"):
+        build(data, "--teacher-source", "unigram", "--gate", "always", "--on-policy-share", 1)
+    words = ("store", data, "--teacher-path", teacher.path(), "--output", tmp_path / "store", "--subset", "valid")
     assert cli.main([str(word) for word in (*words, "--kind", "hidden", "--cpu")]) == 0
     with pytest.raises(UserError, match="--on-policy-share 1: --teacher-store knows no translations"):
         build(data, "--teacher-store", tmp_path / "store", "--on-policy-share", 1)
