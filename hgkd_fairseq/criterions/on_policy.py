@@ -131,12 +131,16 @@ def check(cfg: Any, gate: Gate, task: Any) -> None:
             f"{share}: of its own translations a student learns from a teacher alone, which --gate {cfg.gate} does not "
             "have; give another gate and --teacher-path, or drop the option"
         )
-    source = task.load_teacher().name
     store = next((name for name in ("teacher_store", "gauge_store") if getattr(data, name, None)), None)
-    if source != "checkpoint" or store:
-        which = f"{flag(store)} knows" if store else f"--teacher-source {source} knows"
+    if store:
         raise UserError(
-            f"{share}: {which} no translations but those of the data; give --teacher-path CHECKPOINT alone, or drop it"
+            f"{share}: {flag(store)} knows no translations but those of the data; give --teacher-path CHECKPOINT "
+            "alone, or drop the option"
+        )
+    source = task.load_teacher().name
+    if source != "checkpoint":
+        raise UserError(
+            f"{share} needs --teacher-path CHECKPOINT, not --teacher-source {source}; give it, or drop the option"
         )
     if cfg.on_policy_beam > 1 and (cfg.on_policy_sampling or cfg.on_policy_speculative):
         other = "sampling" if cfg.on_policy_sampling else "speculative"

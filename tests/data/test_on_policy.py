@@ -291,7 +291,9 @@ def test_other_teachers_and_two_folders_are_refused(data: Path, teacher: cl.Run,
 
     with pytest.raises(UserError, match="--on-policy-share 1 numbers the training sentences"):
         build(f"{data}:{data}", "--teacher-path", teacher.path(), "--on-policy-share", 1)
-    with pytest.raises(UserError, match="--on-policy-share 1: --teacher-source unigram knows no translations"):
+    with pytest.raises(
+        UserError, match="--on-policy-share 1 needs --teacher-path CHECKPOINT, not --teacher-source unigram"
+    ):
         build(data, "--teacher-source", "unigram", "--gate", "always", "--on-policy-share", 1)
     words = ("store", data, "--teacher-path", teacher.path(), "--output", tmp_path / "store", "--subset", "valid")
     assert cli.main([str(word) for word in (*words, "--kind", "hidden", "--cpu")]) == 0
