@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from fairseq.criterions import FairseqCriterion, register_criterion
 
 from hgkd_fairseq.criterions import logged
+from hgkd_fairseq.criterions.on_policy import TEACHER_ALONE, OnPolicy
 from hgkd_fairseq.criterions.without_dropout import gold_logprob
-from hgkd_fairseq.data import batches
+from hgkd_fairseq.data import batches, on_policy
 from hgkd_fairseq.gates import Gate
 from hgkd_fairseq.loss import Head, gated_distillation
 from hgkd_fairseq.plugin import checks, features, training_state, workers
-from hgkd_fairseq.plugin.config import criterion_config, given_temperature, temperature
+from hgkd_fairseq.plugin.config import criterion_config, divergence_parameters, given_temperature, temperature
 from hgkd_fairseq.sentence_weights.gate import Instance
 from hgkd_fairseq.sentence_weights.refresh import Refresh
 from hgkd_fairseq.teacher import Signal, Sparse, TeacherSource, gauge
@@ -29,6 +31,7 @@ class HardGateKDCriterion(FairseqCriterion):
     def __init__(self, cfg: Any, task: Any):
         super().__init__(task)
         self.cfg, self.state = cfg, training_state.of(task)
+        self.on_policy: OnPolicy | None = None
         self.gate = checks.make_gate(cfg)
         if self.gate.learned:
             self.learned_gate = self.gate.weights  # a child, so that its parameters are trained and saved
@@ -44,6 +47,8 @@ class HardGateKDCriterion(FairseqCriterion):
                 self.learned_teacher = teacher  # a child, so that its parameters are trained and saved
             if self.state.loaded is not None:
                 checks.check_fitted(cfg, self.state)
+        if cfg.on_policy_share and self.state.loaded is None:
+            self.on_policy = OnPolicy(self)
         self.method = training_state.method(cfg, str(getattr(task.cfg, "teacher_source", "none")))
         if getattr(task.cfg, "leave_out_fold", None):
             self.method["leave_out_fold"] = task.cfg.leave_out_fold
@@ -84,18 +89,26 @@ class HardGateKDCriterion(FairseqCriterion):
             self.gate.remembering.state = self.state.memory.setdefault("gate", self.gate.remembering.state)
         return self.gate
 
-    def signal(self, sample: dict, student: Head) -> Signal | None:
-        """The teacher's view of the batch; None before --distill-start-update, for a gate that needs none, and where
-        a teacher that is the student's own past has not come into being."""
+    def teaching(self) -> TeacherSource | None:
+        """The teacher; None before --distill-start-update, for a gate that needs none, and where a teacher that is the
+        student's own past has not come into being."""
         teacher, updates = self.teacher(), self.state.updates
         training = torch.is_grad_enabled() and updates is not None
         if teacher is None or not teacher.ready or (training and updates < self.cfg.distill_start_update):
             return None
-        return teacher.signal(sample, student.hidden.device, student.hidden.dtype)
+        return teacher
+
+    def signal(self, sample: dict, student: Head) -> Signal | None:
+        """The teacher's view of the batch, where it teaches."""
+        teacher = self.teaching()
+        return None if teacher is None else teacher.signal(sample, student.hidden.device, student.hidden.dtype)
 
     def forward(self, model, sample, reduce=True):
         """Returns the summed loss, the sample size that divides its gradient, and log outputs that can be summed."""
         skip, validating = self.cfg.ignore_prefix_size, not torch.is_grad_enabled()
+        own: list[bool] | None = None
+        if self.on_policy and not validating and self.teaching():
+            sample, own = self.on_policy.replaced(sample)
         target = sample["target"][:, skip:]
         lengths = batches.target_lengths(sample, skip, self.padding_idx)
         student = features.head(model, sample["net_input"])
@@ -104,34 +117,42 @@ class HardGateKDCriterion(FairseqCriterion):
         student = student._replace(hidden=student.hidden[:, skip:])
         teachers = signal.heads if signal else []
         gate, progress = self.gate_in_use(), self.state.progress(self.cfg.max_update)
+        tau = temperature(self.cfg, self.teacher_temperature, progress)
+        compute = functools.partial(
+            gated_distillation,
+            student.hidden, student.weight, [one.hidden for one in teachers] or None, [one.weight for one in teachers],
+            padding_idx=self.padding_idx,
+            teacher_temperature=tau,
+            divergence=self.cfg.divergence,
+            **divergence_parameters(self.cfg),
+            student_bias=student.bias, teacher_bias=[one.bias for one in teachers],
+            implementation=self.cfg.loss_impl,
+        )  # fmt: skip
+        alone = None
+        if own:
+            (target, lengths), (theirs, their_lengths) = on_policy.apart(target, lengths, own, self.padding_idx)
+            alone = compute(theirs, gate=TEACHER_ALONE, lengths=their_lengths)
         without_dropout = None
         if self.cfg.gate_dropout == "off" and signal and not validating:
             how = {"padding_idx": self.padding_idx, "lengths": lengths, "implementation": self.cfg.loss_impl}
             without_dropout = gold_logprob(model, sample, target, **how)
-        tau = temperature(self.cfg, self.teacher_temperature, progress)
         gold = signal.gold.at(1.0 if self.cfg.untempered_gate else tau) if signal and signal.gold else None
-        out = gated_distillation(
-            student.hidden, student.weight, [one.hidden for one in teachers] or None, [one.weight for one in teachers],
+        out = compute(
             target,
-            padding_idx=self.padding_idx,
             gate=gate if signal or not gate.needs_teacher else "none",
             gate_on=self.cfg.gate_on,
-            teacher_temperature=tau,
             tempered_gate=not self.cfg.untempered_gate,
-            divergence=self.cfg.divergence,
             label_smoothing=self.cfg.label_smoothing,
             confidence_penalty=self.cfg.confidence_penalty,
             progress=progress,
-            student_bias=student.bias, teacher_bias=[one.bias for one in teachers],
             top1=validating or self.cfg.report_accuracy,
             lengths=lengths,
             instance=None if validating else sample["id"],
             student_logprob=without_dropout,
             teacher_gold=gold,
             teacher_sparse=signal.distribution if isinstance(signal, Sparse) else None,
-            implementation=self.cfg.loss_impl,
-        )  # fmt: skip
-        loss = out.loss
+        )
+        loss = out.loss if alone is None else out.loss + alone.loss
         if not validating:
             if teachers and hasattr(self, "learned_teacher"):
                 kept = target != self.padding_idx
@@ -139,7 +160,10 @@ class HardGateKDCriterion(FairseqCriterion):
                 loss = loss + self.learned_teacher.objective(seen, target[kept])
             workers.show(out, self.gate, self.state.idle)
         sample_size = sample["target"].size(0) if self.cfg.sentence_avg else sample["ntokens"]
-        return loss, sample_size, logged.sums(out, sample, sample_size, self.cfg.report_accuracy)
+        log = logged.sums(out, sample, sample_size, self.cfg.report_accuracy)
+        if self.on_policy and not validating:
+            log |= logged.own_sums(out, alone)
+        return loss, sample_size, log
 
     @classmethod
     def reduce_metrics(cls, logging_outputs) -> None:

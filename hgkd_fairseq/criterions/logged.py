@@ -5,6 +5,8 @@ nll_loss, ppl   the student's plain cross-entropy, comparable across methods
 kd_loss         KL per token that has a teacher weight above 0
 teacher_share   the teacher's weight of both weights, mean over the tokens: of a hard gate the share of its tokens
 gap             student over teacher, log-probability of the token that the gate reads
+on_policy_loss  the divergence per token of the student's own translations, which the four above leave out
+on_policy_share  their share of the tokens
 accuracy        with --report-accuracy, per cent
 ece             in validation: top-1, teacher-forced, with EOS, a fraction
 """
@@ -50,6 +52,18 @@ def sums(out: DistillationOutput, sample: dict, sample_size: int, accuracy: bool
     return found
 
 
+def own_sums(out: DistillationOutput, alone: DistillationOutput | None) -> dict[str, Any]:
+    """What is added, or is another, where the student's own translations may be trained on.
+
+    Args:
+        out: of the other sentences.
+        alone: of those; None where there is none in the batch.
+    """
+    if alone is None:
+        return {"own_loss": torch.zeros_like(out.kd), "own_tokens": torch.zeros_like(out.tokens)}
+    return {"loss": (out.loss + alone.loss).detach(), "own_loss": alone.kd, "own_tokens": alone.tokens}
+
+
 def reduce(logging_outputs: Sequence[dict[str, Any]]) -> None:
     """Aggregate what workers and update_freq have summed."""
 
@@ -64,6 +78,10 @@ def reduce(logging_outputs: Sequence[dict[str, Any]]) -> None:
     metrics.log_scalar("kd_loss", total("kd_loss") / max(teacher_tokens, 1) * bits, teacher_tokens, round=3)
     metrics.log_scalar("teacher_share", total("teacher_share") / max(tokens, 1), tokens, round=4)
     metrics.log_scalar("gap", total("gap") / max(tokens, 1) * bits, tokens, round=3)
+    if any("own_tokens" in log for log in logging_outputs):
+        own = total("own_tokens")
+        metrics.log_scalar("on_policy_loss", total("own_loss") / max(own, 1) * bits, own, round=3)
+        metrics.log_scalar("on_policy_share", own / max(tokens + own, 1), tokens + own, round=4)
     if any("n_correct" in log for log in logging_outputs):
         metrics.log_scalar("accuracy", 100 * total("n_correct") / max(tokens, 1), tokens, round=3)
     if any("calibration" in log for log in logging_outputs):

@@ -18,13 +18,8 @@ def gold_logprob(model: torch.nn.Module, sample: dict, target: Tensor, **options
         target: (B, T), the last T tokens of the batch's targets.
         options: of :func:`gated_distillation`.
     """
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with features.without_dropout(model):
         student = features.head(model, sample["net_input"])
-    finally:
-        for module in training:
-            module.training = True
     hidden = student.hidden[:, -target.size(1) :]
     read = gated_distillation(
         hidden, student.weight, None, None, target, gate="none", student_bias=student.bias, **options

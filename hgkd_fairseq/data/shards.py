@@ -105,13 +105,21 @@ class Shards:
         """
         schema = {name: files.Within(1) for name in COUNTS}
         found = files.read_json(Path(folder) / MANIFEST, schema, "manifest of shards")
-        if different := list(differences(found, expected or {})):
+        try:
+            different = list(differences(found, expected or {}))
+            made = cls(folder, found, expires)
+        except UserError:
+            raise
+        except (RecursionError, ValueError) as error:
+            why = "it is nested too deep" if isinstance(error, RecursionError) else "a number in it is infinite"
+            raise UserError(f"{Path(folder) / MANIFEST} is no manifest of shards: {why}") from None
+        if different:
             more = f", and {len(different) - 3} more" if len(different) > 3 else ""
             raise UserError(
                 f"{folder} was made with another {'; another '.join(different[:3])}{more}; give what it was made with, "
                 "or name another folder"
             )
-        return cls(folder, found, expires)
+        return made
 
     def numbers(self, shard: int) -> range:
         """The rows of a shard."""

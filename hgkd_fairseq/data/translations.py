@@ -145,7 +145,7 @@ def read_file(file: Path) -> Iterator[Translated]:
     for place, line in enumerate(files.read_lines(file), 1):
         columns = line.split("\t")
         row = None
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, IndexError):
             number, rank, score = int(columns[0]), int(columns[2]), float(columns[3])
             if len(columns) == 6 and columns[4] in (WHOLE, LIMIT, SKIPPED) and math.isfinite(score):
                 row = number, columns[1], rank, Hypothesis(columns[5].split(" "), score, columns[4] == LIMIT)

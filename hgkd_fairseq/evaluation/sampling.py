@@ -25,6 +25,12 @@ def uniform(seed: int, sentence: Tensor, step: int, beam: Tensor) -> Tensor:
     return ((mixed(state + (beam + 1) * STEP) & (2**32 - 1)).double() + 0.5) / 2**32
 
 
+def placed(cumulated: Tensor, drawn: Tensor) -> Tensor:
+    """(..., 1) int64, the first of cumulated probabilities (..., V) that is above `drawn` (..., 1) of their sum."""
+    place = torch.searchsorted(cumulated, drawn * cumulated[..., -1:], right=True)
+    return place.clamp(max=cumulated.size(-1) - 1)
+
+
 class SeededSampling(Search):
     """fairseq's sampling (from the top k types, or the smallest set of probability p), drawn by :func:`uniform`."""
 
@@ -51,8 +57,7 @@ class SeededSampling(Search):
             last = (cumulated < self.topp).sum(-1, keepdim=True).clamp(max=cumulated.size(-1) - 1)
             cumulated = cumulated.minimum(cumulated.gather(-1, last))
         drawn = uniform(self.seed, original_batch_idxs[:, None], step, beam)[..., None]
-        place = torch.searchsorted(cumulated, drawn * cumulated[..., -1:], right=True)
-        place = place.clamp(max=cumulated.size(-1) - 1)
+        place = placed(cumulated, drawn)
         found = (place if types is None else types.gather(-1, place)).squeeze(-1)
         gained = lprobs.gather(-1, found[..., None]).squeeze(-1)
         if step:

@@ -17,7 +17,16 @@ from hgkd_fairseq.gates import Gate, TokenStatistics, get_gate
 from hgkd_fairseq.loss import checked, chunked, eager, equations, gate_first, rows
 from hgkd_fairseq.loss.native import gated
 from hgkd_fairseq.loss.native import rows as cpu_rows
-from hgkd_fairseq.loss.options import FUSED, TEACHER_TEMPERATURE, Head, Options, Sparse, TokenResults
+from hgkd_fairseq.loss.options import (
+    FUSED,
+    JSD_BETA,
+    SKEW_ALPHA,
+    TEACHER_TEMPERATURE,
+    Head,
+    Options,
+    Sparse,
+    TokenResults,
+)
 
 __all__ = ["IMPLEMENTATIONS", "DistillationOutput", "Head", "Options", "Sparse", "gated_distillation", "unusable"]
 
@@ -85,6 +94,8 @@ def gated_distillation(
     teacher_temperature: float = TEACHER_TEMPERATURE,
     tempered_gate: bool = True,
     divergence: str = FUSED,
+    jsd_beta: float = JSD_BETA,
+    skew_alpha: float = SKEW_ALPHA,
     label_smoothing: float = 0.0,
     confidence_penalty: float = 0.0,
     progress: float = 0.0,
@@ -119,6 +130,8 @@ def gated_distillation(
         teacher_temperature: tau; divides the teacher's logits only, so no tau^2 factor belongs to the loss.
         tempered_gate: whether the gate's teacher probability is tempered too.
         divergence: of the student from the teacher: "kl", as above, or another of `equations.DIVERGENCES`.
+        jsd_beta: of "jsd", the teacher's share of the mixture; 0 and 1 stand for the limits, "kl" and "reverse-kl".
+        skew_alpha: of "skew-kl", the teacher's share of the mixture that takes the student's place.
         label_smoothing: fairseq's eps on the data term: every token gets eps / (V - 1).
         confidence_penalty: beta; the data term loses beta H(P_student) (Pereyra et al. 2017, arXiv:1701.06548).
         progress: share of the training that is over, for gates that change with it.
@@ -152,6 +165,8 @@ def gated_distillation(
         float(progress),
         top1,
         divergence,
+        float(jsd_beta),
+        float(skew_alpha),
     )
     if divergence not in equations.DIVERGENCES:
         raise ValueError(f'unknown divergence "{divergence}"; known are: {", ".join(equations.DIVERGENCES)}')

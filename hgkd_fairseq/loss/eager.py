@@ -70,7 +70,7 @@ def from_logits(
         kl = equations.sparse_kl(logp, known.sparse).to(gold.dtype)
     elif logq is not None and gate_logq is not None:
         teacher_read = gate_logq.gather(1, read[:, None]).squeeze(1).to(gold.dtype)
-        kl = equations.DIVERGENCES[options.divergence].of(logp, logq).to(gold.dtype)
+        kl = equations.divergence(logp, logq, options).to(gold.dtype)
     if known.gold is not None:
         teacher_read = known.gold.to(gold.dtype)
 

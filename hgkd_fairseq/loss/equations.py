@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hgkd_fairseq.loss.options import Options, Sparse
+from hgkd_fairseq.loss.options import JSD_BETA, SKEW_ALPHA, Options, Sparse
 
 
 def data_term(logp: Tensor, target: Tensor, options: Options) -> Tensor:
@@ -64,27 +64,35 @@ def drawn(logp: Tensor) -> Tensor:
 class Divergence(NamedTuple):
     """Of the student's distribution p from the teacher's q."""
 
-    of: Callable[[Tensor, Tensor], Tensor]  # (log p, log q), (N, V) each -> (N,) nats
+    of: Callable[..., Tensor]  # (log p, log q), (N, V) each, and the parameter where there is one -> (N,) nats
     equation: str
+    parameter: str | None = None  # a field of Options
 
 
 DIVERGENCES: dict[str, Divergence] = {}
 
 
-def register_divergence(name: str, equation: str) -> Callable:
-    """Decorator: register a function (log p, log q) -> (N,) under the value that ``divergence`` takes.
+def register_divergence(name: str, equation: str, parameter: str | None = None) -> Callable:
+    """Decorator: register a function (log p, log q) -> (N,) under the value that ``divergence`` takes; one with a
+    parameter, a field of :class:`Options`, is given its value as a third argument.
 
     Raises:
         ValueError: the name is taken.
     """
 
-    def register(of: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    def register(of: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if name in DIVERGENCES:
             raise ValueError(f'a divergence named "{name}" is registered already; choose another name')
-        DIVERGENCES[name] = Divergence(of, equation)
+        DIVERGENCES[name] = Divergence(of, equation, parameter)
         return of
 
     return register
+
+
+def divergence(logp: Tensor, logq: Tensor, options: Options) -> Tensor:
+    """(N,) nats, the one of the options."""
+    found = DIVERGENCES[options.divergence]
+    return found.of(logp, logq) if found.parameter is None else found.of(logp, logq, getattr(options, found.parameter))
 
 
 @register_divergence("kl", "KL(q || p) = sum_v q (log q - log p)")
@@ -97,11 +105,36 @@ def reverse_kl(logp: Tensor, logq: Tensor) -> Tensor:
     return expectation(logp, logp - logq)
 
 
+def mixture(logp: Tensor, logq: Tensor, share: float) -> Tensor:
+    """(N, V) log(share q + (1 - share) p), for a share below 1; where both are 0, anything finite."""
+    if not share:
+        return logp
+    neither = logp.isneginf() & logq.isneginf()  # counts for nothing, and has no gradient as it stands
+    return torch.logaddexp(logp.masked_fill(neither, 0) + math.log(1 - share), logq + math.log(share))
+
+
 @register_divergence("js", "(KL(q || m) + KL(p || m)) / 2, m = (p + q) / 2")
 def js(logp: Tensor, logq: Tensor) -> Tensor:
-    neither = logp.isneginf() & logq.isneginf()  # counts for nothing, and has no gradient as it stands
-    logm = torch.logaddexp(logp.masked_fill(neither, 0), logq) - math.log(2)
-    return (expectation(logq, logq - logm) + expectation(logp, logp - logm)) / 2
+    return jsd(logp, logq, 0.5)
+
+
+@register_divergence("jsd", "b KL(q || m) + (1 - b) KL(p || m), m = b q + (1 - b) p (--jsd-beta b)", "jsd_beta")
+def jsd(logp: Tensor, logq: Tensor, beta: float = JSD_BETA) -> Tensor:
+    """The generalised Jensen-Shannon divergence of GKD (Agarwal et al., ICLR 2024, arXiv:2306.13649).
+
+    As the paper has it, not scaled: it tends to 0 with b and with 1 - b, and over b to KL(q || p), over 1 - b to
+    KL(p || q). These two stand at b = 0 and b = 1, as in TRL's GKDTrainer.
+    """
+    if beta in (0, 1):
+        return reverse_kl(logp, logq) if beta else kl(logp, logq)
+    logm = mixture(logp, logq, beta)
+    return beta * expectation(logq, logq - logm) + (1 - beta) * expectation(logp, logp - logm)
+
+
+@register_divergence("skew-kl", "KL(q || a q + (1 - a) p) (--skew-alpha a)", "skew_alpha")
+def skew_kl(logp: Tensor, logq: Tensor, alpha: float = SKEW_ALPHA) -> Tensor:
+    """The skew KL of DistiLLM (Ko et al., ICML 2024, arXiv:2402.03898); at a = 0 the KL itself."""
+    return expectation(logq, logq - mixture(logp, logq, alpha))
 
 
 def sparse_kl(logp: Tensor, sparse: Sparse) -> Tensor:

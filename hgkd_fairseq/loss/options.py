@@ -21,7 +21,14 @@ DRAWN = ("student-draw", "teacher-draw")
 FUSED_GATE_ON = ("gold", "argmax")  # of these, what the kernels know
 FUSED = "kl"  # the divergence that the kernels know
 TEACHER_TEMPERATURE = 1.5  # of the paper
-RANGES = {"teacher_temperature": POSITIVE, "label_smoothing": BELOW_1, "confidence_penalty": WEIGHT}
+JSD_BETA, SKEW_ALPHA = 0.5, 0.1  # the Jensen-Shannon divergence; as DistiLLM has it
+RANGES = {
+    "teacher_temperature": POSITIVE,
+    "label_smoothing": BELOW_1,
+    "confidence_penalty": WEIGHT,
+    "jsd_beta": SHARE,
+    "skew_alpha": BELOW_1,
+}
 
 # A chunk's weights: known beforehand, or made from the log-probability of the token that the gate reads under the
 # student and under the teacher, each (C,), and from what else the gate asks for, where it does.
@@ -93,6 +100,8 @@ class Options:
     progress: float = 0.0
     top1: bool = False
     divergence: str = FUSED  # a key of equations.DIVERGENCES
+    jsd_beta: float = JSD_BETA
+    skew_alpha: float = SKEW_ALPHA
 
     def __post_init__(self):
         if self.gate_on not in GATE_ON:

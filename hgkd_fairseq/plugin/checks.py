@@ -9,10 +9,10 @@ from fairseq.tasks import FairseqTask
 
 from hgkd_fairseq.errors import UserError, flag
 from hgkd_fairseq.gates import Gate, GateError, all_parameters, get_gate
-from hgkd_fairseq.loss import unusable
+from hgkd_fairseq.loss import DIVERGENCES, unusable
 from hgkd_fairseq.plugin import features
-from hgkd_fairseq.plugin.config import RANGES, given_temperature
-from hgkd_fairseq.plugin.training_state import TrainingState
+from hgkd_fairseq.plugin.config import RANGES, CriterionOptions, given_temperature
+from hgkd_fairseq.plugin.training_state import ON_POLICY, TrainingState
 
 
 def make_gate(cfg: Any) -> Gate:
@@ -46,6 +46,13 @@ def check_options(cfg: Any, gate: Gate, state: TrainingState) -> None:
             "--gate-dropout off: it is for gates that read the probability of the gold token, which --gate "
             f"{cfg.gate} --gate-on {cfg.gate_on} does not; drop the option"
         )
+    for name, divergence in DIVERGENCES.items():
+        taken = divergence.parameter
+        if taken and name != cfg.divergence and getattr(cfg, taken, None) is not None:
+            raise UserError(f"{flag(taken)} is of --divergence {name}, not {cfg.divergence}; drop one of them")
+    for name in ON_POLICY:
+        if not cfg.on_policy_share and getattr(cfg, name) != CriterionOptions.__dataclass_fields__[name].default:
+            raise UserError(f"{flag(name)} is about the student's own translations: add --on-policy-share, or drop it")
     try:
         given_temperature(cfg)
     except ValueError as error:

@@ -12,7 +12,7 @@ from omegaconf import II
 from hgkd_fairseq.gates import all_parameters
 from hgkd_fairseq.loss import DIVERGENCES, IMPLEMENTATIONS
 from hgkd_fairseq.loss import options as loss_options
-from hgkd_fairseq.ranges import COUNT, POSITIVE, SHARE
+from hgkd_fairseq.ranges import COUNT, NUMBER, POSITIVE, SHARE
 
 
 @dataclass
@@ -70,6 +70,36 @@ class CriterionOptions(FairseqDataclass):
             + ", ".join(f"{name}: {it.equation}" for name, it in DIVERGENCES.items())
         },
     )
+    jsd_beta: Optional[float] = field(  # noqa: UP045
+        default=None,
+        metadata={
+            "help": f"b of --divergence jsd ({loss_options.JSD_BETA}), the teacher's share of the mixture; 0: kl, 1: "
+            "reverse-kl, to which the divergence over b and over 1 - b tends"
+        },
+    )
+    skew_alpha: Optional[float] = field(  # noqa: UP045
+        default=None,
+        metadata={"help": f"a of --divergence skew-kl ({loss_options.SKEW_ALPHA}), the teacher's share of the mixture"},
+    )
+    on_policy_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "share of the training sentences, drawn anew each time, in whose place the student's own "
+            "translations are trained on: of them the teacher's divergence alone is learnt (GKD)"
+        },
+    )
+    on_policy_every: int = field(
+        default=1, metadata={"help": "epochs from one time that the student translates to the next"}
+    )
+    on_policy_beam: int = field(default=1, metadata={"help": "beam of the student's translations; 1: greedy"})
+    on_policy_sampling: bool = field(default=False, metadata={"help": "draw the student's translations instead"})
+    on_policy_speculative: Optional[int] = field(  # noqa: UP045
+        default=None,
+        metadata={
+            "help": "K: as the student translates, a piece outside the teacher's K most probable ones is replaced by "
+            "one drawn from the teacher's distribution (Speculative KD, which takes 25)"
+        },
+    )
     label_smoothing: float = field(
         default=0.0, metadata={"help": "epsilon for label smoothing of the data term, in fairseq's convention"}
     )
@@ -97,6 +127,8 @@ class CriterionOptions(FairseqDataclass):
     combine_valid_subsets: Optional[bool] = II("dataset.combine_valid_subsets")  # noqa: UP045
     disable_validation: bool = II("dataset.disable_validation")
     best_checkpoint_metric: str = II("checkpoint.best_checkpoint_metric")
+    seed: int = II("common.seed")
+    amp: bool = II("common.amp")
     cpu: bool = II("common.cpu")
     fp16: bool = II("common.fp16")
     memory_efficient_fp16: bool = II("common.memory_efficient_fp16")
@@ -109,7 +141,17 @@ RANGES = {
     "teacher_temperature_start": POSITIVE,
     "ignore_prefix_size": COUNT,
     "distill_start_update": COUNT,
+    "on_policy_share": SHARE,
+    "on_policy_every": NUMBER,
+    "on_policy_beam": NUMBER,
+    "on_policy_speculative": NUMBER,
 }
+
+
+def divergence_parameters(cfg: Any) -> dict[str, float]:
+    """Those that are given, as the loss takes them."""
+    given = {it.parameter: getattr(cfg, it.parameter, None) for it in DIVERGENCES.values() if it.parameter}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 AUTO = "auto"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 from fairseq.models import BaseFairseqModel, FairseqDecoder
@@ -59,6 +61,18 @@ def head(model: nn.Module, net_input: dict) -> Head:
     warn_once(f"{type(unwrap(model)).__name__} has no plain linear output layer: using its full log-probabilities")
     net_output = model(**net_input)
     return Head(unwrap(model).get_normalized_probs(net_output, log_probs=True), None)
+
+
+@contextlib.contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """The model as it translates, for a while; what was in training is so again afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def check_student(model: nn.Module) -> None:

@@ -28,14 +28,18 @@ CRITERION = "hard_gate_kd"
 TASK = "TranslationWithTeacherTask"  # under whose name checkpoints without a "method" keep their memory
 # Which sentences are kept aside is compared where the data are at hand, and on the sentences themselves.
 SENTENCES = "held_out"
+DIVERGENCE = ("divergence", "jsd_beta", "skew_alpha")
+ON_POLICY = tuple(f"on_policy_{name}" for name in ("share", "every", "beam", "sampling", "speculative"))
 # What a run may go on with otherwise than it began, as with another learning rate; a warning says so.
 FREE = (
     *("gate_on", "teacher_temperature", "teacher_temperature_start", "teacher_temperature_share"),
     *("gate_dropout", "untempered_gate", "label_smoothing"),
-    *("confidence_penalty", "divergence", "distill_start_update", "refresh_interval", "refresh_change"),
+    *("confidence_penalty", "distill_start_update", "refresh_interval", "refresh_change"),
+    *DIVERGENCE,
+    *ON_POLICY,
 )
 # Of these, what checkpoints of version 0.1.0 do not have.
-NEW = ("divergence", "gate_dropout", "teacher_temperature_share")
+NEW = (*DIVERGENCE, *ON_POLICY, "gate_dropout", "teacher_temperature_share")
 
 
 KEPT = ("method", "updates", "teacher", "fitted_temperature")  # in the checkpoints, beside the memory

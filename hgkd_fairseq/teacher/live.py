@@ -109,9 +109,13 @@ class LiveTeacher(TeacherSource):
 
     @torch.no_grad()
     def signal(self, sample: dict, device: torch.device, dtype: torch.dtype) -> Dense:
+        return Dense([features.head(model, sample["net_input"]) for model in self.placed(device, dtype)])
+
+    def placed(self, device: torch.device, dtype: torch.dtype) -> list[torch.nn.Module]:
+        """The models, where and as the student's are."""
         for model in self.members:
             model.to(device=device, dtype=DTYPES.get(self.dtype, dtype))  # moves on the first batch, then does nothing
-        return Dense([features.head(model, sample["net_input"]) for model in self.members])
+        return self.members
 
 
 def fingerprint(models: Sequence[torch.nn.Module]) -> str:

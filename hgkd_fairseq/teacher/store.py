@@ -18,8 +18,10 @@ Sentences have numbers: the place in a subset's data, after those of the subsets
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +35,12 @@ from hgkd_fairseq.errors import UserError
 
 FORMAT = 2
 KINDS = ("hidden", "sampled", "topk", "gold")
+ALWAYS = {"keys", "offsets", "gold"}  # arrays of a shard, and those of some kinds beside them
+MORE: dict[str, set[str]] = {
+    "sampled": {"ids", "counts", "distinct", "entries"},
+    "topk": {"ids", "logprobs", "rest"},
+    "gold": set(),
+}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 OPEN_SHARDS = 4096  # whose memory maps a process keeps; Linux grants it 65,530 maps
 PART = {"name": str, "folder": files.Within(0), "first": files.Within(0), "sentences": files.Within(1), "data": str}
@@ -65,6 +73,18 @@ def bits(tensor: Tensor) -> np.ndarray:
     """As numpy has it: bf16 as uint16."""
     tensor = tensor.detach().cpu().contiguous()
     return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+@contextlib.contextmanager
+def array_errors(place: Path) -> Iterator[None]:
+    """What numpy raises of a file that is no array: it parses the header as Python, which may raise anything."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        why = getattr(error, "strerror", None) or f"it is no array ({type(error).__name__})"
+        raise UserError(f"{place}: {why}; write the store again") from None
 
 
 class Part(NamedTuple):
@@ -116,14 +136,14 @@ class Store:
             if digest is None:
                 found.append(None)
                 continue
-            try:
+            with array_errors(self.folder / name):
                 if files.sha256(self.folder / name) != digest:
                     raise UserError(f"{self.folder / name} is damaged or was changed; write the store again")
                 found.append(torch.from_numpy(np.load(self.folder / name, allow_pickle=False)))
-            except OSError as error:
-                raise UserError(f"{self.folder / name}: {error.strerror or error}; write the store again") from None
         weight, bias = found
-        if weight is None:
+        sizes = [tuple(one.shape) for one in found if one is not None and one.dtype == torch.float32]
+        wanted = [self.manifest["vocabulary"]] * (1 if bias is None else 2)
+        if weight is None or weight.dim() != 2 or [size[0] for size in sizes if size] != wanted:
             raise UserError(f"{self.folder} has no output layer of the teacher; write the store again")
         return weight, bias
 
@@ -147,7 +167,12 @@ class Store:
             self.shards.files(shard)
             self.hashed[shard] = 1
         folder = self.shards.name(shard)
-        found = {file.stem: np.load(file, mmap_mode="r", allow_pickle=False) for file in sorted(folder.iterdir())}
+        with array_errors(folder):
+            found = {file.stem: np.load(file, mmap_mode="r", allow_pickle=False) for file in sorted(folder.iterdir())}
+        more = found.keys() - ALWAYS
+        whole = len(more) == self.manifest["members"] and all(name.startswith("hidden-") for name in more)
+        if not found.keys() >= ALWAYS or not (whole if self.kind == "hidden" else more == MORE[self.kind]):
+            raise UserError(f"{folder} has not the arrays of a store of the kind {self.kind}; write the store again")
         return {
             name: values.view(np.ndarray) for name, values in found.items()
         }  # slices of a memmap take ten times as long

@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout that this script lies in, installed or not
 
 import checkpoints
+import folders
 import structured
 import text
 
@@ -32,6 +33,7 @@ READERS = {
     "generated": (text.outputs, text.read_output),
     "dictionary": (text.dictionaries, text.read_dictionary),
     **structured.READERS,
+    **folders.READERS,
 }
 
 

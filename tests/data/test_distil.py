@@ -14,7 +14,7 @@ import torch
 from fairseq.data import Dictionary, indexed_dataset
 from processes import content, fill_and_kill, full_disk, start
 
-from hgkd_fairseq import cli
+from hgkd_fairseq import cli, methods
 from hgkd_fairseq.data import distilled, translations
 from hgkd_fairseq.data.filters import CODES, Filters, loops
 from hgkd_fairseq.data.shards import MANIFEST
@@ -84,10 +84,11 @@ def runs(data: Path, path: Path, translated: Path, tmp_path_factory: pytest.Temp
     """fairseq-generate of the validation set, and a training on the translations by the same teacher, side by side."""
     folder = tmp_path_factory.mktemp("runs")
     assert distil(translated, data, folder / "bin", "--select", "bleu") == 0
+    hybrid = methods.options("hybrid", str(path))
     words = (data, "--path", path, "--gen-subset", "valid", *SEARCH, "--nbest", 2, "--cpu", *cl.USER_DIR)
     return cl.together(
         lambda: cl.fairseq("generate", *words, "--required-batch-size-multiple", 1),
-        lambda: cl.train(folder / "bin", folder / "run", *cl.distil(path, "--gate", "token", "--max-update", 2)),
+        lambda: cl.train(folder / "bin", folder / "run", *cl.distil(path, *hybrid, "--max-update", 2)),
     )
 
 
@@ -268,8 +269,10 @@ def test_training_data(data: Path, translated: Path, tmp_path: Path, capsys):
 
 
 def test_training_on_it_with_the_same_teacher(runs: list):
+    """The hybrid: a gate that is learned, whose mean value is logged, between the two terms of a translation."""
     assert "Traceback" not in runs[1].result.output
-    assert runs[1].path().exists()
+    assert 0 < runs[1].result.logs("train")[-1]["teacher_share"] < 1
+    assert runs[1].state()["criterion"]["learned_gate.sharpness"] != 1
 
 
 def test_selection(translated: Path, data: Path, tmp_path: Path, capsys):

@@ -250,3 +250,14 @@ def test_too_many_shards(tmp_path: Path):
 def test_rows_are_counted(tmp_path: Path):
     with pytest.raises(UserError, match="shard-00000 would have 2 rows and not 3"):
         Shards.create(tmp_path / "set", ABOUT, **SIZE).fill(lambda shard, folder: make(shard, folder) - 1)
+
+
+def test_a_manifest_that_cannot_be_written_again(tmp_path: Path):
+    """A number that is read as infinity; lists within lists, of which reading may bear more than writing."""
+    for value in ("1e999", *("[" * depth + "]" * depth for depth in range(500, 1200, 20))):
+        (tmp_path / "manifest.json").write_text(f'{{"rows": 1, "shard_size": 1, "x": {value}}}')
+        if 9 < len(value) < 1200:
+            assert Shards.open(tmp_path).count == 1
+        else:
+            with pytest.raises(UserError, match=r"is no manifest of shards: |was made with another x"):
+                Shards.open(tmp_path, {"x": 1})

@@ -980,16 +980,19 @@ def test_gradient_of_every_divergence(name: str, gate: str, implementation: str,
     torch.manual_seed(0)
     loss, expected = autograd_of_the_equation(batch, made, 0.3, 0.0, divergence=WRITTEN_OUT[name])
     torch.manual_seed(0)
-    out = run(batch, implementation, gate=made, confidence_penalty=0.3, divergence=name)
+    out = run(batch, implementation, gate=made, confidence_penalty=0.3, divergence=name, **PARAMETERS.get(name, {}))
     assert out.loss.item() == pytest.approx(loss.item(), rel=near)
     for got, wanted in zip(gradients(out.loss, batch), expected, strict=True):
         torch.testing.assert_close(got, wanted, **tolerance)
 
 
+PARAMETERS = {"jsd": {"jsd_beta": 0.2}, "skew-kl": {"skew_alpha": 0.3}}
 WRITTEN_OUT = {
     "kl": lambda p, q: (q * (q / p).log()).sum(1),
     "reverse-kl": lambda p, q: (p * (p / q).log()).sum(1),
     "js": lambda p, q: (q * (2 * q / (p + q)).log() + p * (2 * p / (p + q)).log()).sum(1) / 2,
+    "jsd": lambda p, q: (0.2 * q * (q / (0.2 * q + 0.8 * p)).log() + 0.8 * p * (p / (0.2 * q + 0.8 * p)).log()).sum(1),
+    "skew-kl": lambda p, q: (q * (q / (0.3 * q + 0.7 * p)).log()).sum(1),
 }
 
 
@@ -998,12 +1001,34 @@ def test_a_divergence_where_probabilities_are_zero(name: str):
     """A token that neither has counts for nothing; no nan, in value or gradient. p = (3/4, 1/4), q = (1/4, 3/4)."""
     z = torch.tensor([[3.0, 1.0, 0.0]], dtype=torch.float64).log().requires_grad_()
     logq = torch.tensor([[0.25, 0.75, 0.0]], dtype=torch.float64).log()
-    value = DIVERGENCES[name].of(torch.log_softmax(z, 1), logq)
+    value = DIVERGENCES[name].of(torch.log_softmax(z, 1), logq, *PARAMETERS.get(name, {}).values())
     p = torch.tensor([[0.75, 0.25]], dtype=torch.float64)
     torch.testing.assert_close(value, WRITTEN_OUT[name](p, p.flip(1)))
     value.sum().backward()
     assert z.grad.isfinite().all()
     assert z.grad[0, 2] == 0
+
+
+def test_limits_of_the_divergences_with_a_parameter():
+    """GKD: over beta the JSD tends to KL(q || p), over 1 - beta to KL(p || q), which stand at 0 and 1; at 1/2 it is js.
+    The skew KL is the KL at 0 and tends to 0."""
+    generator = torch.Generator().manual_seed(0)
+    logp, logq = torch.randn((2, 5, 7), generator=generator, dtype=torch.float64).log_softmax(-1)
+    of = {name: it.of for name, it in DIVERGENCES.items()}
+    near = 1e-6
+    for limit, found, exact in (
+        ("kl", of["jsd"](logp, logq, near) / near, of["jsd"](logp, logq, 0.0)),
+        ("reverse-kl", of["jsd"](logp, logq, 1 - near) / near, of["jsd"](logp, logq, 1.0)),
+        ("kl", of["skew-kl"](logp, logq, near), of["skew-kl"](logp, logq, 0.0)),
+    ):
+        torch.testing.assert_close(exact, of[limit](logp, logq), rtol=0, atol=0)
+        torch.testing.assert_close(found, exact, rtol=2e-5, atol=0)
+        assert (found != exact).all()
+    torch.testing.assert_close(of["jsd"](logp, logq, 0.5), of["js"](logp, logq), rtol=0, atol=0)
+    assert (of["skew-kl"](logp, logq, 1 - near) < near**1.5).all()
+    for option in ({"jsd_beta": 1.5}, {"skew_alpha": 1.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(option))} is 1"):
+            gated_distillation(**arguments(**option))
 
 
 def test_an_unknown_divergence_is_refused():

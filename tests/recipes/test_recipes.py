@@ -354,7 +354,7 @@ def test_every_method_of_the_table_is_one_that_fairseq_knows(capsys):
         assert words == [word.replace("TEACHER", "/some/where & else.pt") for word in given.split()]
         assert listed(name) == given.split()
         assert listed(name, "--data") == [
-            "best" if name.startswith("seq-kd") else "bleu" if name == "seq-inter" else ""
+            "best" if name.startswith(("seq-kd", "hybrid")) else "bleu" if name == "seq-inter" else ""
         ]
         arguments = ["data", *ours, "--arch", "transformer_iwslt_de_en", *words]
         args = options.parse_args_and_arch(options.get_training_parser(), input_args=arguments)
