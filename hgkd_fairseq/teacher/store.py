@@ -37,7 +37,7 @@ FORMAT = 2
 KINDS = ("hidden", "sampled", "topk", "gold")
 ALWAYS = {"keys", "offsets", "gold"}  # arrays of a shard, and those of some kinds beside them
 MORE: dict[str, set[str]] = {
-    "sampled": {"ids", "counts", "distinct", "entries"},
+    "sampled": {"ids", "counts", "distinct", "repeated", "ids_offsets", "counts_offsets"},
     "topk": {"ids", "logprobs", "rest"},
     "gold": set(),
 }
@@ -173,9 +173,8 @@ class Store:
         whole = len(more) == self.manifest["members"] and all(name.startswith("hidden-") for name in more)
         if not found.keys() >= ALWAYS or not (whole if self.kind == "hidden" else more == MORE[self.kind]):
             raise UserError(f"{folder} has not the arrays of a store of the kind {self.kind}; write the store again")
-        return {
-            name: values.view(np.ndarray) for name, values in found.items()
-        }  # slices of a memmap take ten times as long
+        # As plain arrays: slices of a memmap take ten times as long.
+        return {name: values.view(np.ndarray) for name, values in found.items()}
 
     def sentence(self, number: int) -> tuple[int, dict[str, np.ndarray]]:
         """Of a sentence its key and the rows of each array; `counts` and `ids` of a kind "sampled" are those of all its
