@@ -32,7 +32,7 @@ class StudentAndTeacher(EnsembleModel):
 
 def accepted(proposed: Tensor, logq: Tensor, most: int, drawn: Tensor) -> Tensor:
     """(B,) what stands in a translation in place of what a student proposes (Speculative KD: Xu et al., ICLR 2025,
-    arXiv:2410.11325, algorithm 1): that, where it is one of the teacher's `most` most probable types, else one drawn
+    arXiv:2410.11325): that, where it is one of the teacher's `most` most probable types, else one drawn
     from the teacher's distribution.
 
     Args:
