@@ -16,7 +16,8 @@ from hgkd_fairseq.plugin import checks, features, training_state, workers
 from hgkd_fairseq.plugin.config import criterion_config, given_temperature, temperature
 from hgkd_fairseq.sentence_weights.gate import Instance
 from hgkd_fairseq.sentence_weights.refresh import Refresh
-from hgkd_fairseq.teacher import Signal, Sparse, TeacherSource, gauge
+from hgkd_fairseq.teacher import Dense, Signal, Sparse, TeacherSource, gauge
+from hgkd_fairseq.teacher.dictionaries import lost_mass
 from hgkd_fairseq.teacher.loras import Loras
 
 HardGateKDConfig = criterion_config(__name__)
@@ -139,7 +140,11 @@ class HardGateKDCriterion(FairseqCriterion):
                 loss = loss + self.learned_teacher.objective(seen, target[kept])
             workers.show(out, self.gate, self.state.idle)
         sample_size = sample["target"].size(0) if self.cfg.sentence_avg else sample["ntokens"]
-        return loss, sample_size, logged.sums(out, sample, sample_size, self.cfg.report_accuracy)
+        log = logged.sums(out, sample, sample_size, self.cfg.report_accuracy)
+        log |= logged.of_pairs(out, sample, getattr(self.task, "pair_names", ()))
+        if validating and isinstance(signal, Dense) and signal.whole:
+            log["teacher_lost_mass"] = lost_mass(signal, out.tokens_mask).sum()
+        return loss, sample_size, log
 
     @classmethod
     def reduce_metrics(cls, logging_outputs) -> None:

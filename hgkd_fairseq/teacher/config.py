@@ -4,7 +4,7 @@
 from dataclasses import dataclass, field
 from typing import Optional
 
-from fairseq.dataclass import ChoiceEnum
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
 
 from hgkd_fairseq.teacher import SOURCES
@@ -58,3 +58,8 @@ class TeacherConfig:
     max_tokens: Optional[int] = II("dataset.max_tokens")  # noqa: UP045
     valid_subset: str = II("dataset.valid_subset")
     tensorboard_logdir: Optional[str] = II("common.tensorboard_logdir")  # noqa: UP045
+
+
+@dataclass
+class TeacherOptions(TeacherConfig, FairseqDataclass):
+    """For fairseq's tasks whose other options are no dataclass."""
