@@ -20,7 +20,7 @@ class TeacherConfig:
         default=None,
         metadata={
             "help": "fairseq checkpoint of the teacher, or several with ':' between them, averaged in probability "
-            "space; any architecture and size, the same dictionaries as the student; needed for training and "
+            "space; any architecture and size, all symbols of the student's dictionaries; needed for training and "
             "validation with a distilling criterion, never for generation"
         },
     )

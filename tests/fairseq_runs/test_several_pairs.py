@@ -363,7 +363,3 @@ def test_language_tokens_in_place_of_eos(data: Path, teacher: Path, tmp_path: Pa
     batch = every.collater([every[index] for index in (0, 250)])
     assert sorted(batch["id"].tolist()) == [0, 250]
     assert sorted(batch["pair"].tolist()) == [0, 1]
-
-
-def test_bart(tmp_path: Path):
-    pass
