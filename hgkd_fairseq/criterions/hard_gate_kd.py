@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from fairseq.criterions import FairseqCriterion, register_criterion
 
-from hgkd_fairseq.criterions import logged
+from hgkd_fairseq.criterions import by_pair, logged
 from hgkd_fairseq.criterions.without_dropout import gold_logprob
 from hgkd_fairseq.data import batches
 from hgkd_fairseq.gates import Gate
+from hgkd_fairseq.gates.pairs import Pair
 from hgkd_fairseq.loss import Head, gated_distillation
 from hgkd_fairseq.plugin import checks, features, training_state, workers
 from hgkd_fairseq.plugin.config import criterion_config, given_temperature, temperature
@@ -34,6 +35,10 @@ class HardGateKDCriterion(FairseqCriterion):
         if self.gate.learned:
             self.learned_gate = self.gate.weights  # a child, so that its parameters are trained and saved
         checks.check_options(cfg, self.gate, self.state)
+        self.pairs, self.of_pair = getattr(task, "pair_names", ()), isinstance(self.gate.weights, Pair)
+        if self.of_pair:
+            by_pair.check(cfg, self.pairs)
+            self.state.at_validated.append(self.compare_pairs)
         if self.state.loaded is None:  # else the task was made from a checkpoint, and validates
             checks.check_training(cfg, self.gate, task)
             self.state.at_training_begin.append(self.fit_temperature)
@@ -73,6 +78,11 @@ class HardGateKDCriterion(FairseqCriterion):
         teacher = self.teacher()
         if teacher is not None and teacher.frozen:
             gauge.begin(self.cfg, self.task, teacher, model, self.state)
+
+    def compare_pairs(self, subset: str, meters: Any) -> None:
+        """Called when a subset has been validated."""
+        if subset == self.cfg.valid_subset.split(",")[0]:
+            by_pair.compare(self.gate_in_use().weights, self.pairs, subset, meters)
 
     @property
     def teacher_temperature(self) -> float:
@@ -126,7 +136,7 @@ class HardGateKDCriterion(FairseqCriterion):
             student_bias=student.bias, teacher_bias=[one.bias for one in teachers],
             top1=validating or self.cfg.report_accuracy,
             lengths=lengths,
-            instance=None if validating else sample["id"],
+            instance=sample["pair"] if self.of_pair else None if validating else sample["id"],
             student_logprob=without_dropout,
             teacher_gold=gold,
             teacher_sparse=signal.distribution if isinstance(signal, Sparse) else None,
@@ -141,7 +151,9 @@ class HardGateKDCriterion(FairseqCriterion):
             workers.show(out, self.gate, self.state.idle)
         sample_size = sample["target"].size(0) if self.cfg.sentence_avg else sample["ntokens"]
         log = logged.sums(out, sample, sample_size, self.cfg.report_accuracy)
-        log |= logged.of_pairs(out, sample, getattr(self.task, "pair_names", ()))
+        log |= by_pair.sums(out, sample, self.pairs)
+        if validating and signal and self.of_pair:
+            log |= by_pair.teacher_sums(signal, out, sample, target, self.pairs)
         if validating and isinstance(signal, Dense) and signal.whole:
             log["teacher_lost_mass"] = lost_mass(signal, out.tokens_mask).sum()
         return loss, sample_size, log

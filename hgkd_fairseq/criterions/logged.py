@@ -9,7 +9,8 @@ accuracy        with --report-accuracy, per cent
 ece             in validation: top-1, teacher-forced, with EOS, a fraction
 teacher_lost_mass  in validation, of a teacher with symbols that the student lacks: their mean probability
 
-Of a task of several language pairs also PAIR_nll_loss, PAIR_teacher_share and, in validation, PAIR_ece of each.
+Of a task of several language pairs also PAIR_nll_loss, PAIR_teacher_share and, in validation, PAIR_ece and
+PAIR_accuracy of each.
 """
 
 from __future__ import annotations
@@ -25,9 +26,8 @@ from fairseq.logging import metrics
 
 from hgkd_fairseq.calibration import CalibrationHistogram
 from hgkd_fairseq.calibration.histogram import tabulate
+from hgkd_fairseq.criterions import by_pair
 from hgkd_fairseq.loss import DistillationOutput
-
-OF_PAIR, TABLE_OF_PAIR = "pair ", "calibration of pair "
 
 
 def sums(out: DistillationOutput, sample: dict, sample_size: int, accuracy: bool) -> dict[str, Any]:
@@ -56,25 +56,6 @@ def sums(out: DistillationOutput, sample: dict, sample_size: int, accuracy: bool
     return found
 
 
-def of_pairs(out: DistillationOutput, sample: dict, names: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Of a batch by language pair: tokens, NLL (nats) and the teacher's share, (3,), and in validation its table of
-    confidences. All pairs are in it, whichever the batch has."""
-    if not names:
-        return {}
-    of_token = sample["pair"].to(out.rows.device)[out.rows // max(out.tokens_mask.size(1), 1)]  # (N,)
-    share = out.results.teacher_mask if out.results.teacher_share is None else out.results.teacher_share
-    columns = torch.stack([torch.ones_like(out.results.nll), out.results.nll, share.to(out.results.nll.dtype)])
-    summed = columns.new_zeros(3, len(names)).index_add_(1, of_token, columns)
-    found = {f"{OF_PAIR}{name}": summed[:, place] for place, name in enumerate(names)}
-    if not torch.is_grad_enabled():
-        assert out.results.confidence is not None
-        assert out.results.correct is not None
-        grouped = {"group": of_token, "groups": len(names)}
-        tables = tabulate(out.results.confidence, out.results.correct, CalibrationHistogram().bins, **grouped)
-        found |= {f"{TABLE_OF_PAIR}{name}": table for name, table in zip(names, tables, strict=True)}
-    return found
-
-
 def reduce(logging_outputs: Sequence[dict[str, Any]]) -> None:
     """Aggregate what workers and update_freq have summed."""
 
@@ -92,22 +73,10 @@ def reduce(logging_outputs: Sequence[dict[str, Any]]) -> None:
     if any("n_correct" in log for log in logging_outputs):
         metrics.log_scalar("accuracy", 100 * total("n_correct") / max(tokens, 1), tokens, round=3)
     for key in logging_outputs[0] if logging_outputs else ():
-        if key.startswith(OF_PAIR):
-            name = key.removeprefix(OF_PAIR)
-            of_pair, nll, share = total(key)
-            metrics.log_scalar(f"{name}_nll_loss", nll / max(of_pair, 1) * bits, of_pair, round=3)
-            metrics.log_scalar(f"{name}_teacher_share", share / max(of_pair, 1), of_pair, round=4)
-        elif key.startswith(TABLE_OF_PAIR):
-            name = key.removeprefix(TABLE_OF_PAIR)
-            metrics.log_scalar(f"_calibration_{name}", total(key).cpu())
-            metrics.log_derived(f"{name}_ece", functools.partial(ece, f"_calibration_{name}"))
+        by_pair.reduce(key, total)
     if any("teacher_lost_mass" in log for log in logging_outputs):
         metrics.log_scalar("teacher_lost_mass", total("teacher_lost_mass") / max(tokens, 1), tokens, round=4)
     if any("calibration" in log for log in logging_outputs):
         # Sums per bin, added up by the meter; ECE is derived from them when it is printed.
         metrics.log_scalar("_calibration", total("calibration").cpu())
-        metrics.log_derived("ece", functools.partial(ece, "_calibration"))
-
-
-def ece(table: str, meters: Any) -> float:
-    return round(CalibrationHistogram(sums=meters[table].sum).ece(), 4)
+        metrics.log_derived("ece", functools.partial(by_pair.ece, "_calibration"))

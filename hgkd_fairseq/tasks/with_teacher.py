@@ -59,6 +59,7 @@ class WithTeacher:
                 (self.cfg.source_lang, self.cfg.target_lang),
                 self.training_state,
                 self.training_targets,
+                self.pair_names,
             )
             self.teacher = teacher.make(request)
             self.training_state.teacher_fingerprint = self.teacher.fingerprint
@@ -121,6 +122,8 @@ class WithTeacher:
         master = distributed_utils.get_global_rank() == 0
         if self.cfg.tensorboard_logdir and master and "_calibration" in agg:
             write_reliability(self.cfg.tensorboard_logdir, subset, agg["_calibration"].sum, stats["num_updates"])
+        for call in self.training_state.at_validated:
+            call(subset, agg)
 
     # fairseq saves FairseqTask.state as well, but does not restore it when training resumes; these two it calls.
 

@@ -81,10 +81,15 @@ class LiveTeacher(TeacherSource):
                 "--criterion hard_gate_kd distils from a teacher and there is none: give --teacher-path CHECKPOINT "
                 "(fairseq-validate without one: --criterion hard_gate_kd --gate none)"
             )
+        from hgkd_fairseq.teacher.per_pair import TeacherOfEachPair, paths  # which is a live teacher itself
+
+        of_pairs = paths(options.teacher_path, request.pairs)
+        files = of_pairs or split_paths(options.teacher_path)
         if request.state.loaded is None:
-            refuse_what_training_writes(options.teacher_path, options.save_dir)
-        return cls(
-            split_paths(options.teacher_path),
+            for file in files:
+                refuse_what_training_writes(file, options.save_dir)
+        return (TeacherOfEachPair if of_pairs else cls)(
+            files,
             request.source_dictionary,
             request.target_dictionary,
             dtype=options.teacher_dtype,

@@ -16,6 +16,9 @@ import torch
 from hgkd_fairseq import cli, plugin
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.gates import GATES, get_gate
+from hgkd_fairseq.loss.eager import mean_logprobs
+from hgkd_fairseq.teacher import inputs
+from hgkd_fairseq.teacher.live import LiveTeacher
 
 plugin.register()
 
@@ -53,9 +56,9 @@ def teacher(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cl.train(data, tmp_path_factory.mktemp("teacher"), *options, "--disable-validation").path()
 
 
-def distil(teacher: Path, *options) -> tuple:
-    usual = ("--criterion", "hard_gate_kd", "--teacher-path", teacher, "--required-batch-size-multiple", 1)
-    return (*cl.USER_DIR, *OURS, *TOKENS, *usual, "--max-tokens", 300, *options)
+def distil(teacher: Path | str, *options) -> tuple:
+    usual = ("--criterion", "hard_gate_kd", "--required-batch-size-multiple", 1, "--max-tokens", 300)
+    return (*cl.USER_DIR, *OURS, *TOKENS, *usual, "--teacher-path", teacher, *options)
 
 
 @pytest.fixture(scope="module")
@@ -363,3 +366,56 @@ def test_language_tokens_in_place_of_eos(data: Path, teacher: Path, tmp_path: Pa
     batch = every.collater([every[index] for index in (0, 250)])
     assert sorted(batch["id"].tolist()) == [0, 250]
     assert sorted(batch["pair"].tolist()) == [0, 1]
+
+
+@pytest.fixture(scope="module")
+def weak(teacher: Path) -> Path:
+    """The teacher with noise in all of its weights."""
+    state = cl.load(teacher)
+    generator = torch.Generator().manual_seed(1)
+    for tensor in {tensor.data_ptr(): tensor for tensor in state["model"].values()}.values():
+        if tensor.is_floating_point():
+            tensor += torch.randn(tensor.shape, generator=generator) / 2
+    path = teacher.with_name("weak.pt")
+    torch.save(state, path)
+    return path
+
+
+def test_a_teacher_of_each_pair(data: Path, teacher: Path, weak: Path):
+    """Each sentence has the distribution of its pair's teacher, whatever else is in the batch."""
+    task, _, _ = build(data, *distil(f"de-en={teacher},fr-en={weak}", *SAMPLED, "--gate", "always"))
+    batch = batches(task)[0]
+    cpu, fp32 = torch.device("cpu"), torch.float32
+    together = mean_logprobs(task.teacher.signal(batch, cpu, fp32).heads, 1.5)
+    for place, path in enumerate((teacher, weak)):
+        alone = LiveTeacher([str(path)], task.source_dictionary, task.target_dictionary, added=inputs.added(task.cfg))
+        rows = batch["pair"] == place
+        assert rows.any()
+        expected = mean_logprobs(alone.signal(batch, cpu, fp32).heads, 1.5)
+        kept = batch["target"][rows] != PAD
+        torch.testing.assert_close(together[rows][kept], expected[rows][kept], rtol=1e-4, atol=1e-5)
+    one, other = alone.fingerprint, task.teacher.fingerprint
+    assert one in other
+    assert other.endswith("for pairs 0 1")
+    for given, expected in ((f"de-en={teacher}", "name one for each"), (f"de-en={teacher},fr-en=gone.pt", "gone.pt")):
+        with pytest.raises(UserError, match=expected):
+            build(data, *distil(given))
+
+
+def test_gate_pair(data: Path, teacher: Path, weak: Path, tmp_path: Path):
+    """After the first validation the pair with the weak teacher learns from the data alone, also where a run is resumed
+    before the next one."""
+    gate = ("--gate", "pair", "--pair-margin", 3, "--max-epoch", 3)
+    options = distil(f"de-en={teacher},fr-en={weak}", *SAMPLED, *gate)
+    run = cl.train(data, tmp_path / "whole", *options)
+    train, valid = run.result.logs("train"), run.result.logs("valid")
+    assert valid[0]["fr-en_accuracy"] >= valid[0]["fr-en_teacher_accuracy"] + 3
+    assert valid[0]["de-en_accuracy"] < valid[0]["de-en_teacher_accuracy"] + 3
+    assert [row["fr-en_teacher_share"] for row in train] == [0.5, 0, 0]
+    assert [row["de-en_teacher_share"] for row in train] == [0.5, 0.5, 0.5]
+    assert len({row["de-en_teacher_accuracy"] for row in valid}) == 1
+    (tmp_path / "resumed").mkdir()
+    shutil.copy(run.path("checkpoint1.pt"), tmp_path / "resumed" / "checkpoint_last.pt")
+    resumed = cl.train(data, tmp_path / "resumed", *options)
+    assert cl.differences(run.state()["model"], resumed.state()["model"]) == {}
+    assert "gate pair, by accuracy on valid: learns from the teacher: de-en yes" in run.result.output
