@@ -84,8 +84,8 @@ def with_pairs(
     """A batch that also says of which pair each sentence is, "pair" (B,); language tokens of the target are pads, for
     nothing is learnt from what stands in every target. The decoder is given them as before."""
     batch = collater(samples, **options)
-    if not batch:
-        return batch
+    if not batch:  # None where there are no samples, of a worker that has run out of them
+        return {}
     places = np.searchsorted(last, batch["id"].numpy(), side="right")
     batch["pair"] = torch.tensor([of_part[place] for place in places])
     if batch.get("target") is not None and len(language_tokens):

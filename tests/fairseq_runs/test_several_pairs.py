@@ -26,6 +26,7 @@ SIZES = {"de-en": {"train": 200, "valid": 48, "test": 48}, "fr-en": {"train": 12
 SENTENCES = 320
 TASK = ("--task", "translation_multi_simple_epoch", "--lang-pairs", "de-en,fr-en", "--langs", "de,fr,en")
 TOKENS = ("--encoder-langtok", "tgt", "--decoder-langtok")
+HERE = ("--num-workers", 0)  # this task makes new loaders in each epoch, and waits for the workers of the old ones
 OURS = ("--task", "translation_multi_simple_epoch_with_teacher", *TASK[2:])
 SAMPLED = ("--sampling-method", "temperature", "--sampling-temperature", 5)
 PAD = 1
@@ -52,12 +53,23 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def teacher(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """fairseq alone."""
-    options = (*TASK, *TOKENS, "--criterion", "cross_entropy", "--max-tokens", 400, "--max-epoch", 12, *cl.KEEP_LAST)
+    options = (
+        *TASK,
+        *TOKENS,
+        *HERE,
+        "--criterion",
+        "cross_entropy",
+        "--max-tokens",
+        400,
+        "--max-epoch",
+        12,
+        *cl.KEEP_LAST,
+    )
     return cl.train(data, tmp_path_factory.mktemp("teacher"), *options, "--disable-validation").path()
 
 
 def distil(teacher: Path | str, *options) -> tuple:
-    usual = ("--criterion", "hard_gate_kd", "--required-batch-size-multiple", 1, "--max-tokens", 300)
+    usual = (*HERE, "--criterion", "hard_gate_kd", "--required-batch-size-multiple", 1, "--max-tokens", 300)
     return (*cl.USER_DIR, *OURS, *TOKENS, *usual, "--teacher-path", teacher, *options)
 
 

@@ -19,7 +19,7 @@ from hgkd_fairseq.teacher.live import LiveTeacher
 from hgkd_fairseq.teacher.signals import Dense
 
 CPU, FP32 = torch.device("cpu"), torch.float32
-DROPPED = ("t28", "t29", "w27", "w28", "w29")
+DROPPED = ("t26", "t27", "t28", "t29", "w29")
 PAD, EOS = 1, 2
 
 plugin.register()
@@ -200,7 +200,7 @@ def test_training(data: Path, teacher: cl.Run, pruned: Path, tmp_path: Path):
     start = [line for line in run.result.output.splitlines() if "(teacher_lost_mass)" in line]
     assert len(start) == 1
     lost = [row["teacher_lost_mass"] for row in run.result.logs("valid")]
-    assert lost[0] == lost[1] > 0.01  # a frozen teacher's
+    assert lost[0] == lost[1] > dictionaries.MOST_LOST  # a frozen teacher's
     task = make_task(pruned)
     whole = batch_of(task, len(task.dataset("valid")))
     kept = whole["target"] != PAD
@@ -211,9 +211,7 @@ def test_training(data: Path, teacher: cl.Run, pruned: Path, tmp_path: Path):
     unknown = float((whole["target"][kept] == task.tgt_dict.unk()).double().mean())
     assert unknown > dictionaries.MOST_UNKNOWN
     assert "are unknown to the student's dictionary, more than 1 %" in run.result.output
-    assert ("to symbols that the student's dictionary lacks, more than 5 %" in run.result.output) == (
-        float(start[0].partition("they have ")[2].split()[0]) > dictionaries.MOST_LOST
-    )
+    assert "to symbols that the student's dictionary lacks, more than 5 %" in run.result.output
 
 
 def test_a_store_holds_the_students_symbols(
