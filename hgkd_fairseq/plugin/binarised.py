@@ -114,6 +114,7 @@ def subset(task, name: str, max_positions=None, combine: bool = False, option: s
         if task.cfg.dataset_impl in (None, "mmap"):
             for prefix in glob.glob(f"{glob.escape(first_shard(task.cfg.data))}/{glob.escape(name)}.*-*.*.idx"):
                 check_index(prefix.removesuffix(".idx"))
+        task.datasets.pop(name, None)  # the multilingual task cannot load one twice
         task.load_dataset(name, combine=combine)
         dataset = task.dataset(name)
         for part in pairs.parts(dataset):

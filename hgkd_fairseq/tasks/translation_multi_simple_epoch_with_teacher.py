@@ -75,12 +75,14 @@ class TranslationMultiSimpleEpochWithTeacherTask(WithTeacher, TranslationMultiSi
         return super().is_trained_on(dataset) or (self.whole is not None and dataset is self.whole[1])
 
     def training_targets(self) -> Iterator[torch.Tensor]:
-        subset = self.cfg.train_subset
         if len(utils.split_paths(self.cfg.data)) > 1:
             raise UserError("--teacher-source unigram counts the training data, in one folder; join the folders")
-        if subset not in self.datasets:
-            self.load_dataset(subset, combine=True)
+        shown = self.datasets.pop(self.cfg.train_subset, None)  # fairseq cannot load it twice
+        self.load_dataset(self.cfg.train_subset, combine=True)
         whole = self.every_sentence()
         limit = utils.resolve_max_positions(self.max_positions(), self.cfg.max_tokens)
         kept = self.filter_indices_by_size(np.arange(len(whole)), whole, limit, ignore_invalid_inputs=True)
         yield from pairs.targets(whole, kept, pairs.language_tokens(self))
+        del self.datasets[self.cfg.train_subset]
+        if shown is not None:
+            self.datasets[self.cfg.train_subset] = shown
