@@ -45,8 +45,8 @@ def sums(out: DistillationOutput, sample: dict, names: Sequence[str]) -> dict[st
     if not torch.is_grad_enabled():
         assert results.confidence is not None
         assert results.correct is not None
-        grouped = {"group": of_token, "groups": len(names)}
-        tables = tabulate(results.confidence, results.correct, CalibrationHistogram().bins, **grouped)
+        bins = CalibrationHistogram().bins
+        tables = tabulate(results.confidence, results.correct, bins, group=of_token, groups=len(names))
         found |= {f"{TABLE}{name}": table for name, table in zip(names, tables, strict=True)}
     return found
 
@@ -77,8 +77,8 @@ def reduce(key: str, total: Callable[[str], Tensor]) -> None:
         metrics.log_scalar(f"{name}_teacher_share", share / max(tokens, 1), tokens, round=4)
     elif key.startswith(TABLE):
         name, table = key.removeprefix(TABLE), total(key).cpu()
-        tokens = count(table)
-        accuracy = 100 * table[CORRECT].sum() / max(tokens, 1)
+        tokens = float(count(table))
+        accuracy = 100 * float(table[CORRECT].sum()) / max(tokens, 1)
         metrics.log_scalar(f"{name}_accuracy", accuracy, tokens, round=3)
         metrics.log_scalar(f"_calibration_{name}", table)
         metrics.log_derived(f"{name}_ece", functools.partial(ece, f"_calibration_{name}"))

@@ -82,7 +82,9 @@ class HardGateKDCriterion(FairseqCriterion):
     def compare_pairs(self, subset: str, meters: Any) -> None:
         """Called when a subset has been validated."""
         if subset == self.cfg.valid_subset.split(",")[0]:
-            by_pair.compare(self.gate_in_use().weights, self.pairs, subset, meters)
+            pair = self.gate_in_use().weights
+            assert isinstance(pair, Pair)
+            by_pair.compare(pair, self.pairs, subset, meters)
 
     @property
     def teacher_temperature(self) -> float:

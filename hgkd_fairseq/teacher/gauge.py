@@ -28,6 +28,7 @@ from hgkd_fairseq.plugin import features
 from hgkd_fairseq.plugin.config import given_temperature
 from hgkd_fairseq.plugin.training_state import TrainingState
 from hgkd_fairseq.teacher import dictionaries
+from hgkd_fairseq.teacher.signals import Dense
 from hgkd_fairseq.teacher.source import TeacherSource
 
 logger = logging.getLogger(__name__)
@@ -130,9 +131,10 @@ def report_dictionaries(teacher: TeacherSource, task: Any, model: Any) -> None:
     signals = []
     for batch in sample(task.datasets[task.cfg.train_subset], DICTIONARY_TOKENS, limits):
         batch = utils.move_to_cuda(batch, parameter.device) if parameter.is_cuda else batch
-        signals.append((batch, teacher.signal(batch, parameter.device, parameter.dtype)))
-        if not getattr(signals[-1][1], "whole", ()):
+        signal = teacher.signal(batch, parameter.device, parameter.dtype)
+        if not (isinstance(signal, Dense) and signal.whole):
             return
+        signals.append((batch, signal))
     if signals:
         dictionaries.report(signals, task.source_dictionary, task.target_dictionary)
 

@@ -23,7 +23,7 @@ def plain(options: Any) -> dict[str, Any]:
     if isinstance(options, dict):
         return options
     if OmegaConf.is_config(options):
-        return dict(OmegaConf.to_container(options, resolve=False, enum_to_str=True))  # type: ignore[call-overload]
+        return dict(OmegaConf.to_container(options, resolve=False, enum_to_str=True))  # type: ignore[arg-type]
     return dict(vars(options))
 
 
