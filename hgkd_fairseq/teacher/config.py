@@ -20,8 +20,9 @@ class TeacherConfig:
         default=None,
         metadata={
             "help": "fairseq checkpoint of the teacher, or several with ':' between them, averaged in probability "
-            "space; any architecture and size, all symbols of the student's dictionaries; needed for training and "
-            "validation with a distilling criterion, never for generation"
+            "space, or SRC-TGT=CKPT of each of several language pairs with ',' between them; any architecture and "
+            "size, all symbols of the student's dictionaries; needed for training and validation with a distilling "
+            "criterion, never for generation"
         },
     )
     teacher_store: Optional[str] = field(  # noqa: UP045
