@@ -77,10 +77,11 @@ class WithTeacher:
         return dataset is self.datasets.get(self.cfg.train_subset)
 
     def load_dataset(self, split, epoch=1, **kwargs):
-        there = self.datasets.get(split)
         super().load_dataset(split, epoch=epoch, **kwargs)  # type: ignore[misc]
-        if self.datasets[split] is not there:  # fairseq's multilingual task may keep what it has
-            self.prepare(split, epoch, self.datasets[split])
+        dataset = self.datasets[split]
+        if not hasattr(dataset, "prepared"):  # fairseq's multilingual task may keep what it has
+            dataset.prepared = True
+            self.prepare(split, epoch, dataset)
 
     def prepare(self, split: str, epoch: int, dataset: Any) -> None:
         """Called with each data set that is loaded."""
