@@ -164,12 +164,15 @@ def add_model(option, subset: str) -> None:
     """Options of the kinds of calibration that run a model; :func:`model_of` makes arguments of them."""
     add_data(option)
     option("--path", type=Input, required=True, metavar="CKPT[:CKPT]", help="fairseq checkpoint, or an ensemble")
+    several = "of a model of several language pairs, one of them (default: all together)"
+    option("--lang-pair", metavar="SRC-TGT", help=several)
     add_batches(option, subset)
 
 
 def model_of(args) -> dict:
     names = ("data", "path", "max_tokens", "cpu")
-    return {name: getattr(args, name) for name in names} | {"subset": args.gen_subset, "settings": settings_of(args)}
+    found = {name: getattr(args, name) for name in names} | {"pair": args.lang_pair}
+    return found | {"subset": args.gen_subset, "settings": settings_of(args)}
 
 
 def add_scoring(option, tokens: bool = True) -> None:

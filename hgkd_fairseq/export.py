@@ -26,6 +26,7 @@ from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.evaluation import compare, generated
 from hgkd_fairseq.plugin import checkpoints
 from hgkd_fairseq.plugin.checkpoints import split_paths
+from hgkd_fairseq.teacher import inputs
 
 plugin.register()  # the options of ours are known, and fairseq runs no code in those of a file
 
@@ -167,13 +168,17 @@ def without_plugin(checkpoint: checkpoints.Checkpoint) -> dict[str, Any]:
     found |= {section: checkpoint.options(section) for section in ("model", "task", "criterion", "common")}
     model = found["model"]
     model["_name"] = model.get("_name") or model.get("arch")
-    if is_ours(found["task"], TASK_DATACLASS_REGISTRY):
+    flat = [model, found["common"]]  # fairseq writes all options of the command line into the model's as well
+    if (kind := inputs.kind(found["task"])) in (inputs.MULTILINGUAL, inputs.BART):
+        found["task"]["_name"] = kind
+        flat.append(found["task"])  # and into those of its older tasks
+    elif is_ours(found["task"], TASK_DATACLASS_REGISTRY):
         known = {field.name for field in fields(TranslationConfig)}
         found["task"] = {key: value for key, value in found["task"].items() if key in known} | {"_name": "translation"}
     if is_ours(found["criterion"], CRITERION_DATACLASS_REGISTRY):
         average = found["criterion"].get("sentence_avg", False)
         found["criterion"] = {"_name": "cross_entropy", "sentence_avg": average}
-    for options in (model, found["common"]):  # fairseq writes all options of the command line into the model's as well
+    for options in flat:
         for key in our_options() & options.keys():
             del options[key]
         for key, value in (("task", found["task"]), ("criterion", found["criterion"])):
@@ -205,6 +210,11 @@ def check_conversion(path: str, folder: str, data: str | None) -> None:
     import_converters()
     refuse_existing(folder)
     checkpoint = checkpoints.read(split_paths(path)[0], model=False)
+    if (kind := inputs.kind(checkpoint.options("task"))) in (inputs.MULTILINGUAL, inputs.BART):
+        raise UserError(
+            f"{path} was trained by the task {kind}: CTranslate2 would be given text without its language tokens; "
+            "leave --ctranslate2 out, and convert what hgkd export writes with ct2-fairseq-converter"
+        )
     check_options(checkpoint)
     task = checkpoint.options("task")
     language_pair(split_paths(data or str(task.get("data")))[0], task)

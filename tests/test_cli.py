@@ -129,7 +129,7 @@ def test_forced_calibration_refuses(data, plain, tmp_path, capsys):
         ((tmp_path / "no_data", "--path", checkpoint), "is no folder"),
         ((data, "--path", checkpoint, "--gen-subset", "dev"), "no subset dev"),
         ((unknown, "--path", checkpoint), "Could not infer language pair"),
-        ((other, "--path", checkpoint), "does not fit the dictionaries"),
+        ((other, "--path", checkpoint), "and that of the data differ: "),
     ]
     for arguments, expected in cases:
         assert cli.main(["calibration", "forced", *map(str, arguments)]) == 1

@@ -53,6 +53,7 @@ WEIGHTS = {
         for w in (1 - math.exp(-math.log(p) / math.log(q)) for p, q in zip(P, Q, strict=True))
     ],
     ("expected",): [(1 - p, p) for p in P],  # `statistics` say P as well of what it asks for
+    ("pair",): [(0.5, 0.5)] * 10,  # before student and teacher are compared
     ("always",): [(0, 1)] * 10,
     ("always", "kd_weight", 0.25): [(0.75, 0.25)] * 10,
     ("progressive", "kd_weight", 0.5, "progress", 0.5): [(0.75, 0.25)] * 10,

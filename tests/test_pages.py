@@ -130,15 +130,16 @@ def fairseq_parser(program: str) -> argparse.ArgumentParser:
 
 @cache
 def fairseq_options() -> set[str]:
-    """Of fairseq's programs with our task and criterion, and a transformer."""
+    """Of fairseq's programs with our tasks and criterion, and a transformer."""
     from fairseq import options
 
     found: set[str] = set()
-    for program in ("train", "generation", "preprocessing", "validation"):
-        parser = fairseq_parser(program)
-        if program == "train":
-            task = ["--task", "translation_with_teacher", "--criterion", "hard_gate_kd", "--arch", "transformer"]
-            options.parse_args_and_arch(parser, ["data", *task, "--optimizer", "adam"])
+    for program in ("generation", "preprocessing", "validation"):
+        found |= option_strings(fairseq_parser(program))
+    for task in ("translation", "translation_multi_simple_epoch", "translation_from_pretrained_bart"):
+        parser = fairseq_parser("train")
+        words = ["--task", f"{task}_with_teacher", "--criterion", "hard_gate_kd", "--arch", "transformer"]
+        options.parse_args_and_arch(parser, ["data", *words, "--optimizer", "adam"])
         found |= option_strings(parser)
     return found
 

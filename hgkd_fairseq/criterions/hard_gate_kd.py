@@ -1,24 +1,22 @@
-"""Criterion ``hard_gate_kd``: a batch in, loss and log lines out. The mathematics is in gates/ and loss/."""
+"""Criterion ``hard_gate_kd``: its options, gate and teacher. What a batch costs is in forward.py."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from fairseq.criterions import FairseqCriterion, register_criterion
 
-from hgkd_fairseq.criterions import logged
-from hgkd_fairseq.criterions.on_policy import TEACHER_ALONE, OnPolicy
-from hgkd_fairseq.criterions.without_dropout import gold_logprob
-from hgkd_fairseq.data import batches, on_policy
+from hgkd_fairseq.criterions import by_pair, logged
+from hgkd_fairseq.criterions.forward import forward
+from hgkd_fairseq.criterions.on_policy import OnPolicy
 from hgkd_fairseq.gates import Gate
-from hgkd_fairseq.loss import Head, gated_distillation
-from hgkd_fairseq.plugin import checks, features, training_state, workers
-from hgkd_fairseq.plugin.config import criterion_config, divergence_parameters, given_temperature, temperature
+from hgkd_fairseq.gates.pairs import Pair
+from hgkd_fairseq.plugin import checks, training_state
+from hgkd_fairseq.plugin.config import criterion_config, given_temperature
 from hgkd_fairseq.sentence_weights.gate import Instance
 from hgkd_fairseq.sentence_weights.refresh import Refresh
-from hgkd_fairseq.teacher import Signal, Sparse, TeacherSource, gauge
+from hgkd_fairseq.teacher import TeacherSource, gauge
 from hgkd_fairseq.teacher.loras import Loras
 
 HardGateKDConfig = criterion_config(__name__)
@@ -36,6 +34,10 @@ class HardGateKDCriterion(FairseqCriterion):
         if self.gate.learned:
             self.learned_gate = self.gate.weights  # a child, so that its parameters are trained and saved
         checks.check_options(cfg, self.gate, self.state)
+        self.pairs, self.of_pair = getattr(task, "pair_names", ()), isinstance(self.gate.weights, Pair)
+        if self.of_pair:
+            by_pair.check(cfg, self.pairs)
+            self.state.at_validated.append(self.compare_pairs)
         if self.state.loaded is None:  # else the task was made from a checkpoint, and validates
             checks.check_training(cfg, self.gate, task)
             self.state.at_training_begin.append(self.fit_temperature)
@@ -78,6 +80,13 @@ class HardGateKDCriterion(FairseqCriterion):
         if teacher is not None and teacher.frozen:
             gauge.begin(self.cfg, self.task, teacher, model, self.state)
 
+    def compare_pairs(self, subset: str, meters: Any) -> None:
+        """Called when a subset has been validated."""
+        if subset == self.cfg.valid_subset.split(",")[0]:
+            pair = self.gate_in_use().weights
+            assert isinstance(pair, Pair)
+            by_pair.compare(pair, self.pairs, subset, meters)
+
     @property
     def teacher_temperature(self) -> float:
         """The number that is given, or the fitted one; 1 without a teacher."""
@@ -89,81 +98,9 @@ class HardGateKDCriterion(FairseqCriterion):
             self.gate.remembering.state = self.state.memory.setdefault("gate", self.gate.remembering.state)
         return self.gate
 
-    def teaching(self) -> TeacherSource | None:
-        """The teacher; None before --distill-start-update, for a gate that needs none, and where a teacher that is the
-        student's own past has not come into being."""
-        teacher, updates = self.teacher(), self.state.updates
-        training = torch.is_grad_enabled() and updates is not None
-        if teacher is None or not teacher.ready or (training and updates < self.cfg.distill_start_update):
-            return None
-        return teacher
-
-    def signal(self, sample: dict, student: Head) -> Signal | None:
-        """The teacher's view of the batch, where it teaches."""
-        teacher = self.teaching()
-        return None if teacher is None else teacher.signal(sample, student.hidden.device, student.hidden.dtype)
-
     def forward(self, model, sample, reduce=True):
         """Returns the summed loss, the sample size that divides its gradient, and log outputs that can be summed."""
-        skip, validating = self.cfg.ignore_prefix_size, not torch.is_grad_enabled()
-        own: list[bool] | None = None
-        if self.on_policy and not validating and self.teaching():
-            sample, own = self.on_policy.replaced(sample)
-        target = sample["target"][:, skip:]
-        lengths = batches.target_lengths(sample, skip, self.padding_idx)
-        student = features.head(model, sample["net_input"])
-        signal = self.signal(sample, student)
-        signal = signal and signal.after(skip)
-        student = student._replace(hidden=student.hidden[:, skip:])
-        teachers = signal.heads if signal else []
-        gate, progress = self.gate_in_use(), self.state.progress(self.cfg.max_update)
-        tau = temperature(self.cfg, self.teacher_temperature, progress)
-        compute = functools.partial(
-            gated_distillation,
-            student.hidden, student.weight, [one.hidden for one in teachers] or None, [one.weight for one in teachers],
-            padding_idx=self.padding_idx,
-            teacher_temperature=tau,
-            divergence=self.cfg.divergence,
-            **divergence_parameters(self.cfg),
-            student_bias=student.bias, teacher_bias=[one.bias for one in teachers],
-            implementation=self.cfg.loss_impl,
-        )  # fmt: skip
-        alone = None
-        if own:
-            (target, lengths), (theirs, their_lengths) = on_policy.apart(target, lengths, own, self.padding_idx)
-            alone = compute(theirs, gate=TEACHER_ALONE, lengths=their_lengths)
-        without_dropout = None
-        if self.cfg.gate_dropout == "off" and signal and not validating:
-            how = {"padding_idx": self.padding_idx, "lengths": lengths, "implementation": self.cfg.loss_impl}
-            without_dropout = gold_logprob(model, sample, target, **how)
-        gold = signal.gold.at(1.0 if self.cfg.untempered_gate else tau) if signal and signal.gold else None
-        out = compute(
-            target,
-            gate=gate if signal or not gate.needs_teacher else "none",
-            gate_on=self.cfg.gate_on,
-            tempered_gate=not self.cfg.untempered_gate,
-            label_smoothing=self.cfg.label_smoothing,
-            confidence_penalty=self.cfg.confidence_penalty,
-            progress=progress,
-            top1=validating or self.cfg.report_accuracy,
-            lengths=lengths,
-            instance=None if validating else sample["id"],
-            student_logprob=without_dropout,
-            teacher_gold=gold,
-            teacher_sparse=signal.distribution if isinstance(signal, Sparse) else None,
-        )
-        loss = out.loss if alone is None else out.loss + alone.loss
-        if not validating:
-            if teachers and hasattr(self, "learned_teacher"):
-                kept = target != self.padding_idx
-                seen = student._replace(hidden=student.hidden[kept])
-                loss = loss + self.learned_teacher.objective(seen, target[kept])
-            workers.show(out, self.gate, self.state.idle)
-        sample_size = sample["target"].size(0) if self.cfg.sentence_avg else sample["ntokens"]
-        log = logged.sums(out, sample, sample_size, self.cfg.report_accuracy)
-        if self.on_policy and not validating:
-            log |= logged.own_sums(out, alone)
-        return loss, sample_size, log
+        return forward(self, model, sample)
 
     @classmethod
     def reduce_metrics(cls, logging_outputs) -> None:

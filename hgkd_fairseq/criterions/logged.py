@@ -9,10 +9,15 @@ on_policy_loss  the divergence per token of the student's own translations, whic
 on_policy_share  their share of the tokens
 accuracy        with --report-accuracy, per cent
 ece             in validation: top-1, teacher-forced, with EOS, a fraction
+teacher_lost_mass  in validation, of a teacher with symbols that the student lacks: their mean probability
+
+Of a task of several language pairs also PAIR_nll_loss, PAIR_teacher_share and, in validation, PAIR_ece and
+PAIR_accuracy of each.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +28,7 @@ from fairseq.logging import metrics
 
 from hgkd_fairseq.calibration import CalibrationHistogram
 from hgkd_fairseq.calibration.histogram import tabulate
+from hgkd_fairseq.criterions import by_pair
 from hgkd_fairseq.loss import DistillationOutput
 
 
@@ -84,7 +90,11 @@ def reduce(logging_outputs: Sequence[dict[str, Any]]) -> None:
         metrics.log_scalar("on_policy_share", own / max(tokens + own, 1), tokens + own, round=4)
     if any("n_correct" in log for log in logging_outputs):
         metrics.log_scalar("accuracy", 100 * total("n_correct") / max(tokens, 1), tokens, round=3)
+    for key in logging_outputs[0] if logging_outputs else ():
+        by_pair.reduce(key, total)
+    if any("teacher_lost_mass" in log for log in logging_outputs):
+        metrics.log_scalar("teacher_lost_mass", total("teacher_lost_mass") / max(tokens, 1), tokens, round=4)
     if any("calibration" in log for log in logging_outputs):
         # Sums per bin, added up by the meter; ECE is derived from them when it is printed.
         metrics.log_scalar("_calibration", total("calibration").cpu())
-        metrics.log_derived("ece", lambda meters: round(CalibrationHistogram(sums=meters["_calibration"].sum).ece(), 4))
+        metrics.log_derived("ece", functools.partial(by_pair.ece, "_calibration"))

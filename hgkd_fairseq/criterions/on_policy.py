@@ -137,10 +137,20 @@ def check(cfg: Any, gate: Gate, task: Any) -> None:
             f"{share}: {flag(store)} knows no translations but those of the data; give --teacher-path CHECKPOINT "
             "alone, or drop the option"
         )
-    source = task.load_teacher().name
-    if source != "checkpoint":
+    if getattr(task, "pair_names", ()):
         raise UserError(
-            f"{share} needs --teacher-path CHECKPOINT, not --teacher-source {source}; give it, or drop the option"
+            f"{share}: the student translates training data of one language pair; train it with --task "
+            "translation_with_teacher, or drop the option"
+        )
+    teacher = task.load_teacher()
+    if teacher.name != "checkpoint":
+        raise UserError(
+            f"{share} needs --teacher-path CHECKPOINT, not --teacher-source {teacher.name}; give it, or drop the option"
+        )
+    if cfg.on_policy_speculative and any(one.fingerprint for one in teacher.selections.values()):
+        raise UserError(
+            "--on-policy-speculative needs a teacher with the student's own dictionaries; preprocess the data with the "
+            "teacher's (fairseq-preprocess --srcdict --tgtdict), or drop the option"
         )
     if cfg.on_policy_beam > 1 and (cfg.on_policy_sampling or cfg.on_policy_speculative):
         other = "sampling" if cfg.on_policy_sampling else "speculative"

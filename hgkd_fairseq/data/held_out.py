@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import numpy as np
 
@@ -28,11 +29,11 @@ class HeldOut:
             mask[self.fold[0] :: self.fold[1]] = True
         return mask
 
-    def leave_out(self, indices: np.ndarray, sentences: int) -> np.ndarray:
-        """Those of the training set's `indices` that are trained on."""
+    def leave_out(self, indices: np.ndarray, sentences: int, numbers: Callable[[], np.ndarray]) -> np.ndarray:
+        """Those of the training set's `indices` that are trained on; `numbers`: makes those of their sentences."""
         if not self.share and not self.fold:
             return indices
-        kept = indices[~self.mask(sentences)[indices]]
+        kept = indices[~self.mask(sentences)[numbers()]]
         logger.info("%d of %d training sentences are kept aside", len(indices) - len(kept), len(indices))
         return kept
 

@@ -7,19 +7,19 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 from typing import NamedTuple
 
 import torch
 from fairseq import utils
 from fairseq.logging import progress_bar
-from fairseq.tasks.translation import TranslationConfig
 from torch import Tensor
 
 from hgkd_fairseq.calibration.distribution import brier, weighted_tables
 from hgkd_fairseq.calibration.pieces import gold as gold_piece
 from hgkd_fairseq.calibration.scores import Mean, Predictions, Results, Settings
+from hgkd_fairseq.data import pairs
 from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.evaluation import languages
 from hgkd_fairseq.evaluation.token_table import TokenTable, opened
 from hgkd_fairseq.loss.eager import mean_logprobs
 from hgkd_fairseq.loss.options import Head
@@ -61,6 +61,7 @@ def evaluate(
     settings: Settings | None = None,
     temperature: float = 1.0,
     tokens_file: str | None = None,
+    pair: str | None = None,
 ) -> Results:
     """Score a subset of binarised data under a checkpoint, or several with ':' between them (an ensemble).
 
@@ -73,13 +74,14 @@ def evaluate(
         settings: bins, intervals.
         temperature: divides the logits, of each model of an ensemble.
         tokens_file: where to write a row for each token.
+        pair: of a model of several language pairs, as "de-en"; None: all of them together.
 
     Raises:
         UserError: a file that is missing or cannot be used, a subset that is missing or empty, a model that
             predicts NaN.
     """
     with opened(tokens_file) as table:
-        models, task, device = load(data, path, cpu)
+        models, task, device = load(data, path, cpu, pair, several=True)
         found = measure(models, task, device, subset, max_tokens, settings or Settings(), temperature, table)
     found.about["path"] = path
     return found
@@ -140,13 +142,23 @@ def measure(
     )
 
 
-def load(data: str, path: str, cpu: bool = False):
-    """(models, task, device): the checkpoints of `path` in eval mode under the plain translation task on `data`."""
+def load(data: str, path: str, cpu: bool = False, pair: str | None = None, several: bool = False):
+    """(models, task, device): the checkpoints of `path` in eval mode under the plain translation task on `data`.
+
+    Args:
+        several: whether they may be of several language pairs, which are then under fairseq's own multilingual task.
+        pair: one of those; None: all.
+
+    Raises:
+        UserError: they cannot be used, or were trained by another task.
+    """
     data = binarised.first_shard(data)
     found = [checkpoints.read(file) for file in split_paths(path)]
-    known = {field.name for field in fields(TranslationConfig)}
-    options = {key: value for key, value in found[0].options("task").items() if key in known}
-    task = binarised.translation_task(data, path, options)
+    for checkpoint in found if not several else ():
+        languages.refuse(checkpoint)
+    task = languages.make_task(data, path, found[0], pair)
+    for checkpoint in found:
+        languages.check_dictionaries(checkpoint, task)
     models = [checkpoints.build(checkpoint, task) for checkpoint in found]
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
     for model in models:
@@ -158,6 +170,9 @@ def batches(task, models, subset: str, max_tokens: int):
     """The subset's batches in a fixed order, with a progress bar."""
     limits = utils.resolve_max_positions(task.max_positions(), *[model.max_positions() for model in models])
     dataset = binarised.subset(task, subset, limits)
+    if isinstance(dataset, pairs.SEVERAL):
+        pairs.number(dataset)
+        pairs.tell_pairs(dataset, task)
     try:
         found = task.get_batch_iterator(dataset, max_tokens=max_tokens, max_positions=limits)
         itr = found.next_epoch_itr(shuffle=False)

@@ -32,7 +32,7 @@ import hgkd_fairseq
 from hgkd_fairseq import files
 from hgkd_fairseq.calibration.scores import Results, Score
 from hgkd_fairseq.errors import UserError
-from hgkd_fairseq.evaluation import forced, generated, inference, logs, results, temperature
+from hgkd_fairseq.evaluation import forced, generated, inference, languages, logs, results, temperature
 from hgkd_fairseq.evaluation.steps import Steps
 from hgkd_fairseq.plugin import binarised, checkpoints
 
@@ -134,6 +134,7 @@ class Scoring:
             raise UserError(
                 f"{self.path} does not exist; --checkpoint is best, {BEST_BLEU}, last or a file in the run's folder"
             )
+        languages.refuse(checkpoints.read(self.path, model=False))
         self.once = Steps(self.folder, *known, self.path).once
 
     def best_by_bleu(self) -> Path:
@@ -145,6 +146,7 @@ class Scoring:
         candidates += [file for name in CHECKPOINTS.values() if (file := self.run / name).is_file()]
         if not candidates:
             raise UserError(f"{self.run} holds no checkpoint of fairseq-train")
+        languages.refuse(checkpoints.read(candidates[0], model=False))
 
         def choose(output: Path) -> None:
             found = {}

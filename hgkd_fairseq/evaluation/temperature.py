@@ -45,6 +45,7 @@ def fit(
     max_tokens: int = 4000,
     cpu: bool = False,
     settings: Settings | None = None,
+    pair: str | None = None,
 ) -> Fit:
     """The temperature under which a subset has the least NLL; arguments as of :func:`forced.evaluate`.
 
@@ -52,7 +53,7 @@ def fit(
         UserError: as of :func:`forced.evaluate`; NoMinimum: the NLL has none between 1/20 and 20.
     """
     settings = settings or Settings()
-    models, task, device = load(data, path, cpu)
+    models, task, device = load(data, path, cpu, pair, several=True)
     raw = measure(models, task, device, subset, max_tokens, settings, temperature=1.0)
 
     def slope(inverse: float) -> tuple[float, float]:

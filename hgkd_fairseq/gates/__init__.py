@@ -9,7 +9,7 @@ The statistics come detached: no gradient passes from a gate into the student. M
 remembers something (a queue) or learns something is a class, made once for a run. README.md says how to add one.
 """
 
-from hgkd_fairseq.gates import hard, learned, published  # noqa: F401  they register their gates
+from hgkd_fairseq.gates import hard, learned, pairs, published  # noqa: F401  they register their gates
 from hgkd_fairseq.gates.contract import (
     Gate,
     GateError,

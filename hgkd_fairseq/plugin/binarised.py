@@ -14,6 +14,7 @@ from fairseq.data import Dictionary, indexed_dataset
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import OmegaConf
 
+from hgkd_fairseq.data import pairs
 from hgkd_fairseq.errors import UserError
 
 ANEW = "run fairseq-preprocess again"
@@ -113,24 +114,14 @@ def subset(task, name: str, max_positions=None, combine: bool = False, option: s
         if task.cfg.dataset_impl in (None, "mmap"):
             for prefix in glob.glob(f"{glob.escape(first_shard(task.cfg.data))}/{glob.escape(name)}.*-*.*.idx"):
                 check_index(prefix.removesuffix(".idx"))
+        task.datasets.pop(name, None)  # the multilingual task cannot load one twice
         task.load_dataset(name, combine=combine)
         dataset = task.dataset(name)
-        sides = {"source": (dataset.src, dataset.src_dict), "target": (dataset.tgt, dataset.tgt_dict)}
-        if dataset.tgt is None:
-            raise UserError(f"{where} has no targets; binarise both languages, without --only-source")
-        if len(dataset.src) != len(dataset.tgt):
-            raise UserError(f"{where} has {len(dataset.src)} sources and {len(dataset.tgt)} targets; {ANEW}")
-        for side, (sentences, words) in sides.items():
-            for number in range(len(sentences)):
-                ids = sentences[number]
-                if not len(ids) or not 0 <= int(ids.min()) <= int(ids.max()) < len(words):
-                    raise UserError(
-                        f"{where} does not fit its dictionary of {len(words)} types, or is damaged ({side} sentence "
-                        f"{number}); {ANEW}"
-                    )
+        for part in pairs.parts(dataset):
+            check_part(getattr(part, "dataset", part), where)
     except UserError:
         raise
-    except FileNotFoundError:
+    except (FileNotFoundError, KeyError):  # the second of fairseq's multilingual task
         raise UserError(f"there is no subset {name} in {task.cfg.data}; name another with {option}") from None
     except Exception as error:  # of the operating system, of numpy, of fairseq: whatever the bytes lead to
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -144,3 +135,24 @@ def subset(task, name: str, max_positions=None, combine: bool = False, option: s
             f"({max_positions} tokens; the first is number {min(ignored)}); leave them out of the text, or split them"
         )
     return dataset
+
+
+def check_part(dataset, where: str) -> None:
+    """Of one language pair.
+
+    Raises:
+        UserError: no targets, or ids that are none of the dictionaries'.
+    """
+    sides = {"source": (dataset.src, dataset.src_dict), "target": (dataset.tgt, dataset.tgt_dict)}
+    if dataset.tgt is None:
+        raise UserError(f"{where} has no targets; binarise both languages, without --only-source")
+    if len(dataset.src) != len(dataset.tgt):
+        raise UserError(f"{where} has {len(dataset.src)} sources and {len(dataset.tgt)} targets; {ANEW}")
+    for side, (sentences, words) in sides.items():
+        for number in range(len(sentences)):
+            ids = sentences[number]
+            if not len(ids) or not 0 <= int(ids.min()) <= int(ids.max()) < len(words):
+                raise UserError(
+                    f"{where} does not fit its dictionary of {len(words)} types, or is damaged ({side} sentence "
+                    f"{number}); {ANEW}"
+                )

@@ -84,6 +84,7 @@ def check_training(cfg: Any, gate: Gate, task: FairseqTask) -> None:
     logged = {"loss", "nll_loss", "ppl", "kd_loss", "teacher_share", "gap", "ece"}
     logged |= {"accuracy"} if cfg.report_accuracy else set()
     logged |= {"bleu"} if getattr(task.cfg, "eval_bleu", False) else set()
+    logged |= {f"{pair}_{name}" for pair in getattr(task, "pair_names", ()) for name in ("nll_loss", "ece", "accuracy")}
     known = type(task).__module__.startswith(("fairseq.", "hgkd_fairseq."))  # another's task may log more
     if known and not cfg.disable_validation and cfg.best_checkpoint_metric not in logged:
         raise UserError(

@@ -148,7 +148,7 @@ RANGES = {
 }
 
 
-def divergence_parameters(cfg: Any) -> dict[str, float]:
+def divergence_parameters(cfg: Any) -> dict[str, Any]:
     """Those that are given, as the loss takes them."""
     given = {it.parameter: getattr(cfg, it.parameter, None) for it in DIVERGENCES.values() if it.parameter}
     return {name: value for name, value in given.items() if value is not None}

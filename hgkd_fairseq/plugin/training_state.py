@@ -72,6 +72,8 @@ class TrainingState:
     # Called with (epoch, model) when data and checkpoint are loaded, and before each epoch of training.
     at_training_begin: list[Callable[[int, torch.nn.Module], None]] = field(default_factory=list)
     at_epoch_begin: list[Callable[[int, torch.nn.Module], None]] = field(default_factory=list)
+    # Called with (subset, meters) when a subset has been validated in a training.
+    at_validated: list[Callable[[str, Any], None]] = field(default_factory=list)
 
     def progress(self, max_update: int) -> float:
         """Share of the training's updates that are made; 0 outside of training and where their number is unknown."""

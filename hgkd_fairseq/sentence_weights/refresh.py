@@ -13,6 +13,7 @@ from fairseq.data import data_utils
 from fairseq.distributed import utils as distributed_utils
 from torch import Tensor
 
+from hgkd_fairseq.data import pairs
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.loss import Options
 from hgkd_fairseq.plugin import features, training_state
@@ -85,11 +86,11 @@ class Refresh:
             if "/" in self.subset:  # a path to one of those above
                 raise FileNotFoundError
             self.task.load_dataset(self.subset)
-        except FileNotFoundError:
+        except (FileNotFoundError, KeyError):  # the second of fairseq's multilingual task
             raise UserError(
                 f"--held-out {self.subset}: there is no such subset in {data.data}, and it is no share as 0.02"
             ) from None
-        if self.task.dataset(self.subset).tgt is None:
+        if any(part.tgt is None for part in pairs.parts(self.task.dataset(self.subset)) if hasattr(part, "tgt")):
             raise UserError(f"--held-out {self.subset}: it has no target sentences in {data.data}; name another subset")
 
     def begin_training(self, epoch: int, model: torch.nn.Module) -> None:
@@ -115,7 +116,7 @@ class Refresh:
             gate.state["epoch"] = torch.tensor(epoch)
 
     def training(self):
-        return self.task.dataset(self.task.cfg.train_subset)
+        return self.task.every_sentence()
 
     def batches(self, dataset, indices: np.ndarray) -> list[np.ndarray]:
         """Batches of the training's size, of numbers of sentences."""

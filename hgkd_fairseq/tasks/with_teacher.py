@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from fairseq import utils
+from fairseq.data import FairseqDataset
 from fairseq.distributed import utils as distributed_utils
 
 from hgkd_fairseq import teacher
-from hgkd_fairseq.data import batches, held_out
+from hgkd_fairseq.data import batches, held_out, pairs
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.plugin import training_state
 from hgkd_fairseq.report.tensorboard import write_reliability
@@ -23,17 +25,22 @@ class WithTeacher:
     """
 
     cfg: Any
+    args: Any
     datasets: dict
-    src_dict: Any
-    tgt_dict: Any
+    source_dictionary: Any
+    target_dictionary: Any
+    pair_names: Sequence[str] = ()  # of a task of several language pairs, whose numbers are logged one by one
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if self.cfg is None:  # fairseq's older tasks have one of the two
+            self.cfg = self.args
+        self.args = self.cfg
         self.teacher: teacher.TeacherSource | None = None
-        self.training = training_state.of(self)  # type: ignore[arg-type]
-        self.training.keeps_memory = True
+        self.training_state = training_state.of(self)  # type: ignore[arg-type]
+        self.training_state.keeps_memory = True
         if self.cfg.leave_out_fold:
-            self.training.held_out.fold = held_out.fold(self.cfg.leave_out_fold)
+            self.training_state.held_out.fold = held_out.fold(self.cfg.leave_out_fold)
             if self.cfg.upsample_primary > 1:
                 raise UserError("--leave-out-fold: with --upsample-primary copies of its sentences are trained on")
         self.validated = 0  # subsets, in the validation that is going on
@@ -47,30 +54,50 @@ class WithTeacher:
         if self.teacher is None:
             request = teacher.Request(
                 self.cfg,
-                self.src_dict,
-                self.tgt_dict,
+                self.source_dictionary,
+                self.target_dictionary,
                 (self.cfg.source_lang, self.cfg.target_lang),
-                self.training,
-                lambda: batches.training_targets(self, self.cfg.max_tokens),  # type: ignore[arg-type]
+                self.training_state,
+                self.training_targets,
+                self.pair_names,
             )
             self.teacher = teacher.make(request)
-            self.training.teacher_fingerprint = self.teacher.fingerprint
+            self.training_state.teacher_fingerprint = self.teacher.fingerprint
         return self.teacher
+
+    def training_targets(self) -> Iterator[torch.Tensor]:
+        """The targets (length,) that are trained on, each once."""
+        return batches.training_targets(self, self.cfg.max_tokens)  # type: ignore[arg-type]
+
+    def every_sentence(self) -> FairseqDataset:
+        """The training data with each sentence once, at its number."""
+        return self.datasets[self.cfg.train_subset]
+
+    def is_trained_on(self, dataset: Any) -> bool:
+        return dataset is self.datasets.get(self.cfg.train_subset)
 
     def load_dataset(self, split, epoch=1, **kwargs):
         super().load_dataset(split, epoch=epoch, **kwargs)  # type: ignore[misc]
-        batches.count_targets(self.datasets[split], self.tgt_dict.pad())
+        dataset = self.datasets[split]
+        if not hasattr(dataset, "prepared"):  # fairseq's multilingual task may keep what it has
+            dataset.prepared = True
+            self.prepare(split, epoch, dataset)
+
+    def prepare(self, split: str, epoch: int, dataset: Any) -> None:
+        """Called with each data set that is loaded."""
+        batches.count_targets(dataset, self.target_dictionary.pad())
         if self.teacher is not None:
             folders = len(utils.split_paths(self.cfg.data)) if split == self.cfg.train_subset else 1
-            self.teacher.attach(split, (epoch - 1) % folders, self.datasets[split])
-            self.teacher.check_data(split, self.datasets[split], self.max_positions())  # type: ignore[attr-defined]
+            self.teacher.attach(split, (epoch - 1) % folders, dataset)
+            self.teacher.check_data(split, dataset, self.max_positions())  # type: ignore[attr-defined]
 
     def filter_indices_by_size(self, indices, dataset, *args, **kwargs):
         """fairseq's filter, which every training sentence passes on its way to a batch, keeps the held-out ones aside
         as well."""
         indices = super().filter_indices_by_size(indices, dataset, *args, **kwargs)  # type: ignore[misc]
-        if dataset is self.datasets.get(self.cfg.train_subset):
-            return self.training.held_out.leave_out(indices, len(dataset))
+        if self.is_trained_on(dataset):
+            aside = self.training_state.held_out
+            return aside.leave_out(indices, pairs.sentences(dataset), lambda: pairs.numbers(dataset, indices))
         return indices
 
     @property
@@ -81,8 +108,8 @@ class WithTeacher:
     def begin_epoch(self, epoch, model):
         super().begin_epoch(epoch, model)  # type: ignore[misc]
         if self.teacher is not None:
-            self.teacher.begin_epoch(epoch, model, self.training)
-        for call in self.training.at_epoch_begin:
+            self.teacher.begin_epoch(epoch, model, self.training_state)
+        for call in self.training_state.at_epoch_begin:
             call(epoch, model)
 
     def begin_valid_epoch(self, epoch, model):
@@ -96,17 +123,19 @@ class WithTeacher:
         master = distributed_utils.get_global_rank() == 0
         if self.cfg.tensorboard_logdir and master and "_calibration" in agg:
             write_reliability(self.cfg.tensorboard_logdir, subset, agg["_calibration"].sum, stats["num_updates"])
+        for call in self.training_state.at_validated:
+            call(subset, agg)
 
     # fairseq saves FairseqTask.state as well, but does not restore it when training resumes; these two it calls.
 
     def get_checkpoint_dict(self) -> dict:
-        return {type(self).__name__: self.training.checkpoint()}
+        return {type(self).__name__: self.training_state.checkpoint()}
 
     def set_checkpoint_dict(self, kept: dict) -> None:
-        self.training.resume(kept)
+        self.training_state.resume(kept)
 
     def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False, ema_model=None):
-        self.training.updates, self.training.idle = update_num, ignore_grad
+        self.training_state.updates, self.training_state.idle = update_num, ignore_grad
         self.before_step(model, ema_model)
         return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)  # type: ignore[misc]
 
@@ -118,4 +147,4 @@ class WithTeacher:
 
     def before_step(self, model: torch.nn.Module, ema_model: torch.nn.Module | None) -> None:
         if self.teacher is not None:
-            self.teacher.before_step(model, ema_model, self.training)
+            self.teacher.before_step(model, ema_model, self.training_state)

@@ -4,7 +4,7 @@
 from dataclasses import dataclass, field
 from typing import Optional
 
-from fairseq.dataclass import ChoiceEnum
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
 
 from hgkd_fairseq.teacher import SOURCES
@@ -20,8 +20,9 @@ class TeacherConfig:
         default=None,
         metadata={
             "help": "fairseq checkpoint of the teacher, or several with ':' between them, averaged in probability "
-            "space; any architecture and size, the same dictionaries as the student; needed for training and "
-            "validation with a distilling criterion, never for generation"
+            "space, or SRC-TGT=CKPT of each of several language pairs with ',' between them; any architecture and "
+            "size, all symbols of the student's dictionaries; needed for training and validation with a distilling "
+            "criterion, never for generation"
         },
     )
     teacher_store: Optional[str] = field(  # noqa: UP045
@@ -58,3 +59,8 @@ class TeacherConfig:
     max_tokens: Optional[int] = II("dataset.max_tokens")  # noqa: UP045
     valid_subset: str = II("dataset.valid_subset")
     tensorboard_logdir: Optional[str] = II("common.tensorboard_logdir")  # noqa: UP045
+
+
+@dataclass
+class TeacherOptions(TeacherConfig, FairseqDataclass):
+    """For fairseq's tasks whose other options are no dataclass."""

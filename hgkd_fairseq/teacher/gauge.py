@@ -27,6 +27,8 @@ from hgkd_fairseq.loss.eager import mean_logprobs
 from hgkd_fairseq.plugin import features
 from hgkd_fairseq.plugin.config import given_temperature
 from hgkd_fairseq.plugin.training_state import TrainingState
+from hgkd_fairseq.teacher import dictionaries
+from hgkd_fairseq.teacher.signals import Dense
 from hgkd_fairseq.teacher.source import TeacherSource
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ FAR = 0.15  # of a temperature from the fitted one
 MOST_TOKENS = 100_000  # of a larger validation set evenly spaced sentences are taken
 MOST_LOGITS = 2**27  # of a teacher without a linear output layer, whose logits must be kept
 TRAINING_TOKENS = 20_000  # of the sample of the training set
+DICTIONARY_TOKENS = 10_000  # of that by which dictionaries are judged
 BATCH_TOKENS = 4000
 CHUNK_TOKENS = 1024  # rows of logits at a time
 
@@ -97,6 +100,8 @@ def begin(cfg: Any, task: Any, teacher: TeacherSource, model: Any, state: Traini
     """
     valid = "valid" if cfg.combine_valid_subsets else cfg.valid_subset.split(",")[0]
     known = valid in task.datasets and task.cfg.train_subset in task.datasets
+    if known:
+        report_dictionaries(teacher, task, model)
     gauge = measure(teacher, task, valid, model) if known else None
     given = given_temperature(cfg)
     if gauge is not None:
@@ -117,6 +122,21 @@ def begin(cfg: Any, task: Any, teacher: TeacherSource, model: Any, state: Traini
             "%sconfident; auto takes the fitted one",
             *(given, "above", fitted, "under") if given > fitted else (given, "below", fitted, "over"),
         )
+
+
+def report_dictionaries(teacher: TeacherSource, task: Any, model: Any) -> None:
+    """Log what a teacher with other dictionaries than the student's loses by them."""
+    parameter = next(model.parameters())
+    limits = utils.resolve_max_positions(task.max_positions(), model.max_positions())
+    signals = []
+    for batch in sample(task.datasets[task.cfg.train_subset], DICTIONARY_TOKENS, limits):
+        batch = utils.move_to_cuda(batch, parameter.device) if parameter.is_cuda else batch
+        signal = teacher.signal(batch, parameter.device, parameter.dtype)
+        if not (isinstance(signal, Dense) and signal.whole):
+            return
+        signals.append((batch, signal))
+    if signals:
+        dictionaries.report(signals, task.source_dictionary, task.target_dictionary)
 
 
 def measure(teacher: TeacherSource, task: Any, valid: str, model: Any) -> Gauge | None:

@@ -10,13 +10,17 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from fairseq.data import Dictionary, LanguagePairDataset, data_utils
+from fairseq.data import Dictionary, FairseqDataset
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
+from hgkd_fairseq.data import pairs
 from hgkd_fairseq.errors import UserError
-from hgkd_fairseq.plugin import binarised, checkpoints, features
+from hgkd_fairseq.loss import Head
+from hgkd_fairseq.plugin import checkpoints, features
 from hgkd_fairseq.plugin.checkpoints import split_paths
 from hgkd_fairseq.plugin.literals import literal
+from hgkd_fairseq.teacher import dictionaries, inputs
+from hgkd_fairseq.teacher.dictionaries import Selection
 from hgkd_fairseq.teacher.signals import Dense
 from hgkd_fairseq.teacher.source import Request, TeacherSource, register_source
 
@@ -30,11 +34,13 @@ class LiveTeacher(TeacherSource):
     """Frozen models in eval mode, an ensemble where there are several.
 
     Args:
-        paths: fairseq checkpoints. Architecture and size are free; the dictionaries must be the student's.
+        paths: fairseq checkpoints. Architecture and size are free; the dictionaries must hold the symbols of
+            the student's.
         source_dictionary, target_dictionary: the student's.
         dtype: "auto" (the student's), "fp32", "fp16" or "bf16".
         overrides: a dict literal, as fairseq's ``--model-overrides``.
         languages: the student's source and target; None: not known.
+        added: what the student's task adds to sentences, of `inputs.added`; None: nothing.
 
     Raises:
         UserError: a file that is missing, refused or no translation model; languages or dictionaries that differ.
@@ -50,12 +56,17 @@ class LiveTeacher(TeacherSource):
         dtype: str = "auto",
         overrides: str = "{}",
         languages: tuple[str | None, str | None] = (None, None),
+        added: dict | None = None,
     ):
         self.paths = list(paths)
         self.dtype = dtype
         given = parse_overrides(overrides)
-        self.members = [load_model(path, source_dictionary, target_dictionary, languages, given) for path in self.paths]
-        self.hash = fingerprint(self.members)
+        self.members, self.selections = [], {}
+        for path in self.paths:
+            model, selection = load_model(path, source_dictionary, target_dictionary, languages, given, added or {})
+            self.members.append(model)
+            self.selections[model] = selection
+        self.hash = fingerprint(self.members, [self.selections[model].fingerprint for model in self.members])
         for path, model in zip(self.paths, self.members, strict=True):
             logger.info("teacher %s: %s, %d parameters", path, type(model).__name__, count_parameters(model))
 
@@ -70,15 +81,21 @@ class LiveTeacher(TeacherSource):
                 "--criterion hard_gate_kd distils from a teacher and there is none: give --teacher-path CHECKPOINT "
                 "(fairseq-validate without one: --criterion hard_gate_kd --gate none)"
             )
+        from hgkd_fairseq.teacher.per_pair import TeacherOfEachPair, paths  # which is a live teacher itself
+
+        of_pairs = paths(options.teacher_path, request.pairs)
+        files = of_pairs or split_paths(options.teacher_path)
         if request.state.loaded is None:
-            refuse_what_training_writes(options.teacher_path, options.save_dir)
-        return cls(
-            split_paths(options.teacher_path),
+            for file in files:
+                refuse_what_training_writes(file, options.save_dir)
+        return (TeacherOfEachPair if of_pairs else cls)(
+            files,
             request.source_dictionary,
             request.target_dictionary,
             dtype=options.teacher_dtype,
             overrides=options.teacher_model_overrides,
             languages=request.languages,
+            added=inputs.added(request.options),
         )
 
     @property
@@ -89,27 +106,30 @@ class LiveTeacher(TeacherSource):
     def fingerprint(self) -> str:
         return self.hash
 
-    def check_data(self, split: str, dataset: LanguagePairDataset, limits: tuple[int, int]) -> None:
+    def check_data(self, split: str, dataset: FairseqDataset, limits: tuple[int, int]) -> None:
         for path, model in zip(self.paths, self.members, strict=True):
-            for side, sizes, positions, limit in zip(
-                ("source", "target"),
-                (dataset.src_sizes, dataset.tgt_sizes),
-                features.max_positions(model),
-                limits,
-                strict=True,
-            ):
-                sizes = np.asarray([] if sizes is None else sizes)
-                longest = int(sizes[sizes <= limit].max(initial=0))
-                if longest > positions:
-                    raise UserError(
-                        f"{split} has a {side} sentence of {longest} tokens, and the teacher {path} takes {positions} "
-                        f"at most; leave longer ones out with --max-{side}-positions {positions} "
-                        "--skip-invalid-size-inputs-valid-test, or name another teacher"
-                    )
+            for part in pairs.parts(dataset):
+                for side, sizes, positions, limit in zip(
+                    ("source", "target"),
+                    np.asarray(part.sizes).reshape(len(part), -1).T,  # (S, 2), or (S,) of sources alone
+                    features.max_positions(model),
+                    limits,
+                    strict=False,
+                ):
+                    longest = int(sizes[sizes <= limit].max(initial=0))
+                    if longest > positions:
+                        raise UserError(
+                            f"{split} has a {side} sentence of {longest} tokens, and the teacher {path} takes "
+                            f"{positions} at most; leave longer ones out with --max-{side}-positions {positions} "
+                            "--skip-invalid-size-inputs-valid-test, or name another teacher"
+                        )
 
     @torch.no_grad()
     def signal(self, sample: dict, device: torch.device, dtype: torch.dtype) -> Dense:
-        return Dense([features.head(model, sample["net_input"]) for model in self.placed(device, dtype)])
+        members = self.placed(device, dtype)
+        heads, whole = zip(*[self.heads(model, sample["net_input"]) for model in members], strict=True)
+        larger = any(one.vocabulary != its.vocabulary for one, its in zip(heads, whole, strict=True))
+        return Dense([*heads], whole=whole if larger else ())
 
     def placed(self, device: torch.device, dtype: torch.dtype) -> list[torch.nn.Module]:
         """The models, where and as the student's are."""
@@ -117,16 +137,30 @@ class LiveTeacher(TeacherSource):
             model.to(device=device, dtype=DTYPES.get(self.dtype, dtype))  # moves on the first batch, then does nothing
         return self.members
 
+    def heads(self, model: torch.nn.Module, net_input: dict) -> tuple[Head, Head]:
+        """What a member says of a batch: over the student's symbols, and over all of its own."""
+        selection = self.selections[model]
+        whole = features.head(model, selection.inputs(net_input))
+        return selection.head(whole), whole
 
-def fingerprint(models: Sequence[torch.nn.Module]) -> str:
-    """A hash of all weights of some models: the same wherever their files lie, in whichever order."""
+    def output_layer(self, model: torch.nn.Module) -> Head | None:
+        """The linear layer of a member over the student's symbols, without features; None where it has none."""
+        layer = features.linear_output(model)
+        if layer is None:
+            return None
+        return self.selections[model].head(Head(layer.weight[:0], layer.weight, layer.bias))
+
+
+def fingerprint(models: Sequence[torch.nn.Module], selections: Sequence[str]) -> str:
+    """A hash of all weights of some models: the same wherever their files lie, in whichever order; and of what is
+    selected of them, where that is not all."""
     found = []
-    for model in models:
+    for model, selected in zip(models, selections, strict=True):
         digest = hashlib.sha256()
         for name, tensor in model.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        found.append(digest.hexdigest())
+        found.append(f"{digest.hexdigest()}-{selected}" if selected else digest.hexdigest())
     return " ".join(sorted(found))
 
 
@@ -150,69 +184,53 @@ def load_model(
     target_dictionary: Dictionary,
     languages: tuple[str | None, str | None],
     overrides: dict,
-) -> torch.nn.Module:
-    """The model of one checkpoint, frozen and in eval mode, on the CPU."""
+    added: dict,
+) -> tuple[torch.nn.Module, Selection]:
+    """The model of one checkpoint, frozen and in eval mode, on the CPU, and what the student's dictionaries select of
+    it."""
     if not os.path.exists(path):
         raise UserError(f"--teacher-path names {path}, which does not exist; name a fairseq checkpoint")
     checkpoint = checkpoints.read(path, overrides)
     checkpoints.model_class(checkpoint)
-    check_task(path, checkpoint.options("task"), source_dictionary, target_dictionary, languages)
+    task_options = checkpoint.options("task")
+    inputs.check_added(path, task_options, added)
+    students = (source_dictionary, target_dictionary)
+    own = own_dictionaries(path, task_options, students, languages)
     # The plain task, with no --eval-bleu: building a model through the student's own task would hand its validation
     # the TEACHER to translate with.
-    task = TranslationTask(TranslationConfig(), source_dictionary, target_dictionary)
+    task = TranslationTask(TranslationConfig(), *own)
     model = checkpoints.build(checkpoint, task)
     model.eval()
     model.requires_grad_(False)
-    return model
+    return model, Selection(*[dictionaries.ids(*pair) for pair in zip(own, students, strict=True)])
 
 
-def check_task(
+def own_dictionaries(
     path: str,
     task: dict,
-    source_dictionary: Dictionary,
-    target_dictionary: Dictionary,
-    student: tuple[str | None, str | None],
-) -> None:
-    """Refuse a teacher of other languages, or of other dictionaries: its token 17 would be another word."""
-    folder = (split_paths(str(task.get("data") or "")) or [""])[0]
-    languages = (task.get("source_lang"), task.get("target_lang"))
-    if None in languages and os.path.isdir(folder):  # the teacher's run left them to fairseq, which reads file names
-        languages = tuple(data_utils.infer_language_pair(folder))
-    if None not in (*languages, *student) and languages != student:
+    students: tuple[Dictionary, Dictionary],
+    languages: tuple[str | None, str | None],
+) -> tuple[Dictionary, Dictionary]:
+    """Source and target dictionary of a teacher, of the student's languages and with the student's symbols: without the
+    ids of both, its token 17 would be another word."""
+    own = inputs.pair_of(task)
+    if None not in (*own, *languages) and own != languages and inputs.kind(task) != inputs.MULTILINGUAL:
         raise UserError(
-            f"the teacher {path} translates from {languages[0]} to {languages[1]}, the student from {student[0]} to "
-            f"{student[1]}; name a teacher of the student's languages, or where only their names differ say so with "
-            f"--teacher-model-overrides \"{{'source_lang': '{student[0]}', 'target_lang': '{student[1]}'}}\""
+            f"the teacher {path} translates from {own[0]} to {own[1]}, the student from {languages[0]} to "
+            f"{languages[1]}; name a teacher of the student's languages, or where only their names differ say so with "
+            f"--teacher-model-overrides \"{{'source_lang': '{languages[0]}', 'target_lang': '{languages[1]}'}}\""
         )
-    for side, language, dictionary in zip(
-        ("source", "target"), languages, (source_dictionary, target_dictionary), strict=True
-    ):
-        file = os.path.join(folder, f"dict.{language}.txt")
-        if not os.path.isfile(file):
-            raise UserError(
-                f"the {side} dictionary of the teacher {path}, {file}, does not exist and cannot be compared with "
-                "the student's; give its folder with --teacher-model-overrides \"{'data': 'DIR'}\""
-            )
-        difference = dictionary_difference(binarised.dictionary(file), dictionary)
+    found = []
+    for side, dictionary in zip(("source", "target"), students, strict=True):
+        found.append(inputs.dictionary(path, task, side))
+        difference = dictionaries.difference(found[-1], dictionary)
         if difference:
             raise UserError(
                 f"the {side} dictionaries of the teacher {path} and of the student differ: {difference}; "
-                "preprocess the student's data with the teacher's dictionaries (fairseq-preprocess --srcdict --tgtdict)"
+                "preprocess the student's data with the teacher's dictionaries, or with some of their lines "
+                "(fairseq-preprocess --srcdict --tgtdict)"
             )
-
-
-def dictionary_difference(teacher: Dictionary, student: Dictionary) -> str | None:
-    """What differs first, sizes, then symbols, then special ids; None where nothing does."""
-    if len(teacher) != len(student):
-        return f"the teacher's has {len(teacher)} types, the student's {len(student)}"
-    for index, (theirs, ours) in enumerate(zip(teacher.symbols, student.symbols, strict=True)):
-        if theirs != ours:
-            return f"type {index} is {theirs!r} for the teacher and {ours!r} for the student"
-    for name in ("bos", "pad", "eos", "unk"):
-        theirs, ours = getattr(teacher, name)(), getattr(student, name)()
-        if theirs != ours:
-            return f"{name} is {theirs} for the teacher and {ours} for the student"
-    return None
+    return found[0], found[1]
 
 
 # What fairseq-train writes, replaces or removes in its --save-dir.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -31,11 +31,15 @@ class Dense(NamedTuple):
 
     heads: list[Head]
     gold: Gold | None = None
+    # Where the teacher has symbols that the student lacks: the members with all of theirs, of the same features.
+    whole: Sequence[Head] = ()
 
     def after(self, skip: int) -> Dense:
         """From the `skip`-th target token on."""
-        heads = [head._replace(hidden=head.hidden[:, skip:]) for head in self.heads]
-        return Dense(heads, self.gold and _map(self.gold, lambda tensor: tensor[:, skip:]))
+        heads, whole = (
+            [head._replace(hidden=head.hidden[:, skip:]) for head in members] for members in (self.heads, self.whole)
+        )
+        return Dense(heads, self.gold and _map(self.gold, lambda tensor: tensor[:, skip:]), whole)
 
 
 class Sparse(NamedTuple):

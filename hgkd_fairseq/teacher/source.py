@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ class Request:
     languages: tuple[str | None, str | None]  # source and target
     state: TrainingState
     training_targets: Callable[[], Iterator[torch.Tensor]]  # (length,) each, all that the student trains on
+    pairs: Sequence[str] = ()  # names of a task of several language pairs, whose batches say of which each sentence is
 
 
 class TeacherSource:

@@ -94,7 +94,7 @@ def write(data: str, teacher_path: str, output: str, options: StoreOptions) -> s
     if options.kind == "topk" and options.tokens >= vocabulary:
         raise UserError(f"--k {options.tokens} is no part of a vocabulary of {vocabulary}; give fewer")
     sources = list(sources_of(task, data, options.subsets, limits))
-    layers = layers_of(teacher.models) if options.kind == "hidden" else {}
+    layers = layers_of(teacher) if options.kind == "hidden" else {}
     manifest = {
         "format": FORMAT, "version": hgkd_fairseq.__version__, "torch": torch.__version__,
         "kind": options.kind, "dtype": options.dtype if options.kind == "hidden" else "fp32",
@@ -153,15 +153,15 @@ def sources_of(task: TranslationTask, data: str, subsets: tuple[str, ...], limit
             yield source
 
 
-def layers_of(models: list) -> dict[str, bytes]:
+def layers_of(teacher: LiveTeacher) -> dict[str, bytes]:
     """The files of the output layers.
 
     Raises:
         UserError: a model that has none.
     """
     found = {}
-    for member, model in enumerate(models):
-        output = features.linear_output(model)
+    for member, model in enumerate(teacher.models):
+        output = teacher.output_layer(model)
         if output is None:
             raise UserError(f"--kind hidden needs a teacher with a linear output layer, and {type(model).__name__} has "
                             "none; use sampled or topk")  # fmt: skip
@@ -263,7 +263,7 @@ class Writer:
         batch = source.dataset.collater([source.dataset[index] for index in indices])
         batch = utils.move_to_cuda(batch) if self.device.type == "cuda" else batch
         kept: Tensor = batch["target"] != self.pad
-        heads = [features.head(model, batch["net_input"]) for model in models]
+        heads = [self.teacher.heads(model, batch["net_input"])[0] for model in models]
         heads = [head._replace(hidden=head.hidden[kept]) for head in heads]  # (N, D)
         rows = statistics.of_rows(heads, batch["target"][kept], self.options, generator)
         lengths = kept.sum(1).tolist()

@@ -1,0 +1,128 @@
+"""What fairseq's translation tasks make of a text before a model sees it: their dictionaries, with the symbols that a
+task adds when it runs, and the tokens that it adds to a sentence. Student and teacher read the same batches."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from fairseq.data import Dictionary, data_utils
+from fairseq.data.multilingual.multilingual_utils import augment_dictionary
+from omegaconf import OmegaConf
+
+from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.plugin import binarised
+from hgkd_fairseq.plugin.checkpoints import split_paths
+
+MULTILINGUAL, BART = "translation_multi_simple_epoch", "translation_from_pretrained_bart"
+FOLDER = "give its folder with --teacher-model-overrides \"{'data': 'DIR'}\""
+
+
+def plain(options: Any) -> dict[str, Any]:
+    """The options of a task, whatever holds them."""
+    if isinstance(options, dict):
+        return options
+    if OmegaConf.is_config(options):
+        return dict(OmegaConf.to_container(options, resolve=False, enum_to_str=True))  # type: ignore[arg-type]
+    return dict(vars(options))
+
+
+def kind(task: dict[str, Any]) -> str:
+    """fairseq's name of it, or of the one that ours adds a teacher to."""
+    return str(task.get("_name") or task.get("task") or "translation").removesuffix("_with_teacher")
+
+
+def added(options: Any) -> dict[str, Any]:
+    """What a task adds to sentences, by the option that says so; nothing for fairseq's plain translation task."""
+    task = plain(options)
+    if kind(task) == BART:
+        pair = {name: task.get(name) for name in ("source_lang", "target_lang")}
+        return {"task": BART, "prepend_bos": bool(task.get("prepend_bos")), **pair}
+    if kind(task) != MULTILINGUAL:
+        return {}
+    main = (task.get("encoder_langtok"), "tgt" if task.get("decoder_langtok") else None)
+    tokens = {name: tuple(one) for name, one in {"main": main, **(task.get("langtoks") or {})}.items()}
+    found: dict[str, Any] = {}
+    if any(any(one) for one in tokens.values()):
+        style = str(task.get("lang_tok_style") or "multilingual")
+        replacing = bool(task.get("lang_tok_replacing_bos_eos"))
+        found |= {"langtoks": tokens, "lang_tok_style": style, "lang_tok_replacing_bos_eos": replacing}
+    if task.get("enable_lang_ids"):
+        found["enable_lang_ids"] = languages(task)
+    return found
+
+
+def check_added(path: str, teacher: dict[str, Any], student: dict[str, Any]) -> None:
+    """Raises:
+    UserError: a teacher's task adds other tokens to sentences than the student's.
+    """
+    theirs = added(teacher)
+    for name in {**student, **theirs}:
+        one, other = (found.get(name, "nothing") for found in (theirs, student))
+        if one != other:
+            raise UserError(
+                f"the teacher {path} was trained with {name} {one}, the student has {other}: both read the same "
+                "batches, so that they need the same language tokens; train with the teacher's task and options"
+            )
+
+
+def languages(task: dict[str, Any]) -> list[str]:
+    """Of a multilingual task, in the order of their tokens."""
+    if task.get("lang_dict"):
+        try:
+            with open(task["lang_dict"], encoding="utf-8") as lines:
+                return [line.strip() for line in lines if line.strip()]
+        except OSError as error:
+            raise UserError(f"--lang-dict {task['lang_dict']}: {error.strerror}; name the teacher's") from None
+    pairs = task.get("lang_pairs") or []
+    pairs = pairs.split(",") if isinstance(pairs, str) else pairs
+    return list(task.get("langs") or sorted({language for pair in pairs for language in pair.split("-")}))
+
+
+def folder_of(task: dict[str, Any]) -> str:
+    return (split_paths(str(task.get("data") or "")) or [""])[0]
+
+
+def pair_of(task: dict[str, Any]) -> tuple[str | None, str | None]:
+    """Source and target language of a task, one of several pairs; None: not known."""
+    found = (task.get("source_lang"), task.get("target_lang"))
+    if None not in found:
+        return found
+    if kind(task) == MULTILINGUAL:
+        pairs = task.get("lang_pairs") or []
+        first = (pairs.split(",") if isinstance(pairs, str) else pairs)[:1]
+        return tuple(first[0].split("-", 1)) if first and "-" in first[0] else found  # type: ignore[return-value]
+    folder = folder_of(task)
+    # The teacher's run left them to fairseq, which reads file names.
+    return tuple(data_utils.infer_language_pair(folder)) if os.path.isdir(folder) else found
+
+
+def dictionary_file(task: dict[str, Any], side: str) -> str:
+    """Of the side "source" or "target"."""
+    given = task.get("fixed_dictionary") or task.get(f"{side}_dict")
+    if kind(task) == MULTILINGUAL and given:
+        return str(given)
+    return os.path.join(folder_of(task), f"dict.{pair_of(task)[side == 'target']}.txt")
+
+
+def dictionary(path: str, task: dict[str, Any], side: str) -> Dictionary:
+    """Of a checkpoint's task, as it has it when it runs.
+
+    Raises:
+        UserError: its file is not there, or is none.
+    """
+    file = dictionary_file(task, side)
+    if not os.path.isfile(file):
+        raise UserError(
+            f"the {side} dictionary of the teacher {path}, {file}, does not exist and cannot be compared with the "
+            f"student's; {FOLDER}"
+        )
+    found = binarised.dictionary(file)
+    if kind(task) == MULTILINGUAL:
+        style, specs = task.get("lang_tok_style") or "multilingual", task.get("langtoks_specs") or ["main"]
+        augment_dictionary(found, languages(task), style, specs, task.get("extra_data"))
+    if kind(task) == BART:
+        for language in str(task.get("langs") or "").split(","):
+            found.add_symbol(f"[{language}]")
+        found.add_symbol("<mask>")
+    return found

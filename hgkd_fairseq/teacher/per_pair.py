@@ -1,0 +1,105 @@
+"""A teacher for each language pair (Tan et al., ICLR 2019, arXiv:1902.10461): --teacher-path de-en=T1,fr-en=T2."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.loss import Head
+from hgkd_fairseq.loss.eager import logits
+from hgkd_fairseq.teacher.live import DTYPES, LiveTeacher
+from hgkd_fairseq.teacher.signals import Dense
+
+PAIR = re.compile(r"([^=,-]+-[^=,-]+)=([^,]+)(?:,|$)")
+
+
+def paths(given: str, pairs: Sequence[str]) -> list[str] | None:
+    """Of the option's value the file of each pair, in their order; None: it names no pairs.
+
+    Raises:
+        UserError: a pair that is missing, or none of the task's.
+    """
+    found = dict(PAIR.findall(given))
+    if not set(found) & set(pairs) or "".join(PAIR.split(given)[::3]):
+        return None
+    if set(found) != set(pairs):
+        raise UserError(
+            f"--teacher-path {given} names teachers of {', '.join(found)}, and the language pairs are "
+            f"{', '.join(pairs) or 'not several'}; name one for each, or one for all"
+        )
+    return [found[pair] for pair in pairs]
+
+
+class TeacherOfEachPair(LiveTeacher):
+    """As :class:`LiveTeacher`, of which each sentence has the model of its pair. Their output layers stand side by
+    side, so that the student is compared with all in one product, which takes the time of all.
+
+    Args:
+        paths: a checkpoint for each pair, in their order; a file may stand for several.
+    """
+
+    def __init__(self, paths: Sequence[str], *args, **kwargs):
+        files = list(dict.fromkeys(paths))
+        super().__init__(files, *args, **kwargs)
+        self.of_pair = [files.index(path) for path in paths]
+        if any(selection.fingerprint for selection in self.selections.values()):
+            raise UserError(
+                f"--teacher-path {', '.join(files)}: teachers of single pairs need the student's own dictionaries; "
+                "name one teacher for all pairs, or preprocess the data with the teachers' dictionaries"
+            )
+        self.layer: tuple[object, Head] | None = None  # device and precision, and the output layers side by side
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.hash} for pairs {' '.join(map(str, self.of_pair))}"
+
+    @torch.no_grad()
+    def signal(self, sample: dict, device: torch.device, dtype: torch.dtype) -> Dense:
+        of_pair = torch.tensor(self.of_pair, device=device)
+        which = of_pair[sample["pair"].to(device)]  # (B,) place of each sentence's model
+        heads, rows = [], []
+        for place, model in enumerate(self.members):
+            model.to(device=device, dtype=DTYPES.get(self.dtype, dtype))
+            mine = (which == place).nonzero().squeeze(1)
+            # A model without sentences is asked for its width all the same.
+            asked = mine if len(mine) else torch.zeros(1, dtype=torch.int64, device=device)
+            net_input = {
+                name: value[asked] if isinstance(value, Tensor) else value
+                for name, value in sample["net_input"].items()
+            }
+            head, _ = self.heads(model, net_input)
+            heads.append(head._replace(hidden=head.hidden[: len(mine)]))
+            rows.append(mine)
+        return Dense([self.joined(heads, rows, sample["target"].shape)])
+
+    def joined(self, heads: list[Head], rows: list[Tensor], shape: torch.Size) -> Head:
+        """One head over a batch (B, T), of heads of the sentences `rows` each; 0 in the others' columns."""
+        if any(head.weight is None for head in heads):
+            parts = [logits(head) for head in heads]
+            whole = parts[0].new_zeros(*shape, parts[0].size(-1))
+            for part, mine in zip(parts, rows, strict=True):
+                whole[mine] = part
+            return Head(whole, None)
+        widths = [head.hidden.size(-1) + (head.bias is not None) for head in heads]
+        hidden = heads[0].hidden.new_zeros(*shape, sum(widths))
+        start = 0
+        for head, mine, width in zip(heads, rows, widths, strict=True):
+            hidden[mine, :, start : start + head.hidden.size(-1)] = head.hidden
+            if head.bias is not None:
+                hidden[mine, :, start + width - 1] = 1
+            start += width
+        return self.layers(heads)._replace(hidden=hidden)
+
+    def layers(self, heads: list[Head]) -> Head:
+        kept = (heads[0].hidden.device, heads[0].hidden.dtype)
+        if self.layer is None or self.layer[0] != kept:
+            columns = [
+                one for head in heads for one in (head.weight, None if head.bias is None else head.bias[:, None])
+            ]
+            weight = torch.cat([one for one in columns if one is not None], 1)
+            self.layer = kept, Head(weight[:0], weight)
+        return self.layer[1]
