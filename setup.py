@@ -34,6 +34,7 @@ setup(
         "triton": ["triton>=3.2"],
         "report": ["matplotlib>=3.8"],
         "export": ["ctranslate2>=4.5"],
+        "examples": ["transformers>=5", "accelerate>=1.1"],
         "test": [
             *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "ruff>=0.6", "mypy>=1.10"),
             *("torchmetrics>=1.4", "matplotlib>=3.8", "tensorboardX>=2.6", "ctranslate2>=4.5"),

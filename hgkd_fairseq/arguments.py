@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 from hgkd_fairseq import files
 from hgkd_fairseq.errors import UserError, printable
+
+COMPUTED = ("bleu", "chrf", "ter")  # metrics that no file gives
 
 
 class Parser(argparse.ArgumentParser):
@@ -99,6 +102,22 @@ class RunFolder(Input):
     content = ("*.pt", "*.log", "*.txt", "*.json")
 
 
+class SegmentScores(Input):
+    """NAME=FILE: the name of a file of scores, and of the metric that they are of."""
+
+    metric: str
+
+    def __new__(cls, text: str):
+        metric, equals, file = text.partition("=")
+        if not (equals and file and re.fullmatch(r"\w[\w.+-]{0,39}", metric)):
+            raise argparse.ArgumentTypeError(f"{printable(text[:60])} is no NAME=FILE, as COMET=comet.txt")
+        if metric.lower() in COMPUTED:
+            raise argparse.ArgumentTypeError(f"{metric} is computed here; give the scores in {file} another name")
+        found = super().__new__(cls, file)
+        found.metric = metric
+        return found
+
+
 def refuse_overwriting(args) -> None:
     """An output that is an input, or another output."""
     named = [one for value in vars(args).values() for one in (value if isinstance(value, list) else [value])]
@@ -139,3 +158,8 @@ def add_search(option) -> None:
     longest = "translations have at most A x + B pieces, x those of the longest source in the batch (default: 0)"
     option("--max-len-a", type=number(0, 1000, float), default=0.0, metavar="A", help=longest)
     option("--max-len-b", type=number(0, 10**6), default=200, metavar="B", help="see --max-len-a (default: 200)")
+
+
+def add_segment_scores(option, what: str) -> None:
+    scores = f"scores of the sentences by another metric (COMET, MetricX), one a line in their order: {what}"
+    option("--segment-scores", action="append", default=[], type=SegmentScores, metavar="NAME=FILE", help=scores)

@@ -27,6 +27,7 @@ from hgkd_fairseq.arguments import (
     add_cpu,
     add_data,
     add_search,
+    add_segment_scores,
     number,
     refuse_overwriting,
 )  # fmt: skip
@@ -119,7 +120,8 @@ def add_inference(kinds) -> None:
         from hgkd_fairseq.evaluation.inference import Labelling, evaluate
 
         options = Labelling(args.labels, args.words)
-        show(evaluate(args.file, args.reference, options, settings_of(args), args.tokens), args)
+        found = evaluate(args.file, args.reference, options, settings_of(args), args.tokens, args.segment_scores)
+        show(found, args)
 
     option = add(kinds, "inference", run, "of the model's own translations, as fairseq-generate wrote them")
     output = "output of fairseq-generate, run without --remove-bpe and --bpe"
@@ -132,6 +134,7 @@ def add_inference(kinds) -> None:
     )
     option("--labels", choices=["wang2020", "ter"], default="wang2020", help=right)
     option("--words", action="store_true", help="score words, with the product of their pieces'")
+    add_segment_scores(option, "their rank correlation with the log-probability")
     add_scoring(option)
 
 
@@ -233,7 +236,7 @@ def add_report(commands) -> None:
     def run(args) -> None:
         from hgkd_fairseq.report.page import report
 
-        print(report(args.runs, args.output, args.reference, args.translations))
+        print(report(args.runs, args.output, args.reference, args.translations, args.segment_scores))
 
     about = "finished runs side by side: tables in markdown, and an HTML page with diagrams and curves"
     option = add(commands, "report", run, about)
@@ -244,6 +247,7 @@ def add_report(commands) -> None:
     option("--reference", type=Input, metavar="FILE", help=text)
     which = "translations of `hgkd score --checkpoint NAME`, in RUN/NAME, such as best-bleu; all else is RUN's own"
     option("--translations", default="", metavar="NAME", help=which)
+    add_segment_scores(option, "give it once for each run, in the order of the runs")
 
 
 def add_store(commands) -> None:
@@ -310,13 +314,14 @@ def add_compare(commands) -> None:
     def run(args) -> None:
         from hgkd_fairseq.evaluation.compare import compare
 
-        print(compare(args.data, args.models, **comparison_of(args)))
+        print(compare(args.data, args.models, segment_scores=args.segment_scores, **comparison_of(args)))
 
     option = add(commands, "compare", run, "translate with several models: BLEU, calibration, size, speed")
     add_data(option)
     models = "fairseq checkpoint or ensemble, CTranslate2 folder"
     option("models", nargs="+", type=Input, metavar="MODEL", help=models)
     add_comparison(option)
+    add_segment_scores(option, "give it once for each model, in the order of the models")
 
 
 def add_comparison(option) -> None:

@@ -36,17 +36,20 @@ def fairseq() -> str:
         raise Problem("not installed; pip install ve-fairseq==0.12.3")
     names = packages_distributions().get("fairseq", [])
     try:
-        import fairseq.checkpoint_utils  # noqa: F401  what a half-working installation fails at
+        import fairseq.checkpoint_utils  # what a half-working installation fails at
     except Exception as error:
         raise Problem(f"{', '.join(names)} does not import ({error}); pip install ve-fairseq==0.12.3") from error
     from hgkd_fairseq import plugin
     from hgkd_fairseq.plugin import compat
 
     plugin.register()
+    fork = ", ".join(f"{name} {distribution(name).version}" for name in dict.fromkeys(names))
+    fork = fork or f"a checkout of {getattr(fairseq, '__version__', 'unknown version')}"
     unpatched = [name for name, applied in compat.APPLIED.items() if not applied]
     if unpatched:
-        raise Problem(f"version unknown to {', '.join(unpatched)}; pip install ve-fairseq=={compat.TESTED_FAIRSEQ}")
-    return ", ".join(f"{name} {distribution(name).version}" for name in names) or "a checkout"
+        expected = f"pip install ve-fairseq=={compat.TESTED_FAIRSEQ}"
+        raise Problem(f"{fork}, which is not as the plugin's patches expect: {', '.join(unpatched)}; {expected}")
+    return fork
 
 
 def registration() -> str:

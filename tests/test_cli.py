@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import command_line as cl
@@ -37,6 +38,18 @@ def test_doctor_passes_here(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(doctor.CHECKS)
     assert all(line.startswith("ok ") for line in lines)
+
+
+def test_doctor_names_the_fork_of_fairseq(monkeypatch):
+    from hgkd_fairseq.plugin import compat
+
+    installed = f"ve-fairseq {metadata.version('ve-fairseq')}"
+    assert doctor.fairseq() == installed
+    monkeypatch.setitem(compat.APPLIED, "fairseq.trainer.train_step", False)
+    with pytest.raises(doctor.Problem) as problem:
+        doctor.fairseq()
+    expected = f"{installed}, which is not as the plugin's patches expect: fairseq.trainer.train_step; pip install"
+    assert str(problem.value).startswith(expected)
 
 
 def test_doctor_without_a_gpu(monkeypatch):

@@ -70,15 +70,69 @@ def test_the_mathematics_imports_no_fairseq(name: str):
                 assert not any(one.split(".")[0] == "fairseq" for one in names), file
 
 
-def test_importing_the_mathematics_changes_nothing():
-    """In a process of its own, where fairseq is installed: it is not even imported."""
-    code = """
-import sys
+WITHOUT_FAIRSEQ = """
+import importlib.abc, sys
+
+asked = []
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("fairseq", "fairseq_cli", "hydra", "omegaconf"):
+            asked.append(name)
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
 before = sys.excepthook
-import hgkd_fairseq.calibration, hgkd_fairseq.gates, hgkd_fairseq.loss
-from hgkd_fairseq.loss import gated_distillation
+
+import torch
+from hgkd_fairseq.calibration import CalibrationHistogram, FineHistogram, SentenceBootstrap
+from hgkd_fairseq.calibration.scores import Predictions, Settings
+from hgkd_fairseq.gates import GATES, GateWeights, register_gate
+from hgkd_fairseq.loss import IMPLEMENTATIONS, gated_distillation, unusable
+
+@register_gate("margin", equation="g_t = 1[log p_t > log q_t + 0.1]; data 1 - g_t, teacher g_t", source="mine")
+def margin(statistics):
+    teacher = (statistics.student_logprob - statistics.teacher_logprob > 0.1).float()
+    return GateWeights(data=1 - teacher, teacher=teacher)
+
+torch.manual_seed(1)
+hidden, weight, bias = torch.randn(4, 6, 16), torch.randn(50, 16), torch.randn(50)
+teacher = torch.randn(4, 6, 8), torch.randn(50, 8)
+target = torch.randint(2, 50, (4, 6))
+target[0, 3:] = 1
+assert {"token", "sentence", "always", "margin"} <= set(GATES)
+for gate in ("token", "sentence", "always", "margin"):
+    expected = None
+    for implementation in IMPLEMENTATIONS[1:]:
+        if unusable(implementation, "cpu"):
+            continue
+        leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight, bias)]
+        out = gated_distillation(
+            *leaves[:2], *teacher, target, gate=gate, student_bias=leaves[2], top1=True, implementation=implementation
+        )
+        (out.loss / out.tokens).backward()
+        found = [out.loss.detach(), out.teacher_share, *[leaf.grad for leaf in leaves]]
+        expected = expected or found  # of "eager"
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one.float(), other.float(), rtol=1e-4, atol=1e-5)
+    assert implementation != "eager" and expected[2].abs().sum() > 0
+
+kept = out.tokens_mask
+sentence = torch.arange(4)[:, None].expand(4, 6)[kept]
+confidence, correct = out.confidence[kept].clamp(max=1), out.correct[kept]
+histogram, fine, predictions = CalibrationHistogram(20), FineHistogram(), Predictions(Settings(replicates=10))
+for each in (histogram, fine):
+    each.update(confidence, correct)
+predictions.update(sentence, confidence, correct)
+scores = {score.key: score.value for score in predictions.scores()}
+assert abs(scores["ece"] - histogram.ece()) < 1e-12 and scores["smooth_ece"] == fine.smooth_ece() > 0
 assert sys.excepthook is before
-assert not any(name.split('.')[0] == 'fairseq' for name in sys.modules)
+assert asked == [], asked
+assert not any(name.partition(".")[0] == "fairseq" for name in sys.modules)
 """
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_the_mathematics_works_without_fairseq():
+    """In a process where it cannot be imported, and nothing asks for it: losses and gradients of each implementation,
+    gates, one from outside among them, and calibration; nothing in the process is changed."""
+    command = [sys.executable, "-c", WITHOUT_FAIRSEQ]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr

@@ -12,6 +12,11 @@ from torch import Tensor
 LEVEL = 0.95
 
 
+def poisson_draws(sentences: Iterable[int], replicates: int, seed: int) -> np.ndarray:
+    """(S, R) how often each of S sentences counts in each resample; see :class:`SentenceBootstrap`."""
+    return np.stack([np.random.default_rng([seed, number]).poisson(1.0, replicates) for number in sentences])
+
+
 class SentenceBootstrap:
     """Sums of per-sentence statistics under `replicates` resamples of the sentences, in (replicates, K) numbers.
 
@@ -32,8 +37,7 @@ class SentenceBootstrap:
 
     def update(self, sentences: Iterable[int], statistics: Tensor) -> None:
         """Add S sentences: their numbers (each to be given once, at least 0) and statistics (S, K)."""
-        replicates = self.sums.size(0)
-        draws = np.stack([np.random.default_rng([self.seed, i]).poisson(1.0, replicates) for i in sentences])  # (S, R)
+        draws = poisson_draws(sentences, self.sums.size(0), self.seed)
         self.sums += torch.from_numpy(draws).double().T @ statistics.cpu().double()
 
     def merge(self, other: SentenceBootstrap) -> None:

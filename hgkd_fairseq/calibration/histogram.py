@@ -6,6 +6,8 @@ dimensions (sentences, replicates of a bootstrap) and return scores of those dim
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -73,6 +75,52 @@ def mce(table: Tensor, min_count: int = 1) -> Tensor:
 def rms(table: Tensor) -> Tensor:
     """Root mean square calibration error, sqrt(sum_b n_b / N gap_b^2) (Nguyen and O'Connor 2015, section 3)."""
     return ((table[..., COUNT, :] * gaps(table).square()).sum(-1) / count(table)).sqrt()
+
+
+def debiased_squares(table: Tensor) -> Tensor:
+    """Debiased estimate of the squared calibration error of binned predictions (Kumar, Liang and Ma, NeurIPS 2019,
+    arXiv:1909.10155, section 5),
+
+        sum_b n_b / N ((conf_b - acc_b)^2 - acc_b (1 - acc_b) / (n_b - 1))
+
+    where the second term is an unbiased estimate of the variance of acc_b, by which the plain estimate is too large.
+    Below 0 where chance makes it so. A bin of one prediction, whose variance is unknown, adds nothing, as in the
+    authors' library. Predictions are taken as independent; those of a sentence are not quite, so that some bias is
+    left. NaN without predictions.
+    """
+    number = table[..., COUNT, :]
+    errors = number * (gaps(table).square() - _accuracy_variance(table, number - 1))
+    return errors.where(number > 1, torch.zeros_like(errors)).sum(-1) / count(table)
+
+
+def debiased_rms(table: Tensor) -> Tensor:
+    """The root of :func:`debiased_squares`, the debiased calibration error of the paper; 0 where that is below 0."""
+    return debiased_squares(table).clamp(min=0).sqrt()
+
+
+def debiased_ece(table: Tensor) -> Tensor:
+    """The ECE less what chance adds to it, as the library of Kumar et al. 2019 estimates that for the L1 norm.
+
+    Were acc_b drawn anew from a normal distribution of mean acc_b and variance s_b^2 = acc_b (1 - acc_b) / n_b, the ECE
+    would be expected to be
+
+        sum_b n_b / N E|g_b + s_b Z|,    E|g + s Z| = s sqrt(2 / pi) exp(-g^2 / 2 s^2) + g erf(g / (s sqrt(2)))
+
+    with the gap g_b; how much that is above the ECE is taken for how much the ECE is above the truth, of which it is a
+    third where the truth is 0. (The library draws Z a thousand times; this is the expectation itself.) It may be below
+    0. NaN without predictions.
+    """
+    number, gap = table[..., COUNT, :], gaps(table)
+    deviation = _accuracy_variance(table, number).sqrt()
+    ratio = gap / deviation.clamp(min=1e-150)  # where all are right, or none, there is no noise
+    noisy = deviation * math.sqrt(2 / math.pi) * torch.exp(-ratio.square() / 2) + gap * torch.erf(ratio / math.sqrt(2))
+    return 2 * ece(table) - (number * noisy).sum(-1) / count(table)
+
+
+def _accuracy_variance(table: Tensor, degrees: Tensor) -> Tensor:
+    """(..., bins) acc (1 - acc) / degrees; 0 where a bin is empty."""
+    share = table[..., CORRECT, :] / table[..., COUNT, :].clamp(min=1)
+    return (share * (1 - share)).clamp(min=0) / degrees.clamp(min=1)
 
 
 def overconfidence(table: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 import hgkd_fairseq
-from hgkd_fairseq.calibration import histogram
+from hgkd_fairseq.calibration import corp, histogram
 from hgkd_fairseq.calibration.bootstrap import LEVEL, SentenceBootstrap
 from hgkd_fairseq.calibration.fine import FineHistogram
 from hgkd_fairseq.errors import UserError
@@ -66,6 +67,7 @@ class Mean(NamedTuple):
 
 
 BRIER_TOP1 = Mean("brier_top1", "BrierTop1")
+NLL_TOP1 = Mean("nll_top1", "NLLTop1", "bits")  # of the event that the top-1 prediction is right
 
 
 class Predictions:
@@ -80,11 +82,11 @@ class Predictions:
 
     def __init__(self, settings: Settings, suffix: str = "", parts: dict[str, Any] | None = None, means=()):
         self.settings, self.suffix, self.parts = settings, suffix, parts or {}
-        self.means: tuple[Mean, ...] = (*means, BRIER_TOP1)
+        self.means: tuple[Mean, ...] = (*means, BRIER_TOP1, NLL_TOP1)
         self.fine = FineHistogram()
         self.sums = torch.zeros(3 * settings.bins + len(self.means), dtype=torch.float64)
         self.bootstrap = SentenceBootstrap(self.sums.numel(), settings.replicates, settings.seed)
-        self.weighted: Tensor | None = None  # (3, bins), where whole distributions are known
+        self.distributions: Tensor | None = None  # (2, 3, bins), where they are known: for weighted ECE and Full-ECE
 
     def update(self, sentence: Tensor, confidence: Tensor, correct: Tensor, **means: Tensor) -> None:
         """Add N predictions of whole sentences: each sentence's in one call.
@@ -105,7 +107,8 @@ class Predictions:
             return
         tables = histogram.tabulate(confidence, correct, self.settings.bins, group=group, groups=numbers.numel())
         columns = torch.zeros(numbers.numel(), len(self.means), dtype=torch.float64)
-        means = {**means, BRIER_TOP1.key: (confidence - correct).square()}
+        means[BRIER_TOP1.key] = (confidence - correct).square()
+        means[NLL_TOP1.key] = corp.binary_nll(confidence, correct)
         columns.index_add_(0, group, torch.stack([means[mean.key].cpu().double() for mean in self.means], dim=1))
         statistics = torch.cat([tables.flatten(1), columns], dim=1)  # (S, K)
         self.sums += statistics.sum(0)
@@ -117,13 +120,13 @@ class Predictions:
         self.fine.merge(other.fine)
         self.bootstrap.merge(other.bootstrap)
         self.sums = self.sums + other.sums
-        if other.weighted is not None:
-            self.add_weighted(other.weighted)
+        if other.distributions is not None:
+            self.add_distributions(other.distributions)
 
-    def add_weighted(self, table: Tensor) -> None:
-        """Add a (3, bins) table of whole distributions."""
-        table = table.cpu()
-        self.weighted = table if self.weighted is None else self.weighted + table
+    def add_distributions(self, tables: Tensor) -> None:
+        """Add the (2, 3, bins) tables of :func:`distribution.distribution_tables`, of one group."""
+        tables = tables.cpu()
+        self.distributions = tables if self.distributions is None else self.distributions + tables
 
     def table(self, sums: Tensor) -> Tensor:
         """(..., 3, bins) of sums (..., K)."""
@@ -134,7 +137,7 @@ class Predictions:
         return histogram.CalibrationHistogram(sums=self.table(self.sums))
 
     def scores(self) -> list[Score]:
-        return [*self.binned_scores(), *self.fine_scores(), *self.mean_scores()]
+        return [*self.binned_scores(), *self.fine_scores(), *self.mean_scores(), *self.corp_scores()]
 
     def score(self, key: str, name: str, function: Callable[[Tensor], Tensor], unit: str = "%", **first: Any) -> Score:
         """A score of sums (..., K), with its interval; `first` opens its signature."""
@@ -160,16 +163,34 @@ class Predictions:
         ]
 
     def fine_scores(self) -> list[Score]:
-        """Adaptive, smooth and, where whole distributions are known, weighted ECE; without intervals."""
-        bins = self.settings.bins
+        """Debiased, adaptive, smooth and, where whole distributions are known, weighted and full ECE; without
+        intervals: a resample would bring back the bias that was taken out."""
+        bins, table = self.settings.bins, self.table(self.sums)
         found = [
+            ("debiased_ece", signature("DebiasedECE", bins=bins, **self.parts), float(histogram.debiased_ece(table))),
+            ("debiased_rms", signature("DebiasedRMSCE", bins=bins, **self.parts), float(histogram.debiased_rms(table))),
             ("adaptive_ece", signature("AdaECE", bins=bins, **self.parts), self.fine.adaptive_ece(bins)),
             ("smooth_ece", signature("smECE", **self.parts), self.fine.smooth_ece()),
         ]
-        if self.weighted is not None:
-            weighted = float(histogram.ece(self.weighted))
-            found.append(("weighted_ece", signature("wECE", bins=bins, **self.parts), weighted))
+        if self.distributions is not None:
+            for key, name, each in zip(
+                ("weighted_ece", "full_ece"), ("wECE", "FullECE"), self.distributions, strict=True
+            ):
+                found.append((key, signature(name, bins=bins, **self.parts), float(histogram.ece(each))))
         return [Score(key + self.suffix, text, value) for key, text, value in found]
+
+    def corp_scores(self) -> list[Score]:
+        """Miscalibration, discrimination and uncertainty of the top-1 prediction's Brier score and NLL; without
+        intervals."""
+        brier, nll = (float(self.average(self.sums, mean)) for mean in (BRIER_TOP1, NLL_TOP1))
+        splits = corp.split(self.fine.sums, brier, nll)
+        return [
+            Score(
+                f"{mean.key}_{name}{self.suffix}", signature(short, of=mean.name, **self.parts), value, unit=mean.unit
+            )
+            for mean, parts in ((BRIER_TOP1, splits["brier"]), (NLL_TOP1, splits["nll"]))
+            for (name, value), short in zip(parts._asdict().items(), ("MCB", "DSC", "UNC"), strict=True)
+        ]
 
     def mean_scores(self) -> list[Score]:
         """Accuracy, mean confidence, and the means of what else was given."""
@@ -177,13 +198,13 @@ class Predictions:
             self.score("accuracy", "Accuracy", lambda sums: histogram.accuracy(self.table(sums))),
             self.score("confidence", "Confidence", lambda sums: histogram.mean_confidence(self.table(sums))),
         ]
-        for column, mean in enumerate(self.means, start=3 * self.settings.bins):
-
-            def average(sums, column=column):
-                return sums[..., column] / histogram.count(self.table(sums))
-
-            found.append(self.score(mean.key, mean.name, average, mean.unit))
+        for mean in self.means:
+            found.append(self.score(mean.key, mean.name, functools.partial(self.average, mean=mean), mean.unit))
         return found
+
+    def average(self, sums: Tensor, mean: Mean) -> Tensor:
+        """(...) of sums (..., K). NaN without predictions."""
+        return sums[..., 3 * self.settings.bins + self.means.index(mean)] / histogram.count(self.table(sums))
 
     def bars(self) -> dict[str, list[float]]:
         """Per bin: count, summed confidence and correctness, and the ends of the accuracy's interval."""

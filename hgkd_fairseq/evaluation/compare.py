@@ -8,7 +8,7 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -19,7 +19,7 @@ from sacrebleu.metrics import BLEU
 
 from hgkd_fairseq.calibration.scores import Score, Settings
 from hgkd_fairseq.errors import UserError
-from hgkd_fairseq.evaluation import forced, generated, inference
+from hgkd_fairseq.evaluation import forced, generated, inference, segments
 from hgkd_fairseq.evaluation.inference import Translation
 
 
@@ -131,6 +131,7 @@ class Row:
     megabytes: float
     speed: float  # sentences a second, median of the passes
     same: int  # translations equal to the first model's
+    quality: dict[str, segments.Tested] = field(default_factory=dict)  # by other metrics, of their names
 
 
 @dataclass(frozen=True)
@@ -144,14 +145,13 @@ class Comparison:
     def __str__(self) -> str:
         """A markdown table."""
         first = self.rows[0]
-        lines = [
-            "| model | BLEU | ECE, % | MB | sentences/s | speed-up | same as the first |",
-            "|---|---:|---:|---:|---:|---:|---:|",
-        ]
+        columns = ["BLEU", *first.quality, "ECE, %", "MB", "sentences/s", "speed-up", "same as the first"]
+        lines = [f"| model | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
         for row in self.rows:
             ece = f"{100 * row.ece.value:.2f} [{100 * row.ece.low:.2f}, {100 * row.ece.high:.2f}]"  # type: ignore
             lines.append(
-                f"| {row.name} | {row.bleu:.2f} | {ece} | {row.megabytes:.2f} | {row.speed:.1f} "
+                f"| {row.name} | {row.bleu:.2f} |{''.join(map(quality_cell, row.quality.values()))} {ece} | "
+                f"{row.megabytes:.2f} | {row.speed:.1f} "
                 f"| {row.speed / first.speed:.2f} | {row.same:,} of {self.sentences:,} |"
             )
         return "\n".join([*lines, "", self.about])
@@ -166,6 +166,7 @@ def compare(
     repeats: int = 5,
     cpu: bool = False,
     reference_file: str | None = None,
+    segment_scores: Sequence[segments.Named] = (),
 ) -> Comparison:
     """Translate a subset with each model and measure.
 
@@ -182,12 +183,14 @@ def compare(
         repeats: timed passes.
         cpu: stay on the CPU where there is a GPU.
         reference_file: text, one reference a line, for BLEU, instead of the subset's own with its pieces joined.
+        segment_scores: files of other metrics' scores of these translations, once for each of `paths`, in their order.
 
     Raises:
         UserError: a model that cannot be loaded, no checkpoint of fairseq among them, a subset that is missing,
-            references that do not fit; all before anything is translated.
+            references or scores that do not fit; all before anything is translated.
     """
     search = search or Search()
+    named = segments.by_metric(segment_scores, paths)
     if all(os.path.isdir(path) for path in paths):
         raise UserError(
             "name at least one fairseq checkpoint beside the CTranslate2 folders: it knows the dictionaries"
@@ -207,13 +210,19 @@ def compare(
             f"{reference_file} has {len(references)} lines and subset {subset} {sentences} sentences; name the "
             "references of this subset"
         )
+    subset_name = f"subset {subset}"
+    quality = {
+        metric: segments.paired_bootstrap([segments.read(file, sentences, subset_name) for file in each])
+        for metric, each in named.items()
+    }
     found, seconds = translate_all(models, samples, repeats)
 
     if references is None:
         references = generated.joined([row.reference for row in found[0]])
     bleu = BLEU()
     rows = []
-    for path, model, translations, times in zip(paths, models, found, seconds, strict=True):
+    for place, (path, model) in enumerate(zip(paths, models, strict=True)):
+        translations, times = found[place], seconds[place]
         texts = generated.joined([row.tokens for row in translations])
         rows.append(
             Row(
@@ -223,6 +232,7 @@ def compare(
                 megabytes=model.megabytes,
                 speed=sentences / statistics.median(times),
                 same=sum(one.tokens == other.tokens for one, other in zip(translations, found[0], strict=True)),
+                quality={metric: each[place] for metric, each in quality.items()},
             )
         )
     about = (
@@ -230,7 +240,14 @@ def compare(
         f"{sentences:,} sentences in batches of up to {max_tokens:,} pieces, beam {search.beam}, "
         f"threads: {torch.get_num_threads()}, {ours.device.type}."
     )
+    if quality:
+        about += f" {', '.join(quality)} `{segments.signature()}`, p of the difference from the first model."
     return Comparison(rows, sentences, about)
+
+
+def quality_cell(found: segments.Tested) -> str:
+    p = "" if found.p is None else f", p = {found.p:.3f}"
+    return f" {found.mean:.4f} ± {found.interval:.4f}{p} |"
 
 
 def make_batch(model: FairseqModel, sample: dict, search: Search) -> Sources:

@@ -14,7 +14,7 @@ from fairseq import utils
 from fairseq.logging import progress_bar
 from torch import Tensor
 
-from hgkd_fairseq.calibration.distribution import brier, weighted_tables
+from hgkd_fairseq.calibration.distribution import brier, distribution_tables
 from hgkd_fairseq.calibration.pieces import gold as gold_piece
 from hgkd_fairseq.calibration.scores import Mean, Predictions, Results, Settings
 from hgkd_fairseq.data import pairs
@@ -49,7 +49,7 @@ class TokenScores(NamedTuple):
     is_eos: Tensor  # (N,) bool
     brier: Tensor  # (N,) of the whole distribution
     top: Tensor  # (N,) the top-1 token
-    weighted: Tensor  # (2, 3, bins) tables of the whole distributions: of tokens that are not EOS, and that are
+    tables: Tensor  # (2, 2, 3, bins) of the whole distributions: of tokens that are not EOS, and that are
 
 
 def evaluate(
@@ -118,8 +118,8 @@ def measure(
             predictions.update(
                 batch.sentence[rows], confidence[rows], scores.correct[rows], nll=nll[rows], brier=scores.brier[rows]
             )
-        whole.add_weighted(scores.weighted.sum(0))
-        without_eos.add_weighted(scores.weighted[0])
+        whole.add_distributions(scores.tables.sum(0))
+        without_eos.add_distributions(scores.tables[0])
         tokens += scores.nll.numel()
         sentences.update(batch.sentence.tolist())
         if table is not None:
@@ -214,10 +214,10 @@ def score_rows(heads: Sequence[Head], target: Tensor, eos: int, temperature: flo
         probability = logp.exp_()
         top, argmax = probability.max(dim=1)
         is_eos = gold == eos
-        weighted = weighted_tables(probability, gold, bins, is_eos.long(), groups=2)
-        parts.append(TokenScores(nll, top, argmax == gold, is_eos, brier(probability, gold), argmax, weighted))
+        tables = distribution_tables(probability, gold, bins, is_eos.long(), groups=2)
+        parts.append(TokenScores(nll, top, argmax == gold, is_eos, brier(probability, gold), argmax, tables))
     whole = TokenScores(*[torch.cat(column) for column in zip(*parts, strict=True)])
-    return whole._replace(weighted=whole.weighted.unflatten(0, (-1, 2)).sum(0))
+    return whole._replace(tables=whole.tables.unflatten(0, (-1, 2)).sum(0))
 
 
 def token_rows(batch: TargetTokens, scores: TokenScores, dictionary) -> dict[str, list]:

@@ -5,18 +5,21 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from sacrebleu.metrics import BLEU, CHRF
 from tqdm import tqdm
 
+from hgkd_fairseq.calibration.correlation import spearman, spearman_interval
 from hgkd_fairseq.calibration.labels import ter_labels
 from hgkd_fairseq.calibration.pieces import join, mark, spans_words, text, words
-from hgkd_fairseq.calibration.scores import Predictions, Results, Score, Settings
+from hgkd_fairseq.calibration.scores import Predictions, Results, Score, Settings, signature
 from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.evaluation import segments
 from hgkd_fairseq.evaluation.generated import read_lines, read_references, split
 from hgkd_fairseq.evaluation.token_table import TokenTable, opened
 
@@ -92,14 +95,18 @@ def evaluate(
     options: Labelling | None = None,
     settings: Settings | None = None,
     tokens_file: str | None = None,
+    segment_scores: Sequence[segments.Named] = (),
 ) -> Results:
-    """:func:`score` of the translations of :func:`read`.
+    """:func:`score` of the translations of :func:`read`, with scores of their sentences by other metrics in files.
 
     Raises:
-        UserError: as of these two.
+        UserError: as of these two, and of :func:`segments.read`.
     """
+    named = segments.by_metric(segment_scores, [file])
     with opened(tokens_file) as table:
-        return score(read(file, reference_file), file, options, settings, table)
+        rows = read(file, reference_file)
+        quality = {metric: segments.read(one, len(rows), file) for metric, (one,) in named.items()}
+        return score(rows, file, options, settings, table, quality)
 
 
 def score(
@@ -108,13 +115,16 @@ def score(
     options: Labelling | None = None,
     settings: Settings | None = None,
     table: TokenTable | None = None,
+    quality: Mapping[str, np.ndarray] | None = None,
 ) -> Results:
     """Score translations, which `name` says the origin of.
 
     A token's confidence is its probability; it is right as :func:`ter_labels` says. A word's is the product of its
     pieces'. Sentences are scored too, by ECE: confidence is the probability of the whole (`conf:product`) or its mean
     per token (`conf:geomean`), and right is whether it is the reference (`right:exact`), or how close it comes
-    (sacreBLEU's sentence BLEU and chrF over 100).
+    (sacreBLEU's sentence BLEU and chrF over 100). Spearman's correlation says whether the translations that the model
+    finds probable, as a whole or per token, are the good ones: by these two, and by `quality`, other metrics' scores of
+    the sentences by the metrics' names.
 
     Raises:
         UserError: the references are not in pieces where the translations are.
@@ -156,14 +166,21 @@ def score(
     return Results(
         about={"mode": "inference", "path": name, "tokens": tokens, "sentences": len(translations)},
         settings=settings,
-        scores=[*whole.scores(), *without_eos.scores(), *sentence_scores(translations, marked, settings)],
+        scores=[
+            *whole.scores(),
+            *without_eos.scores(),
+            *sentence_scores(translations, marked, settings, quality or {}),
+        ],
         histograms={"eos:yes": whole.bars(), "eos:no": without_eos.bars()},
         resampled_ece={"eos:yes": whole.resampled_ece(), "eos:no": without_eos.resampled_ece()},
     )
 
 
-def sentence_scores(translations: Sequence[Translation], marked: str, settings: Settings) -> Iterable[Score]:
-    """ECE of whole sentences: two confidences against three ways to be right."""
+def sentence_scores(
+    translations: Sequence[Translation], marked: str, settings: Settings, quality: Mapping[str, np.ndarray]
+) -> Iterable[Score]:
+    """ECE of whole sentences, two confidences against three ways to be right, and rank correlations of the
+    log-probability, summed or its mean per token, with quality."""
     index = torch.tensor([row.sentence for row in translations])
     bits = torch.tensor([sum(row.logprobs) for row in translations], dtype=torch.float64)
     lengths = torch.tensor([len(row.logprobs) for row in translations])
@@ -182,3 +199,12 @@ def sentence_scores(translations: Sequence[Translation], marked: str, settings: 
             # sacreBLEU's scores of a perfect match pass 100 by a rounding.
             sentences.update(index, confidence, torch.tensor(correct, dtype=torch.float64).clamp(max=1))
             yield sentences.binned_scores()[0]
+    measured = {name: right[name] for name in ("bleu", "chrf")} | dict(quality)
+    for how, logprob in {"sum": bits, "mean": bits / lengths}.items():
+        for name, scores in measured.items():
+            pair = (logprob, torch.as_tensor(scores, dtype=torch.float64))
+            low = high = None
+            if settings.replicates:
+                low, high = spearman_interval(*pair, index.tolist(), settings.replicates, settings.seed)
+            how_computed = signature("Spearman", mode="inference", unit="sentence", logprob=how, quality=name)
+            yield Score(f"spearman_{how}_{name}", how_computed, float(spearman(*pair)), low, high, unit="")

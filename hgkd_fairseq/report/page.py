@@ -14,7 +14,8 @@ from typing import Any
 import hgkd_fairseq
 from hgkd_fairseq import drawing, files
 from hgkd_fairseq.errors import UserError, printable
-from hgkd_fairseq.report import commands, diagram, figures
+from hgkd_fairseq.evaluation import segments
+from hgkd_fairseq.report import commands, diagram, figures, further
 from hgkd_fairseq.report.runs import FILES, Run, read_all
 from hgkd_fairseq.report.tables import Report, Table, measure, missing
 
@@ -69,11 +70,20 @@ pre { background: var(--soft); padding: .75rem; border-radius: 6px; white-space:
 PACKAGES = ("torch", "fairseq", "sacrebleu", "numpy")  # by the names they are imported by
 
 
-def report(folders: Sequence[str], output: str, reference: str | None = None, translations: str = "") -> str:
-    """Write the page of these runs; their tables in markdown. The arguments are those of `read_all`."""
+def report(
+    folders: Sequence[str],
+    output: str,
+    reference: str | None = None,
+    translations: str = "",
+    segment_scores: Sequence[segments.Named] = (),
+) -> str:
+    """Write the page of these runs; their tables in markdown. The arguments are those of `read_all`; and other metrics'
+    scores of the translations, once for each run."""
     check(len(folders))
     runs = read_all([Path(folder) for folder in folders], Path(reference) if reference else None, translations)
+    more = further.tables(runs, segment_scores)
     found = measure(runs)
+    found.further = more
     files.write_text(output, html(found))
     return found.markdown()
 

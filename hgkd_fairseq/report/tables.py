@@ -81,9 +81,10 @@ class Report:
     quality: Table
     calibration: Table
     differences: list[Table]  # those of them that have any
+    further: list[Table] = field(default_factory=list)  # of :mod:`further`
 
     def tables(self) -> list[Table]:
-        return [self.quality, self.calibration, *self.differences]
+        return [self.quality, self.calibration, *self.differences, *self.further]
 
     def markdown(self) -> str:
         return "\n\n".join(table.markdown() for table in self.tables())

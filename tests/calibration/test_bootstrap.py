@@ -75,7 +75,9 @@ def predictions(rows: slice, settings: Settings) -> Predictions:
             correct[part].flatten(),
             nll=confidence[part].flatten(),
         )
-        found.add_weighted(tabulate(confidence[part].flatten(), correct[part].flatten(), settings.bins)[0])
+        found.add_distributions(
+            tabulate(confidence[part].flatten(), correct[part].flatten(), settings.bins).expand(2, -1, -1)
+        )
     return found
 
 

@@ -6,6 +6,7 @@ import math
 import command_line as cl
 import pytest
 import torch
+from sklearn.metrics import log_loss
 
 from hgkd_fairseq import cli
 from hgkd_fairseq.evaluation.forced import load
@@ -46,14 +47,18 @@ def test_forced_by_hand(data, teacher, tmp_path, capsys, temperature: float):
         onehot = torch.nn.functional.one_hot(gold[rows], len(dictionary))
         surplus = torch.zeros(20).double()
         p = probability[rows].flatten()
-        surplus.index_add_(0, ((p * 20).ceil().long().clamp(min=1) - 1), p * (p - onehot.flatten()))
+        cell = (p * 20).ceil().long().clamp(min=1) - 1
+        surplus.index_add_(0, cell, p * (p - onehot.flatten()))
+        full = torch.zeros(20).double().index_add_(0, cell, p - onehot.flatten())
         binned = torch.zeros(20).double()
         binned.index_add_(0, ((top[rows] * 20).ceil().long().clamp(min=1) - 1), top[rows] - right[rows].double())
         expected = {
             "ece": float(binned.abs().sum()) / count,
             "weighted_ece": float(surplus.abs().sum()) / count,
+            "full_ece": float(full.abs().sum()) / count,
             "brier": float((probability[rows] - onehot).square().sum(1).mean()),
             "brier_top1": float((top[rows] - right[rows].double()).square().mean()),
+            "nll_top1": log_loss(right[rows], top[rows]) / math.log(2),
             "nll": float(-gold_probability[rows].log2().mean()),
             "accuracy": float(right[rows].double().mean()),
         }

@@ -12,7 +12,7 @@ from sklearn.metrics import brier_score_loss
 from torchmetrics.functional.classification import binary_calibration_error
 
 from hgkd_fairseq.calibration import CalibrationHistogram, FineHistogram, adaptive_ece
-from hgkd_fairseq.calibration.distribution import brier, weighted_tables
+from hgkd_fairseq.calibration.distribution import brier, distribution_tables
 from hgkd_fairseq.calibration.fine import CELLS, MESH, OCTAVES, cell, smoothed_error
 from hgkd_fairseq.calibration.histogram import ece, tabulate
 
@@ -262,7 +262,7 @@ def test_weighted_ece_is_its_definition(bins: int):
     """Class by class, as Kumar and Sarawagi write it."""
     probability, gold = distributions(150, 60, seed=bins)
     group = torch.arange(150) % 2
-    tables = weighted_tables(probability, gold, bins, group, groups=2)
+    tables = distribution_tables(probability, gold, bins, group, groups=2)[:, 0]
     for part, table in enumerate(tables):
         surplus = [0.0] * bins
         for row, answer in zip(probability[group == part].double().tolist(), gold[group == part].tolist(), strict=True):
