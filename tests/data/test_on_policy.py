@@ -178,14 +178,14 @@ def test_own_translations_are_learnt_from_the_teacher_alone(data: Path, teacher:
     given = (*taught, "--label-smoothing", 0.1, "--gate-dropout", "off")
     task, criterion, model = build(data, *given, "--on-policy-share", 0.5, "--on-policy-sampling")
     task.load_dataset("train")
-    task.training.updates = 0
+    task.training_state.updates = 0
     dataset = task.dataset("train")
     sample = dataset.collater([dataset[number] for number in range(16)])
     alone = build(data, *given)[1]
-    alone.task.training.updates = 0
+    alone.task.training_state.updates = 0
     values = [one(model.train(), sample)[0] for one in (criterion, alone)]
     assert values[0].item() == values[1].item()
-    assert "on_policy" not in alone.task.training.memory
+    assert "on_policy" not in alone.task.training_state.memory
 
     task.begin_epoch(1, model)
     assert model.training
