@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # From nothing to distilled students, on real data: quickstart.sh [--smoke] [--dir DIR] [--from FOLDER]
 #
-# Sets up .venv, gets Multi30K De-En (else the LibreOffice help), trains a teacher, a Base student (cross-entropy), an
-# HKD-T and an HKD-S student (the hard gate, by token and by sentence), translates the test set with fairseq-generate,
-# prints BLEU, chrF, TER and calibration errors of all four side by side, and writes DIR/report.html. Uses a GPU if there
-# is one.
+# Sets up .venv, gets Multi30K De-En (else the LibreOffice help), and trains on its first 5,000 pairs a teacher and four
+# students of the same size, to their end: Base (cross-entropy), Word-KD, HKD-T and HKD-S (the hard gate, by token and by
+# sentence). Prints BLEU, chrF, TER and calibration errors of all five side by side, and writes DIR/report.html. Uses a
+# GPU if there is one. One rule for all: translations are those of the checkpoint with the highest BLEU on the validation
+# set, everything else is measured at the one with the least NLL there.
 #
 #   --smoke        everything at toy size, in 5 minutes on 2 cores: shows that it runs, not that it is good
 #   --dir DIR      where runs and logs go (default runs/quickstart, or runs/smoke)
@@ -42,15 +43,13 @@ lock "$dir" || exit 1
 say() { printf '%s  %s\n' "$(date +%H:%M:%S)" "$*"; }
 
 # ---------------------------------------------------------------------------------------------------------- settings
-# The teacher is about twice the student. A learning rate that falls to 0 lets each model reach the best validation
-# loss that its updates allow; sizes and updates are for 29,000 pairs and 2 CPU cores.
-vocab=4000 batch=2048 teacher_updates=2400 student_updates=1400 warmup=400 beam=5 longest=1.5
-teacher_size=(--encoder-layers 3 --decoder-layers 2 --encoder-embed-dim 192 --decoder-embed-dim 192
-    --encoder-ffn-embed-dim 384 --decoder-ffn-embed-dim 384 --encoder-attention-heads 4 --decoder-attention-heads 4)
-student_size=(--encoder-layers 2 --decoder-layers 2 --encoder-embed-dim 128 --decoder-embed-dim 128
+# Few pairs, and a training to its end: there a teacher has something to give. Dropout is what gives Base the least NLL on
+# the validation set; sizes and updates are for 2 CPU cores.
+pairs=5000 vocab=2000 batch=2048 updates=2400 warmup=200 beam=5 longest=1.5
+size=(--encoder-layers 2 --decoder-layers 2 --encoder-embed-dim 128 --decoder-embed-dim 128
     --encoder-ffn-embed-dim 256 --decoder-ffn-embed-dim 256 --encoder-attention-heads 4 --decoder-attention-heads 4)
 if ((smoke)); then
-    vocab=2000 teacher_updates=90 student_updates=70 warmup=40 beam=1 longest=1.0
+    updates=70 warmup=40 beam=1 longest=1.0
 fi
 if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     device=(--fp16)
@@ -72,7 +71,12 @@ if [[ -z $data ]]; then
     echo "quickstart.sh: no data: name a folder with Multi30K's train.de.gz and so on in --from FOLDER" >&2
     exit 1
 fi
-text=$dir/text-$data
+text=$dir/text
+mkdir -p "$text"
+for language in de en; do
+    head -n "$pairs" "$dir/text-$data/train.$language" >"$text/train.$language"
+    cp "$dir/text-$data/"{valid,test}".$language" "$text/"
+done
 bin=$dir/data-bin
 PYTHON=$PYTHON bash "$root/scripts/prepare_data.sh" "$text" "$bin" --vocab "$vocab"
 
@@ -80,19 +84,19 @@ PYTHON=$PYTHON bash "$root/scripts/prepare_data.sh" "$text" "$bin" --vocab "$voc
 # fairseq drops a last batch whose size is no multiple of this, 8 by default: 6 of 1,014 validation sentences.
 every=(--required-batch-size-multiple 1)
 
-# train NAME UPDATES OPTIONS...: to DIR/NAME, with its log; resumes by itself.
+# train NAME SEED OPTIONS...: to DIR/NAME, with its log; resumes by itself.
 train() {
-    local name=$1 updates=$2 run=$dir/$1
+    local name=$1 seed=$2 run=$dir/$1
     shift 2
     recorded "$run" checkpoint_best.pt checkpoint_last.pt && { say "$name: trained before"; return; }
     mkdir -p "$run"
     say "$name: training, $updates updates (log: $run/train.log)"
     "$BIN/fairseq-train" "$bin" --user-dir "$root/hgkd_fairseq" --save-dir "$run" "${device[@]}" \
-        --arch transformer_iwslt_de_en --share-all-embeddings --dropout 0.2 --max-tokens "$batch" "${every[@]}" --seed 1 \
-        --optimizer adam --adam-betas '(0.9, 0.98)' --lr 0.004 --clip-norm 1.0 --weight-decay 0.0001 \
-        --lr-scheduler polynomial_decay --warmup-updates "$warmup" \
-        --total-num-update "$updates" --max-update "$updates" \
-        --best-checkpoint-metric nll_loss --no-epoch-checkpoints \
+        --arch transformer_iwslt_de_en "${size[@]}" --share-all-embeddings --dropout 0.3 \
+        --max-tokens "$batch" "${every[@]}" --seed "$seed" --max-update "$updates" \
+        --optimizer adam --adam-betas '(0.9, 0.98)' --lr 0.003 --clip-norm 1.0 --weight-decay 0.0001 \
+        --lr-scheduler inverse_sqrt --warmup-updates "$warmup" \
+        --best-checkpoint-metric nll_loss --save-interval 4 --validate-interval 4 \
         --no-progress-bar --log-format simple --log-interval 50 "$@" 2>&1 |
         tee -a "$run/train.log" | progress "$name"
     record "$run" checkpoint_best.pt checkpoint_last.pt
@@ -106,32 +110,43 @@ progress() {
         s/ \|.* num_updates ([0-9]+).*/, \1 updates/"
 }
 
-train teacher "$teacher_updates" "${teacher_size[@]}" --criterion label_smoothed_cross_entropy --label-smoothing 0
-for method in base hkd-t hkd-s; do
-    mapfile -t options < <("$BIN/hgkd" methods "$method" --teacher "$dir/teacher/checkpoint_best.pt")
-    train "$method" "$student_updates" "${student_size[@]}" --task translation_with_teacher --criterion hard_gate_kd \
-        "${options[@]}"
-done
+train teacher 1 --criterion label_smoothed_cross_entropy --label-smoothing 0
+
+student() {
+    local options
+    mapfile -t options < <("$BIN/hgkd" methods "$1" --teacher "$dir/teacher/checkpoint_best.pt")
+    train "$1" 2 --task translation_with_teacher --criterion hard_gate_kd "${options[@]}"
+}
+
+# both COMMAND NAME NAME: at once, of one thread each: so small a model does not keep two cores busy. Each is a process
+# group (set -m), which ends with this script.
+set -m
+trap 'for job in $(jobs -p); do kill -- "-$job" 2>/dev/null || true; done' EXIT
+both() {
+    OMP_NUM_THREADS=1 "$1" "$2" &
+    OMP_NUM_THREADS=1 "$1" "$3" &
+    wait -n
+    wait -n
+}
+
+both student base word-kd-0.7
+both student hkd-t hkd-s
 
 # ----------------------------------------------------------------------------------------------- translating, scoring
 say "translating the test set and scoring, beam $beam (log: $dir/score-*.log)"
-# score NAME...: all that is measured of these models
+# score "NAME...": all that is measured of these models
 score() {
-    local log=$dir/score-$1.log
-    OMP_NUM_THREADS=1 "$BIN/hgkd" score "$bin" "${@/#/$dir/}" --reference "$text/test.en" \
+    local log=$dir/score-${1// /-}.log models
+    read -ra models <<<"$1"
+    "$BIN/hgkd" score "$bin" "${models[@]/#/$dir/}" --reference "$text/test.en" --checkpoint best --checkpoint best-bleu \
         --generate "--beam $beam --max-len-a $longest --max-len-b 10 ${device[*]}" >"$log" 2>&1 ||
         { tail -n 1 "$log" >&2; exit 1; }
 }
-
-# Two at a time, of one thread each: so small a model does not keep two cores busy.
-trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
-score teacher hkd-t &
-score base hkd-s &
-wait -n
-wait -n
+both score "base word-kd-0.7 teacher" "hkd-t hkd-s"
 
 say "report: comparing"
-"$BIN/hgkd" report "$dir/base" "$dir/teacher" "$dir/hkd-t" "$dir/hkd-s" --reference "$text/test.en" \
-    --output "$dir/report.html" >"$dir/table.md" 2>"$dir/report.log" || { tail -n 1 "$dir/report.log" >&2; exit 1; }
+"$BIN/hgkd" report "$dir/base" "$dir/teacher" "$dir/word-kd-0.7" "$dir/hkd-t" "$dir/hkd-s" \
+    --reference "$text/test.en" --translations best-bleu --output "$dir/report.html" >"$dir/table.md" 2>"$dir/report.log" ||
+    { tail -n 1 "$dir/report.log" >&2; exit 1; }
 cat "$dir/table.md"
 say "the same with diagrams and training curves: $dir/report.html"
