@@ -33,7 +33,7 @@ from hgkd_fairseq.data.translations import FILE, Hypothesis
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.evaluation import selection
 from hgkd_fairseq.evaluation.distil_data import Choice, Chosen, distil, translated_data
-from hgkd_fairseq.teacher.store import Store
+from hgkd_fairseq.teacher.store import FORMAT, Store
 
 SENTENCES = ("a b", "b c a", "c")
 FIELDS = (*NUMBERS, *PIECES, "whole", "limit", "skipped", "0\t0", "\t", "</s>", "<pad>", "a " * 400)
@@ -187,7 +187,7 @@ ARRAYS = {
     "hidden-0.npy": bytes_of(np.ones((3, 2), np.float32)),
 }
 STORE: dict[str, Any] = {
-    "format": 1,
+    "format": FORMAT,
     "kind": "hidden",
     "dtype": "fp32",
     "temperature": 1.5,
