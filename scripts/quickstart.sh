@@ -45,11 +45,11 @@ say() { printf '%s  %s\n' "$(date +%H:%M:%S)" "$*"; }
 # ---------------------------------------------------------------------------------------------------------- settings
 # Few pairs, and a training to its end: there a teacher has something to give. Dropout is what gives Base the least NLL on
 # the validation set; sizes and updates are for 2 CPU cores.
-pairs=5000 vocab=2000 batch=2048 updates=2400 warmup=200 beam=5 longest=1.5
+pairs=5000 scored=5000 vocab=2000 batch=2048 updates=2400 warmup=200 beam=5 longest=1.5
 size=(--encoder-layers 2 --decoder-layers 2 --encoder-embed-dim 128 --decoder-embed-dim 128
     --encoder-ffn-embed-dim 256 --decoder-ffn-embed-dim 256 --encoder-attention-heads 4 --decoder-attention-heads 4)
 if ((smoke)); then
-    updates=70 warmup=40 beam=1 longest=1.0
+    scored=100 updates=70 warmup=40 beam=1 longest=1.0
 fi
 if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     device=(--fp16)
@@ -75,7 +75,9 @@ text=$dir/text
 mkdir -p "$text"
 for language in de en; do
     head -n "$pairs" "$dir/text-$data/train.$language" >"$text/train.$language"
-    cp "$dir/text-$data/"{valid,test}".$language" "$text/"
+    for subset in valid test; do
+        head -n "$scored" "$dir/text-$data/$subset.$language" >"$text/$subset.$language"
+    done
 done
 bin=$dir/data-bin
 PYTHON=$PYTHON bash "$root/scripts/prepare_data.sh" "$text" "$bin" --vocab "$vocab"
