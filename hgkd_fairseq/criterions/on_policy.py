@@ -147,7 +147,7 @@ def check(cfg: Any, gate: Gate, task: Any) -> None:
         raise UserError(
             f"{share} needs --teacher-path CHECKPOINT, not --teacher-source {teacher.name}; give it, or drop the option"
         )
-    if cfg.on_policy_speculative and any(one.fingerprint for one in teacher.selections.values()):
+    if cfg.on_policy_speculative and teacher.reindexed:
         raise UserError(
             "--on-policy-speculative needs a teacher with the student's own dictionaries; preprocess the data with the "
             "teacher's (fairseq-preprocess --srcdict --tgtdict), or drop the option"

@@ -126,6 +126,8 @@ def begin(cfg: Any, task: Any, teacher: TeacherSource, model: Any, state: Traini
 
 def report_dictionaries(teacher: TeacherSource, task: Any, model: Any) -> None:
     """Log what a teacher with other dictionaries than the student's loses by them."""
+    if not teacher.reindexed:
+        return
     parameter = next(model.parameters())
     limits = utils.resolve_max_positions(task.max_positions(), model.max_positions())
     signals = []

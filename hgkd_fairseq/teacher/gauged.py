@@ -30,7 +30,7 @@ class Gauged(TeacherSource):
         folder = request.options.gauge_store
         dictionaries = (request.source_dictionary, request.target_dictionary)
         self.gauge = StoredTeacher(folder, *dictionaries, languages=request.languages, name=BATCH)
-        self.frozen = teacher.frozen
+        self.frozen, self.reindexed = teacher.frozen, teacher.reindexed
 
     @property
     def ready(self) -> bool:

@@ -66,7 +66,9 @@ class LiveTeacher(TeacherSource):
             model, selection = load_model(path, source_dictionary, target_dictionary, languages, given, added or {})
             self.members.append(model)
             self.selections[model] = selection
-        self.hash = fingerprint(self.members, [self.selections[model].fingerprint for model in self.members])
+        selected = [self.selections[model].fingerprint for model in self.members]
+        self.reindexed = any(selected)
+        self.hash = fingerprint(self.members, selected)
         for path, model in zip(self.paths, self.members, strict=True):
             logger.info("teacher %s: %s, %d parameters", path, type(model).__name__, count_parameters(model))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.loss import Head
 from hgkd_fairseq.loss.eager import logits
-from hgkd_fairseq.teacher.live import DTYPES, LiveTeacher
+from hgkd_fairseq.teacher.live import LiveTeacher
 from hgkd_fairseq.teacher.signals import Dense
 
 PAIR = re.compile(r"([^=,-]+-[^=,-]+)=([^,]+)(?:,|$)")
@@ -46,7 +46,7 @@ class TeacherOfEachPair(LiveTeacher):
         files = list(dict.fromkeys(paths))
         super().__init__(files, *args, **kwargs)
         self.of_pair = [files.index(path) for path in paths]
-        if any(selection.fingerprint for selection in self.selections.values()):
+        if self.reindexed:
             raise UserError(
                 f"--teacher-path {', '.join(files)}: teachers of single pairs need the student's own dictionaries; "
                 "name one teacher for all pairs, or preprocess the data with the teachers' dictionaries"
@@ -62,8 +62,7 @@ class TeacherOfEachPair(LiveTeacher):
         of_pair = torch.tensor(self.of_pair, device=device)
         which = of_pair[sample["pair"].to(device)]  # (B,) place of each sentence's model
         heads, rows = [], []
-        for place, model in enumerate(self.members):
-            model.to(device=device, dtype=DTYPES.get(self.dtype, dtype))
+        for place, model in enumerate(self.placed(device, dtype)):
             mine = (which == place).nonzero().squeeze(1)
             # A model without sentences is asked for its width all the same.
             asked = mine if len(mine) else torch.zeros(1, dtype=torch.int64, device=device)

@@ -38,6 +38,7 @@ class TeacherSource:
     help: ClassVar[str]
     learns: ClassVar[bool] = False
     frozen: bool = False  # a model that stays as it is, so that a temperature can be fitted to it beforehand
+    reindexed: bool = False  # its dictionaries are not the student's, whose symbols it has and knows by other numbers
     needs_ema: ClassVar[bool] = False  # whether fairseq's trainer shall hand its moving average to each step
     remembers: ClassVar[str | None] = None  # where validation finds what the training left of it, see TrainingState
 

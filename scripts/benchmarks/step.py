@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A whole training step of fairseq, forward, backward and optimizer: distillation over cross-entropy, ours over eager.
 
-    python scripts/benchmarks/step.py --csv step.csv --markdown step.md      the quickstart's sizes
+    python scripts/benchmarks/step.py --csv step.csv --markdown step.md      a small student and teacher
     python scripts/benchmarks/step.py --arch-size iwslt                      6 + 6 layers of 512, vocabulary 10k
     python scripts/benchmarks/step.py --device cuda --arch-size iwslt wmt-base --dtype bf16 fp16
 
@@ -78,7 +78,7 @@ class Setting:
 
 
 SETTINGS = {
-    "quickstart": Setting(Size(128, 256, 2, 2), Size(192, 384, 3, 2), 4000, 2048, 0.2),  # scripts/quickstart.sh
+    "quickstart": Setting(Size(128, 256, 2, 2), Size(192, 384, 3, 2), 4000, 2048, 0.2),
     "iwslt": Setting(Size(512, 1024, 6, 6), Size(512, 1024, 6, 6), 10152, 4096, 0.3),
     "wmt-base": Setting(Size(512, 2048, 6, 6, 8), Size(512, 2048, 6, 6, 8), 37000, 8192, 0.1),
     "tiny": Setting(Size(16, 32, 1, 1), Size(24, 32, 1, 1), 200, 256, 0.1),
