@@ -38,6 +38,7 @@ setup(
         "test": [
             *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "ruff>=0.6", "mypy>=1.10"),
             *("torchmetrics>=1.4", "matplotlib>=3.8", "tensorboardX>=2.6", "ctranslate2>=4.5"),
+            *("transformers>=5", "accelerate>=1.1"),
         ],
         "recipes": ["sacremoses>=0.1", "subword-nmt>=0.3.8"],
     },
