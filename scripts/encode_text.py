@@ -2,7 +2,7 @@
 
 OUTDIR gets ``{train,valid,test}.LANG`` (pieces, separated by spaces; ``valid1.LANG`` too where TEXTDIR has it),
 ``sentencepiece.model`` and ``dict.txt``, the dictionary of both languages for fairseq. The same text and options give
-the same bytes, whatever the folders' names.
+the same bytes, whatever the folders' names. With ``--model FILE`` the text is encoded with that model and none is trained.
 """
 
 import argparse
@@ -82,13 +82,19 @@ def encode(args: argparse.Namespace) -> int:
                 f"{split}.{args.target} {sizes[1]}: give a pair on each line"
             )
 
-    print(f"encode_text.py: training sentencepiece, {args.vocab} pieces", file=sys.stderr)
+    if args.model is not None:
+        serialised = args.model.read_bytes()
+    else:
+        print(f"encode_text.py: training sentencepiece, {args.vocab} pieces", file=sys.stderr)
+        try:
+            serialised = train_model((line for language in languages for line in text["train", language]), args.vocab)
+        except RuntimeError as error:  # "Vocabulary size too high (4000). Please set it to ... <= 512."
+            reason = " ".join(str(error).split())
+            raise UserError(f"--vocab {args.vocab} does not suit train.*: {reason}") from None
     try:
-        serialised = train_model((line for language in languages for line in text["train", language]), args.vocab)
-    except RuntimeError as error:  # sentencepiece says "Vocabulary size too high (4000). Please set it to ... <= 512."
-        reason = " ".join(str(error).split())
-        raise UserError(f"--vocab {args.vocab} does not suit train.*: {reason}") from None
-    model = sentencepiece.SentencePieceProcessor(model_proto=serialised)
+        model = sentencepiece.SentencePieceProcessor(model_proto=serialised)
+    except RuntimeError:
+        raise UserError(f"--model {args.model}: is no model of sentencepiece") from None
 
     args.outdir.mkdir(parents=True, exist_ok=True)
     with files.writing(args.outdir / "sentencepiece.model", "wb") as file:
@@ -116,6 +122,9 @@ def main() -> int:
     parser.add_argument("textdir", type=Path)
     parser.add_argument("outdir", type=Path)
     parser.add_argument("--vocab", type=number(1, 2**31 - 1), default=4000)
+    parser.add_argument(
+        "--model", type=Path, help="a sentencepiece model to encode with, in place of one of --vocab pieces"
+    )
     parser.add_argument("--source", default="de")
     parser.add_argument("--target", default="en")
     parser.add_argument("--style", choices=("cased", "paper"), default="cased")

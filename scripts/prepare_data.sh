@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Text to fairseq's binary data: prepare_data.sh TEXTDIR DATABIN [--vocab N] [--source LANG] [--target LANG]
-#                                                                [--style cased|paper]
+#                                                                [--style cased|paper] [--like OTHER]
 #
 # TEXTDIR holds {train,valid,test}.{de,en} (get_data.sh makes it), and valid1.{de,en} if there is to be a second validation
 # subset, for `--held-out valid1`. A joint sentencepiece BPE is trained on train, all files are encoded with it, and
@@ -13,6 +13,8 @@
 #   --style cased    the text as it is (default)
 #   --style paper    tokenised with sacremoses and lowercased before the BPE, as in fairseq's recipe for IWSLT; the
 #                    references of fairseq-generate are then tokenised and lowercased too
+#   --like OTHER     the pieces, dictionary and style of OTHER, a DATABIN that this script has made: data for the student of
+#                    a teacher that was trained on OTHER
 #
 # Exit status: 0 done (or done before with the same settings), 2 usage error, 1 anything else.
 # All work is done in a new folder beside DATABIN, which is renamed to it as the very last step: a DATABIN that exists is
@@ -35,34 +37,36 @@ fail() {
 
 usage() {
     cat <<END
-usage: prepare_data.sh TEXTDIR DATABIN [--vocab N] [--source LANG] [--target LANG] [--style cased|paper]
+usage: prepare_data.sh TEXTDIR DATABIN [--vocab N] [--source LANG] [--target LANG] [--style cased|paper] [--like OTHER]
   TEXTDIR          holds {train,valid,test}.LANG; get_data.sh makes such a folder
   DATABIN          the folder to make, for fairseq-train and fairseq-generate
   --vocab N        pieces of the joint sentencepiece BPE (default 4000)
   --source LANG    source language (default de)
   --target LANG    target language (default en)
   --style STYLE    cased: the text as it is (default); paper: tokenised and lowercased
+  --like OTHER     pieces, dictionary and style of OTHER, a DATABIN made by this script: data for a student of its teacher
 END
 }
 
-textdir="" databin="" vocab=4000 source=de target=en style=cased
+textdir="" databin="" vocab="" source=de target=en style="" like=""
 while (($#)); do
     case $1 in
         -h | --help)
             usage
             exit 0
             ;;
-        --vocab | --source | --target | --style)
+        --vocab | --source | --target | --style | --like)
             [[ -n ${2:-} ]] || fail 2 "$1 needs a value"
             case $1 in
                 --vocab) vocab=$2 ;;
                 --source) source=$2 ;;
                 --target) target=$2 ;;
                 --style) style=$2 ;;
+                --like) like=$2 ;;
             esac
             shift
             ;;
-        -*) fail 2 "unknown option $1; known are: --vocab, --source, --target, --style" ;;
+        -*) fail 2 "unknown option $1; known are: --vocab, --source, --target, --style, --like" ;;
         *)
             if [[ -z $textdir ]]; then
                 textdir=$1
@@ -76,7 +80,16 @@ while (($#)); do
     shift
 done
 [[ -n $textdir && -n $databin ]] || fail 2 "TEXTDIR and DATABIN are needed"
+[[ -z $like || -z $vocab$style ]] || fail 2 "--like $like has its own pieces and style: leave --vocab and --style out"
+vocab=${vocab:-4000}
 [[ $vocab =~ ^[1-9][0-9]{0,8}$ ]] || fail 2 "--vocab $vocab: needs a number of pieces, such as 4000"
+if [[ -n $like ]]; then
+    [[ -f $like/PREPARED && -f $like/sentencepiece.model && -f $like/dict.$source.txt && -f $like/dict.$target.txt ]] ||
+        fail 2 "--like $like: holds no data that prepare_data.sh made of $source and $target (PREPARED," \
+            "sentencepiece.model, dict.$source.txt, dict.$target.txt): name the DATABIN of the teacher"
+    style=$(sed -n 's/.* style=\([a-z]*\) .*/\1/p' "$like/PREPARED")
+fi
+style=${style:-cased}
 [[ $style == cased || $style == paper ]] || fail 2 "--style $style: must be cased or paper"
 [[ $source != "$target" ]] || fail 2 "--source and --target are both $source: give two languages"
 while [[ $databin == ?*/ ]]; do databin=${databin%/}; done
@@ -94,7 +107,12 @@ for split in "${splits[@]}"; do
 done
 # The text is one of the settings: the same options on another corpus make other data.
 hash=$(cat "${texts[@]}" | sha256sum)
-settings="vocab=$vocab source=$source target=$target style=$style text=${hash:0:12}"
+pieces="vocab=$vocab"
+if [[ -n $like ]]; then
+    pieces=$(cat "$like/sentencepiece.model" "$like/dict.$source.txt" "$like/dict.$target.txt" | sha256sum)
+    pieces="like=${pieces:0:12}"
+fi
+settings="$pieces source=$source target=$target style=$style text=${hash:0:12}"
 
 if [[ -f $databin/PREPARED ]]; then
     prepared=$(<"$databin/PREPARED")
@@ -119,13 +137,20 @@ mkdir -p -- "$(dirname "$databin")"
 partial=$(mktemp -d -- "$databin.XXXXXX") || fail 1 "$databin cannot be made"
 trap '[[ -z $partial ]] || rm -rf -- "$partial"' EXIT
 chmod "$(printf %o $((0777 & ~8#$(umask))))" "$partial"
+if [[ -n $like ]]; then
+    model=(--model "$like/sentencepiece.model")
+    dictionaries=(--srcdict "$like/dict.$source.txt" --tgtdict "$like/dict.$target.txt")
+else
+    model=(--vocab "$vocab")
+    dictionaries=(--joined-dictionary --srcdict "$partial/pieces/dict.txt")
+fi
 valid=$partial/pieces/valid
 [[ ${splits[-1]} != valid1 ]] || valid+=,$partial/pieces/valid1
 "$PYTHON" "$here/encode_text.py" "$textdir" "$partial/pieces" \
-    --vocab "$vocab" --source "$source" --target "$target" --style "$style" || exit 1 # it has said why
+    "${model[@]}" --source "$source" --target "$target" --style "$style" || exit 1 # it has said why
 
 say "fairseq-preprocess"
-"$preprocess" --source-lang "$source" --target-lang "$target" --joined-dictionary --srcdict "$partial/pieces/dict.txt" \
+"$preprocess" --source-lang "$source" --target-lang "$target" "${dictionaries[@]}" \
     --trainpref "$partial/pieces/train" --validpref "$valid" --testpref "$partial/pieces/test" \
     --destdir "$partial" --workers 1 >"$partial/pieces/log" 2>&1 || {
     log=$partial/pieces/log partial="" # it stays

@@ -79,7 +79,8 @@ def make_data(grid: Grid, folder: Path, source: str | None, made: Path, lock: IO
             first = islice(lines, grid.data.get("pairs") if split == "train" else None)
             files.write_text(text / f"{split}.{language}", "".join(f"{line}\n" for line in first))
     shutil.rmtree(folder / "data-bin", ignore_errors=True)
-    script("prepare_data.sh", lock, text, folder / "data-bin", "--vocab", grid.data["vocabulary"])
+    pieces = ["--like", grid.data["like"]] if "like" in grid.data else ["--vocab", grid.data["vocabulary"]]
+    script("prepare_data.sh", lock, text, folder / "data-bin", *pieces)
     files.write_json(made, grid.data)
 
 
@@ -330,6 +331,9 @@ def work(args: argparse.Namespace) -> int:
     if args.dry_run:
         show(cells, folder)
         return 0
+    for name, path in grid.taken().items():
+        if not Path(path).is_file():
+            raise UserError(f"{args.grid}: [teachers.{name}] path {path}: no such file; name a teacher's checkpoint")
     folder.mkdir(parents=True, exist_ok=True)
     prepare(grid, folder, args.source)
     return 0 if Runner(cells, folder, args.jobs).run() else 1

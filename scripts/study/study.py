@@ -74,12 +74,12 @@ SHARE = Within(0, 1 + 1e-9, float)
 SEED = Within(0, 2**32 - 1)
 COUNT = Within(1)
 GRID = {
-    "data": {"corpus?": str, "text?": str, "pairs?": COUNT, "vocabulary": Within(1, 2**31 - 1)},
+    "data": {"corpus?": str, "text?": str, "pairs?": COUNT, "vocabulary?": Within(1, 2**31 - 1), "like?": str},
     "training": {"updates": COUNT, "precision": str, "options": option_string, "checkpoints?": [rule]},
     "sizes": {str: {"options": option_string}},
     "settings": {str: {"teacher": str, "student": str, "updates?": COUNT}},
     "teacher": {"method": str, "seed": SEED},
-    "teachers?": {str: {"size": str, "updates?": COUNT, "seeds?": [SEED], "checkpoint?": checkpoint}},
+    "teachers?": {str: {"size?": str, "updates?": COUNT, "seeds?": [SEED], "checkpoint?": checkpoint, "path?": str}},
     "generation": {"options": option_string},
     "methods?": {str: {"options?": option_string, "of?": str, "title?": str}},
     "cells": [{"settings": [str], "methods": [str], "seeds": [SEED], "temperatures?": [degree]}],
@@ -192,6 +192,15 @@ class Grid:
         self.data: dict[str, Any] = self.table["data"]
         if ("corpus" in self.data) == ("text" in self.data):
             raise UserError(f"{file}: [data] needs either corpus, a name that get_data.sh knows, or text, a folder")
+        if ("vocabulary" in self.data) == ("like" in self.data):
+            raise UserError(
+                f"{file}: [data] needs either vocabulary, a number of pieces, or like, prepared data with its own"
+            )
+        for name, teacher in self.table.get("teachers", {}).items():
+            if ("size" in teacher) == ("path" in teacher) or ("path" in teacher and len(teacher) > 1):
+                raise UserError(
+                    f"{file}: [teachers.{name}] needs size, of one to train, or path alone, a checkpoint to take"
+                )
         for kind in ("sizes", "settings", "teachers"):
             if kind not in self.table:
                 continue
@@ -227,12 +236,18 @@ class Grid:
                     for method in block["methods"]:
                         yield self.cell(setting, method, seed, temperature, sizes["student"], sizes["teacher"])
 
+    def taken(self) -> dict[str, str]:
+        """The checkpoints of teachers that no cell of the study trains, by name."""
+        teachers = self.table.get("teachers", {})
+        return {name: str(Path(own["path"]).absolute()) for name, own in teachers.items() if "path" in own}
+
     def trained_as(self, teacher: str) -> str:
         """The first name under which [teachers] has the same training, or the size."""
         size, updates, *_ = self.teachers(teacher)
         if updates is None:
             return size
-        return next(one for one in self.table["teachers"] if self.teachers(one)[:2] == (size, updates))
+        trained = [one for one in self.table["teachers"] if one not in self.taken()]
+        return next(one for one in trained if self.teachers(one)[:2] == (size, updates))
 
     def known(self, kind: str, name: str) -> dict[str, Any]:
         table = methods.table() if kind == "methods" else self.table[kind]
@@ -272,11 +287,15 @@ class Grid:
         if select or "--teacher-path" in options:
             if teacher is None:
                 raise UserError(f"{self.file}: [teacher] method {name} needs a teacher itself; take base")
-            _, _, seeds, which = self.teachers(teacher)
-            # Teachers of one name that differ in the checkpoint alone are one cell.
-            taught = tuple(f"teacher/{self.trained_as(teacher)}/seed-{one}" for one in seeds)
-            path = ":".join(f"{folder}/checkpoint_{which}.pt" for folder in taught)
-            made = taught[0] if len(taught) == 1 and which == "best" else f"teacher/{teacher}"
+            made = f"teacher/{teacher}"
+            if teacher in self.taken():
+                path = self.taken()[teacher]
+            else:
+                _, _, seeds, which = self.teachers(teacher)
+                # Teachers of one name that differ in the checkpoint alone are one cell.
+                taught = tuple(f"teacher/{self.trained_as(teacher)}/seed-{one}" for one in seeds)
+                path = ":".join(f"{folder}/checkpoint_{which}.pt" for folder in taught)
+                made = taught[0] if len(taught) == 1 and which == "best" else made
         if "--teacher-path" not in options:
             temperature = None
         else:
@@ -320,13 +339,13 @@ class Grid:
             "setting": setting,
             "method": variant,
             "size": size,
-            "teacher": teacher if taught else None,
+            "teacher": teacher if path else None,
             "temp": temperature,
             "seed": seed,
             "updates": updates,
             "precision": training["precision"],
             "pairs": self.data.get("pairs", "all"),
-            "vocabulary": self.data["vocabulary"],
+            "vocabulary": self.data.get("vocabulary"),
         }
         signature = "|".join(f"{key}:{value}" for key, value in parts.items() if value is not None)
         return Cell(

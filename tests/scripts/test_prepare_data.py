@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -156,6 +157,43 @@ def test_prepares(style: str, textdir: Path, tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in databin.iterdir()} == before
 
 
+def test_like_a_teachers(textdir: Path, tmp_path: Path) -> None:
+    """A student's text in the pieces, dictionary and style of its teacher's data, whatever the student's text has."""
+    assert prepare(textdir, tmp_path / "teacher", "--vocab", VOCAB, "--style", "paper").returncode == 0
+    own = tmp_path / "own"
+    shutil.copytree(textdir, own)
+    (own / "train.de").write_text("Hallo HAUS\nein Θ\n", encoding="utf-8")
+    (own / "train.en").write_text("hello HOUSE\na Θ\n", encoding="utf-8")
+    result = prepare(own, tmp_path / "student", "--like", tmp_path / "teacher")
+    assert result.returncode == 0, result.stderr
+    for name in ("dict.de.txt", "dict.en.txt", "sentencepiece.model", "test.de-en.de.bin", "valid.de-en.en.bin"):
+        assert (tmp_path / "student" / name).read_bytes() == (tmp_path / "teacher" / name).read_bytes(), name
+    symbols = dictionary(tmp_path / "student", "de")
+    decoded = [
+        remove_bpe([symbols[i] for i in sentence]) for sentence in binarised(tmp_path / "student", "train", "de")
+    ]
+    assert decoded == ["hallo haus", "ein <unk>"]
+    prepared = (tmp_path / "student" / "PREPARED").read_text()
+    assert re.fullmatch(r"like=[0-9a-f]{12} source=de target=en style=paper text=[0-9a-f]{12}\n", prepared)
+
+    again = prepare(own, tmp_path / "student", "--like", tmp_path / "teacher")
+    assert (again.returncode, last_line(again)) == (
+        0,
+        f"prepare_data.sh: {tmp_path / 'student'} is there already: {prepared.strip()}",
+    )
+    assert prepare(textdir, tmp_path / "other", "--vocab", VOCAB).returncode == 0  # another style: other pieces
+    other = prepare(own, tmp_path / "student", "--like", tmp_path / "other")
+    assert other.returncode == 1
+    assert "was prepared with other settings" in last_line(other)
+
+    (tmp_path / "other" / "sentencepiece.model").write_bytes(b"no model")
+    damaged = prepare(own, tmp_path / "new", "--like", tmp_path / "other")
+    assert damaged.returncode == 1
+    model = tmp_path / "other" / "sentencepiece.model"
+    assert last_line(damaged) == f"encode_text.py: --model {model}: is no model of sentencepiece"
+    assert not (tmp_path / "new").exists()
+
+
 def test_same_text_same_bytes(textdir: Path, tmp_path: Path) -> None:
     """Whatever the folders are called: no path gets into the model."""
     outputs = []
@@ -255,7 +293,23 @@ def test_unfit_text(change: str | None, options: list[str], complaint: str, text
         (["text", "bin", "--vocab"], "--vocab needs a value"),
         (["text", "bin", "--style", "lower"], "--style lower: must be cased or paper"),
         (["text", "bin", "--source", "en"], "--source and --target are both en: give two languages"),
-        (["text", "bin", "--size", "3"], "unknown option --size; known are: --vocab, --source, --target, --style"),
+        (
+            ["text", "bin", "--size", "3"],
+            "unknown option --size; known are: --vocab, --source, --target, --style, --like",
+        ),
+        (
+            ["text", "bin", "--like", "b", "--vocab", "9"],
+            "--like b has its own pieces and style: leave --vocab and --style out",
+        ),
+        (
+            ["text", "bin", "--like", "b", "--style", "cased"],
+            "--like b has its own pieces and style: leave --vocab and --style out",
+        ),
+        (
+            ["text", "bin", "--like", "/nowhere"],
+            "--like /nowhere: holds no data that prepare_data.sh made of de and en (PREPARED, sentencepiece.model, dict.de.txt, "
+            "dict.en.txt): name the DATABIN of the teacher",
+        ),
     ],
 )
 def test_usage_errors(args: list[str], complaint: str) -> None:

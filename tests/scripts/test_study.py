@@ -298,6 +298,22 @@ def test_cells_of_translations(tmp_path, monkeypatch):
         ),
         ("updates = 150", 'updates = 150\ncheckpoints = ["worst"]', 'is none of "best", "best-bleu", "last"'),
         ("[generation]", '[methods.x]\nof = "y"\n[generation]', "names y, which is none of the methods"),
+        (
+            "vocabulary = 36",
+            'vocabulary = 36\nlike = "x"',
+            r"\[data\] needs either vocabulary, a number of pieces, or like",
+        ),
+        ("vocabulary = 36", "", r"\[data\] needs either vocabulary, a number of pieces, or like"),
+        (
+            "[generation]",
+            "[teachers.x]\nseeds = [1]\n[generation]",
+            r"\[teachers.x\] needs size, of one to train, or path alone",
+        ),
+        (
+            "[generation]",
+            '[teachers.x]\npath = "y"\nupdates = 3\n[generation]',
+            r"\[teachers.x\] needs size, of one to train, or path alone, a checkpoint to take",
+        ),
         ("[data]", "x = " + "[" * 5000, "is no TOML"),
         ("pairs = 300", "pairs = " + "9" * 5000, "is no TOML"),
     ],
@@ -438,6 +454,41 @@ def test_data(tmp_path, monkeypatch):
             given = (tmp_path / f"{split}.{language}").read_text().splitlines()
             assert (study / f"text/{split}.{language}").read_text().splitlines() == given[:size]
             assert (study / f"data-bin/{split}.de-en.{language}.bin").exists()
+
+
+def test_a_teacher_that_is_there(tmp_path, monkeypatch):
+    """A checkpoint from elsewhere teaches; no cell trains it, and the students' data have its pieces and dictionary."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(tmp_path)
+    cl.write_corpus(tmp_path, {"train": 400, "valid": 32, "test": 24})
+    study = tmp_path / "study"
+    study.mkdir()
+    runner.prepare(Grid(write_grid(tmp_path, block(["same"], ["base"], [1]))), study, None)
+
+    taken = '[teachers.mine]\npath = "mine/best.pt"\n[settings.given]\nteacher = "mine"\nstudent = "small"\n'
+    file = write_grid(tmp_path, block(["given"], ["base", "hkd-t", "seq-kd"], [1]))
+    text = file.read_text().replace("vocabulary = 36", 'like = "study/data-bin"')
+    file.write_text(text.replace("[teacher]", f"{taken}[teacher]", 1))
+    base, hkd_t, seq_kd = Grid(file).cells()
+    path = str(tmp_path / "mine" / "best.pt")
+    assert hkd_t.train[hkd_t.train.index("--teacher-path") + 1] == path
+    assert seq_kd.translate[seq_kd.translate.index("--teacher-path") + 1] == path
+    assert seq_kd.train[0] == "teacher/mine/data-bin-best"
+    assert [cell.teachers for cell in (base, hkd_t, seq_kd)] == [(), (), ()]
+    assert hkd_t.signature.startswith("setting:given|method:hkd-t|size:small|teacher:mine|temp:1.5|seed:1|")
+
+    complaint = f"run.py: error: {file}: [teachers.mine] path {path}: no such file; name a teacher's checkpoint"
+    process = start(file, tmp_path / "other")
+    assert process.communicate(timeout=cl.TIMEOUT_S)[0] == f"{complaint}\n"
+    assert process.returncode == 1
+    assert not (tmp_path / "other").exists()
+    other = tmp_path / "other"
+    other.mkdir()
+    for language in ("de", "en"):  # words that the teacher's pieces were not made of
+        (tmp_path / f"train.{language}").write_text("Q\n" * 300)
+    runner.prepare(Grid(file), other, None)
+    for name in ("dict.de.txt", "dict.en.txt", "sentencepiece.model", "test.de-en.en.bin"):
+        assert (other / "data-bin" / name).read_bytes() == (study / "data-bin" / name).read_bytes()
 
 
 def test_a_cell_is_worked_on_once(tmp_path):
