@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # From nothing to distilled students, on real data: quickstart.sh [--smoke] [--dir DIR] [--from FOLDER]
 #
-# Sets up .venv, gets Multi30K De-En (else the LibreOffice help), and trains on its first 5,000 pairs a teacher and four
-# students of the same size, to their end: Base (cross-entropy), Word-KD, HKD-T and HKD-S (the hard gate, by token and by
-# sentence). Prints BLEU, chrF, TER and calibration errors of all five side by side, and writes DIR/report.html. Uses a
-# GPU if there is one. One rule for all: translations are those of the checkpoint with the highest BLEU on the validation
-# set, everything else is measured at the one with the least NLL there.
+# Sets up .venv and gets Multi30K De-En (else the LibreOffice help). The students have its first 5,000 pairs: Base
+# (cross-entropy), Word-KD, HKD-T and HKD-S (the hard gate, by token and by sentence). Their teacher, of the same size, has
+# all the others, and never sees theirs: like a model that is there already, from elsewhere. Prints BLEU, chrF, TER and
+# calibration errors of all five side by side, and writes DIR/report.html. Uses a GPU if there is one. One rule for all:
+# translations are those of the checkpoint with the highest BLEU on the validation set, everything else is measured at the
+# one with the least NLL there.
 #
 #   --smoke        everything at toy size, in 5 minutes on 2 cores: shows that it runs, not that it is good
 #   --dir DIR      where runs and logs go (default runs/quickstart, or runs/smoke)
@@ -43,14 +44,20 @@ lock "$dir" || exit 1
 say() { printf '%s  %s\n' "$(date +%H:%M:%S)" "$*"; }
 
 # ---------------------------------------------------------------------------------------------------------- settings
-# Few pairs, and a training to its end: there a teacher has something to give. Dropout is what gives Base the least NLL on
-# the validation set; sizes and updates are for 2 CPU cores.
+# Few pairs, a training to its end, and a teacher that knows more: there distillation pays. The students' dropout is what
+# gives Base the least NLL on the validation set; sizes and updates are for 2 CPU cores.
 pairs=5000 scored=5000 vocab=2000 batch=2048 updates=2400 warmup=200 beam=5 longest=1.5
+teacher_updates=3000 teacher_warmup=400
+if ((smoke)); then
+    scored=100 updates=70 warmup=40 beam=1 longest=1.0 teacher_updates=70 teacher_warmup=40
+fi
 size=(--encoder-layers 2 --decoder-layers 2 --encoder-embed-dim 128 --decoder-embed-dim 128
     --encoder-ffn-embed-dim 256 --decoder-ffn-embed-dim 256 --encoder-attention-heads 4 --decoder-attention-heads 4)
-if ((smoke)); then
-    scored=100 updates=70 warmup=40 beam=1 longest=1.0
-fi
+for_teacher=(--dropout 0.1 --lr 0.004 --lr-scheduler polynomial_decay --warmup-updates "$teacher_warmup"
+    --total-num-update "$teacher_updates" --max-update "$teacher_updates")
+# A student's epoch is short: validation, and a checkpoint to choose from, every fourth.
+for_student=(--dropout 0.3 --lr 0.003 --lr-scheduler inverse_sqrt --warmup-updates "$warmup" --max-update "$updates"
+    --save-interval 4 --validate-interval 4)
 if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     device=(--fp16)
 else
@@ -71,35 +78,34 @@ if [[ -z $data ]]; then
     echo "quickstart.sh: no data: name a folder with Multi30K's train.de.gz and so on in --from FOLDER" >&2
     exit 1
 fi
-text=$dir/text
-mkdir -p "$text"
+text=$dir/text bin=$dir/data-bin
+mkdir -p "$text" "$text-teacher"
 for language in de en; do
     head -n "$pairs" "$dir/text-$data/train.$language" >"$text/train.$language"
+    tail -n "+$((pairs + 1))" "$dir/text-$data/train.$language" >"$text-teacher/train.$language"
     for subset in valid test; do
         head -n "$scored" "$dir/text-$data/$subset.$language" >"$text/$subset.$language"
+        cp "$text/$subset.$language" "$text-teacher"
     done
 done
-bin=$dir/data-bin
-PYTHON=$PYTHON bash "$root/scripts/prepare_data.sh" "$text" "$bin" --vocab "$vocab"
+PYTHON=$PYTHON bash "$root/scripts/prepare_data.sh" "$text-teacher" "$bin-teacher" --vocab "$vocab"
+PYTHON=$PYTHON bash "$root/scripts/prepare_data.sh" "$text" "$bin" --like "$bin-teacher"
 
 # ---------------------------------------------------------------------------------------------------------- training
 # fairseq drops a last batch whose size is no multiple of this, 8 by default: 6 of 1,014 validation sentences.
 every=(--required-batch-size-multiple 1)
 
-# train NAME SEED OPTIONS...: to DIR/NAME, with its log; resumes by itself.
+# train NAME SEED DATA OPTIONS...: to DIR/NAME, with its log; resumes by itself.
 train() {
-    local name=$1 seed=$2 run=$dir/$1
-    shift 2
+    local name=$1 seed=$2 data=$3 run=$dir/$1
+    shift 3
     recorded "$run" checkpoint_best.pt checkpoint_last.pt && { say "$name: trained before"; return; }
     mkdir -p "$run"
-    say "$name: training, $updates updates (log: $run/train.log)"
-    "$BIN/fairseq-train" "$bin" --user-dir "$root/hgkd_fairseq" --save-dir "$run" "${device[@]}" \
-        --arch transformer_iwslt_de_en "${size[@]}" --share-all-embeddings --dropout 0.3 \
-        --max-tokens "$batch" "${every[@]}" --seed "$seed" --max-update "$updates" \
-        --optimizer adam --adam-betas '(0.9, 0.98)' --lr 0.003 --clip-norm 1.0 --weight-decay 0.0001 \
-        --lr-scheduler inverse_sqrt --warmup-updates "$warmup" \
-        --best-checkpoint-metric nll_loss --save-interval 4 --validate-interval 4 \
-        --no-progress-bar --log-format simple --log-interval 50 "$@" 2>&1 |
+    say "$name: training (log: $run/train.log)"
+    "$BIN/fairseq-train" "$data" --user-dir "$root/hgkd_fairseq" --save-dir "$run" "${device[@]}" \
+        --arch transformer_iwslt_de_en "${size[@]}" --share-all-embeddings --max-tokens "$batch" "${every[@]}" \
+        --seed "$seed" --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 1.0 --weight-decay 0.0001 \
+        --best-checkpoint-metric nll_loss --no-progress-bar --log-format simple --log-interval 50 "$@" 2>&1 |
         tee -a "$run/train.log" | progress "$name"
     record "$run" checkpoint_best.pt checkpoint_last.pt
 }
@@ -112,39 +118,44 @@ progress() {
         s/ \|.* num_updates ([0-9]+).*/, \1 updates/"
 }
 
-train teacher 1 --criterion label_smoothed_cross_entropy --label-smoothing 0
-
-student() {
+# model NAME: trains it
+model() {
     local options
+    if [[ $1 == teacher ]]; then
+        train teacher 1 "$bin-teacher" "${for_teacher[@]}" --criterion label_smoothed_cross_entropy --label-smoothing 0
+        return
+    fi
     mapfile -t options < <("$BIN/hgkd" methods "$1" --teacher "$dir/teacher/checkpoint_best.pt")
-    train "$1" 2 --task translation_with_teacher --criterion hard_gate_kd "${options[@]}"
+    train "$1" 2 "$bin" "${for_student[@]}" --task translation_with_teacher --criterion hard_gate_kd "${options[@]}"
 }
 
-# both COMMAND NAME NAME: at once, of one thread each: so small a model does not keep two cores busy. Each is a process
-# group (set -m), which ends with this script.
-set -m
-trap 'for job in $(jobs -p); do kill -- "-$job" 2>/dev/null || true; done' EXIT
-both() {
-    OMP_NUM_THREADS=1 "$1" "$2" &
-    OMP_NUM_THREADS=1 "$1" "$3" &
-    wait -n
-    wait -n
-}
-
-both student base word-kd-0.7
-both student hkd-t hkd-s
-
-# ----------------------------------------------------------------------------------------------- translating, scoring
-say "translating the test set and scoring, beam $beam (log: $dir/score-*.log)"
-# score "NAME...": all that is measured of these models
+# score NAME...: all that is measured of these models
 score() {
-    local log=$dir/score-${1// /-}.log models
-    read -ra models <<<"$1"
-    "$BIN/hgkd" score "$bin" "${models[@]/#/$dir/}" --reference "$text/test.en" --checkpoint best --checkpoint best-bleu \
+    local log=$dir/score-${1}.log
+    say "translating the test set and scoring, beam $beam: $* (log: $log)"
+    "$BIN/hgkd" score "$bin" "${@/#/$dir/}" --reference "$text/test.en" --checkpoint best --checkpoint best-bleu \
         --generate "--beam $beam --max-len-a $longest --max-len-b 10 ${device[*]}" >"$log" 2>&1 ||
         { tail -n 1 "$log" >&2; exit 1; }
 }
-both score "base word-kd-0.7 teacher" "hkd-t hkd-s"
+
+# both "COMMAND NAME..." "COMMAND NAME...": at once, of one thread each: so small a model does not keep two cores busy. Each
+# is a process group (set -m), which ends with this script.
+set -m
+trap 'for job in $(jobs -p); do kill -- "-$job" 2>/dev/null || true; done' EXIT
+both() {
+    local job words
+    for job in "$@"; do
+        read -ra words <<<"$job"
+        OMP_NUM_THREADS=1 "${words[@]}" &
+    done
+    wait -n
+    wait -n
+}
+
+both "model teacher" "model base"
+both "model word-kd-0.7" "model hkd-t"
+both "model hkd-s" "score base word-kd-0.7 hkd-t teacher"
+score hkd-s
 
 say "report: comparing"
 "$BIN/hgkd" report "$dir/base" "$dir/teacher" "$dir/word-kd-0.7" "$dir/hkd-t" "$dir/hkd-s" \
