@@ -46,18 +46,15 @@ say() { printf '%s  %s\n' "$(date +%H:%M:%S)" "$*"; }
 # ---------------------------------------------------------------------------------------------------------- settings
 # Few pairs, a training to its end, and a teacher that knows more: there distillation pays. The students' dropout is what
 # gives Base the least NLL on the validation set; sizes and updates are for 2 CPU cores.
-pairs=5000 scored=5000 vocab=2000 batch=2048 updates=2400 warmup=200 beam=5 longest=1.5
-teacher_updates=3000 teacher_warmup=400
+pairs=5000 scored=5000 vocab=2000 batch=2048 updates=1800 warmup=200 beam=5 longest=1.5
 if ((smoke)); then
-    scored=100 updates=70 warmup=40 beam=1 longest=1.0 teacher_updates=70 teacher_warmup=40
+    scored=100 updates=70 warmup=40 beam=1 longest=1.0
 fi
 size=(--encoder-layers 2 --decoder-layers 2 --encoder-embed-dim 128 --decoder-embed-dim 128
     --encoder-ffn-embed-dim 256 --decoder-ffn-embed-dim 256 --encoder-attention-heads 4 --decoder-attention-heads 4)
-for_teacher=(--dropout 0.1 --lr 0.004 --lr-scheduler polynomial_decay --warmup-updates "$teacher_warmup"
-    --total-num-update "$teacher_updates" --max-update "$teacher_updates")
-# A student's epoch is short: validation, and a checkpoint to choose from, every fourth.
-for_student=(--dropout 0.3 --lr 0.003 --lr-scheduler inverse_sqrt --warmup-updates "$warmup" --max-update "$updates"
-    --save-interval 4 --validate-interval 4)
+for_teacher=(--dropout 0.1 --lr 0.004 --lr-scheduler polynomial_decay --total-num-update "$updates")
+# A student's epoch is short: validation, and a checkpoint to choose from, every third.
+for_student=(--dropout 0.3 --lr 0.003 --lr-scheduler inverse_sqrt --save-interval 3 --validate-interval 3)
 if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     device=(--fp16)
 else
@@ -105,6 +102,7 @@ train() {
     "$BIN/fairseq-train" "$data" --user-dir "$root/hgkd_fairseq" --save-dir "$run" "${device[@]}" \
         --arch transformer_iwslt_de_en "${size[@]}" --share-all-embeddings --max-tokens "$batch" "${every[@]}" \
         --seed "$seed" --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 1.0 --weight-decay 0.0001 \
+        --warmup-updates "$warmup" --max-update "$updates" \
         --best-checkpoint-metric nll_loss --no-progress-bar --log-format simple --log-interval 50 "$@" 2>&1 |
         tee -a "$run/train.log" | progress "$name"
     record "$run" checkpoint_best.pt checkpoint_last.pt
