@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
 from importlib.util import find_spec
 from typing import Any
@@ -52,12 +53,12 @@ def apply() -> None:
     copy_checkpoints_in_one_step()
     same_batches_after_resume()
     same_patience_after_resume()
+    one_training_in_a_folder()
     same_run_after_resume()
     what_was_learned_is_validated()
     nan_gradients_are_reported()
     native_bf16()
     saved_when_told_to_stop()
-    one_training_in_a_folder()
 
 
 def written_for(function, expected: str, consequence: str) -> bool:
@@ -481,6 +482,7 @@ def saved_when_told_to_stop() -> None:
     @functools.wraps(load)
     def load_checkpoint(cfg, trainer, *args, **kwargs):
         extra_state, iterator = load(cfg, trainer, *args, **kwargs)
+        stopping.handle(signal.SIG_DFL)  # this process is a worker, and passes nothing on
         # The loop is fairseq-train's own module, which other commands do not import.
         names = ("fairseq_cli.train", "__main__")
         loops = [sys.modules[name] for name in names if hasattr(sys.modules.get(name), "validate_and_save")]
@@ -518,7 +520,8 @@ def stops_when_told(loop: Any, consequence: str) -> bool:
 
 
 def one_training_in_a_folder() -> None:
-    """Two trainings with one --save-dir write over each other's checkpoints without a word."""
+    """Two trainings with one --save-dir write over each other's checkpoints without a word. The second is refused when
+    what it asks for has been compared with what is there."""
     from fairseq import checkpoint_utils
     from fairseq.distributed import utils as distributed_utils
 
@@ -528,8 +531,9 @@ def one_training_in_a_folder() -> None:
 
     @functools.wraps(load)
     def load_checkpoint(cfg, *args, **kwargs):
+        found = load(cfg, *args, **kwargs)
         if distributed_utils.get_global_rank() == 0 and not cfg.no_save:
             one_training.hold(cfg.save_dir)
-        return load(cfg, *args, **kwargs)
+        return found
 
     checkpoint_utils.load_checkpoint = load_checkpoint

@@ -74,7 +74,7 @@ def pass_on(number: int, frame: FrameType | None) -> None:
         end_by(number)
 
 
-def handle(handler: Callable[[int, FrameType | None], None]) -> None:
+def handle(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
     """Take the signals over, where no one else has."""
     if threading.current_thread() is threading.main_thread():
         for number in VOTES:

@@ -17,9 +17,9 @@ STATUS = 75  # of a run that was told to stop
 METHOD = ("--task", "translation_with_teacher", "--criterion", "hard_gate_kd")
 PLAIN = (*METHOD, "--gate", "none", "--max-tokens", 400, "--disable-validation")
 # For --user-dir. TOLD holds the number of a worker, "train" or "valid", the number of its step and the names of
-# signals: in that step the worker sends them to itself and to the processes that load its data, as Slurm does.
+# signals: in that step they are sent to the worker and to the processes that load its data, as Slurm does.
 TELLS_ITSELF = """
-import os, signal, time
+import os, subprocess, time
 import torch
 import hgkd_fairseq.tasks
 from hgkd_fairseq.tasks.with_teacher import WithTeacher
@@ -32,7 +32,7 @@ def told(*args, **kwargs):
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     if (rank, len(made)) == (int(worker), int(number)):
         for name in signals:
-            os.killpg(0, getattr(signal, name))
+            subprocess.run(["kill", "-s", name, "--", f"-{os.getpgid(0)}"])
             time.sleep(1.2 if len(signals) > 1 else 0)
     return step(*args, **kwargs)
 
