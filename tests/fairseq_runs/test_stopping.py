@@ -32,7 +32,7 @@ def told(*args, **kwargs):
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     if (rank, len(made)) == (int(worker), int(number)):
         for name in signals:
-            subprocess.run(["kill", "-s", name, "--", f"-{os.getpgid(0)}"])
+            subprocess.run(["sh", "-c", f"kill -s {name} -- -{os.getpgid(0)}"])
             time.sleep(1.2 if len(signals) > 1 else 0)
     return step(*args, **kwargs)
 
@@ -80,13 +80,13 @@ def test_stopped_and_resumed(data: Path, tmp_path: Path, told: Told):
     whole = cl.train(data, tmp_path / "whole", *cl.USER_DIR, *options)
     folder, results = tmp_path / "stopped", []
     for signals, after, made in (
-        ("0 train 5 SIGUSR1", 5, []),
-        ("0 train 3 SIGTERM", 8, []),
-        ("0 valid 1 SIGTERM SIGUSR1", 8, []),
-        ("0 valid 3 SIGTERM", 12, ["checkpoint_1_8.pt", "checkpoint_best.pt"]),
+        ("0 train 5 USR1", 5, []),
+        ("0 train 3 TERM", 8, []),
+        ("0 valid 1 TERM USR1", 8, []),
+        ("0 valid 3 TERM", 12, ["checkpoint_1_8.pt", "checkpoint_best.pt"]),
     ):
         result = told(signals, data, folder, *options)
-        names = " and ".join(sorted(signals.split()[3:]))
+        names = " and ".join(f"SIG{name}" for name in sorted(signals.split()[3:]))
         line = f"{names}: the training has stopped after update {after} and is saved in {folder}; the same command goes"
         assert (result.code, result.output.count(line)) == (STATUS, 1), result.end()
         assert files(folder) == sorted([*made, "checkpoint_last.pt"])
@@ -99,7 +99,7 @@ def test_stopped_and_resumed(data: Path, tmp_path: Path, told: Told):
         one, other = whole.state(name), last.state(name)
         for part in ("model", "last_optimizer_state"):
             assert cl.differences(one[part], other[part]) == {}, name
-        assert one["optimizer_history"] == other["optimizer_history"]
+        assert one["optimizer_history"][-1] == other["optimizer_history"][-1]
         one, other = one["extra_state"], other["extra_state"]
         for part in ("train_iterator", "val_loss", "best", "patience"):
             assert one[part] == other[part], name
@@ -119,7 +119,7 @@ def test_one_of_two_workers_is_told(data: Path, tmp_path: Path, told: Told):
     """Both stop after the same update, and go on: as one worker that takes two batches an update."""
     options = (*PLAIN, "--dropout", 0, "--attention-dropout", 0)
     folder = tmp_path / "two"
-    for result in two_workers(told, "1 train 3 SIGUSR1", data, folder, *options, "--max-update", 9):
+    for result in two_workers(told, "1 train 3 USR1", data, folder, *options, "--max-update", 9):
         assert result.code == STATUS, result.end()
     assert updates(folder) == 3
     assert files(folder) == ["checkpoint_last.pt"]
@@ -131,7 +131,7 @@ def test_one_of_two_workers_is_told(data: Path, tmp_path: Path, told: Told):
 
 def test_a_worker_that_is_killed_ends_the_other(data: Path, tmp_path: Path, told: Told):
     begin = time.monotonic()
-    other, killed = two_workers(told, "1 train 3 SIGKILL", data, tmp_path, *PLAIN, "--max-update", 9)
+    other, killed = two_workers(told, "1 train 3 KILL", data, tmp_path, *PLAIN, "--max-update", 9)
     assert time.monotonic() - begin < 60
     assert killed.code == -signal.SIGKILL
     assert other.code == 1
@@ -141,8 +141,8 @@ def test_a_worker_that_is_killed_ends_the_other(data: Path, tmp_path: Path, told
 @pytest.mark.parametrize(
     ("signals", "more", "status"),
     [
-        ("0 train 3 SIGTERM SIGTERM", (), -signal.SIGTERM),  # the second, a second later
-        ("0 train 3 SIGUSR1", ("--no-save",), -signal.SIGUSR1),
+        ("0 train 3 TERM TERM", (), -signal.SIGTERM),  # the second, a second later
+        ("0 train 3 USR1", ("--no-save",), -signal.SIGUSR1),
     ],
 )
 def test_ended_at_once(signals: str, more: tuple, status: int, data: Path, tmp_path: Path, told: Told):
@@ -156,7 +156,7 @@ def test_one_training_in_a_folder(data: Path, tmp_path: Path, told: Told):
     processes that loaded its data are still there."""
     options = (data, tmp_path, *PLAIN, "--max-update", 2)
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(told, "0 train 2 SIGSTOP", *options)
+        first = pool.submit(told, "0 train 2 STOP", *options)
         while not first.done() and not (owner := stopped_owner(tmp_path)):
             time.sleep(0.1)
         try:
