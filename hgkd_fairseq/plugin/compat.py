@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
 from importlib.util import find_spec
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 
 from hgkd_fairseq import files
 from hgkd_fairseq.errors import UserError
-from hgkd_fairseq.plugin import checkpoints, training_state
+from hgkd_fairseq.plugin import checkpoints, one_training, stopping, training_state
 from hgkd_fairseq.plugin.literals import replace_eval
 
 logger = logging.getLogger(__name__)
@@ -52,10 +53,12 @@ def apply() -> None:
     copy_checkpoints_in_one_step()
     same_batches_after_resume()
     same_patience_after_resume()
+    one_training_in_a_folder()
     same_run_after_resume()
     what_was_learned_is_validated()
     nan_gradients_are_reported()
     native_bf16()
+    saved_when_told_to_stop()
 
 
 def written_for(function, expected: str, consequence: str) -> bool:
@@ -443,3 +446,94 @@ def native_bf16() -> None:
         return parsed
 
     options.parse_args_and_arch = parse_args_and_arch
+
+
+def saved_when_told_to_stop() -> None:
+    """A signal ends fairseq-train at once: all since the last checkpoint is lost. It is heeded after each update and
+    before each batch of a validation, by all workers at the same one: what they sum up then has one number more."""
+    from fairseq import checkpoint_utils
+    from fairseq.distributed import utils as distributed_utils
+    from fairseq.trainer import Trainer
+
+    total, step = Trainer._aggregate_logging_outputs, Trainer.valid_step
+    load, call = checkpoint_utils.load_checkpoint, distributed_utils.call_main
+    consequence = "a training that is told to stop does not save"
+    known = [
+        written_for(total, "return self._fast_stat_sync_sum(", consequence),
+        written_for(step, "_loss, sample_size, logging_output = self.task.valid_step(", consequence),
+        written_for(load, "epoch_itr.load_state_dict(itr_state)", consequence),
+        written_for(call, "torch.multiprocessing.spawn(", consequence),
+    ]
+    if not all(known):
+        return
+
+    @functools.wraps(total)
+    def aggregate_logging_outputs(self, logging_outputs, *sums, ignore=False):
+        outputs, found = total(self, logging_outputs, *sums, stopping.vote(), ignore=ignore)
+        *sums, stopping.request.votes = found
+        return outputs, sums
+
+    @functools.wraps(step)
+    def valid_step(self, *args, **kwargs):
+        if stopping.votes(self):
+            raise stopping.Stop
+        return step(self, *args, **kwargs)
+
+    @functools.wraps(load)
+    def load_checkpoint(cfg, trainer, *args, **kwargs):
+        extra_state, iterator = load(cfg, trainer, *args, **kwargs)
+        stopping.handle(signal.SIG_DFL)  # this process is a worker, and passes nothing on
+        # The loop is fairseq-train's own module, which other commands do not import.
+        names = ("fairseq_cli.train", "__main__")
+        loops = [sys.modules[name] for name in names if hasattr(sys.modules.get(name), "validate_and_save")]
+        if stopping.possible(trainer) and loops and all(stops_when_told(loop, consequence) for loop in loops):
+            stopping.listen()
+            if extra_state is not None and trainer.get_num_updates() and not cfg.reset_dataloader:
+                stopping.request.unvalidated = extra_state["train_iterator"].get(stopping.UNVALIDATED)
+        return extra_state, iterator
+
+    @functools.wraps(call)
+    def call_main(*args, **kwargs):
+        with stopping.starting_workers():
+            return call(*args, **kwargs)
+
+    Trainer._aggregate_logging_outputs, Trainer.valid_step = aggregate_logging_outputs, valid_step
+    checkpoint_utils.load_checkpoint, distributed_utils.call_main = load_checkpoint, call_main
+
+
+def stops_when_told(loop: Any, consequence: str) -> bool:
+    """Patch the module of a training loop, once, where it is known."""
+    train, after_update = loop.train, loop.validate_and_save
+    if getattr(train, "stops", False):
+        return True
+    known = [
+        written_for(train, "valid_losses, should_stop = validate_and_save(", consequence),
+        written_for(after_update, "valid_losses = validate(cfg, trainer, task, epoch_itr, valid_subsets)", consequence),
+    ]
+    if all(known):
+        loop.validate_and_save = functools.wraps(after_update)(
+            functools.partial(stopping.validate_and_save, after_update)
+        )
+        loop.train = functools.wraps(train)(functools.partial(stopping.train, train, loop))
+        loop.train.stops = True
+    return all(known)
+
+
+def one_training_in_a_folder() -> None:
+    """Two trainings with one --save-dir write over each other's checkpoints without a word. The second is refused when
+    what it asks for has been compared with what is there."""
+    from fairseq import checkpoint_utils
+    from fairseq.distributed import utils as distributed_utils
+
+    load = checkpoint_utils.load_checkpoint
+    if not written_for(load, "extra_state = trainer.load_checkpoint(", "two trainings can write to one --save-dir"):
+        return
+
+    @functools.wraps(load)
+    def load_checkpoint(cfg, *args, **kwargs):
+        found = load(cfg, *args, **kwargs)
+        if distributed_utils.get_global_rank() == 0 and not cfg.no_save:
+            one_training.hold(cfg.save_dir)
+        return found
+
+    checkpoint_utils.load_checkpoint = load_checkpoint

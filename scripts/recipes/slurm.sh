@@ -5,7 +5,8 @@
 #   sbatch --nodes 2 scripts/recipes/slurm.sh wmt14-en-de --method hkd-t     # two
 #
 # Prepare the data before, on a machine with a network: scripts/recipes/wmt14-en-de.sh --until data
-# A job that runs out of time, or is preempted and queued again, goes on where it was.
+# Two minutes before its time is up the training saves, in the middle of an epoch, and the job is queued again; it goes
+# on where it was, as one that is preempted does.
 #SBATCH --job-name=hgkd
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -13,6 +14,7 @@
 #SBATCH --cpus-per-task=32
 #SBATCH --time=24:00:00
 #SBATCH --requeue
+#SBATCH --signal=B:USR1@120
 #SBATCH --output=%x-%j.log
 # One task a machine: fairseq asks Slurm for the machines and starts a worker for each GPU itself.
 set -euo pipefail
@@ -21,4 +23,13 @@ set -euo pipefail
     { echo "slurm.sh: works in a Slurm job with GPUs only: sbatch scripts/recipes/slurm.sh $*" >&2; exit 2; }
 recipe=$SLURM_SUBMIT_DIR/scripts/recipes/$1.sh
 [[ -f $recipe ]] || { echo "slurm.sh: there is no recipe $1: $recipe does not exist" >&2; exit 2; }
-exec bash "$recipe" --nodes "$SLURM_JOB_NUM_NODES" --gpus "$SLURM_GPUS_ON_NODE" "${@:2}"
+
+set -m # the recipe and all that it starts are one process group
+bash "$recipe" --nodes "$SLURM_JOB_NUM_NODES" --gpus "$SLURM_GPUS_ON_NODE" "${@:2}" &
+group=$! told=0 status=0
+# Slurm tells this shell alone. Of the group fairseq-train saves before it ends; what else is at work begins again.
+trap 'told=1; kill -USR1 -- "-$group"' USR1
+wait "$group" || status=$?
+((told)) || exit "$status"
+while kill -0 -- "-$group" 2>/dev/null; do sleep 1; done
+exec scontrol requeue "$SLURM_JOB_ID"

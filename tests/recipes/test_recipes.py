@@ -405,3 +405,26 @@ def test_a_damaged_archive_is_named(tmp_path: Path):
     done = recipe("iwslt14-de-en", "--dir", tmp_path / "run", "--from", tmp_path / "from", "--until", "data")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (f"iwslt14-de-en.sh: {archive} is no archive that holds de-en: get it anew")
+
+
+def test_a_slurm_job_is_queued_again(tmp_path: Path):
+    """Slurm's signal goes to the shell alone, which waits for all that it started."""
+    folder = tmp_path / "scripts" / "recipes"
+    folder.mkdir(parents=True)
+    training = "(trap 'sleep 0.5; echo saved >saved; exit 75' USR1; echo >ready; while :; do sleep 0.05; done)"
+    (folder / "long.sh").write_text(f"{training}\necho scored\n")
+    (folder / "short.sh").write_text('echo "$@"; exit 3\n')
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\ncat saved; echo "scontrol $*"\n')
+    scontrol.chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7"}
+    env |= {"SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "8"}
+    command = ["bash", str(RECIPES / "slurm.sh")]
+    with subprocess.Popen([*command, "long"], env=env, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as job:
+        while job.poll() is None and not (tmp_path / "ready").exists():
+            time.sleep(0.02)
+        job.send_signal(signal.SIGUSR1)
+        assert job.communicate(timeout=20)[0] == "saved\nscontrol requeue 7\n"
+    assert job.returncode == 0
+    short = subprocess.run([*command, "short", "--seed", "2"], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert (short.returncode, short.stdout) == (3, "--nodes 1 --gpus 8 --seed 2\n")

@@ -1,0 +1,44 @@
+"""One training in a folder: a second one would mix its checkpoints with the first one's."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+
+from hgkd_fairseq.errors import UserError
+
+LOCK = "training.lock"
+_held: dict[str, int] = {}  # descriptors, by folder, for as long as this process lives
+
+
+def hold(folder: str) -> None:
+    """Lock the folder that a training writes its checkpoints to, until this process ends, however it does.
+
+    A lock of fcntl's, not of flock's, which processes that load data would inherit and hold on to for seconds after
+    their parent was killed. A file system that knows no locks stops nobody.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    path = os.path.join(os.path.realpath(folder), LOCK)
+    if path in _held:
+        return
+    try:
+        os.makedirs(folder, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError:
+        return
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    except (BlockingIOError, PermissionError):  # the two that fcntl(2) allows for a lock that another process holds
+        owner = os.pread(descriptor, 300, 0).decode(errors="replace") or "another process"
+        os.close(descriptor)
+        raise UserError(
+            f"--save-dir {folder}: {owner} is training in it; wait for its end, or give another --save-dir"
+        ) from None
+    except OSError:
+        pass
+    _held[path] = descriptor
