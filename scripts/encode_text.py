@@ -2,7 +2,8 @@
 
 OUTDIR gets ``{train,valid,test}.LANG`` (pieces, separated by spaces; ``valid1.LANG`` too where TEXTDIR has it),
 ``sentencepiece.model`` and ``dict.txt``, the dictionary of both languages for fairseq. The same text and options give
-the same bytes, whatever the folders' names. With ``--model FILE`` the text is encoded with that model and none is trained.
+the same bytes, whatever the folders' names. With ``--model FILE`` the text is encoded with that model, and none is
+trained.
 """
 
 import argparse

@@ -25,8 +25,8 @@ Margin = Annotated[float, Option("per cent of accuracy by which a student must b
 )
 class Pair:
     """State: "open" (P,) bool, whether each pair learns from its teacher: all, until they are compared. The statistics'
-    `instance` is the token's pair. The authors' code (RayeRen/multilingual-kd-pytorch, alpha-strategy threshold) has the same
-    rule with m = 1 BLEU and a = 0.9."""
+    `instance` is the token's pair. The authors' code (RayeRen/multilingual-kd-pytorch, alpha-strategy threshold) has
+    the same rule with m = 1 BLEU and a = 0.9."""
 
     def __init__(self, *, kd_weight: KdShare = 0.5, pair_margin: Margin = 1.0):
         self.weight, self.margin = kd_weight, pair_margin

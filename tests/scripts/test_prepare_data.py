@@ -307,8 +307,8 @@ def test_unfit_text(change: str | None, options: list[str], complaint: str, text
         ),
         (
             ["text", "bin", "--like", "/nowhere"],
-            "--like /nowhere: holds no data that prepare_data.sh made of de and en (PREPARED, sentencepiece.model, dict.de.txt, "
-            "dict.en.txt): name the DATABIN of the teacher",
+            "--like /nowhere: holds no data that prepare_data.sh made of de and en (PREPARED, sentencepiece.model, "
+            "dict.de.txt, dict.en.txt): name the DATABIN of the teacher",
         ),
     ],
 )
