@@ -308,8 +308,11 @@ def how(study: Study) -> list[str]:
     for key, name in names.items():
         text += [f"{name} `{one}`" for one in sorted({cell.scores["signatures"][key] for cell in cells})]
     text.append(f"p: paired bootstrap between cells of one seed, `{study.bootstrap_signature(cells[0])}`")
+    chosen = "checkpoints chosen by validation NLL"
+    if any(BEST_BLEU in cell.checkpoints for cell in cells):
+        chosen = "translations by the checkpoint with the highest validation BLEU, the rest by that with the least NLL"
     lines = [
-        "Mean ± standard deviation over seeds; checkpoints chosen by validation NLL; scores on the test set. "
+        f"Mean ± standard deviation over seeds; {chosen}; scores on the test set. "
         "Length penalties chosen: of each seed, fairseq's --lenpen that has the highest BLEU on the validation set. "
         + "; ".join(text)
         + f". All cells and their teachers: {signature(cells)}.",

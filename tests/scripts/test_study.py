@@ -612,6 +612,20 @@ def test_tables_by_hand(tmp_path, monkeypatch, capsys):
     assert ("<!-- HKD-T -->" in nll, "<!-- Base -->" in nll) == (True, True)
 
 
+def test_tables_of_two_checkpoints(tmp_path, monkeypatch):
+    """BLEU of the checkpoint with the highest validation BLEU, NLL and ECE of the one with the least NLL."""
+    study = tmp_path / "study"
+    write_cell(study, "same/base/seed-1", 20, 0.10)
+    best_bleu = study / "same/base/seed-1/best-bleu"
+    shutil.copytree(study / "same/base/seed-1", best_bleu)
+    (best_bleu / "scores.json").write_text(json.dumps(numbers(21.5, 0.14, 1) | {"nll": 3.25}))
+    tables = (make_tables(tmp_path, study, monkeypatch) / "tables.md").read_text()
+    assert "\n| Base | 1 | 21.5 | 22.5 | 43.0 | 10.00 | 2.50 | 20.00 | 3.000 |  |  |\n" in tables
+    rule = "translations by the checkpoint with the highest validation BLEU, the rest by that with the least NLL"
+    assert f"Mean ± standard deviation over seeds; {rule}; scores on the test set. " in tables
+    assert "\n| Base | 20.0 | 21.5 |  | 3.000 | 3.250 |  | 10.00 | 14.00 |  |\n" in tables
+
+
 def test_figures_of_a_single_epoch(tmp_path, monkeypatch):
     study = tmp_path / "study"
     write_cell(study, "same/base/seed-1", 20, 0.10)
