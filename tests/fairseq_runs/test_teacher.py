@@ -1,11 +1,13 @@
 """The teacher: frozen, outside every module and every checkpoint, of any architecture."""
 
 import io
+from argparse import Namespace
 from pathlib import Path
 
 import command_line as cl
 import pytest
 import torch
+from fairseq.optim.sgd import SGD
 from omegaconf import OmegaConf
 
 from hgkd_fairseq.criterions.without_dropout import gold_logprob
@@ -26,6 +28,7 @@ def parts(data: Path, teacher: cl.Run):
     task = tasks.setup_task(cfg.task)
     assert task.teacher is None  # setting up for generation never loads it
     model = task.build_model(cfg.model)
+    assert task.teacher is None  # nor does building the student
     criterion = task.build_criterion(cfg.criterion)
     task.load_dataset("train")
     sample = task.dataset("train").collater([task.dataset("train")[i] for i in range(8)])
@@ -125,6 +128,24 @@ def test_prefix_and_sentence_average(parts):
     assert log["nll_loss"].item() == pytest.approx(expected, rel=1e-5)
     assert log["tokens"].item() == (lengths - 2).clamp(min=0).sum().item()
     assert sample_size == 8
+
+
+def test_an_idle_batch_is_not_remembered(parts):
+    """Where a worker has run out of batches fairseq gives it one again and drops its gradient: no gate remembers it."""
+    task, model, criterion, sample = parts
+    usual, criterion.gate = criterion.gate, get_gate("selective-global")
+    optimizer = SGD(Namespace(lr=[0.1], momentum=0.0, weight_decay=0.0), model.parameters())
+    try:
+        for idle in (True, False):
+            model.zero_grad()
+            task.train_step(sample, model, criterion, optimizer, 1, ignore_grad=idle)
+            queue = task.training_state.memory["gate"]["queue"]
+            assert bool(queue.isfinite().any()) is not idle
+            assert any(bool(p.grad.any()) for p in model.parameters() if p.grad is not None) is not idle
+    finally:
+        criterion.gate = usual
+        task.training_state.memory.clear()
+        task.training_state.updates, task.training_state.idle = None, False
 
 
 ADAPTIVE = ("--adaptive-softmax-cutoff", "10,20")

@@ -152,6 +152,21 @@ def test_a_teacher_that_the_student_would_write_over(
         refuse_what_training_writes(teacher, "./s/")
 
 
+def test_what_a_gate_remembers_is_outside_the_criterion(data: Path, teacher: cl.Run):
+    """fairseq saves no buffers of a criterion without parameters, and --fp16 halves them: the memory is the task's, in
+    fp32, and comes back with the task's part of a checkpoint."""
+    given = ("--gate", "selective-global", "--teacher-path", teacher.path())
+    (task, criterion), (again, other) = build(data, *given), build(data, *given)
+    memory = criterion.gate_in_use().weights.state
+    memory["queue"] = torch.tensor([1 + 2**-20, 2.0])  # fp16 would round the first
+    criterion.half()
+    assert criterion.state_dict() == {}
+    again.set_checkpoint_dict(task.get_checkpoint_dict()["TranslationWithTeacherTask"])
+    found = other.gate_in_use().weights.state["queue"]
+    assert found.dtype == torch.float32
+    assert torch.equal(found, memory["queue"])
+
+
 def prepared(state: dict, data: Path, new_run: bool, *options):
     """The state as fairseq-train would take it up, and the criterion's own parameters."""
     task, criterion = build(data, *options)
