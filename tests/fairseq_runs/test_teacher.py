@@ -1,12 +1,14 @@
 """The teacher: frozen, outside every module and every checkpoint, of any architecture."""
 
 import io
+import math
 from argparse import Namespace
 from pathlib import Path
 
 import command_line as cl
 import pytest
 import torch
+from fairseq.logging import metrics
 from fairseq.optim.sgd import SGD
 from omegaconf import OmegaConf
 
@@ -146,6 +148,49 @@ def test_an_idle_batch_is_not_remembered(parts):
         criterion.gate = usual
         task.training_state.memory.clear()
         task.training_state.updates, task.training_state.idle = None, False
+
+
+def test_a_student_of_nan_is_validated(parts):
+    """fairseq's cross_entropy logs nan and goes on: so does a run that has diverged in its last update."""
+    _, model, criterion, sample = parts
+    layer = model.decoder.output_projection.weight
+    kept = layer.detach().clone()
+    model.eval()
+    try:
+        with torch.no_grad():
+            layer.fill_(torch.nan)
+            loss, _, log = criterion(model, sample)
+            diverged = aggregated(criterion, [log])
+            layer.copy_(kept)
+            fine = aggregated(criterion, [criterion(model, sample)[2]])
+    finally:
+        model.train()
+    assert loss.isnan()
+    assert diverged.keys() == fine.keys()
+    assert math.isnan(diverged["nll_loss"])
+    assert 0 < fine["ece"] < 1
+
+
+def aggregated(criterion, logs: list[dict]) -> dict[str, float]:
+    """What fairseq prints of log outputs."""
+    with metrics.aggregate() as found:
+        criterion.reduce_metrics(logs)
+    return found.get_smoothed_values()
+
+
+def test_a_batch_of_pads_is_logged(parts):
+    """No token, as in a worker's dummy batch: sums of 0, and nothing is divided by them."""
+    task, model, criterion, sample = parts
+    empty = {**sample, "target": torch.full_like(sample["target"], task.target_dictionary.pad()), "ntokens": 0}
+    empty.pop("target_lengths")
+    loss, sample_size, log = criterion(model, empty)
+    loss.backward()
+    assert (loss.item(), sample_size, log["tokens"].item()) == (0, 0, 0)
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+    found = aggregated(criterion, [log])
+    assert [found[name] for name in ("loss", "nll_loss", "kd_loss", "teacher_share", "gap")] == [0] * 5
+    whole = criterion(model, sample)[2]
+    assert aggregated(criterion, [log, whole])["nll_loss"] == aggregated(criterion, [whole])["nll_loss"]
 
 
 ADAPTIVE = ("--adaptive-softmax-cutoff", "10,20")
