@@ -273,6 +273,20 @@ def test_finetuned_from_a_run_without_such_parameters(students: dict[str, Path])
     assert training_state_of(students["soft-learned"])["criterion"]["learned_gate.sharpness"] != 1.0
 
 
+def test_what_was_learned_is_validated(students: dict[str, Path], data: Path):
+    """fairseq-validate builds the criterion anew: what it learned comes back with the checkpoint."""
+    from fairseq import checkpoint_utils
+
+    path = str(students["soft-learned"])
+    _, cfg, task = checkpoint_utils.load_model_ensemble_and_task([path], arg_overrides={"data": str(data)})
+    criterion = task.build_criterion(cfg.criterion)
+    assert cl.differences(criterion.state_dict(), cl.load(students["soft-learned"])["criterion"]) == {}
+    assert criterion.state_dict()["learned_gate.sharpness"] != 1
+    cfg.criterion.gate = "selective-global"
+    with pytest.raises(UserError, match="cannot be validated in this way: --gate selective-global"):
+        task.build_criterion(cfg.criterion)
+
+
 def test_nan_gradients_are_reported(data: Path, teacher: cl.Run, tmp_path: Path):
     arguments = (data, *cl.SIZE, *cl.TIED, *cl.STEPS, *cl.LOGS, "--save-dir", tmp_path, "--lr", 1e30, "--no-save")
     result = cl.fairseq("train", *arguments, *cl.distil(teacher.path(), "--disable-validation"))
