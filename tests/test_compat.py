@@ -16,6 +16,7 @@ from processes import full_disk
 
 from hgkd_fairseq import plugin
 from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.plugin import checkpoints
 
 SOURCE = "w1 w2 w3\nw4 w5\n"
 
@@ -218,6 +219,15 @@ def test_a_checkpoint_is_saved_without_arrays(tmp_path: Path):
     assert torch.equal(found[0], torch.arange(4))
     assert found[1] == 2.5
     assert type(counts["metrics"][0]) is np.ndarray
+
+
+def test_torch_loads_what_fairseq_saves(tmp_path: Path):
+    """Its options are a Namespace, which a converter of CTranslate2's meets too; also after our loader has read one."""
+    plugin.register()
+    torch.save({"args": Namespace(arch="lstm")}, tmp_path / "a.pt")
+    for _ in range(2):
+        assert torch.load(tmp_path / "a.pt", weights_only=True)["args"].arch == "lstm"
+        checkpoints.read(Path(__file__).parent / "fairseq_runs" / "version_0_1_0" / "teacher.pt")
 
 
 def test_a_colon_in_the_name_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
