@@ -266,14 +266,19 @@ def test_two_outputs_of_one_name(tmp_path, monkeypatch, capsys):
 
 def test_closed_and_full_standard_output(tmp_path):
     """`hgkd ... | head`, a full disk; one line, no traceback of Python's own when it ends."""
-    command = [sys.executable, "-u", "-m", "hgkd_fairseq.cli", "gates"]
+    command = ["-m", "hgkd_fairseq.cli", "gates"]
+    environment = {name: value for name, value in cl.environment().items() if name != "PYTHONUNBUFFERED"}
     reading, writing = os.pipe()
     os.close(reading)
     with open("/dev/full", "w") as full:
-        for output, reason in ((writing, "standard output was closed"), (full, "No space left on device")):
+        closed = "standard output was closed"
+        for output, unbuffered, reason in (
+            (writing, [], closed), (writing, ["-u"], closed), (full, ["-u"], "No space left on device")
+        ):  # fmt: skip
             done = subprocess.run(
-                command, cwd=ROOT, env=cl.environment(), stdout=output, stderr=subprocess.PIPE, text=True, check=False
-            )
+                [sys.executable, *unbuffered, *command], cwd=ROOT, env=environment,
+                stdout=output, stderr=subprocess.PIPE, text=True, check=False,
+            )  # fmt: skip
             assert done.returncode == 1
             assert "Traceback" not in done.stderr
             assert reason in done.stderr.splitlines()[-1]

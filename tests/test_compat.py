@@ -7,8 +7,16 @@ from argparse import Namespace
 from pathlib import Path
 
 import command_line as cl
+import numpy as np
 import pytest
 import torch
+from fairseq import checkpoint_utils, utils
+from fairseq.file_io import PathManager
+from processes import full_disk
+
+from hgkd_fairseq import plugin
+from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.plugin import checkpoints
 
 SOURCE = "w1 w2 w3\nw4 w5\n"
 
@@ -188,9 +196,49 @@ def test_no_variable_lets_code_run(monkeypatch: pytest.MonkeyPatch, caplog: pyte
     assert "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD has no effect" in caplog.text
 
 
-def test_patches_are_applied_once():
-    from fairseq import checkpoint_utils
+def test_a_copied_checkpoint_takes_its_place_in_one_step(tmp_path: Path):
+    """fairseq copies checkpoint_last.pt: where a copy cannot be finished, what was there before is whole."""
+    plugin.register()
+    new, last = tmp_path / "new.pt", tmp_path / "checkpoint_last.pt"
+    new.write_bytes(bytes(range(250)) * 40)
+    last.write_bytes(b"old")
+    with full_disk(4000), pytest.raises(UserError, match=r"checkpoint_last\.pt cannot be written: File too large"):
+        PathManager.copy(str(new), str(last), overwrite=True)
+    assert last.read_bytes() == b"old"
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint_last.pt", "new.pt"]
+    PathManager.copy(str(new), str(last), overwrite=True)
+    assert last.read_bytes() == new.read_bytes()
 
+
+def test_a_checkpoint_is_saved_without_arrays(tmp_path: Path):
+    """fairseq logs n-gram counts as arrays; what it saves is read where nothing but tensors and plain values is."""
+    plugin.register()
+    counts = {"metrics": [np.arange(4), np.float64(2.5)]}
+    checkpoint_utils.torch_persistent_save({"model": {}, "extra_state": counts}, str(tmp_path / "a.pt"))
+    found = torch.load(tmp_path / "a.pt", weights_only=True)["extra_state"]["metrics"]
+    assert torch.equal(found[0], torch.arange(4))
+    assert found[1] == 2.5
+    assert type(counts["metrics"][0]) is np.ndarray
+
+
+def test_torch_loads_what_fairseq_saves(tmp_path: Path):
+    """Its options are a Namespace, which a converter of CTranslate2's meets too; also after our loader has read one."""
+    plugin.register()
+    torch.save({"args": Namespace(arch="lstm")}, tmp_path / "a.pt")
+    for _ in range(2):
+        assert torch.load(tmp_path / "a.pt", weights_only=True)["args"].arch == "lstm"
+        checkpoints.read(Path(__file__).parent / "fairseq_runs" / "version_0_1_0" / "teacher.pt")
+
+
+def test_a_colon_in_the_name_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """fairseq's own commands take the names of files as ours do."""
+    plugin.register()
+    monkeypatch.chdir(tmp_path)
+    Path("a:b").touch()
+    assert utils.split_paths("a:b:c") == ["a:b", "c"]
+
+
+def test_patches_are_applied_once():
     from hgkd_fairseq.plugin import compat
 
     patched = checkpoint_utils.load_checkpoint_to_cpu

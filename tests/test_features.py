@@ -44,19 +44,29 @@ NET_INPUT = {
 }
 
 
+def doubled(_, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """In place of the mean over workers, which of one worker would be seen nowhere."""
+    future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    future.set_result(2 * bucket.buffer())
+    return future
+
+
 @pytest.mark.parametrize("tied", [True, False])
-def test_ddp_gives_the_gradients_of_the_bare_model(process_group, tied):
+def test_ddp_reduces_every_gradient(process_group, tied):
+    """The output layer's too, which is used outside of the model's forward."""
     torch.manual_seed(0)
     bare = transformer(tied).eval()
+    wrapped = DistributedDataParallel(bare)
+    wrapped.register_comm_hook(None, doubled)
     gradients = []
-    for model in (bare, ModuleProxyWrapper(DistributedDataParallel(bare))):
+    for model in (bare, ModuleProxyWrapper(wrapped)):
         bare.zero_grad()
         head = features.head(model, NET_INPUT)
         (head.hidden @ head.weight.t()).square().sum().backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in bare.named_parameters()})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
-        assert torch.equal(gradient, gradients[1][name]), name
+        assert torch.equal(2 * gradient, gradients[1][name]), name
 
 
 def test_find_unused_parameters_with_an_untied_output_is_refused(process_group):

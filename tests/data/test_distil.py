@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+from array import array
 from pathlib import Path
 
 import command_line as cl
@@ -463,6 +464,38 @@ def test_no_fault_is_trained_on(fault, own: Path, data: Path, tmp_path: Path, ca
         raise UserError(error(capsys))
     assert not (tmp_path / "bin").exists()
     assert not list(tmp_path.glob(".hgkd-*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (None, None),
+        ("swap", "row 0 of .* is not what was to be written"),
+        ("lose", "has 3 rows and .* 3, to be written were 2"),
+        ("cut", "row 2 of .* is not what was to be written"),
+    ],
+)
+def test_what_was_written_is_read_again(change: str | None, message: str | None, tmp_path: Path):
+    """Row by row, on both sides: a source and a target that do not belong together are no training data."""
+    rows = [torch.tensor(ids, dtype=torch.int32) for ids in ([4, 5, 2], [6, 2], [7, 8, 9, 2])]
+    prefixes = [tmp_path / f"train.de-en.{language}" for language in ("de", "en")]
+    for prefix in prefixes:
+        builder = indexed_dataset.make_builder(f"{prefix}.bin", "mmap", 60)
+        for row in rows:
+            builder.add_item(row)
+        builder.finalize(f"{prefix}.idx")
+    sources, targets = (array("Q", [int(hash_of(row), 16) for row in rows]) for _ in range(2))
+    if change == "swap":
+        targets[0], targets[1] = targets[1], targets[0]
+    elif change == "lose":
+        sources, targets = sources[:2], targets[:2]
+    elif change == "cut":
+        os.truncate(f"{prefixes[1]}.bin", os.path.getsize(f"{prefixes[1]}.bin") - 2)
+    if message is None:
+        distilled.check(*prefixes, (sources, targets))
+        return
+    with pytest.raises(UserError, match=message):
+        distilled.check(*prefixes, (sources, targets))
 
 
 def test_a_full_disk_while_training_data_are_written(data: Path, translated: Path, tmp_path: Path, capsys):

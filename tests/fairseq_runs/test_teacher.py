@@ -1,11 +1,15 @@
 """The teacher: frozen, outside every module and every checkpoint, of any architecture."""
 
 import io
+import math
+from argparse import Namespace
 from pathlib import Path
 
 import command_line as cl
 import pytest
 import torch
+from fairseq.logging import metrics
+from fairseq.optim.sgd import SGD
 from omegaconf import OmegaConf
 
 from hgkd_fairseq.criterions.without_dropout import gold_logprob
@@ -26,6 +30,7 @@ def parts(data: Path, teacher: cl.Run):
     task = tasks.setup_task(cfg.task)
     assert task.teacher is None  # setting up for generation never loads it
     model = task.build_model(cfg.model)
+    assert task.teacher is None  # nor does building the student
     criterion = task.build_criterion(cfg.criterion)
     task.load_dataset("train")
     sample = task.dataset("train").collater([task.dataset("train")[i] for i in range(8)])
@@ -125,6 +130,67 @@ def test_prefix_and_sentence_average(parts):
     assert log["nll_loss"].item() == pytest.approx(expected, rel=1e-5)
     assert log["tokens"].item() == (lengths - 2).clamp(min=0).sum().item()
     assert sample_size == 8
+
+
+def test_an_idle_batch_is_not_remembered(parts):
+    """Where a worker has run out of batches fairseq gives it one again and drops its gradient: no gate remembers it."""
+    task, model, criterion, sample = parts
+    usual, criterion.gate = criterion.gate, get_gate("selective-global")
+    optimizer = SGD(Namespace(lr=[0.1], momentum=0.0, weight_decay=0.0), model.parameters())
+    try:
+        for idle in (True, False):
+            model.zero_grad()
+            task.train_step(sample, model, criterion, optimizer, 1, ignore_grad=idle)
+            queue = task.training_state.memory["gate"]["queue"]
+            assert bool(queue.isfinite().any()) is not idle
+            assert any(bool(p.grad.any()) for p in model.parameters() if p.grad is not None) is not idle
+    finally:
+        criterion.gate = usual
+        task.training_state.memory.clear()
+        task.training_state.updates, task.training_state.idle = None, False
+
+
+def test_a_student_of_nan_is_validated(parts):
+    """fairseq's cross_entropy logs nan and goes on: so does a run that has diverged in its last update."""
+    _, model, criterion, sample = parts
+    layer = model.decoder.output_projection.weight
+    kept = layer.detach().clone()
+    model.eval()
+    try:
+        with torch.no_grad():
+            layer.fill_(torch.nan)
+            loss, _, log = criterion(model, sample)
+            diverged = aggregated(criterion, [log])
+            layer.copy_(kept)
+            fine = aggregated(criterion, [criterion(model, sample)[2]])
+    finally:
+        model.train()
+    assert loss.isnan()
+    assert diverged.keys() == fine.keys()
+    assert math.isnan(diverged["nll_loss"])
+    assert 0 < fine["ece"] < 1
+
+
+def aggregated(criterion, logs: list[dict]) -> dict[str, float]:
+    """What fairseq prints of log outputs."""
+    with metrics.aggregate() as found:
+        criterion.reduce_metrics(logs)
+    return found.get_smoothed_values()
+
+
+def test_a_batch_of_pads_is_logged(parts):
+    """No token, as in a worker's dummy batch: sums of 0, and nothing is divided by them."""
+    task, model, criterion, sample = parts
+    empty = {**sample, "target": torch.full_like(sample["target"], task.target_dictionary.pad()), "ntokens": 0}
+    empty.pop("target_lengths")
+    loss, sample_size, log = criterion(model, empty)
+    loss.backward()
+    assert (loss.item(), sample_size, log["tokens"].item()) == (0, 0, 0)
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+    found = aggregated(criterion, [log])
+    assert [found[name] for name in ("loss", "nll_loss", "kd_loss", "teacher_share", "gap")] == [0] * 5
+    whole = criterion(model, sample)[2]
+    assert aggregated(criterion, [log, whole])["nll_loss"] == aggregated(criterion, [whole])["nll_loss"]
 
 
 ADAPTIVE = ("--adaptive-softmax-cutoff", "10,20")

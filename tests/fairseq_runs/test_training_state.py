@@ -152,6 +152,21 @@ def test_a_teacher_that_the_student_would_write_over(
         refuse_what_training_writes(teacher, "./s/")
 
 
+def test_what_a_gate_remembers_is_outside_the_criterion(data: Path, teacher: cl.Run):
+    """fairseq saves no buffers of a criterion without parameters, and --fp16 halves them: the memory is the task's, in
+    fp32, and comes back with the task's part of a checkpoint."""
+    given = ("--gate", "selective-global", "--teacher-path", teacher.path())
+    (task, criterion), (again, other) = build(data, *given), build(data, *given)
+    memory = criterion.gate_in_use().weights.state
+    memory["queue"] = torch.tensor([1 + 2**-20, 2.0])  # fp16 would round the first
+    criterion.half()
+    assert criterion.state_dict() == {}
+    again.set_checkpoint_dict(task.get_checkpoint_dict()["TranslationWithTeacherTask"])
+    found = other.gate_in_use().weights.state["queue"]
+    assert found.dtype == torch.float32
+    assert torch.equal(found, memory["queue"])
+
+
 def prepared(state: dict, data: Path, new_run: bool, *options):
     """The state as fairseq-train would take it up, and the criterion's own parameters."""
     task, criterion = build(data, *options)
@@ -256,6 +271,20 @@ def test_resumed_with_another_teacher(students: dict[str, Path], data: Path, tea
 def test_finetuned_from_a_run_without_such_parameters(students: dict[str, Path]):
     """A learned gate begins anew where --finetune-from-model names a plain run: the fixture trained it."""
     assert training_state_of(students["soft-learned"])["criterion"]["learned_gate.sharpness"] != 1.0
+
+
+def test_what_was_learned_is_validated(students: dict[str, Path], data: Path):
+    """fairseq-validate builds the criterion anew: what it learned comes back with the checkpoint."""
+    from fairseq import checkpoint_utils
+
+    path = str(students["soft-learned"])
+    _, cfg, task = checkpoint_utils.load_model_ensemble_and_task([path], arg_overrides={"data": str(data)})
+    criterion = task.build_criterion(cfg.criterion)
+    assert cl.differences(criterion.state_dict(), cl.load(students["soft-learned"])["criterion"]) == {}
+    assert criterion.state_dict()["learned_gate.sharpness"] != 1
+    cfg.criterion.gate = "selective-global"
+    with pytest.raises(UserError, match="cannot be validated in this way: --gate selective-global"):
+        task.build_criterion(cfg.criterion)
 
 
 def test_nan_gradients_are_reported(data: Path, teacher: cl.Run, tmp_path: Path):

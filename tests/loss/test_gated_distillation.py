@@ -394,6 +394,29 @@ def test_gates_agree_between_dtypes():
         assert torch.equal(a.teacher_mask[kept][certain], b.teacher_mask[kept][certain])
 
 
+@both
+@pytest.mark.parametrize("gate", ["token", "sentence"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gate_compares_in_fp32(implementation: str, gate: str, dtype: torch.dtype):
+    """Logits that the dtype holds exactly, and log-probabilities nearer to each other than it can tell: the decisions
+    are those of the same numbers in fp32, all of them."""
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(8, 32, 40, generator=generator).mul(3).to(dtype)
+    target = torch.randint(2, 40, (8, 32), generator=generator)
+    other = (target[..., None] + 1) % 40  # a token that is not gold, whose logit is another for the teacher
+    step = torch.tensor([2**-6, -(2**-6)] * 4)[:, None, None]  # up in one sentence, down in the next
+    teacher = student.scatter(2, other, student.gather(2, other) * (1 + step).to(dtype))
+    outs = []
+    for kind in (dtype, torch.float32):
+        eye, how = torch.eye(40, dtype=kind), {"teacher_temperature": 1.0, "implementation": implementation}
+        outs.append(gated_distillation(student.to(kind), eye, teacher.to(kind), eye, target, gate=gate, **how))
+    narrow, wide = outs
+    assert torch.equal(narrow.teacher_mask, wide.teacher_mask)
+    assert 0.2 < wide.teacher_mask.float().mean() < 0.8
+    near = (wide.results.student_read - wide.results.teacher_read).abs() < torch.finfo(dtype).eps / 4
+    assert near.float().mean() > 0.4
+
+
 # Pads
 
 
@@ -704,6 +727,19 @@ def test_fp16_gradients_beyond_its_range_are_seen(implementation: str):
     # At a scale that fits, none is lost: the factor inside does not eat into fp16's range.
     made = gradients(run(batch, implementation, gate="none").loss * 2.0**12, batch)
     assert all(gradient.isfinite().all() for gradient in made)
+
+
+@both
+def test_fp16_gradients_are_not_beyond_its_range_inside(implementation: str):
+    """One of 150 fits fp16; times the factor that keeps the small ones it would not."""
+    hidden = torch.zeros(1, 1, 1, dtype=torch.float16, requires_grad=True)
+    weight = torch.tensor([[150.0], [-150.0]], dtype=torch.float16)
+    target = torch.zeros(1, 1, dtype=torch.int64)
+    out = gated_distillation(
+        hidden, weight, None, None, target, padding_idx=9, gate="none", implementation=implementation
+    )
+    out.loss.backward()  # p = (1/2, 1/2), so that dz = (-1/2, 1/2)
+    assert hidden.grad.item() == -150
 
 
 # Bad inputs

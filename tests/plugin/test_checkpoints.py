@@ -209,6 +209,7 @@ REFUSED = {
     "a pipe's name": (lambda p: saved(p, **options(decoder_embed_path="/dev/zero")), "is no name of a file"),
     "options in themselves": (lambda p: saved(p, **options(a=loop())), "nested too deeply"),
     "an array of objects": (lambda p: saved(p, extra=np.array([{}])), "it holds an array of what is no number"),
+    "an array of complex numbers": (lambda p: saved(p, extra=np.ones(2, complex)), "an array of what is no number"),
     "an array of strings": (lambda p: saved(p, extra=np.array(["a"])), "an array of what is no number"),
     "an array of dates": (lambda p: saved(p, extra=np.array(["2026"], "M8[s]")), "an array of what is no number"),
     "an array of records": (lambda p: saved(p, extra=np.zeros(2, [("a", "i4")])), "an array of what is no number"),

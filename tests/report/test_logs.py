@@ -157,6 +157,7 @@ def test_updates_that_are_none(line: str, number: str, tmp_path):
         "2026-01-31 12:00:00 | INFO | valid | " + "a=" * 150_000,
         "2026-01-31 12:00:00 | INFO | valid | {" + '"a": ' * 60_000,
         "2026-01-31 12:00:00 | INFO | valid | {" + '"a": [' * 50_000,
+        "2026-01-31 12:00:00 | INFO | valid | " + '{"a": ' * 50_000,
         "2026-01-31 12:00:00 | INFO | x | {'_name': " + "a" * 300_000,
         "2026-01-31 12:00:00 | INFO | x | {'_name': '" + "\\'" * 150_000,
         "2026-01-31 12:00:00 | INFO | x | {'_name': " + "{" * 300_000,
@@ -167,7 +168,7 @@ def test_updates_that_are_none(line: str, number: str, tmp_path):
         "[" * 300_000,
         "INFO:" * 60_000,
     ],
-    ids=range(14),
+    ids=range(15),
 )
 def test_long_lines_take_no_time(line: str, tmp_path):
     (tmp_path / "train.log").write_text(line + "\n")

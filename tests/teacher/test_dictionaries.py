@@ -7,6 +7,7 @@ import binarised_corpus
 import command_line as cl
 import pytest
 import torch
+from fairseq.data import Dictionary
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 from hgkd_fairseq import cli, plugin
@@ -190,6 +191,18 @@ def test_a_symbol_that_the_teacher_lacks(symbols: list[str], expected: str | Non
     if expected is None:
         assert dictionaries.ids(teacher, binarised_corpus.dictionary_of(symbols)).tolist() == [0, 1, 2, 3, 5]
         assert dictionaries.ids(teacher, teacher) is None
+
+
+@pytest.mark.parametrize("name", ["pad", "eos", "unk"])
+def test_special_symbols_that_differ(name: str):
+    """Each has all symbols of the other, but a teacher's pad may be a word of the student's."""
+    symbols = {"pad": "<pad>", "eos": "</s>", "unk": "<unk>"}
+    teacher, student = Dictionary(**{name: "w0"}), Dictionary()
+    for dictionary in (teacher, student):
+        for symbol in ("w0", symbols[name]):
+            dictionary.add_symbol(symbol)
+    expected = f"{name} is 'w0' for the teacher and {symbols[name]!r} for the student"
+    assert dictionaries.difference(teacher, student) == expected
 
 
 def test_training(data: Path, teacher: cl.Run, pruned: Path, tmp_path: Path):
