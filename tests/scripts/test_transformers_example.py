@@ -19,6 +19,12 @@ SCRIPT = cl.ROOT / "scripts" / "examples" / "transformers_seq2seq.py"
 
 @pytest.fixture(scope="module")
 def example():
+    # The example, a process of its own, says that there is no torchaudio before transformers is there. In this process
+    # transformers may have been asked before, and remembers its answer.
+    from transformers.utils import import_utils
+
+    sys.modules.setdefault("torchaudio", None)
+    import_utils.is_torchaudio_available.cache_clear()
     spec = importlib.util.spec_from_file_location("transformers_seq2seq", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
