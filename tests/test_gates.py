@@ -34,6 +34,7 @@ P = [row[1] for row in TABLE]
 Q = [row[2] for row in TABLE]
 VOCABULARY = 11
 E = math.exp(0.989 / 20)
+VIRTUAL = 90 ** (1 / 1.5)
 
 # (gate, its parameters, progress) -> (data, teacher) of each token of TABLE, or (data, teacher, uniform)
 WEIGHTS = {
@@ -52,11 +53,18 @@ WEIGHTS = {
         (1 / (1 + w), w / (1 + w))
         for w in (1 - math.exp(-math.log(p) / math.log(q)) for p, q in zip(P, Q, strict=True))
     ],
+    ("wsl-normalised",): [  # a = 2.5
+        (1 / (1 + w), w / (1 + w))
+        for w in (2.5 * (1 - math.exp(-math.log(p) / math.log(q))) for p, q in zip(P, Q, strict=True))
+    ],
     ("expected",): [(1 - p, p) for p in P],  # `statistics` say P as well of what it asks for
     ("pair",): [(0.5, 0.5)] * 10,  # before student and teacher are compared
     ("always",): [(0, 1)] * 10,
     ("always", "kd_weight", 0.25): [(0.75, 0.25)] * 10,
     ("progressive", "kd_weight", 0.5, "progress", 0.5): [(0.75, 0.25)] * 10,
+    ("progressive", "progress", 0.5): [pytest.approx((0.6, 0.4))] * 10,  # a = 0.8
+    ("annealed", "progress", 0.69): [(0, 1)] * 10,  # a first stage of 0.7
+    ("annealed", "progress", 0.7): [(1, 0)] * 10,
     ("annealed", "gate_share", 0.5, "progress", 0.4): [(0, 1)] * 10,
     ("annealed", "gate_share", 0.5, "progress", 0.5): [(1, 0)] * 10,
     # sigmoid(log p - log q) = p / (p + q)
@@ -75,6 +83,15 @@ WEIGHTS = {
     # a = 1/2 and c = 6/11 at temperature 1 of 11 types: 12 to 1 odds, the others have 1/22 each. Half of that target is
     # 1/4 onehot + 1/4 uniform.
     ("virtual-teacher", "kd_weight", 0.5, "virtual_gold", 6 / 11, "virtual_temperature", 1.0): [(0.75, 0, 0.25)] * 10,
+    # a = 0.1, 90 to 1 odds at temperature 1.5.
+    ("virtual-teacher",): [(0.9 + 0.1 * (VIRTUAL - 1) / (VIRTUAL + 10), 0, 0.1 * 11 / (VIRTUAL + 10))] * 10,
+    # All but gold alike, 1/10 each: half of that target is 11/20 uniform - 1/20 onehot.
+    ("virtual-teacher", "kd_weight", 0.5, "virtual_gold", 0.0): [(0.45, 0, 0.55)] * 10,
+    # Probabilities 0.2 and 0.08 over 0.1: odds exp(1.2).
+    ("virtual-teacher", "virtual_form", "probabilities", "virtual_gold", 0.2, "virtual_temperature", 0.1): [
+        (0.9 + 0.1 * (math.exp(1.2) - 1) / (math.exp(1.2) + 10), 0, 0.1 * 11 / (math.exp(1.2) + 10))
+    ]
+    * 10,
     # Probabilities 0.99 and 0.001 over 20: odds exp(0.989 / 20); gold has e / (e + 10), each other one 1 / (e + 10).
     ("virtual-teacher", "virtual_form", "probabilities", "virtual_gold", 0.99, "virtual_temperature", 20.0): [
         (0.9 + 0.1 * (E - 1) / (E + 10), 0, 0.1 * 11 / (E + 10))
@@ -209,6 +226,22 @@ def test_weights_of_sentences(dtype: torch.dtype):
     assert rows(gate(statistics(dtype))) == [pytest.approx((0.1, 0.9))] * 10
 
 
+def test_published_defaults_of_the_gates_with_a_state():
+    instance, pair, queue = (get_gate(name).weights for name in ("instance", "pair", "selective-global"))
+    assert (instance.held_out, instance.interval, instance.change, instance.rule) == ("0.02", 10, 0.1, "independent")
+    assert (pair.weight, pair.margin) == (0.5, 1.0)
+    assert (queue.kd_weight, queue.share, queue.size) == (1.0, 0.5, 30_000)
+
+
+def test_a_pair_learns_while_it_is_below_its_teacher():
+    gate, view = get_gate("pair", kd_weight=0.4).weights, statistics(torch.float32)
+    gate.compare(torch.tensor([50.0, 61.5, 60.9]), torch.tensor([49.9, 60.5, 60.0]))  # a margin of 1: strictly below
+    of_token = torch.tensor([2, 2, 0, 0, 1, 1, 1, 0, 2, 1])
+    taught = [pytest.approx((0.6, 0.4)) if pair != 1 else (1, 0) for pair in of_token]
+    assert rows(gate(view._replace(instance=of_token))) == taught
+    assert rows(gate(view)) == [pytest.approx((0.6, 0.4))] * 10  # no pair is known: the constant
+
+
 @pytest.mark.parametrize("name", sorted(gates.GATES))
 def test_no_tokens(name: str):
     empty = torch.zeros(0)
@@ -269,6 +302,7 @@ def test_a_parameter_out_of_its_range_is_refused(name: str, option: str, value: 
     with pytest.raises(gates.GateError) as caught:
         get_gate(name, **{option: value})
     assert caught.value.option == option
+    assert str(value) in str(caught.value)
 
 
 def test_duplicate_is_refused(registry: dict):
