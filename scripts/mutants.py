@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Mutation tests: small faults put into the code one at a time; each should make a test fail.
+"""Mutation tests: small faults are put into the code one at a time; each should make a test fail.
 
-    python -m venv --system-site-packages .mutants  # with the tests' environment, and: pip install mutmut==3.8.1
-    python scripts/mutants.py FOLDER [--only 'hgkd_fairseq.gates*'] [--table]
+    pip install mutmut==3.8.1  # into .venv, or an environment that sees it
+    python scripts/mutants.py FOLDER [--sample N] [--seed S] [--table] [--survivors]
 
-Copies the checkout to FOLDER, runs mutmut there on gates, loss (without the kernels), sentence_weights and calibration,
-and prints how many of the mutants of each module were killed. What survived: `mutmut results` and `mutmut show NAME` in
-FOLDER. Started again, it goes on where it was. --table only prints.
+Copies the checkout to FOLDER and runs mutmut there on gates, loss (without the kernels), sentence_weights and
+calibration. What mutmut cannot change in a running process, since it is used on import or its result is kept, gets a
+process of its own. Prints how many mutants of each module were killed. Started again, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import ast
 import collections
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 COPIED = ("hgkd_fairseq", "tests", "scripts", "setup.py", "README.md", "pyproject.toml")
-MUTATED = ("gates", "loss", "sentence_weights", "calibration")
+# The rooms that are mutated, and the tests of them that work in one process and take seconds.
+TESTS = {
+    "gates": ("tests/test_gates.py", "tests/test_cli.py"),
+    "loss": (
+        *("tests/loss/test_equations.py", "tests/loss/test_known_teachers.py"),
+        *("tests/loss/test_gated_distillation.py", "tests/loss/test_properties.py"),
+    ),
+    "sentence_weights": (
+        *("tests/test_instance_weights.py", "tests/fairseq_runs/test_refresh.py"),
+        "tests/plugin/test_checkpoints.py",
+    ),
+    "calibration": ("tests/calibration",),
+}
+# Starts a Python of its own that does not see mutmut.
+ISOLATED = "tests/loss/test_gated_distillation.py::test_works_where_fairseq_is_not_installed"
 CONFIGURATION = """
 [tool.mutmut]
 source_paths = ["hgkd_fairseq"]
@@ -33,12 +48,13 @@ also_copy = ["scripts", "setup.py", "README.md"]
 pytest_add_cli_args = ["-p", "no:cacheprovider", "-q", "-m", "not slow", "--deselect", "{isolated}"]
 pytest_add_cli_args_test_selection = [{tests}]
 """
-# Tests in this process, of the mutated rooms; one starts a Python of its own that sees no mutmut.
-TESTS = ("tests/test_gates.py", "tests/loss/test_gated_distillation.py", "tests/loss/test_known_teachers.py")
-TESTS += ("tests/test_instance_weights.py", "tests/calibration")
-ISOLATED = "tests/loss/test_gated_distillation.py::test_works_where_fairseq_is_not_installed"
+# Functions that run on import, or whose result is kept: mutmut's children have it from their parent.
+OF_THE_PARENT = (
+    *("gates.registry.x_register_gate", "gates.registry.x_declared_parameters", "gates.registry.x_all_parameters"),
+    *("loss.equations.x_register_divergence", "loss.rows.x_difference_of"),
+)
 KILLED, SURVIVED, UNTESTED = "killed", "survived", "no test"
-OUTCOMES = {0: SURVIVED, 33: UNTESTED, 34: "skipped"}  # mutmut's exit codes; all others say that the tests failed
+OUTCOMES = {0: SURVIVED, 33: UNTESTED}  # mutmut's exit codes; all others say that a test failed, or took too long
 
 
 def without_decorators(source: str) -> str:
@@ -47,13 +63,10 @@ def without_decorators(source: str) -> str:
     mutmut leaves out functions with decorators, and so all gates.
     """
     lines = source.splitlines()
-    for node in sorted(ast.walk(ast.parse(source)), key=lambda node: getattr(node, "lineno", 0), reverse=True):
-        if not isinstance(node, ast.FunctionDef) or not node.decorator_list or node.end_lineno is None:
-            continue
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    for node in sorted(functions, key=lambda function: function.lineno, reverse=True):
         texts = [ast.get_source_segment(source, decorator) or "" for decorator in node.decorator_list]
-        if any(
-            text.endswith(".setter") or "overload" in text or text in ("staticmethod", "classmethod") for text in texts
-        ):
+        if not texts or node.end_lineno is None or set(texts) & {"staticmethod", "classmethod"}:
             continue
         indent = " " * node.col_offset
         called = node.name
@@ -72,50 +85,99 @@ def prepare(folder: Path) -> None:
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(source, folder / name)
-    for room in MUTATED:
+    for room in TESTS:
         for module in (folder / "hgkd_fairseq" / room).glob("*.py"):
             module.write_text(without_decorators(module.read_text()))
-    quoted = ", ".join(f'"hgkd_fairseq/{room}/*.py"' for room in MUTATED)
-    tests = ", ".join(f'"{test}"' for test in TESTS)
+    mutated = ", ".join(f'"hgkd_fairseq/{room}/*.py"' for room in TESTS)
+    tests = ", ".join(f'"{test}"' for tests in TESTS.values() for test in tests)
     with (folder / "pyproject.toml").open("a") as file:
-        file.write(CONFIGURATION.format(mutated=quoted, tests=tests, isolated=ISOLATED))
+        file.write(CONFIGURATION.format(mutated=mutated, tests=tests, isolated=ISOLATED))
+
+
+def mutmut(folder: Path, *words: str) -> int:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", "mutmut", *words], cwd=folder, env=environment, check=False).returncode
+
+
+def outcomes(folder: Path) -> dict[str, dict[str, int | None]]:
+    """Of each module the exit code of each mutant; None: not tried."""
+    found = {}
+    for path in sorted((folder / "mutants").rglob("*.meta")):
+        if codes := json.loads(path.read_text())["exit_code_by_key"]:
+            found[str(path.relative_to(folder / "mutants").with_suffix(""))] = codes
+    return found
+
+
+def in_a_process_of_its_own(folder: Path, module: str, name: str) -> None:
+    """Try one mutant, and write down what the tests said of it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MUTANT_UNDER_TEST": name}
+    options = ("-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", "--deselect", ISOLATED)
+    command = [sys.executable, "-m", "pytest", *options, *TESTS[module.split("/")[1]]]
+    run = subprocess.run(command, cwd=folder / "mutants", env=environment, capture_output=True, check=False)
+    meta = folder / "mutants" / f"{module}.meta"
+    content = json.loads(meta.read_text())
+    content["exit_code_by_key"][name] = min(run.returncode, 1)
+    meta.write_text(json.dumps(content, indent=4))
+    print(f"{OUTCOMES.get(run.returncode, KILLED)} {name}", flush=True)
 
 
 def table(folder: Path) -> str:
-    total: collections.Counter[str] = collections.Counter()
     rows = ["| module | mutants | killed | survived | no test | killed, % |", "|---|---|---|---|---|---|"]
+    total: collections.Counter[str] = collections.Counter()
 
     def row(name: str, counts: collections.Counter[str]) -> str:
-        tried = counts[KILLED] + counts[SURVIVED] + counts[UNTESTED]
-        share = f"{100 * counts[KILLED] / tried:.1f}" if tried else ""
-        return f"| {name} | {tried} | {counts[KILLED]} | {counts[SURVIVED]} | {counts[UNTESTED]} | {share} |"
+        tried = counts.total()
+        figures = (tried, counts[KILLED], counts[SURVIVED], counts[UNTESTED], f"{100 * counts[KILLED] / tried:.1f}")
+        return f"| {name} | {' | '.join(map(str, figures))} |"
 
-    for path in sorted((folder / "mutants").rglob("*.meta")):
-        codes = json.loads(path.read_text())["exit_code_by_key"]
+    for module, codes in outcomes(folder).items():
         counts = collections.Counter(OUTCOMES.get(code, KILLED) for code in codes.values() if code is not None)
         if counts:
-            rows.append(row(str(path.relative_to(folder / "mutants").with_suffix("")), counts))
+            rows.append(row(f"`{module.removeprefix('hgkd_fairseq/')}`", counts))
             total += counts
-    return "\n".join([*rows, row("all", total)])
+    return "\n".join([*rows, row("all", total)]) if total else "no mutant was tried"
+
+
+def run(folder: Path, sample: int | None, seed: int) -> int:
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        prepare(folder)
+    # The first run makes the mutants, of which the others are drawn.
+    if not (folder / "mutants").exists() and (
+        code := mutmut(folder, "run", "hgkd_fairseq.gates.hard.x_token__mutmut_1")
+    ):
+        return code
+    drawn = random.Random(seed)
+    wanted = {
+        module: sorted(drawn.sample(sorted(codes), min(sample or len(codes), len(codes))))
+        for module, codes in outcomes(folder).items()
+    }
+    names = [name for names in wanted.values() for name in names]
+    apart = {name for name in names if any(f".{function}__mutmut" in name for function in OF_THE_PARENT)}
+    if code := mutmut(folder, "run", "--max-children", "1", *[name for name in names if name not in apart]):
+        return code
+    for module, codes in outcomes(folder).items():
+        for name in wanted[module]:
+            if codes[name] == 33 or (name in apart and codes[name] is None):
+                in_a_process_of_its_own(folder, module, name)
+    return 0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="FOLDER")
-    parser.add_argument(
-        "--only", nargs="+", default=[], metavar="NAME", help="mutants, as mutmut calls them; * stands for any"
-    )
-    parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--sample", type=int, metavar="N", help="at most so many of each module, drawn (default: all)")
+    parser.add_argument("--seed", type=int, default=1, metavar="S", help="of the draw (default: 1)")
+    parser.add_argument("--table", action="store_true", help="run nothing, print the table")
+    parser.add_argument("--survivors", action="store_true", help="run nothing, print the mutants that no test saw")
     args = parser.parse_args()
-    if not args.table:
-        if not args.folder.exists():
-            args.folder.mkdir(parents=True)
-            prepare(args.folder)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "mutmut", "run", "--max-children", "1", *args.only]
-        code = subprocess.run(command, cwd=args.folder, env=environment, check=False).returncode
-        if code:
-            return code
+    if args.survivors:
+        for codes in outcomes(args.folder).values():
+            for name in (name for name, code in codes.items() if code in OUTCOMES):
+                mutmut(args.folder, "show", name)
+        return 0
+    if not args.table and (code := run(args.folder, args.sample, args.seed)):
+        return code
     print(table(args.folder))
     return 0
 
