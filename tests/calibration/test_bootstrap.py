@@ -103,7 +103,7 @@ def test_scores_of_predictions():
     assert all(score.low <= score.value <= score.high for score in scores.values() if score.key in ("accuracy", "nll"))
     assert scores["smooth_ece"].low is None
     bars = found.bars()
-    assert bars["count"] == sums[0].tolist()
+    assert [bars[name] for name in ("count", "confidence", "correct")] == sums.tolist()
     assert all(0 <= low <= high <= 1 for low, high in zip(bars["low"], bars["high"], strict=True))
     without = predictions(slice(0, 30), Settings(bins=5, replicates=0))
     assert without.scores()[0].low is None

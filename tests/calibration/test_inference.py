@@ -173,6 +173,13 @@ def test_files_that_are_no_output(tmp_path):
             evaluate(str(file), reference and str(reference))
 
 
+def test_the_mark_that_most_pieces_bear():
+    """Other pieces may hold the other one's sign."""
+    assert mark([["▁a", "b@@"], ["c@@"]]) == "@@"
+    assert mark([["a@@"], ["▁b", "▁c"]]) == "▁"
+    assert mark([["▁a", "▁b", "▁c"], ["a@@"] * 5]) == "@@"
+
+
 @pytest.mark.parametrize(
     ("tokens", "expected_mark", "expected_words"),
     [

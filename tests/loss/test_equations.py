@@ -7,7 +7,7 @@ import torch
 
 from hgkd_fairseq.gates import get_gate
 from hgkd_fairseq.loss import DIVERGENCES, equations, gate_first
-from hgkd_fairseq.loss.options import Options
+from hgkd_fairseq.loss.options import Options, Sparse
 
 # Student and teacher: equal in the first type; one has a 0, the other, both, none.
 P = [0.2, 0.0, 0.3, 0.0, 0.5]
@@ -70,3 +70,12 @@ def test_the_gold_tokens_logprob_of_large_logits(size: float):
     target = torch.tensor([2, 2])
     found = gate_first.gold_logprob(logits, target)
     torch.testing.assert_close(found, logits.double().log_softmax(1)[range(2), target].float())
+
+
+def test_what_is_known_of_a_sparse_teacher_that_is_certain():
+    """Known tokens and a rest of probability 0 count for nothing, also where the student cannot say them."""
+    logp = logs([0.25, 0.75, 0.0, 0.0])
+    sparse = Sparse(torch.tensor([[1, 2]]), torch.tensor([[1.0, 0.0]], dtype=torch.float64), torch.zeros(1).double())
+    assert equations.sparse_kl(logp, sparse).item() == pytest.approx(-math.log(0.75))
+    nothing_else = Sparse(torch.tensor([[0, 1]]), logs([0.25, 0.75]).exp(), torch.zeros(1).double())
+    assert equations.sparse_kl(logp, nothing_else).item() == pytest.approx(0, abs=1e-12)
