@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import kinds
-import toys
 import torch
+import toys
 
 from hgkd_fairseq.arguments import number
 

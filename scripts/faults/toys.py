@@ -18,10 +18,10 @@ sys.path.insert(0, str(ROOT))  # the checkout that this script lies in, installe
 os.environ["OMP_NUM_THREADS"] = "1"
 warnings.filterwarnings("ignore")
 
-import fairseq_cli.generate  # noqa: E402, F401  all that takes long to import, once
+import fairseq_cli.generate  # noqa: E402  all that takes long to import, once
 import fairseq_cli.train  # noqa: E402
-import torch._dynamo  # noqa: E402, F401
-import torch.distributed.fsdp  # noqa: E402, F401
+import torch._dynamo  # noqa: E402
+import torch.distributed.fsdp  # noqa: E402
 from fairseq.data import Dictionary, indexed_dataset  # noqa: E402
 
 from hgkd_fairseq import cli, export, plugin  # noqa: E402, F401
