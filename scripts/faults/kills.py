@@ -178,6 +178,7 @@ def main() -> int:
     toys.quiet()
     all_well = True
     shared = Path(tempfile.mkdtemp(prefix="kills-"))
+    os.environ["XDG_CACHE_HOME"] = str(shared / "cache")  # not the user's
     try:
         for name in args.kinds or kinds.KINDS:
             folder = shared / name

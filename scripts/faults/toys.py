@@ -87,6 +87,7 @@ def write_text(folder: Path, sizes: dict[str, int]) -> Path:
 
 def train(words: Sequence[str]) -> int:
     sys.argv = ["fairseq-train", *words]
+    logging.getLogger().setLevel(logging.INFO)
     fairseq_cli.train.cli_main()
     return 0
 
