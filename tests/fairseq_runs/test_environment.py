@@ -1,4 +1,4 @@
-"""A training where the home folder is read-only, TMPDIR is gone, nobody else may read what is new, and the clock is set."""
+"""A training with a read-only home folder, without its TMPDIR, with an umask of 077 and a clock that is set."""
 
 import os
 import stat
