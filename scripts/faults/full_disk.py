@@ -160,7 +160,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    toys.quiet()
+    toys.begin_program()
     os.environ["XDG_CACHE_HOME"] = str(shared / "cache")  # not the user's
     all_well = True
     try:

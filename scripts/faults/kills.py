@@ -175,7 +175,7 @@ def main() -> int:
     unknown = [name for name in args.kinds if name not in kinds.KINDS]
     if unknown:
         parser.error(f"no kind {unknown[0]}; there are {', '.join(kinds.KINDS)}")
-    toys.quiet()
+    toys.begin_program()
     all_well = True
     shared = Path(tempfile.mkdtemp(prefix="kills-"))
     os.environ["XDG_CACHE_HOME"] = str(shared / "cache")  # not the user's

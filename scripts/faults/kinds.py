@@ -20,7 +20,7 @@ from hgkd_fairseq.sentence_weights import gate as _  # noqa: F401  registers its
 from hgkd_fairseq.teacher import SOURCES
 
 SIZES = {"train": 200, "valid": 32, "test": 32}
-UPDATES = ("--max-update", "18", "--save-interval-updates", "2")
+UPDATES = ("--max-update", "14", "--save-interval-updates", "2")
 OURS = (*toys.USER_DIR, "--task", "translation_with_teacher", "--criterion", "hard_gate_kd")
 PAIRS = (
     *("--task", "translation_multi_simple_epoch_with_teacher", "--lang-pairs", "de-en,fr-en", "--langs", "de,fr,en"),

@@ -15,8 +15,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the checkout that this script lies in, installed or not
-os.environ["OMP_NUM_THREADS"] = "1"
-warnings.filterwarnings("ignore")
 
 import fairseq_cli.generate  # noqa: E402  all that takes long to import, once
 import fairseq_cli.train  # noqa: E402
@@ -27,7 +25,6 @@ from fairseq.data import Dictionary, indexed_dataset  # noqa: E402
 from hgkd_fairseq import cli, export, plugin  # noqa: E402, F401
 
 plugin.register()
-torch.set_num_threads(1)
 
 USER_DIR = ("--user-dir", str(ROOT / "hgkd_fairseq"))
 SIZE = (
@@ -148,6 +145,9 @@ def wait(pid: int, seconds: float = 600) -> int:
     return status
 
 
-def quiet() -> None:
-    """Fairseq's modules open the log to all that any library says when they are imported."""
+def begin_program() -> None:
+    """Of the scripts here: one thread, which may be forked, and nothing of what fairseq and others log and warn of."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
     logging.getLogger().setLevel(logging.WARNING)
