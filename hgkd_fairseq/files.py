@@ -109,7 +109,7 @@ def same_file(first: str | Path, second: str | Path) -> bool:
 
 
 @contextlib.contextmanager
-def writing(file: str | Path, mode: str = "w") -> Iterator[Any]:
+def writing(file: str | Path, mode: str = "w", alone: bool = False) -> Iterator[Any]:
     """A stream whose content becomes `file` in one step, once the block has ended without an error.
 
     It goes to a temporary name beside `file`, is flushed to the disk and renamed, with the permissions that a plain
@@ -119,6 +119,8 @@ def writing(file: str | Path, mode: str = "w") -> Iterator[Any]:
     Args:
         file: to write.
         mode: "w": text in UTF-8 (what cannot be encoded, as of names that are no text, is escaped); "wb": bytes.
+        alone: nobody else writes it now. Then the temporary name is `file`.tmp, so that what a killed process has left
+            is written over by the next one, and does not stay: of large files.
 
     Raises:
         UserError: names `file`, and why it cannot be written.
@@ -130,7 +132,7 @@ def writing(file: str | Path, mode: str = "w") -> Iterator[Any]:
             temporary, raw = None, _Raw(_descriptor(Path(file)), "w")
         else:
             old = os.stat(place) if place.exists() else None
-            descriptor, temporary = tempfile.mkstemp(prefix=".hgkd-", dir=place.parent)
+            descriptor, temporary = _temporary(place, alone)
             raw = _Raw(descriptor, "w")
     try:
         stream: Any = io.BufferedWriter(raw)
@@ -161,6 +163,16 @@ def writing(file: str | Path, mode: str = "w") -> Iterator[Any]:
         if temporary is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
+
+
+def _temporary(place: Path, alone: bool) -> tuple[int, str]:
+    """A new file beside `place`: its descriptor and name."""
+    if not alone:
+        return tempfile.mkstemp(prefix=".hgkd-", dir=place.parent)
+    name = f"{place}.tmp"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name)
+    return os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), name
 
 
 def _descriptor(file: Path) -> int:

@@ -78,6 +78,28 @@ def fill_and_kill(folder: Path, begin: Callable[[], multiprocessing.process.Base
     assert [one.exitcode for one in both] == [0, 0]
 
 
+def in_a_child(function, before=lambda: None) -> int:
+    """The exit status of a process that runs `before`, then the function."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            before()
+            function()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def as_a_user() -> None:
+    """Permissions do not bind root."""
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setresgid(65534, 65534, 65534)
+        os.setresuid(65534, 65534, 65534)
+
+
 @contextlib.contextmanager
 def full_disk(largest: int) -> Iterator[None]:
     """A file of this process may have so many bytes; to write more fails."""

@@ -3,6 +3,7 @@
 import os
 import pickle
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 from fairseq import checkpoint_utils, utils
+from fairseq import trainer as fairseq_trainer
 from fairseq.file_io import PathManager
+from fairseq.trainer import Trainer
 from processes import full_disk
 
 from hgkd_fairseq import plugin
@@ -208,6 +211,38 @@ def test_a_copied_checkpoint_takes_its_place_in_one_step(tmp_path: Path):
     assert sorted(os.listdir(tmp_path)) == ["checkpoint_last.pt", "new.pt"]
     PathManager.copy(str(new), str(last), overwrite=True)
     assert last.read_bytes() == new.read_bytes()
+
+
+def test_a_full_disk_keeps_the_checkpoint_that_is_there(tmp_path: Path):
+    """fairseq would try again, behind what it has written, wait 5 s for that, and end in call stacks. What a killed
+    process has left is written over."""
+    plugin.register()
+    last = tmp_path / "checkpoint_last.pt"
+    state = {"model": {"a": torch.ones(5000)}, "extra_state": {}}
+    last.write_bytes(b"old")
+    (tmp_path / "checkpoint_last.pt.tmp").write_bytes(b"half of one")
+    with full_disk(4000), pytest.raises(UserError, match=r"checkpoint_last\.pt cannot be written: File too large"):
+        checkpoint_utils.torch_persistent_save(state, str(last))
+    assert last.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["checkpoint_last.pt"]
+    (tmp_path / "checkpoint_last.pt.tmp").write_bytes(b"half of one")
+    checkpoint_utils.torch_persistent_save(state, str(last))
+    assert torch.equal(torch.load(last, weights_only=True)["model"]["a"], torch.ones(5000))
+    assert os.listdir(tmp_path) == ["checkpoint_last.pt"]
+
+
+def test_a_clock_that_is_set_changes_no_training_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Days back, and days on: --stop-time-hours counts what was trained; and what fairseq alone has saved is read."""
+    plugin.register()
+    for moved in (-1e6, 1e6):
+        trainer = Trainer.__new__(Trainer)
+        trainer._start_time, trainer._previous_training_time = fairseq_trainer.time.time() - 5, 60
+        now = time.time()
+        monkeypatch.setattr(time, "time", lambda then=now + moved: then)
+        assert trainer._local_cumulative_training_time() == pytest.approx(65, abs=1)
+        monkeypatch.undo()
+    state = {"args": Namespace(), "model": {}, "optimizer_history": [{"num_updates": 3}], "extra_state": {}}
+    assert checkpoints.Checkpoint("a.pt", {**state, "extra_state": {"previous_training_time": -9.0}}).seconds == 0
 
 
 def test_a_checkpoint_is_saved_without_arrays(tmp_path: Path):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import as_a_user, in_a_child
 
 from hgkd_fairseq import files
 from hgkd_fairseq.errors import UserError, in_one_line
@@ -68,28 +69,6 @@ def test_pipes_and_devices_are_written_to(folder):
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
     with pytest.raises(UserError, match="/dev/full cannot be written: No space left on device"):
         files.write_text("/dev/full", "x")
-
-
-def in_a_child(function, before=lambda: None) -> int:
-    """The exit status of a process that runs `before`, then the function."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            before()
-            function()
-            status = 0
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def as_a_user() -> None:
-    """Permissions do not bind root."""
-    if os.geteuid() == 0:
-        os.setgroups([])
-        os.setresgid(65534, 65534, 65534)
-        os.setresuid(65534, 65534, 65534)
 
 
 def disk_full() -> None:

@@ -1,17 +1,25 @@
 """`hgkd score`: its files against the single commands', what is done again, three checkpoints of one run."""
 
+import contextlib
 import json
+import os
 import re
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import command_line as cl
 import pytest
 import torch
+from processes import full_disk
 from sacrebleu.metrics import BLEU, CHRF
 
 from hgkd_fairseq import cli
 from hgkd_fairseq.calibration import temperature as calibration_temperature
+from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.evaluation import steps
+from hgkd_fairseq.evaluation.score import GENERATED
 from hgkd_fairseq.report import runs, tables
 
 GENERATE = "--beam 2 --max-len-b 12"
@@ -174,3 +182,34 @@ def test_a_model_that_has_no_best_temperature(data, run, monkeypatch, capsys):
     found = runs.read(run, "student")
     assert found.missing == ["temperature.json", "scaled.json", "inference_scaled.json"]
     assert json.loads((run / "scores.json").read_text())["temperature"] is None
+
+
+def test_one_that_scores_a_folder(tmp_path):
+    """A second process is refused as long as the first one is there: it would write over what that reads."""
+    (tmp_path / "run").mkdir()
+    ready, tell = os.pipe()
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            steps.Steps(tmp_path / "run", 1).once("a", lambda file: (os.write(tell, b"x"), time.sleep(60)))
+        os._exit(1)
+    try:
+        assert os.read(ready, 1) == b"x"
+        with pytest.raises(UserError, match=rf"{tmp_path}/run is being scored by process {child} on .*; wait until"):
+            steps.Steps(tmp_path / "run", 1).once("a", Path.touch)
+        assert os.listdir(tmp_path / "run") == [steps.LOCK]
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert steps.Steps(tmp_path / "run", 1).once("a", Path.touch).read_bytes() == b""
+
+
+def test_a_full_disk_keeps_the_translations_that_are_there(data, run, monkeypatch, capsys):
+    """They are asked for by another search, of which there is room for a part."""
+    names = (GENERATED, "translations.txt", "scores.json", "inference.json")
+    before = {name: (run / name).read_bytes() for name in names}
+    words = ["score", str(data), str(run), "--cpu", "--generate=--beam 1"]
+    with full_disk(len(before[GENERATED]) // 2):
+        assert cli.main(words) == 1
+    assert f"{run / GENERATED} cannot be written: File too large" in capsys.readouterr().err
+    assert {name: (run / name).read_bytes() for name in names} == before

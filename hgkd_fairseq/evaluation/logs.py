@@ -7,8 +7,10 @@ A log is data: what stands in it is read by the few rules below, whatever it is,
 from __future__ import annotations
 
 import ast
+import contextlib
 import itertools
 import json
+import logging
 import math
 import re
 import warnings
@@ -228,3 +230,30 @@ def collection(closing: str, tokens: Iterator[str], depth: int) -> Any:
     if closing == ")" and items:
         return tuple(items)
     return items if items or closing == "]" else named
+
+
+class LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise
+
+
+@contextlib.contextmanager
+def logged(file: Path) -> Iterator[None]:
+    """What fairseq logs, its settings first, goes to a file; hydra's warnings of fairseq's ways to nobody.
+
+    Raises:
+        OSError: the disk is full, say, of which logging itself would only print call stacks.
+    """
+    handler = LogFile(file, "w", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(name)s | %(message)s"))
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers
+    root.handlers = [handler]
+    root.setLevel(logging.INFO)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        root.setLevel(level)
+        root.handlers = handlers
+        handler.close()

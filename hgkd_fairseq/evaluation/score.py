@@ -10,14 +10,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import logging
 import math
 import re
 import shlex
+import shutil
 import sys
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -42,7 +41,7 @@ CANDIDATES = 10  # of the epochs, evenly spaced
 EPOCH = re.compile(r"checkpoint(\d{1,9})\.pt")
 LENGTH_PENALTIES = (0.5, 1.0, 1.5, 2.0, 3.0)
 PACKAGES = ("torch", "ve-fairseq", "sacrebleu")
-GENERATED = "generate-test.txt"
+GENERATED, LOG = "generate-test.txt", "generate.log"
 SHOWN = ("nll", "ece", "ece_without_eos")
 
 
@@ -93,24 +92,6 @@ def generation(how: str, *words: str) -> argparse.Namespace:
     except (SystemExit, ValueError) as error:
         why = told.getvalue().strip().rpartition("error: ")[2] or error
         raise UserError(f"--generate '{how}' is not for fairseq-generate: {why}") from None
-
-
-@contextlib.contextmanager
-def logged(file: Path) -> Iterator[None]:
-    """What fairseq logs, its settings first, goes to a file; hydra's warnings of fairseq's ways to nobody."""
-    handler = logging.FileHandler(file, "w", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(name)s | %(message)s"))
-    root = logging.getLogger()
-    level, handlers = root.level, root.handlers
-    root.handlers = [handler]
-    root.setLevel(logging.INFO)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        root.setLevel(level)
-        root.handlers = handlers
-        handler.close()
 
 
 class Scoring:
@@ -170,16 +151,28 @@ class Scoring:
         return self.once(name, lambda file: self.translate(file, *more), self.how.generate, self.how.cpu, more)
 
     def translate(self, file: Path, *more: str) -> None:
+        """Both files are there, whole, at the end; until then those that were there before."""
+        partial = file.with_name(f"{file.stem}.partial")  # of one that was killed, too
         args = generation(
             f"{self.how.generate} {shlex.join(more)}",
             *(self.data, "--path", str(self.path), "--user-dir", str(Path(hgkd_fairseq.__file__).parent)),
-            *("--gen-subset", file.stem.removeprefix("generate-"), "--results-path", str(file.parent)),
+            *("--gen-subset", file.stem.removeprefix("generate-"), "--results-path", str(partial)),
             *("--required-batch-size-multiple", "1", "--max-tokens", "4000", "--no-progress-bar"),
             *("--num-workers", "0"),  # torch may wait 5 s for the end of a worker, as long as the whole translation
             *(["--cpu"] if self.how.cpu else []),
         )
-        with logged(file.with_name("generate.log")), contextlib.redirect_stdout(sys.stderr):
-            generate.main(args)
+        try:
+            partial.mkdir(exist_ok=True)
+            with logs.logged(partial / LOG), contextlib.redirect_stdout(sys.stderr):
+                generate.main(args)
+            for name in (LOG, file.name):
+                (partial / name).replace(file.with_name(name))
+        except OSError as error:
+            if error.filename is None or Path(error.filename).is_relative_to(partial):
+                raise UserError(f"{file} cannot be written: {error.strerror or error}") from error
+            raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
     def measured(self, name: str, evaluate: Callable[[], Results], *inputs: Any) -> dict[str, Any]:
         return results.read(self.once(name, lambda file: results.write(evaluate(), file, self.how.command), *inputs))

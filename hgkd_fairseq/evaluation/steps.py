@@ -12,8 +12,9 @@ from typing import Any
 
 from hgkd_fairseq import files
 from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.plugin import one_training
 
-RECORD = "scored.json"
+RECORD, LOCK = "scored.json", "scoring.lock"
 
 
 class Steps:
@@ -21,14 +22,25 @@ class Steps:
 
     def __init__(self, folder: Path, *inputs: Any):
         self.folder, self.inputs = folder, [content(one) for one in inputs]
-        self.table: dict[str, list[str]] = {}
+        self.table: dict[str, list[str]] | None = None
+
+    def begin(self) -> dict[str, list[str]]:
+        """The record, which nobody else changes from now on: what two processes write would be mixed.
+
+        Raises:
+            UserError: another process makes files of this folder.
+        """
+        one_training.hold(str(self.folder), LOCK, "{folder} is being scored by {owner}; wait until that has ended")
         with contextlib.suppress(UserError):  # there is none, or one that was cut short
-            self.table = files.read_json(folder / RECORD, {str: [str]})
+            return files.read_json(self.folder / RECORD, {str: [str]})
+        return {}
 
     def once(self, name: str, make: Callable[[Path], object], *inputs: Any) -> Path:
         """The file `name`, which make(file) writes unless it is there, byte for byte, from the same inputs. Of a Path
         the content counts."""
         file = self.folder / name
+        if self.table is None:
+            self.table = self.begin()
         known = json.dumps([*self.inputs, *map(content, inputs)])
         key = hashlib.sha256(known.encode()).hexdigest()
         if not file.is_file() or self.table.get(name) != [key, content(file)]:

@@ -91,11 +91,12 @@ class Checkpoint:
 
     @property
     def seconds(self) -> float:
-        """Of training, over all resumptions, that the checkpoint was saved after."""
+        """Of training, over all resumptions, that the checkpoint was saved after; 0 where the clock was put back, which
+        fairseq alone reads it from."""
         found = self.state["extra_state"].get("previous_training_time")
-        if type(found) not in (int, float) or not 0 <= found < LARGEST:
+        if type(found) not in (int, float) or not -LARGEST < found < LARGEST:
             raise UserError(f"{self.path} does not say how long it was trained; {FAIRSEQ_ONES}")
-        return float(found)
+        return max(float(found), 0.0)
 
 
 def split_paths(text: str) -> list[str]:

@@ -15,7 +15,9 @@ import re
 import shutil
 import signal
 import sys
+import time
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -51,6 +53,7 @@ def apply() -> None:
     plain_checkpoints()
     broadcast_checkpoints_to_workers()
     copy_checkpoints_in_one_step()
+    time_of_no_clock()
     same_batches_after_resume()
     same_patience_after_resume()
     one_training_in_a_folder()
@@ -199,16 +202,25 @@ def paths_with_colons() -> None:
 
 def plain_checkpoints() -> None:
     """fairseq logs the n-gram counts of --eval-bleu as numpy arrays, and so saves them: torch >= 2.6 then refuses the
-    checkpoint unless numpy is allowed, which is not safe. They are saved as tensors."""
+    checkpoint unless numpy is allowed, which is not safe. They are saved as tensors.
+
+    On a full disk fairseq waits, writes the checkpoint once more behind what it has written of it, and, where there is
+    room by then, puts that in the place of the good one; else it ends in call stacks, none of which names the disk."""
     from fairseq import checkpoint_utils
+    from fairseq.file_io import PathManager
 
     original = checkpoint_utils.torch_persistent_save
     if not written_for(original, "_torch_persistent_save(obj, f)", "checkpoints with --eval-bleu hold numpy arrays"):
         return
 
     @functools.wraps(original)
-    def torch_persistent_save(obj, *args, **kwargs):
-        return original({**obj, "extra_state": checkpoints.without_arrays(obj["extra_state"])}, *args, **kwargs)
+    def torch_persistent_save(obj, filename, async_write=False):
+        state = {**obj, "extra_state": checkpoints.without_arrays(obj["extra_state"])}
+        if async_write or not isinstance(filename, str) or not PathManager.supports_rename(filename):
+            return original(state, filename, async_write=async_write)
+        with files.writing(filename, "wb", alone=True) as stream:
+            torch.save(state, stream)
+        return None
 
     checkpoint_utils.torch_persistent_save = torch_persistent_save
 
@@ -246,11 +258,21 @@ def copy_checkpoints_in_one_step() -> None:
     def copy(src_path, dst_path, overwrite=False):
         if not PathManager.supports_rename(dst_path):
             return original(src_path, dst_path, overwrite=overwrite)
-        with open(src_path, "rb") as source, files.writing(dst_path, "wb") as copied:
+        with open(src_path, "rb") as source, files.writing(dst_path, "wb", alone=True) as copied:
             shutil.copyfileobj(source, copied)
         return dst_path
 
     PathManager.copy = staticmethod(copy)
+
+
+def time_of_no_clock() -> None:
+    """fairseq reads from the clock how long it has trained: where that is set, --stop-time-hours ends a training too
+    early or never, and a checkpoint says that it took less than no time."""
+    from fairseq import trainer
+
+    spent = trainer.Trainer._local_cumulative_training_time
+    if written_for(spent, "return time.time() - self._start_time", "a clock that is set changes --stop-time-hours"):
+        trainer.time = SimpleNamespace(**{**vars(time), "time": time.monotonic})
 
 
 def same_batches_after_resume() -> None:

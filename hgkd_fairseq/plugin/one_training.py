@@ -1,4 +1,4 @@
-"""One training in a folder: a second one would mix its checkpoints with the first one's."""
+"""One training in a folder, and one that scores it: a second one would mix its files with the first one's."""
 
 from __future__ import annotations
 
@@ -12,16 +12,25 @@ LOCK = "training.lock"
 _held: dict[str, int] = {}  # descriptors, by folder, for as long as this process lives
 
 
-def hold(folder: str) -> None:
-    """Lock the folder that a training writes its checkpoints to, until this process ends, however it does.
+REFUSAL = "--save-dir {folder}: {owner} is training in it; wait for its end, or give another --save-dir"
+
+
+def hold(folder: str, lock: str = LOCK, refusal: str = REFUSAL) -> None:
+    """Lock the folder that a training writes its checkpoints to, or another one's, until this process ends, however it
+    does.
 
     A lock of fcntl's, not of flock's, which processes that load data would inherit and hold on to for seconds after
     their parent was killed. A file system that knows no locks stops nobody.
 
+    Args:
+        folder: made where it is missing.
+        lock: the name of a file in it.
+        refusal: the message where another process holds it; it may have {folder} and {owner}.
+
     Raises:
         UserError: another process holds it.
     """
-    path = os.path.join(os.path.realpath(folder), LOCK)
+    path = os.path.join(os.path.realpath(folder), lock)
     if path in _held:
         return
     try:
@@ -36,9 +45,7 @@ def hold(folder: str) -> None:
     except (BlockingIOError, PermissionError):  # the two that fcntl(2) allows for a lock that another process holds
         owner = os.pread(descriptor, 300, 0).decode(errors="replace") or "another process"
         os.close(descriptor)
-        raise UserError(
-            f"--save-dir {folder}: {owner} is training in it; wait for its end, or give another --save-dir"
-        ) from None
+        raise UserError(refusal.replace("{folder}", folder).replace("{owner}", owner)) from None
     except OSError:
         pass
     _held[path] = descriptor

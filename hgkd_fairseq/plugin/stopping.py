@@ -184,16 +184,36 @@ def validate_and_save(original, cfg, trainer, task, epoch_itr, valid_subsets, en
 
 
 def train(original, loop: ModuleType, cfg, trainer, task, epoch_itr):
-    """fairseq's function, which trains for an epoch. The validation that a stopped run has left comes first."""
+    """fairseq's function, which trains for an epoch. The validation that a stopped run has left comes first. Where all
+    is done there is no training: of a run that was killed after its last checkpoint, say."""
     try:
         unvalidated, request.unvalidated = request.unvalidated, None
         result = None if unvalidated is None else validate(loop, cfg, trainer, task, epoch_itr, unvalidated)
-        result = result or original(cfg, trainer, task, epoch_itr)
+        result = result or done(loop, cfg, trainer) or original(cfg, trainer, task, epoch_itr)
     except Stop:
         leave(cfg, trainer)
     if request.saved:
         leave(cfg, trainer)
     return result
+
+
+def done(loop: ModuleType, cfg, trainer) -> tuple[list[None], bool] | None:
+    """What fairseq's `train` returns at the end of a training, where the options say that it has ended; else None.
+    fairseq itself asks after an update, and would make one more, or all up to the next validation."""
+    made, limits = trainer.get_num_updates(), cfg.optimization
+    waited = getattr(loop.should_stop_early, "num_runs", 0)
+    ends = {
+        f"{made} updates are made": 0 < limits.max_update <= made,
+        f"{waited} validations have brought nothing": 0 < cfg.checkpoint.patience <= waited,
+        f"--stop-time-hours {limits.stop_time_hours}": 0
+        < limits.stop_time_hours * 3600
+        < trainer.cumulative_training_time(),
+    }
+    why = [reason for reason, end in ends.items() if end]
+    if not why or not made:
+        return None
+    logger.info("the training has ended before: %s", ", ".join(why))
+    return [None], True
 
 
 def validate(loop: ModuleType, cfg, trainer, task, epoch_itr, epoch: int):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from processes import content, owners
 
+from hgkd_fairseq.data.claims import Claim
 from hgkd_fairseq.data.shards import Shards
 from hgkd_fairseq.errors import UserError
 
@@ -138,6 +139,22 @@ def test_a_living_claim_is_left_alone(tmp_path: Path):
     for thread in threads:
         thread.join()
     assert len(makers) == 1
+
+
+@pytest.mark.parametrize("days", [-400, 400])
+def test_a_clock_that_is_set_takes_no_claim_away(days: int, tmp_path: Path):
+    """Neither where the file's time is long ago, or still to come, nor while its owner refreshes it by such a clock."""
+    file = tmp_path / "shard-00000.claim"
+    own, other = Claim(file, expires=0.4), Claim(file, expires=0.4)
+    assert own.take()
+    for hours in range(3):
+        then = time.time() + 3600 * (24 * days + hours)
+        os.utime(file, (then, then))
+        assert not other.take()
+        time.sleep(0.2)
+    assert own.held()
+    own.release()
+    assert other.take()
 
 
 def test_parts(tmp_path: Path):

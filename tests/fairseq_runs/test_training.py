@@ -176,6 +176,12 @@ def test_killed_and_resumed(data: Path, teacher: cl.Run, tmp_path: Path):
     assert cl.differences(one["last_optimizer_state"], other["last_optimizer_state"]) == {}
     assert len(one["last_optimizer_state"]["state"]) > 0
 
+    # Once more, as where the kill came after the last checkpoint: nothing is trained that was not asked for.
+    last = resumed.path().read_bytes()
+    again = cl.train(data, folder, *options)
+    assert "the training has ended before: 24 updates are made" in again.result.output
+    assert resumed.path().read_bytes() == last
+
 
 def test_patience_is_counted_over_a_resume(data: Path, tmp_path: Path):
     """A learning rate that changes nothing: the first epoch is the best one and the third after it ends the run, also
@@ -186,6 +192,9 @@ def test_patience_is_counted_over_a_resume(data: Path, tmp_path: Path):
     resumed = cl.train(data, tmp_path, *options, "--max-epoch", 9)
     assert [row["epoch"] for row in resumed.result.logs("valid")] == [3, 4]
     assert "early stop since valid performance hasn't improved for last 3 runs" in resumed.result.output
+    again = cl.train(data, tmp_path, *options, "--max-epoch", 9)
+    assert "the training has ended before: 3 validations have brought nothing" in again.result.output
+    assert again.result.logs("train") == []
 
 
 @pytest.fixture(scope="module")

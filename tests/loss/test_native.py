@@ -2,14 +2,17 @@
 compiler. That it agrees with fp64 and eager in every combination of options: test_gated_distillation.py."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import as_a_user, in_a_child
 
 from hgkd_fairseq import gates
 from hgkd_fairseq.gates import GATES, Gate, TokenStatistics, hard, published
@@ -241,6 +244,32 @@ def test_what_another_user_owns_is_not_used(cache: Path):
     assert cpu_rows.library().stat().st_uid == 0
     os.chown(cache, 65534, 65534)
     assert cache not in cpu_rows.library().parents
+
+
+@pytest.mark.parametrize("where", ["a read-only cache", "a read-only home"])
+def test_a_cache_that_cannot_be_written_to(where: str):
+    """The kernel is compiled all the same, for this process: also with a TMPDIR that is gone."""
+    home = Path(tempfile.mkdtemp(dir="/tmp"))  # where another user may go
+    kept = home / ".cache" / "hgkd_fairseq"
+    kept.mkdir(parents=True)
+    kept.chmod(0o555)
+    home.chmod(0o555)
+
+    def compile_it() -> None:
+        as_a_user()
+        os.umask(0o077)
+        os.environ.update(HOME=str(home if where == "a read-only cache" else "/proc"), TMPDIR="/nowhere")
+        os.environ.pop("XDG_CACHE_HOME", None)
+        tempfile.tempdir = None
+        made = cpu_rows.library()
+        assert made.exists()
+        assert not made.is_relative_to(home)
+
+    try:
+        assert in_a_child(compile_it) == 0
+    finally:
+        home.chmod(0o700)
+        shutil.rmtree(home)
 
 
 def test_a_relative_cache_is_ignored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

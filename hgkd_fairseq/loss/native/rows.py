@@ -98,7 +98,8 @@ def library() -> Path:
             if whole(file, key):
                 return file
             file.unlink()  # cut short, or not this user's alone
-    except (OSError, RuntimeError) as error:
+        return compiled(program, folder, key)
+    except (OSError, RuntimeError) as error:  # also of a cache that is full, or read-only
         logger.warning("the row kernel is compiled for this process alone: %s", error)
         folder = Path(tempfile.mkdtemp(prefix="hgkd_fairseq-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)

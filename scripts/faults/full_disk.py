@@ -1,0 +1,182 @@
+#!/usr/bin/env python3
+"""A disk that fills while a file is written: the earlier file is as it was, and one message says what happened where.
+
+    python scripts/faults/full_disk.py [WRITER...]
+
+Each command first runs with room enough, on a small disk in memory; then again with less than it took, from none to
+nine tenths of it, over the files of an earlier run. It must end with a status other than 0 and one error message, which
+names a file of that disk; each earlier file must be as it was, or whole and new; nothing half-written may be left; and
+with room again the same command must make what it made at first. A line a writer; exit status 1 where anything is
+otherwise, 2 where no disk can be made: that takes Linux, and root or namespaces of users (`unshare`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import kills
+import kinds
+import torch
+import toys
+from writers import WRITERS, Writer, run_to_its_end
+
+SHARES = (0.0, 0.3, 0.6, 0.9)
+SIZE_MB = 48
+BALLAST = "ballast"
+MESSAGE = re.compile(
+    r"^\S+: error: (?:--\S+ )?(\S+?)(?: cannot be (?:written|made))?: No space left on device", re.MULTILINE
+)
+
+
+class Disk:
+    """A tmpfs of SIZE_MB under a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir()
+        options = f"size={SIZE_MB}m,mode=0755"
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "hgkd-faults", folder], check=True, capture_output=True)
+
+    def free(self) -> int:
+        found = os.statvfs(self.folder)
+        return found.f_bavail * found.f_frsize
+
+    def fill(self, room: int) -> None:
+        with (self.folder / BALLAST).open("wb") as stream:
+            os.posix_fallocate(stream.fileno(), 0, max(self.free() - room, 1))
+
+    def begin(self, content: Path) -> Path:
+        """A folder on it with that content, and all else removed."""
+        for part in self.folder.iterdir():
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
+        return Path(shutil.copytree(content, self.folder / "place"))
+
+    def remove(self) -> None:
+        subprocess.run(["umount", "-l", self.folder], check=True)
+
+
+def faults(writer: Writer, status: int, said: str, disk: Disk, earlier: Path, whole: Path) -> list[str]:
+    """What is wrong with a run on a disk without room."""
+    place, wrong = disk.folder / "place", []
+    if writer.falls_back:
+        if status or "No space left on device" not in said:
+            wrong.append(f"status {status}, it said {said[-200:]!r}")
+    elif status == 0:
+        wrong.append("status 0")
+    else:
+        messages = [line for line in said.splitlines() if re.match(r"\S+: error: ", line)]
+        found = MESSAGE.search(said)
+        if len(messages) != 1 or not found:
+            wrong.append(f"messages {messages or said[-300:]}")
+        elif not (place / found[1]).absolute().is_relative_to(disk.folder):
+            wrong.append(f"it names {found[1]}")
+    if "Traceback" in said:
+        wrong.append("it shows call stacks")
+    for file in earlier.rglob("*"):
+        name = file.relative_to(earlier)
+        if file.is_dir() or file.suffix in kills.LOGS:
+            continue
+        there = place / name
+        if not there.is_file():
+            wrong.append(f"{name} is gone")
+        elif there.read_bytes() not in (file.read_bytes(), new := content(whole / name)) and not loads(there):
+            wrong.append(
+                f"{name} is cut ({there.stat().st_size} bytes, {file.stat().st_size} before, {len(new)} whole)"
+            )
+    left = [name for name in kills.names(place) if kills.unfinished(name)]
+    return wrong + ([f"left: {', '.join(left)}"] if left else [])
+
+
+def content(file: Path) -> bytes:
+    return file.read_bytes() if file.is_file() else b""
+
+
+def loads(file: Path) -> bool:
+    """A whole checkpoint, or JSON, of neither of the two runs' ends."""
+    with contextlib.suppress(Exception):
+        if file.suffix == ".pt":
+            return bool(torch.load(file, map_location="cpu", weights_only=False))
+        return file.suffix == ".json" and json.loads(file.read_bytes()) is not None
+    return False
+
+
+def check(writer: Writer, disk: Disk, folder: Path) -> tuple[str, bool]:
+    """What is said of a writer, and whether all is well."""
+    start, log = time.monotonic(), folder / "command.log"
+    earlier = folder / "earlier"
+    earlier.mkdir()
+    writer.before(earlier)
+    run = writer.run()
+    place = disk.begin(earlier)
+    free = disk.free()
+    status, said, took = run_to_its_end(run, place, log, lambda: free - disk.free())
+    if status:
+        return f"FAULT {writer.name}: with room enough status {status}: {said[-300:]}", False
+    whole = Path(shutil.copytree(place, folder / "whole"))
+    wrong: list[str] = []
+    for share in SHARES:
+        place = disk.begin(earlier)
+        disk.fill(int(share * took))
+        status, said, _ = run_to_its_end(run, place, log)
+        wrong += [f"{share:.0%} of the room: {one}" for one in faults(writer, status, said, disk, earlier, whole)]
+    (disk.folder / BALLAST).unlink()
+    status, said, _ = run_to_its_end(run, place, log)
+    differs, _ = kills.compare(whole, place)
+    wrong += [f"with room again: status {status}: {said[-200:]}"] if status else [f"again: {one}" for one in differs]
+    verdict = "FAULT" if wrong else "ok   "
+    ending = "works without what it would have kept" if writer.falls_back else "status 1 and one message"
+    told = f"{took / 1024:.0f} KiB, {len(SHARES)} times less: {'; '.join(wrong[:4]) or f'old files stay, {ending}'}"
+    return f"{verdict} {writer.name}: {told}; {time.monotonic() - start:.0f} s", not wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("writers", nargs="*", metavar="WRITER", help=f"of {', '.join(WRITERS)} (default: all)")
+    args = parser.parse_args()
+    unknown = [name for name in args.writers if name not in WRITERS]
+    if unknown:
+        parser.error(f"no writer {unknown[0]}; there are {', '.join(WRITERS)}")
+    shared = Path(tempfile.mkdtemp(prefix="full-disk-"))
+    try:
+        disk = Disk(shared / "disk")
+    except (OSError, subprocess.CalledProcessError) as error:
+        shutil.rmtree(shared)
+        if "HGKD_UNSHARED" not in os.environ and shutil.which("unshare"):
+            os.environ["HGKD_UNSHARED"] = "1"
+            os.execvp("unshare", ["unshare", "--map-root-user", "--mount", sys.executable, *sys.argv])
+        why = getattr(error, "stderr", b"") or str(error).encode()
+        print(
+            f"full_disk.py: no disk can be made: {why.decode(errors='replace').strip()}; run it as root",
+            file=sys.stderr,
+        )
+        return 2
+    toys.begin_program()
+    os.environ["XDG_CACHE_HOME"] = str(shared / "cache")  # not the user's
+    all_well = True
+    try:
+        for name in args.writers or WRITERS:
+            folder = shared / name
+            folder.mkdir()
+            line, well = check(WRITERS[name], disk, folder)
+            print(line, flush=True)
+            all_well &= well
+            shutil.rmtree(folder)
+    finally:
+        disk.remove()
+        kinds.remove()
+        shutil.rmtree(shared, ignore_errors=True)
+    return 0 if all_well else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
