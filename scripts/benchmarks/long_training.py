@@ -1,5 +1,5 @@
-"""Hours of one training: does its memory stay flat? A fairseq-train with a live teacher and a gate that remembers, a small
-model, many epochs, validations and checkpoints that replace older ones; its resident memory is written down as it runs.
+"""Hours of one training: is its memory flat? A fairseq-train with a live teacher and a gate that remembers, a small
+model, many epochs, validations, checkpoints that replace older ones; its resident memory is written down as it runs.
 
     python scripts/benchmarks/long_training.py runs/long --minutes 180     # trains, then prints the table
     python scripts/benchmarks/long_training.py --table runs/long/memory.csv   # the table alone, at any time
