@@ -18,6 +18,7 @@ import re
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -29,15 +30,33 @@ LEAST_SECONDS, LEAST_MIB = 0.2, 2  # differences below these are of the clock an
 POLL_S = 0.005
 
 
-def parts(kind: str) -> dict:
-    """Imported where it is needed: the tables need none of it."""
-    if kind == "pair":
-        import load_pairs
+def parts(kind: str) -> dict[str, tuple[Callable, float]]:
+    """By what they are: (function, its share of the pairs or tokens). The tables need none of what it imports."""
+    if kind != "pair":
+        import load_tokens
 
-        return load_pairs.PARTS
-    import load_tokens
+        return load_tokens.PARTS if kind == "token" else load_tokens.STEPS
+    import load_folders
+    import load_pairs
 
-    return load_tokens.PARTS if kind == "token" else load_tokens.STEPS
+    return {
+        "loading the data": (load_pairs.loading, 1),
+        "checks of the data": (load_pairs.checks, 1),
+        "batches of an epoch": (load_pairs.batching, 1),
+        "collating an epoch": (load_pairs.collating, 1),
+        "unigram counts": (load_pairs.unigram, 1),
+        "queue of selective-global": (load_pairs.gate_queue, 1),
+        "sentence weights: table, look-up, save, load": (load_pairs.weights_table, 1),
+        "sentence weights: plan of a refresh": (load_pairs.refresh_plan, 1),
+        "sentence weights: a refresh (1/20)": (load_pairs.refresh_walk, 1 / 20),
+        "store of a teacher: written": (load_folders.store_written, 1),
+        "store of a teacher: an epoch read": (load_folders.store_read, 1),
+        "translations: written": (load_folders.translations_written, 1),
+        "translations: checked, chosen, binarised": (load_folders.distilled_data, 1),
+        "calibration, forced": (load_pairs.predictions, 1),
+        "table of tokens: written": (load_pairs.token_table, 1),
+        "calibration, inference (1/20)": (load_folders.generated, 1 / 20),
+    }
 
 
 def child(kind: str, name: str, folder: Path, size: int, pipe) -> None:

@@ -20,7 +20,6 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import corpora
 import numpy as np
 
 ROOT = Path(__file__).parents[2]
@@ -78,6 +77,8 @@ def updates_done(log: Path) -> int:
 
 def train(folder: Path, minutes: float, every_s: float, pairs: int) -> int:
     """The exit status of the distilling training, stopped after that time."""
+    import corpora  # and fairseq with it, which the table does not need
+
     data, teacher, student = folder / "data", folder / "teacher", folder / "student"
     corpora.write(data, {"train": pairs, "valid": 200}, types=2000, longest=100)
     made = fairseq_train(data, *SIZE, *STEPS, "--max-epoch", 2, "--no-epoch-checkpoints", "--save-dir", teacher)
