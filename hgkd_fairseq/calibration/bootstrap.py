@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 
 LEVEL = 0.95
+SENTENCES = 1000  # whose draws are alive at a time
 
 
-def poisson_draws(sentences: Iterable[int], replicates: int, seed: int) -> np.ndarray:
-    """(S, R) how often each of S sentences counts in each resample; see :class:`SentenceBootstrap`."""
-    return np.stack([np.random.default_rng([seed, number]).poisson(1.0, replicates) for number in sentences])
+def poisson_draws(sentences: Sequence[int], replicates: int, seed: int) -> np.ndarray:
+    """(S, R) uint8, how often each of S sentences counts in each resample; see :class:`SentenceBootstrap`."""
+    found = np.empty((len(sentences), replicates), np.uint8)  # more than 255 times has a probability of 1e-508
+    for row, number in zip(found, sentences, strict=True):
+        row[:] = np.random.default_rng([seed, number]).poisson(1.0, replicates)
+    return found
 
 
 class SentenceBootstrap:
@@ -35,10 +39,13 @@ class SentenceBootstrap:
         self.seed = seed
         self.sums = torch.zeros(replicates, statistics, dtype=torch.float64)
 
-    def update(self, sentences: Iterable[int], statistics: Tensor) -> None:
+    def update(self, sentences: Sequence[int], statistics: Tensor) -> None:
         """Add S sentences: their numbers (each to be given once, at least 0) and statistics (S, K)."""
-        draws = poisson_draws(sentences, self.sums.size(0), self.seed)
-        self.sums += torch.from_numpy(draws).double().T @ statistics.cpu().double()
+        statistics = statistics.cpu().double()
+        for start in range(0, len(sentences), SENTENCES):
+            some = slice(start, start + SENTENCES)
+            draws = poisson_draws(sentences[some], self.sums.size(0), self.seed)
+            self.sums += torch.from_numpy(draws).double().T @ statistics[some]
 
     def merge(self, other: SentenceBootstrap) -> None:
         """Add the sentences of another one. Raises ValueError where seeds or shapes differ."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hgkd_fairseq.calibration.bootstrap import LEVEL, poisson_draws
 
-PART = 100  # resamples at a time: 100 x sentences numbers are alive
+PART = 2**20  # resamples x sentences at a time: some tables of so many numbers are alive
 
 
 def spearman(
@@ -50,7 +50,8 @@ def spearman_interval(
 ) -> tuple[float, float]:
     """Percentile interval of :func:`spearman` under the resamples of :class:`SentenceBootstrap`; NaN without any that
     have a correlation."""
-    draws = torch.from_numpy(poisson_draws(sentences, replicates, seed)).double().T  # (R, N)
-    found = torch.cat([spearman(first, second, part) for part in draws.split(PART)])
+    draws = torch.from_numpy(poisson_draws(sentences, replicates, seed)).T  # (R, N), a byte each
+    parts = draws.split(max(PART // max(len(sentences), 1), 1))
+    found = torch.cat([spearman(first, second, part) for part in parts])
     low, high = torch.nanquantile(found, found.new_tensor([(1 - level) / 2, (1 + level) / 2]))
     return float(low), float(high)

@@ -1,10 +1,12 @@
 """The benchmarks run from end to end at toy sizes; what they measure there means nothing."""
 
 import csv
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 from command_line import environment
 
 SCRIPTS = Path(__file__).parents[2] / "scripts" / "benchmarks"
@@ -77,3 +79,42 @@ def test_store(data, teacher, plain):
     assert all(gates.startswith("0 of ") for *_, gates in rows)
     assert [kind for kind, *_ in speeds] == ["fairseq-validate", *errors]
     assert all(float(ratio) > 0 for *_, ratio in speeds)
+
+
+def test_load(tmp_path):
+    """One part of each kind that is cheap; the costs a pair are compared from the CSV file alone."""
+    table, sizes = tmp_path / "load.csv", ("--pairs", 40, "--tokens", 8000)
+    run("load.py", tmp_path, "--csv", table, *sizes, "--only", "table, look-up", "--kinds", "pair")
+    printed = run("load.py", tmp_path, "--csv", table, *sizes, "--only", "smooth ECE", "--kinds", "token")
+    found = rows(table)
+    assert [(row["kind"], row["count"]) for row in found] == [("pair", "40"), ("token", "8000")]
+    assert all(float(row["seconds"]) > 0 for row in found)
+    assert "| sentence weights: table, look-up, save, load |" in printed
+    pair = found[0]
+    with table.open("a", newline="") as out:
+        writer = csv.DictWriter(out, fieldnames=list(pair))
+        for name, costs in {"flat": (1.0, 1.0), "time": (1.6, 1.0), "memory": (1.0, 1.6)}.items():
+            for size, (time, memory) in {100_000: (1.0, 1.0), 1_000_000: (10 * costs[0], 10 * costs[1])}.items():
+                numbers = {"size": size, "count": size, "seconds": time, "mib": 10 * memory}
+                writer.writerow({**pair, **numbers, "name": name})
+    notes = {line.split(" | ")[0][2:]: line for line in run("load.py", "--csv", table).splitlines()}
+    assert "grows" not in notes["flat"]
+    assert notes["time"].endswith("time grows |")
+    assert notes["memory"].endswith("memory grows |")
+
+
+def test_long_training(tmp_path):
+    """The slope of the last two thirds, and an interval that holds it where the noise is of minutes."""
+    rng = np.random.default_rng(1)
+    seconds = np.arange(10, 5410, 10.0)
+    noise = np.repeat(rng.normal(0, 2, len(seconds) // 12), 12)  # two minutes long
+    mib = np.where(seconds < 1810, 100 + seconds, 500 + 12 * seconds / 3600 + noise)
+    lines = [f"{second},{value},0,{second / 10}" for second, value in zip(seconds, mib, strict=True)]
+    table = tmp_path / "memory.csv"
+    table.write_text("\n".join(["seconds,training_mib,workers_mib,updates", *lines]) + "\n")
+    printed = run("long_training.py", "--table", table)
+    slope, low, high = map(float, re.search(r"the training,.*\| (\S+) \[(\S+), (\S+)\] \|", printed).groups())
+    assert low < 12 < high
+    assert low < slope < high
+    assert 1 < high - low < 10
+    assert "| minutes; updates | 90.0; 540 |" in printed

@@ -1,13 +1,16 @@
 """Intervals over sentences: their width, what they depend on, and what they do not."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 
 from hgkd_fairseq.calibration import SentenceBootstrap
-from hgkd_fairseq.calibration.bootstrap import paired
+from hgkd_fairseq.calibration import bootstrap as module
+from hgkd_fairseq.calibration.bootstrap import paired, poisson_draws
+from hgkd_fairseq.calibration.correlation import spearman, spearman_interval
 from hgkd_fairseq.calibration.histogram import accuracy, ece, tabulate
 from hgkd_fairseq.calibration.scores import Mean, Predictions, Score, Settings, signature
 
@@ -51,6 +54,25 @@ def test_depends_on_the_seed_and_the_sentences_only():
     assert not torch.equal(once.sums, other.sums)
     with pytest.raises(ValueError, match="different seeds"):
         once.merge(other)
+
+
+def test_many_sentences_at_once_take_little_memory(monkeypatch: pytest.MonkeyPatch):
+    """A byte a draw, and of sums the draws of some sentences only: 8 bytes each were 16 kB a sentence."""
+    count, replicates, sums = 800, 250, statistics(800)
+    monkeypatch.setattr(module, "SENTENCES", 64)
+    several = SentenceBootstrap(2, replicates)
+    tracemalloc.start()
+    several.update(range(count), sums)
+    alive = [tracemalloc.get_traced_memory()[1]]
+    tracemalloc.reset_peak()
+    interval = spearman_interval(sums[:, 0], sums[:, 1], list(range(count)), replicates, 1)
+    alive.append(tracemalloc.get_traced_memory()[1])
+    tracemalloc.stop()
+    assert max(alive) < 2 * count * replicates
+    draws = torch.from_numpy(poisson_draws(range(count), replicates, 1)).double().T
+    torch.testing.assert_close(several.sums, draws @ sums)
+    found = spearman(sums[:, 0], sums[:, 1], draws)
+    assert interval == pytest.approx(found.quantile(found.new_tensor([0.025, 0.975])).tolist(), abs=1e-12)
 
 
 def test_replicates_without_a_score_are_left_out():
