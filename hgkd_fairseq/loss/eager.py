@@ -80,7 +80,7 @@ def from_logits(
     weights = decided(decide, student_read, teacher_read, *asked)
     loss = weights.data.detach() * data_term
     if options.gate.needs_teacher:
-        loss = loss + weights.teacher.detach() * kl
+        loss = loss + equations.weighted(weights.teacher.detach(), kl)
     uniform_term = None
     if weights.uniform is not None:
         uniform_term = equations.uniform_term(logp)

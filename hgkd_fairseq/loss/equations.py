@@ -41,6 +41,12 @@ def expectation(logw: Tensor, values: Tensor) -> Tensor:
     return (w * torch.where(w > 0, values, torch.zeros_like(w))).sum(1)  # a product of 0 and inf has no gradient
 
 
+def weighted(weight: Tensor, divergence: Tensor) -> Tensor:
+    """(N,) their product; 0 where the weight is 0, also of a divergence that is infinite: of a token that the teacher
+    allows and the student forbids, with a bias of minus infinity, and that a closed gate gives to the data."""
+    return torch.where(weight != 0, weight * divergence, torch.zeros_like(divergence))
+
+
 def above(logp: Tensor, logq: Tensor) -> Tensor:
     """(N,) sum_v p(v) 1[p(v) > q(v)]."""
     return (logp.exp() * (logp > logq)).sum(1)

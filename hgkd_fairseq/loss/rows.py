@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hgkd_fairseq import gates
 from hgkd_fairseq.gates import GateWeights, TokenStatistics
-from hgkd_fairseq.loss import eager
+from hgkd_fairseq.loss import eager, equations
 from hgkd_fairseq.loss.options import Decide, Head, Known, Options, Sparse, TokenResults, decided
 
 
@@ -66,7 +66,9 @@ def row_statistics(
     log_sum = student_sum.log()
     gold = logprob(shifted, log_sum, target)
     mean = shifted.mean(1) - log_sum if options.needs_mean else None
-    entropy = log_sum - (p * shifted).sum(1) if options.confidence_penalty else None
+    entropy = None
+    if options.confidence_penalty:  # 0 * inf where p is 0 is 0: of a token that a bias of minus infinity forbids
+        entropy = log_sum - (p * torch.where(p > 0, shifted, torch.zeros_like(p))).sum(1)
 
     correct = None
     read = target
@@ -119,7 +121,7 @@ def row_results(statistics: RowStatistics, weights: GateWeights, vocabulary: int
         data_term = data_term - options.confidence_penalty * statistics.entropy
     loss = weights.data * data_term
     if options.gate.needs_teacher:
-        loss = loss + weights.teacher * statistics.kl
+        loss = loss + equations.weighted(weights.teacher, statistics.kl)
     uniform_term = None
     if weights.uniform is not None:
         assert statistics.mean is not None

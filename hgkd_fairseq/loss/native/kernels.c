@@ -125,7 +125,7 @@ static Sums exponentials(float *restrict z, float *restrict t, int64_t size, flo
                 t[i] = f;
                 l += e;
                 shifted += a;
-                entropy += e * a;
+                entropy += e > 0 ? e * a : 0.0f; /* where p underflows, as of a forbidden token, 0 and not 0 inf */
                 L += f;
                 difference += f > 0 ? f * (b - a) : 0.0f; /* where q underflows, 0 and not 0 inf */
             }
@@ -137,7 +137,7 @@ static Sums exponentials(float *restrict z, float *restrict t, int64_t size, flo
                 z[i] = e;
                 l += e;
                 shifted += a;
-                entropy += e * a;
+                entropy += e > 0 ? e * a : 0.0f;
             }
         }
         sums.student += l;

@@ -256,7 +256,7 @@ def _finish_row(
     """What follows the gate: the weighted loss and the gradient."""
     loss = data * data_term
     if HAS_TEACHER:
-        loss += teacher * kl
+        loss += tl.where(teacher != 0, teacher * kl, 0.0)  # 0 inf is 0: see equations.weighted
     tl.store(results + LOSS * rows + row, loss)
     tl.store(flags + TEACHER * rows + row, (teacher > 0).to(tl.int8))
     if MAKE_GRADIENT:

@@ -1,0 +1,274 @@
+"""The equations of gated distillation once more, in fp64, and how far an implementation may be from them: what
+test_properties.py compares every gate and implementation with. Nothing of the package is used here.
+
+Each number comes with a bound of its error, from the precision u of the arithmetic and from the conditioning:
+
+    a = C u (1 + range of the student's logits)         of log p: z - max z is rounded at its own size
+    b = C u (1 + largest tempered teacher's logit)      of log q: z / tau is rounded before the maximum is taken off
+    p (1 +- expm1(2 a)),  q (1 +- expm1(2 b))           of the probabilities
+    KL: expm1(2 b) sum q |log q - log p| + a + b        of the divergence
+
+At temperature 0.001 and logits of 10,000 b is above 1: such a bound says little, and what is left to see is that nothing
+is nan. A gate's hard decision whose margin is below a + b may go either way; `unsure` says which, and there, and there
+alone, the implementation's own decision is taken.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+C = 16  # roundings of a softmax over 300 entries, summed in any order
+
+
+@dataclass
+class Tokens:
+    """N tokens: logits as the implementation sees them, exactly, in fp64."""
+
+    student: Tensor  # (N, V)
+    teacher: Tensor  # (N, V)
+    target: Tensor  # (N,)
+    sentence: Tensor  # (N,)
+    u: float  # of the arithmetic
+    rounding: float = 0.0  # of the logits themselves, where a product made them
+    temperature: float = 1.0
+    smoothing: float = 0.0
+    penalty: float = 0.0
+    divergence: str = "kl"
+    parameter: float = 0.5  # of the divergence
+    gate_on: str = "gold"
+    tempered_gate: bool = True
+    parameters: dict = field(default_factory=dict)  # of the gate
+    progress: float = 0.0
+
+
+def log_softmax(z: Tensor) -> Tensor:
+    shifted = z - z.amax(1, keepdim=True)
+    return shifted - shifted.exp().sum(1, keepdim=True).log()
+
+
+def plogr(p: Tensor, r: Tensor) -> Tensor:
+    """sum p r with 0 where p is 0."""
+    return (p * torch.where(p > 0, r, torch.zeros_like(p))).sum(1)
+
+
+def finite_range(z: Tensor) -> Tensor:
+    """(N,) of the entries that are not minus infinity."""
+    return z.amax(1) - torch.where(z.isneginf(), torch.inf, z).amin(1)
+
+
+@dataclass
+class Found:
+    """Of N tokens, (N,) each: values and their errors."""
+
+    logp: Tensor  # (N, V)
+    logq: Tensor  # (N, V), at the temperature
+    student_read: Tensor
+    teacher_read: Tensor
+    a: Tensor
+    b: Tensor
+    data: Tensor
+    data_error: Tensor
+    kl: Tensor
+    kl_error: Tensor
+    above: Tensor  # sum p 1[p > q]
+    above_error: Tensor
+
+
+def find(t: Tokens) -> Found:
+    logp, logq = log_softmax(t.student), log_softmax(t.teacher / t.temperature)
+    gate_logq = logq if t.tempered_gate else log_softmax(t.teacher)
+    gold = logp.gather(1, t.target[:, None]).squeeze(1)
+    read = t.student.argmax(1) if t.gate_on == "argmax" else t.target
+    student_read, teacher_read = (x.gather(1, read[:, None]).squeeze(1) for x in (logp, gate_logq))
+    largest = torch.where(t.teacher.isneginf(), 0, t.teacher).abs().amax(1)
+    a = C * t.u * (1 + finite_range(t.student)).detach() + 2 * t.rounding
+    b = C * t.u * (1 + largest / min(t.temperature, 1.0 if not t.tempered_gate else t.temperature)) + (
+        2 * t.rounding / t.temperature
+    )
+    p, q = logp.exp(), logq.exp()
+    vocabulary = logp.size(1)
+
+    # fairseq's smoothing: eps / (V - 1) to every token but the gold one, 1 - eps to that
+    data = -(1 - t.smoothing) * gold
+    if t.smoothing:
+        data = data - t.smoothing / (vocabulary - 1) * (logp.sum(1) - gold)
+    entropy = -plogr(p, logp)
+    data_error = a.clone()
+    if t.penalty:
+        data = data - t.penalty * entropy
+        data_error = a + t.penalty * (2 * a + torch.expm1(2 * a) * entropy.detach())
+
+    log_ratio = logq - logp
+    if t.divergence == "kl":
+        kl = plogr(q, log_ratio)
+    elif t.divergence == "reverse-kl":
+        kl = plogr(p, -log_ratio)
+    else:  # js, jsd: b KL(q || m) + (1 - b) KL(p || m); skew-kl: KL(q || m); m = b q + (1 - b) p
+        share = t.parameter
+        m = torch.logaddexp(logp + math.log(1 - share), logq + math.log(share))
+        kl = plogr(q, logq - m)
+        if t.divergence != "skew-kl":
+            kl = share * kl + (1 - share) * plogr(p, logp - m)
+    size = torch.where((q > 0) | (p > 0), log_ratio, torch.zeros_like(q)).detach().nan_to_num(0, 0, 0).abs()
+    weight = q if t.divergence == "kl" else p + q
+    kl_error = torch.expm1(2 * (a + b)) * (weight.detach() * size).sum(1) + 2 * (a + b)
+
+    difference = (logp - gate_logq).detach().nan_to_num(0, math.inf, -math.inf)
+    above = (p * (difference > 0)).sum(1).detach()
+    near = (difference.abs() <= (a + b)[:, None]) & (p > 0)
+    above_error = (p * near).sum(1).detach() + torch.expm1(2 * a)
+    reads = student_read.detach(), teacher_read.detach()
+    return Found(logp, logq, *reads, a, b, data, data_error, kl, kl_error, above, above_error)
+
+
+@dataclass
+class Weights:
+    """(N,) each; `error` of each of them, `unsure` where a hard decision is within rounding."""
+
+    data: Tensor
+    teacher: Tensor
+    uniform: Tensor | None = None
+    error: Tensor | None = None
+    unsure: Tensor | None = None
+
+    def with_decision(self, opened: Tensor) -> Weights:
+        """Where it is unsure, as it was `opened` (N,) bool by the implementation."""
+        if self.unsure is None or not self.unsure.any():
+            return self
+        hard = opened.to(self.teacher.dtype)
+        teacher = torch.where(self.unsure, hard * self.high, self.teacher)
+        return replace(self, teacher=teacher, data=torch.where(self.unsure, 1 - teacher, self.data))
+
+    high: float = 1.0  # the teacher's weight where a hard gate is open
+
+
+def hard(margin: Tensor, noise: Tensor, low: float = 0.0, high: float = 1.0) -> Weights:
+    teacher = low + (high - low) * (margin > 0).double()
+    return Weights(1 - teacher, teacher, unsure=margin.abs() <= noise, high=high)
+
+
+def weights(gate: str, t: Tokens, f: Found) -> Weights | None:
+    """METHOD's rules; None of a gate that draws at random."""
+    n, ones = len(t.target), torch.ones(len(t.target), dtype=torch.float64)
+    s, q, noise, has = f.student_read, f.teacher_read, f.a + f.b, t.parameters
+    gap = s - q
+
+    def mixed(teacher: Tensor | float, error: Tensor | None = None) -> Weights:
+        return Weights(1 - teacher * ones, teacher * ones, error=error)
+
+    def sums(values: Tensor) -> Tensor:
+        made = torch.zeros(int(t.sentence.max()) + 1 if n else 0, dtype=torch.float64).index_add_(0, t.sentence, values)
+        return made[t.sentence]
+
+    if gate == "none":
+        return mixed(0.0)
+    if gate in ("token", "token-reversed"):
+        return hard(gap if gate == "token" else -gap, noise)
+    if gate in ("sentence", "sentence-reversed"):
+        total = sums(gap)
+        return hard(total if gate == "sentence" else -total, sums(noise + C * t.u * gap.abs()))
+    if gate == "floor":
+        low, high = has["floor"]
+        made = hard(gap, noise, low, high)
+        return replace(made, error=torch.where(made.unsure, abs(high - low), 0.0), unsure=None)
+    if gate in ("soft", "soft-learned"):
+        k = has["sharpness"]
+        return mixed(torch.sigmoid(k * gap), (k * noise / 4 + 8 * t.u).clamp(max=1))
+    if gate == "expected":
+        return mixed(f.above, f.above_error)
+    if gate in ("wsl", "wsl-normalised"):
+        a = has["kd_weight"]
+
+        def of(student: Tensor, teacher: Tensor) -> Tensor:
+            return a * -torch.expm1(-student.clamp(min=0) / teacher.clamp(min=1e-300))
+
+        low, teacher, high = (of(-s - f.a, -q + f.b), of(-s, -q), of(-s + f.a, -q - f.b))
+        error = (high - low).abs() + 8 * t.u * a
+        if gate == "wsl":
+            return Weights(ones, teacher, error=error)
+        return Weights(1 / (1 + teacher), teacher / (1 + teacher), error=error)
+    if gate == "always":
+        return mixed(has["kd_weight"])
+    if gate == "progressive":
+        return mixed(has["kd_weight"] * t.progress)
+    if gate == "annealed":
+        return mixed(1.0 if t.progress < has["share"] else 0.0)
+    if gate in ("selective-batch", "selective-global"):
+        threshold = has.get("threshold", -math.inf)
+        if gate == "selective-batch":
+            count = round(has["share"] * n)
+            threshold = float((-s).sort(descending=True).values[count - 1]) if count else math.inf
+        opened = -s >= threshold
+        near = ((-s - threshold).abs() <= 2 * f.a.max()) if n else torch.zeros(0, dtype=torch.bool)
+        # Data 1 on all tokens.
+        return Weights(ones, has["kd_weight"] * opened, error=near * has["kd_weight"])
+    if gate == "virtual-teacher":
+        # q: c on gold, (1 - c) / (V - 1) elsewhere, its logits divided by the temperature
+        v, c, tau = t.student.size(1), has["gold"], has["temperature"]
+        powers = c ** (1 / tau), ((1 - c) / (v - 1)) ** (1 / tau)
+        gold = powers[0] / (powers[0] + (v - 1) * powers[1])
+        return smoothed(1 - has["kd_weight"], has["kd_weight"], gold * ones, v)
+    if gate in ("instance", "pair"):
+        return Weights(has["data"], has["teacher"])
+    return None
+
+
+def smoothed(data: float, weight: float, gold: Tensor, vocabulary: int) -> Weights:
+    """CE with a target of `gold` on the gold token and the rest spread evenly, in onehot and uniform."""
+    rest = (1 - gold) / (vocabulary - 1)
+    return Weights(data + weight * (gold - rest), 0 * gold, weight * vocabulary * rest, error=1e-6 * (1 + 0 * gold))
+
+
+@dataclass
+class Expected:
+    """Of the batch: sums and their errors; gradients at the logits (N, V) and a bound for each entry, (N, 1)."""
+
+    loss: float
+    loss_error: float
+    nll: float
+    nll_error: float
+    kd: float
+    kd_error: float
+    dz: Tensor
+    dz_error: Tensor
+
+
+def expected(t: Tokens, w: Weights, f: Found, z: Tensor, with_teacher: bool = True) -> Expected:
+    """`f` was found of `t` with `z` as the student's logits, which want a gradient."""
+    error = torch.zeros_like(f.a) if w.error is None else w.error.double()
+    loss = w.data * f.data
+    # The sum of a batch of N is rounded N times.
+    loss_error = w.data * f.data_error + error * f.data.detach().abs() + C * t.u * (w.data * f.data).detach().abs()
+    if with_teacher:
+        loss = loss + torch.where(w.teacher != 0, w.teacher * f.kl, torch.zeros_like(f.kl))
+        loss_error = loss_error + torch.where(
+            (w.teacher != 0) | (error > 0), w.teacher * f.kl_error + (error + C * t.u * w.teacher) * f.kl.detach().abs(), 0
+        )
+    if w.uniform is not None:
+        uniform = -f.logp.mean(1)
+        loss = loss + w.uniform * uniform
+        loss_error = loss_error + w.uniform * f.a + (error + C * t.u) * uniform.detach().abs()
+    (dz,) = torch.autograd.grad(loss.sum(), z)
+    on_p, on_q = torch.expm1(2 * f.a), torch.expm1(2 * (f.a + f.b))
+    entropy_size = 1 + math.log(t.student.size(1))
+    each = w.data * on_p * (1 + t.penalty * entropy_size) + 2 * error + 4 * t.u
+    if with_teacher:
+        ratio = 0.0
+        if t.divergence != "kl":  # p (log p - log q - ...): as large as the logarithms
+            ratio = (f.logp - f.logq).detach().nan_to_num(0, 0, 0).abs().amax(1)
+        each = each + w.teacher * on_q * (1 + ratio) + error * ratio
+    if w.uniform is not None:
+        each = each + w.uniform * on_p
+    opened = w.teacher > 0
+    nll = -f.logp.detach().gather(1, t.target[:, None]).squeeze(1)
+    kl = f.kl.detach()
+    return Expected(
+        float(loss.detach().sum()), float(loss_error.sum()),
+        float(nll.sum()), float((f.a + C * t.u * nll).sum()),
+        float(kl[opened].sum()), float((f.kl_error + C * t.u * kl.abs())[opened].sum()),
+        dz, each[:, None],
+    )  # fmt: skip

@@ -1,0 +1,346 @@
+"""Properties of the loss on drawn batches: every gate and implementation against fp64 equations of their own
+(loss_oracle.py), over shapes, pads, dtypes, logits up to 10,000, all equal or minus infinity, temperatures 0.001 to 1,000.
+
+HGKD_EXAMPLES=N draws N batches for each of the tests, with other seeds each time, in place of the few that CI draws:
+
+    HGKD_EXAMPLES=2000 pytest -q tests/loss/test_properties.py
+"""
+
+import math
+import os
+import random
+from typing import Any, NamedTuple
+from unittest import mock
+
+import loss_oracle
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hgkd_fairseq import gates
+from hgkd_fairseq.gates import Gate, get_gate
+from hgkd_fairseq.loss import DistillationOutput, chunked, gated_distillation
+from hgkd_fairseq.sentence_weights import gate as _instance  # noqa: F401  registers the gate instance
+
+PAD = 1
+GIVEN = os.environ.get("HGKD_EXAMPLES")
+IMPLEMENTATIONS = ("eager", "chunked", "native")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+SCALES = (0.0, 1e-3, 0.3, 3.0, 30.0, 1e3, 1e4)
+TEMPERATURES = (1e-3, 0.03, 0.5, 1.0, 1.5, 2.0, 20.0, 1e3)
+DRAWING = ("random", "beta")  # gates whose weights are drawn
+
+
+def drawn(few: int):
+    """Examples: `few` in CI, always the same; as many as HGKD_EXAMPLES says elsewhere."""
+    quick = {"derandomize": True, "max_examples": few, "database": None}
+    found: dict[str, Any] = {"max_examples": int(GIVEN), "database": None} if GIVEN else quick
+    phases = [Phase.explicit, Phase.generate]  # a batch is made of a seed: shrinking it shows nothing
+    return settings(deadline=None, phases=phases, suppress_health_check=list(HealthCheck), print_blob=True, **found)
+
+
+class Drawn(NamedTuple):
+    """A batch whose output layer is the identity: what an implementation makes of the features are the logits, exactly,
+    so that all that differs is the arithmetic of the loss."""
+
+    gate: Gate
+    parameters: dict  # of the gate, for the oracle
+    options: dict
+    hidden: Tensor  # (B, T, V), the student's logits but for the bias
+    bias: Tensor | None  # (V,)
+    teacher: Tensor  # (B, T, V)
+    teacher_bias: Tensor | None
+    target: Tensor  # (B, T)
+    chunk: int
+    instance: Tensor | None = None
+    first: bool = False  # whether the gate is decided before the teacher's logits are made
+    weights: tuple[Tensor, Tensor] | None = None  # (V, D) each, in place of the identity; fp32 and fp64 alone
+
+
+def logits(generator: torch.Generator, shape: tuple[int, ...], kind: str, scale: float) -> Tensor:
+    z = torch.randn(shape, generator=generator, dtype=torch.float64).clamp(-6, 6)
+    if kind == "two values":
+        z = z.sign()
+    if kind == "one":
+        z = torch.zeros(shape, dtype=torch.float64).scatter_(2, z.argmax(2, keepdim=True), 1.0)
+    if kind == "offset":
+        z = z / 100 + 1
+    largest = z.abs().max() if z.numel() and z.abs().max() else 1
+    return z / largest * scale
+
+
+MASKED = ("both", "both", "teacher", "student")
+KINDS = ("normal", "normal", "two values", "one", "offset")
+PADS = ("none", "ends", "ends", "anywhere", "anywhere", "all but one", "all")
+
+
+def target_of(generator: torch.Generator, shape: tuple[int, int], vocabulary: int, kind: str) -> Tensor:
+    target = torch.randint(2, vocabulary, shape, generator=generator)
+    keep = torch.ones(shape, dtype=torch.bool)
+    if kind == "ends":
+        lengths = torch.randint(0, shape[1] + 1, (shape[0], 1), generator=generator)
+        keep = torch.arange(shape[1])[None] < lengths
+    elif kind == "anywhere":
+        keep = torch.rand(shape, generator=generator) < 0.6
+    elif kind.startswith("all"):
+        keep[:] = False
+        keep[-1, 0] = kind == "all but one"
+    return target.masked_fill(~keep, PAD)
+
+
+def make(seed: int, dtype: torch.dtype, name: str) -> Drawn:
+    """A batch for the gate of that name: all is drawn from the seed."""
+    generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
+    shape, vocabulary = (rng.randint(1, 4), rng.randint(1, 7)), rng.choice((5, rng.randint(5, 40), rng.randint(5, 300)))
+    target = target_of(generator, shape, vocabulary, rng.choice(PADS))
+    hidden, teacher = (
+        logits(generator, (*shape, vocabulary), rng.choice(KINDS), rng.choice(SCALES)) for _ in range(2)
+    )
+    if rng.random() < 0.2:
+        teacher = hidden.clone()  # ties at temperature 1
+    gate, parameters = gate_of(rng, generator, name, target)
+    options: dict[str, Any] = {
+        "teacher_temperature": rng.choice(TEMPERATURES),
+        "label_smoothing": rng.choice((0.0, 0.0, 0.1, 0.9)),
+        "confidence_penalty": rng.choice((0.0, 0.0, 0.3)),
+        "tempered_gate": rng.random() < 0.5,
+        "gate_on": rng.choice(("gold", "gold", "argmax")),
+        "progress": rng.choice((0.0, 0.4, 1.0)),
+        "divergence": rng.choice(("kl", "kl", "kl", "kl", "reverse-kl", "js", "jsd", "skew-kl")),
+    }
+    if options["divergence"] in ("jsd", "skew-kl"):
+        parameter = "jsd_beta" if options["divergence"] == "jsd" else "skew_alpha"
+        options[parameter] = rng.choice((0.1, 0.5, 0.9))
+    bias, teacher_bias = None, None
+    if rng.random() < 0.5:
+        bias, teacher_bias = torch.zeros(vocabulary, dtype=torch.float64), torch.zeros(vocabulary, dtype=torch.float64)
+        if rng.random() < 0.5:  # tokens that cannot be; not the gold ones
+            masked = torch.rand(vocabulary, generator=generator) < 0.3
+            masked[target.unique()] = False
+            masked[0] = False
+            # reverse-kl is infinite where the teacher forbids what the student allows; kl the other way round.
+            which = rng.choice(("both", "student") if options["divergence"] == "reverse-kl" else MASKED)
+            bias[masked] = 0.0 if which == "teacher" else -torch.inf
+            teacher_bias[masked] = 0.0 if which == "student" else -torch.inf
+    instance = torch.arange(shape[0]) if "data" in parameters else None
+    first = gate.closes and options["gate_on"] == "gold" and rng.random() < 0.5
+    narrow = [None if one is None else one.to(dtype) for one in (hidden, bias, teacher, teacher_bias)]
+    made = Drawn(gate, parameters, options, *narrow, target, rng.choice((1, 2, 3, 7, 256)), instance, first)
+    return with_heads(made, rng, generator) if dtype.itemsize > 2 and rng.random() < 0.3 else made
+
+
+def with_heads(batch: Drawn, rng: random.Random, generator: torch.Generator) -> Drawn:
+    """The batch with an output layer of a few dimensions in place of the identity. Not in half precision, whose products
+    round logits of 10,000 by more than a gate compares: test_gated_distillation.py has those, at logits of usual size."""
+    found = []
+    for features in (batch.hidden, batch.teacher):
+        dimension, largest = rng.randint(1, 9), float(features.abs().max())
+        shape = (features.size(2), dimension)
+        weight = torch.randn(shape, generator=generator, dtype=torch.float64).clamp(-4, 4)
+        hidden = torch.randn((*features.shape[:2], dimension), generator=generator, dtype=torch.float64)
+        found.append((hidden.to(features.dtype), (weight * largest / (8 * dimension)).to(features.dtype)))
+    options = {**batch.options, "gate_on": "gold"}  # two logits may be nearer to each other than their rounding
+    (hidden, student), (teacher, other) = found
+    return batch._replace(hidden=hidden, teacher=teacher, weights=(student, other), options=options)
+
+
+def gate_of(rng: random.Random, generator: torch.Generator, name: str, target: Tensor) -> tuple[Gate, dict]:
+    """A gate with parameters, and the same under the oracle's names."""
+    share = rng.choice((0.0, 0.3, 0.5, 1.0))
+    weight = rng.choice((0.0, 0.4, 1.0))
+    if name == "floor":
+        return get_gate(name, gate_floor="0.2,0.9"), {"floor": (0.2, 0.9)}
+    if name in ("soft", "soft-learned"):
+        return get_gate(name, gate_sharpness=3 * weight), {"sharpness": 3 * weight}
+    if name in ("always", "progressive", "wsl", "wsl-normalised"):
+        return get_gate(name, kd_weight=weight), {"kd_weight": weight}
+    if name == "annealed":
+        return get_gate(name, gate_share=share), {"share": share}
+    if name == "random":
+        return (get_gate(name), {}) if share == 0.5 else (get_gate(name, gate_share=share), {"share": share})
+    if name == "selective-batch":
+        return get_gate(name, kd_weight=weight, gate_share=share), {"kd_weight": weight, "share": share}
+    if name == "selective-global":
+        gate, threshold = get_gate(name, kd_weight=weight), rng.choice((-math.inf, 0.0, 1.0, 100.0))
+        gate.weights.state["threshold"] = torch.tensor(threshold)
+        return gate, {"kd_weight": weight, "threshold": threshold}
+    if name == "virtual-teacher":
+        temperature = rng.choice((0.5, 1.0, 1.5, 20.0))
+        found = {"kd_weight": weight, "virtual_gold": 0.9, "virtual_temperature": temperature}
+        return get_gate(name, **found), {"kd_weight": weight, "gold": 0.9, "temperature": temperature}
+    if name == "beta":
+        return get_gate(name, kd_weight=weight), {"kd_weight": weight}
+    sentences = torch.arange(target.size(0))[:, None].expand_as(target)[target != PAD]
+    if name == "instance":
+        gate, rows = get_gate(name), torch.rand(2, target.size(0), generator=generator)
+        gate.weights.begin(torch.zeros(target.size(0), dtype=torch.bool))
+        gate.weights.state.update(data=rows[0], teacher=rows[1])
+        return gate, {"data": rows[0].double()[sentences], "teacher": rows[1].double()[sentences]}
+    if name == "pair":
+        gate, opened = get_gate(name, kd_weight=weight), torch.rand(target.size(0), generator=generator) < 0.5
+        gate.weights.state["open"] = opened
+        teacher = weight * opened.double()[sentences]
+        return gate, {"data": 1 - teacher, "teacher": teacher}
+    return get_gate(name), {}
+
+
+def run(batch: Drawn, implementation: str, known: Tensor | None) -> tuple[DistillationOutput, list[Tensor]]:
+    """The output, and the gradients of the features, the weight and the bias."""
+    student, teacher = batch.weights or [torch.eye(batch.hidden.size(2), dtype=batch.hidden.dtype)] * 2
+    leaves = [x.clone().requires_grad_() for x in (batch.hidden, student)]
+    if batch.bias is not None:
+        leaves.append(batch.bias.clone().requires_grad_())
+    with mock.patch.dict(chunked.CHUNK_TOKENS, {"cpu": batch.chunk}):
+        out = gated_distillation(
+            *leaves[:2], batch.teacher, teacher, batch.target,
+            padding_idx=PAD, gate=batch.gate, student_bias=leaves[2] if len(leaves) > 2 else None,
+            teacher_bias=batch.teacher_bias, instance=batch.instance, teacher_gold=known, top1=True,
+            implementation=implementation, **batch.options,
+        )  # fmt: skip
+    return out, list(torch.autograd.grad(out.loss, leaves))
+
+
+def tokens_of(batch: Drawn) -> loss_oracle.Tokens:
+    kept = batch.target != PAD
+    wide, rounding = [], 0.0
+    u = torch.finfo(torch.float64 if batch.hidden.dtype == torch.float64 else torch.float32).eps
+    student, teacher = batch.weights or (None, None)
+    heads = ((batch.hidden, student, batch.bias), (batch.teacher, teacher, batch.teacher_bias))
+    for features, weight, bias in heads:
+        z = features[kept].double()
+        if weight is not None:
+            size = (z.abs() @ weight.double().abs().t()).max() if z.numel() else 0.0
+            rounding = max(rounding, weight.size(1) * u * float(size))
+            z = z @ weight.double().t()
+        wide.append(z if bias is None else z + bias.double())
+    sentence = torch.arange(len(kept))[:, None].expand_as(kept)[kept]
+    o = batch.options
+    return loss_oracle.Tokens(
+        wide[0].requires_grad_(), wide[1], batch.target[kept], sentence, u, rounding, o["teacher_temperature"],
+        o["label_smoothing"], o["confidence_penalty"], o["divergence"], o.get("jsd_beta", o.get("skew_alpha", 0.5)),
+        o["gate_on"] if batch.gate.needs_teacher else "gold", o["tempered_gate"], batch.parameters, o["progress"],
+    )  # fmt: skip
+
+
+def near(value: Tensor | float, expected: float, error: float, what: str) -> None:
+    """A sum may be infinite where the equations say so."""
+    value = float(value)
+    if math.isfinite(expected):
+        assert abs(value - expected) <= error + 1e-30, f"{what}: {value!r}, expected {expected!r} +- {error:.1e}"
+    else:
+        assert not math.isfinite(value), f"{what}: {value!r}, expected {expected!r}"
+
+
+def check(batch: Drawn, implementation: str) -> None:
+    tokens = tokens_of(batch)
+    found = loss_oracle.find(tokens)
+    known = None
+    if batch.first:  # what a store has: log q in fp32
+        known = torch.zeros(batch.target.shape)
+        known[batch.target != PAD] = found.teacher_read.float()
+        found.b = found.b + C32 * found.teacher_read.abs()
+    torch.manual_seed(0)
+    out, made = run(batch, implementation, known)
+    kept, opened = batch.target != PAD, out.teacher_mask[batch.target != PAD]
+    if batch.gate.name in DRAWING:
+        weights = drawn_weights(batch, opened, found, tokens)
+    else:
+        weights = loss_oracle.weights(batch.gate.name, tokens, found)
+    if weights is None:
+        return
+    if weights.unsure is not None:
+        sure = ~weights.unsure
+        assert torch.equal(opened[sure], (weights.teacher > 0)[sure]), f"{batch.gate.name}: a clear decision is wrong"
+    weights = weights.with_decision(opened)
+    expected = loss_oracle.expected(tokens, weights, found, tokens.student, batch.gate.needs_teacher)
+
+    assert (int(out.tokens), int(out.teacher_tokens)) == (int(kept.sum()), int(opened.sum()))
+    assert torch.equal(out.tokens_mask, kept)
+    assert not out.teacher_mask[~kept].any()
+    near(out.loss.detach(), expected.loss, expected.loss_error, "loss")
+    near(out.nll, expected.nll, expected.nll_error, "nll")
+    if weights.error is None:
+        near(out.kd, expected.kd, expected.kd_error, "kd")
+    if batch.gate.needs_teacher:
+        gap = found.student_read - found.teacher_read
+        near(out.gap, float(gap.sum()), float((found.a + found.b + C32 * gap.abs()).sum()), "gap")
+    top = tokens.student.detach().argmax(1)
+    if batch.weights is None:
+        assert torch.equal(out.correct[kept], top == tokens.target)
+    probability = found.logp.detach().gather(1, top[:, None]).squeeze(1).exp()
+    assert ((out.confidence[kept].double() - probability).abs() <= torch.expm1(2 * found.a)).all()
+
+    check_gradients(batch, implementation, expected, made)
+
+
+# Of a gradient at the logits in fp16, which carries a factor of chunked.FP16_SCALE. The KL's is at most the weights' sum;
+# that of another divergence, at logits of 10,000, can be more.
+FP16_DZ = torch.finfo(torch.float16).max / chunked.FP16_SCALE
+C32 = loss_oracle.C * torch.finfo(torch.float32).eps
+
+
+def check_gradients(batch: Drawn, implementation: str, expected: loss_oracle.Expected, made: list[Tensor]) -> None:
+    """The features' is that at the logits; the others are its sums. Each is rounded to its dtype, at the end or at the
+    logits; what is below fp16's smallest number may be 0."""
+    kept, dtype = batch.target != PAD, batch.hidden.dtype
+    assert [one.dtype for one in made] == [dtype] * len(made)
+    u = torch.finfo(dtype).eps
+    floor = {torch.float16: 2.0**-24}.get(dtype, 1e-30)
+    if not expected.dz.isfinite().all():  # of an infinite loss
+        return
+    if dtype == torch.float16 and (expected.dz.abs() > FP16_DZ).any():  # it shows: inf or nan
+        assert implementation == "eager" or not all(one.isfinite().all() for one in made)
+        return
+    # (exact, error, size) of each: what is summed may cancel, but is rounded at the size of its terms.
+    dz, bound = expected.dz, expected.dz_error + 2 * u * expected.dz.abs() + floor
+    whole = [(dz, bound, torch.zeros_like(dz))]
+    if batch.weights is not None:
+        layer = batch.weights[0].double()
+        whole = [(dz @ layer, bound @ layer.abs(), dz.abs() @ layer.abs())]
+    features = batch.hidden[kept].double()
+    whole.append((dz.t() @ features, bound.t() @ features.abs(), dz.abs().t() @ features.abs()))
+    if len(made) > 2:
+        whole.append((dz.sum(0), bound.sum(0), dz.abs().sum(0)))
+    assert (made[0][~kept] == 0).all()
+    for name, one, (exact, error, size) in zip(("d hidden", "d weight", "d bias"), made, whole, strict=False):
+        one = one[kept] if name == "d hidden" else one
+        fits = size < torch.finfo(dtype).max / 4  # 4 tokens of logits of 10,000 are more than fp16 holds
+        right = (one.double() - exact).abs() <= error + (4 * u + C32) * size + floor  # not so of nan
+        assert (right | ~fits).all(), f"{name}: off by {(one.double() - exact).abs()[~right & fits].max()}"
+
+
+def drawn_weights(batch: Drawn, opened: Tensor, found: loss_oracle.Found, tokens: loss_oracle.Tokens):
+    """Of a gate that draws: random, whose decisions are taken as they came, and counted; beta, by the same draws."""
+    if batch.gate.name == "random":
+        hard = opened.double()
+        gap, noise = found.student_read - found.teacher_read, found.a + found.b
+        share = batch.parameters.get("share")
+        if share in (0.0, 1.0):
+            assert opened.all() if share else not opened.any()
+        elif share is None and not (gap.abs() <= noise).any() and len(gap) <= batch.chunk:
+            assert opened.sum() == (gap > 0).sum()
+        return loss_oracle.Weights(1 - hard, hard)
+    read = found.teacher_read
+    order = read.sort()
+    if len(read) > 1 and (order.values.diff() <= 2 * found.b.max()).any():
+        return None  # which token is given which draw is not known
+    torch.manual_seed(0)
+    wide = torch.float64 if batch.hidden.dtype == torch.float64 else torch.float32
+    values = torch.rand(read.shape, dtype=wide).double().pow(1 / 4).sort().values
+    gold = torch.empty_like(values)
+    gold[order.indices] = values
+    return loss_oracle.smoothed(1 - batch.parameters["kd_weight"], batch.parameters["kd_weight"], gold, tokens.student.size(1))
+
+
+CASES = [(one, "fp32") for one in IMPLEMENTATIONS]
+CASES += [(one, dtype) for one in IMPLEMENTATIONS for dtype in ("bf16", "fp16")] + [("eager", "fp64"), ("chunked", "fp64")]
+
+
+@pytest.mark.parametrize(("implementation", "dtype"), CASES)
+@drawn(60)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_loss_and_gradients(implementation: str, dtype: str, seed: int):
+    names = sorted(gates.GATES)
+    check(make(seed, DTYPES[dtype], names[seed % len(names)]), implementation)
