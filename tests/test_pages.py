@@ -18,7 +18,7 @@ from hgkd_fairseq import cli, plugin
 ROOT = cl.ROOT
 PAGES = {
     str(page.relative_to(ROOT)): page
-    for folder in ("hgkd_fairseq", "scripts", "data-bin")
+    for folder in ("hgkd_fairseq", "scripts", "tests", "data-bin")
     for page in sorted((ROOT / folder).rglob("*.md"))
 } | {"README.md": ROOT / "README.md"}
 LONGEST = {"README.md": 150}
