@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Iterator
+from typing import Annotated
 
 import pytest
 import torch
 
 from hgkd_fairseq import gates
-from hgkd_fairseq.gates import GateWeights, TokenStatistics, get_gate, hard, register_gate
+from hgkd_fairseq.gates import GateWeights, TokenStatistics, get_gate, hard, listing, register_gate
+from hgkd_fairseq.gates.contract import Option
 from hgkd_fairseq.loss import gated_distillation
 from hgkd_fairseq.sentence_weights import gate as _instance  # noqa: F401  registers the gate instance
 
@@ -208,6 +210,43 @@ def test_the_queue_forgets_and_is_shared():
     # The threshold decides: NLL >= log 2 for the median of 0 and 2 log 2.
     gate.observe(Output([0.0, 2 * 0.6931471, 0.0, 2 * 0.6931473]))
     assert [row[1] for row in rows(gate(statistics(torch.float32)))] == [p <= 0.5 for p in P]
+
+
+def test_listing(registry: dict):
+    """Also of an option that two gates take, in one meaning and in two."""
+    registry.clear()
+    first, second = (Annotated[float, Option(text)] for text in ("size | a", "size b"))
+    form = Annotated[str, Option("how", choices=("up", "down"))]
+
+    def one(statistics, *, size: first = 0.5, form: form = "up"): ...
+
+    def two(statistics, *, size: first = 1.5): ...
+
+    def three(statistics, *, size: second = 2.5): ...
+
+    for function, source in ((one, "Someone, arXiv:2301.01234."), (two, "b"), (three, "c")):
+        register_gate(function.__name__, equation=f"w {function.__name__}", source=source)(function)
+    register_gate("four", equation="w four", source="d")(lambda statistics: None)
+    assert listing.text().splitlines() == [
+        *("one", "    w one", "    Someone, arXiv:2301.01234.", "    --size 0.5, --form up"),
+        *("two", "    w two", "    b", "    --size 1.5"),
+        *("three", "    w three", "    c", "    --size 2.5"),
+        *("four", "    w four", "    d"),
+    ]
+    assert listing.markdown().splitlines() == [
+        "| `--gate` | weights | source |",
+        "| --- | --- | --- |",
+        "| `one` | w one | Someone, [arXiv:2301.01234](https://arxiv.org/abs/2301.01234). |",
+        "| `two` | w two | b |",
+        "| `three` | w three | c |",
+        "| `four` | w four | d |",
+        "",
+        "| option | meaning | gates, defaults |",
+        "| --- | --- | --- |",
+        "| `--size` | size \\| a | `one` 0.5, `two` 1.5 |",
+        "| `--size` | size b | `three` 2.5 |",
+        "| `--form` | how: up or down | `one` up |",
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

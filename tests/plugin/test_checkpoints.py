@@ -333,6 +333,12 @@ TABLES = {
     "whole numbers": {**ROWS, "held_out": torch.tensor([0, 1])},
     "a table of tables": {**ROWS, "data": torch.ones(2, 2)},
     "learned in words": {**ROWS, "learned": "all"},
+    "learned of others": {**ROWS, "learned": torch.tensor([True])},
+    "a weight below 0": {**ROWS, "data": torch.tensor([1.0, -1.0])},
+    "whole weights": {**ROWS, "data": torch.tensor([1, 2])},
+    "a weight without end": {**ROWS, "data": torch.tensor([1.0, torch.inf])},
+    "two epochs": {**ROWS, "epoch": torch.tensor([2, 3])},
+    "no held-out sentences": {key: value for key, value in ROWS.items() if key != "held_out"},
 }
 
 
@@ -343,6 +349,54 @@ def test_weights_of_sentences_that_are_none(name: str, tmp_path: Path):
         weight_table.read(str(file))
     saved(file, extra_state={"TranslationWithTeacherTask": {"gate": ROWS}})
     assert weight_table.read(str(file)).epoch == 2
+
+
+LEARNED = {
+    "held_out": torch.tensor([True, False, False, False, False]),
+    "learned": torch.tensor([False, True, True, True, False]),
+    "data": torch.tensor([0.1, 0.2, 0.3, 0.4, 0.1]),
+    "teacher": torch.tensor([0.9, 0.8, 0.5, 0.4, 0.9]),
+    "epoch": torch.tensor(2),
+}
+
+
+def of_sentences(path: Path, **changes) -> str:
+    return str(saved(path, extra_state={"TranslationWithTeacherTask": {"gate": {**LEARNED, **changes}}}))
+
+
+def test_report_on_weights_of_sentences(tmp_path: Path, capsys: pytest.CaptureFixture):
+    listed, table, figure = tmp_path / "noisy.txt", tmp_path / "weights.tsv", tmp_path / "weights.svg"
+    listed.write_text("1\n3\n77\n")
+    weight_table.report(of_sentences(tmp_path / "a.pt"), str(table), str(listed), str(figure))
+    assert capsys.readouterr().out.splitlines() == [
+        "noisy: 2 sentences, median weight data 0.2000, teacher 0.4000, median share of the teacher 0.5000",
+        "others: 1 sentences, median weight data 0.3000, teacher 0.5000, median share of the teacher 0.6250",
+    ]
+    assert table.read_text() == "sentence\tdata\tteacher\n1\t0.2\t0.8\n2\t0.3\t0.5\n3\t0.4\t0.4\n"
+    drawn = figure.read_text()
+    assert [text in drawn for text in ("weight of the data", "weight of the teacher", "noisy", "others")] == [True] * 4
+
+    # None was learned: nothing moved, or those that count for nothing.
+    weight_table.report(of_sentences(tmp_path / "a.pt", epoch=torch.tensor(0), learned=torch.zeros(5) > 0), *[None] * 3)
+    assert capsys.readouterr().out.splitlines() == [
+        "all: no sentence",
+        "not refreshed yet: all weights are what they began with",
+    ]
+    weight_table.report(of_sentences(tmp_path / "a.pt", data=torch.zeros(5), teacher=torch.zeros(5)), *[None] * 3)
+    assert capsys.readouterr().out == (
+        "all: 3 sentences, median weight data 0.0000, teacher 0.0000, median share of the teacher nan\n"
+    )
+    old = {key: value for key, value in LEARNED.items() if key != "learned"}  # rows that moved were learned
+    file = saved(tmp_path / "a.pt", extra_state={"TranslationWithTeacherTask": {"gate": old}})
+    assert weight_table.read(str(file)).sentence.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("words", ["1 two 3", "1 -2", "1 2.0", "1 " + "9" * 19])
+def test_numbers_of_sentences_that_are_none(words: str, tmp_path: Path):
+    (tmp_path / "listed.txt").write_text(words)
+    expected = rf"--compare .*listed.txt: {words.split()[1][:40]} \(number 2\) is no number of a sentence; give numbers"
+    with pytest.raises(UserError, match=expected):
+        weight_table.report(of_sentences(tmp_path / "a.pt"), None, str(tmp_path / "listed.txt"), None)
 
 
 def test_of_a_diverged_run_without_its_weights(tmp_path: Path):
