@@ -12,7 +12,7 @@ from hgkd_fairseq.calibration import bootstrap as module
 from hgkd_fairseq.calibration.bootstrap import paired, poisson_draws
 from hgkd_fairseq.calibration.correlation import spearman, spearman_interval
 from hgkd_fairseq.calibration.histogram import accuracy, ece, tabulate
-from hgkd_fairseq.calibration.scores import Mean, Predictions, Score, Settings, signature
+from hgkd_fairseq.calibration.scores import Mean, Predictions, Results, Score, Settings, signature
 
 
 def mean(sums):
@@ -112,6 +112,48 @@ def test_predictions_merge():
         assert one.signature == other.signature
         assert [one.value, one.low, one.high] == pytest.approx([other.value, other.low, other.high], nan_ok=True)
     assert once.histogram.sums[0].sum() == 240
+
+
+# Of each score the key, and how its signature begins.
+SCORES = {
+    "ece": "ECE|bins:5", "mce": "MCE|bins:5|min:3", "rms": "RMSCE|bins:5", "overconfidence": "Over|bins:5",
+    "underconfidence": "Under|bins:5", "debiased_ece": "DebiasedECE|bins:5", "debiased_rms": "DebiasedRMSCE|bins:5",
+    "adaptive_ece": "AdaECE|bins:5", "smooth_ece": "smECE", "weighted_ece": "wECE|bins:5", "full_ece": "FullECE|bins:5",
+    "accuracy": "Accuracy", "confidence": "Confidence", "nll": "NLL", "brier_top1": "BrierTop1", "nll_top1": "NLLTop1",
+    "brier_top1_miscalibration": "MCB|of:BrierTop1", "brier_top1_discrimination": "DSC|of:BrierTop1",
+    "brier_top1_uncertainty": "UNC|of:BrierTop1", "nll_top1_miscalibration": "MCB|of:NLLTop1",
+    "nll_top1_discrimination": "DSC|of:NLLTop1", "nll_top1_uncertainty": "UNC|of:NLLTop1",
+}  # fmt: skip
+
+
+def test_keys_and_signatures():
+    """What users cite, and other programs read."""
+    found = predictions(slice(0, 30), Settings(bins=5, min_count=3, replicates=7)).scores()
+    assert {score.key: score.signature for score in found} == {
+        key: f"{begin}|mode:forced|version:0.1.0" for key, begin in SCORES.items()
+    }
+
+
+def test_ends_of_the_interval():
+    bootstrap = SentenceBootstrap(2, replicates=400)
+    bootstrap.update(range(30), statistics(30))
+    values = bootstrap.sums[:, 0] / bootstrap.sums[:, 1]
+    for level in (0.95, 0.5):
+        ends = [float(end) for end in bootstrap.interval(lambda sums: sums[:, 0] / sums[:, 1], level)]
+        assert ends == pytest.approx(np.quantile(values.numpy(), [(1 - level) / 2, (1 + level) / 2]).tolist())
+
+
+def test_what_has_no_value_is_null():
+    """A score of nothing, a resample without a token: JSON has no nan."""
+    settings = Settings(bins=5, replicates=3)
+    nothing = Predictions(settings, parts={})
+    found = Results({}, settings, nothing.scores(), {"eos:yes": nothing.bars()}, {"eos:yes": [math.nan, 0.123456789]})
+    written = found.to_json()
+    assert written["resampled_ece"] == {"eos:yes": [None, 0.1234568]}
+    assert written["ece"] is None
+    assert {row[key] for row in written["scores"] for key in ("value", "low", "high")} == {None}
+    assert written["histograms"]["eos:yes"]["low"] == [0.0] * 5
+    assert written["histograms"]["eos:yes"]["high"] == [1.0] * 5
 
 
 def test_scores_of_predictions():
