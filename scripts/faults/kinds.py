@@ -20,7 +20,7 @@ from hgkd_fairseq.sentence_weights import gate as _  # noqa: F401  registers its
 from hgkd_fairseq.teacher import SOURCES
 
 SIZES = {"train": 200, "valid": 32, "test": 32}
-UPDATES = ("--max-update", "14", "--save-interval-updates", "2")
+UPDATES = ("--max-update", "12", "--save-interval-updates", "2")
 OURS = (*toys.USER_DIR, "--task", "translation_with_teacher", "--criterion", "hard_gate_kd")
 PAIRS = (
     *("--task", "translation_multi_simple_epoch_with_teacher", "--lang-pairs", "de-en,fr-en", "--langs", "de,fr,en"),
@@ -81,12 +81,12 @@ def remove() -> None:
 
 
 @functools.cache
-def data(pairs: str = "de-en") -> str:
+def data(pairs: str) -> str:
     return str(toys.write_data(folder() / pairs.replace(",", "+"), SIZES, pairs.split(",")))
 
 
 @functools.cache
-def teacher(pairs: str = "de-en") -> str:
+def teacher(pairs: str) -> str:
     """A checkpoint, and a small one."""
     place = folder() / f"teacher-{pairs.replace(',', '+')}"
     place.mkdir()
@@ -174,7 +174,7 @@ def hgkd(*words: str) -> Callable[[], Callable[[], int]]:
     """DATA and TEACHER among the words are the data and a checkpoint."""
 
     def command() -> Callable[[], int]:
-        given = {"DATA": data(), "TEACHER": teacher()}
+        given = {"DATA": data("de-en"), "TEACHER": teacher("de-en")}
         found = [given.get(word, word) for word in words]
         return lambda: cli.main(found)
 
