@@ -92,7 +92,7 @@ def teacher(pairs: str) -> str:
     place.mkdir()
     task = () if pairs == "de-en" else (PAIRS[0], "translation_multi_simple_epoch", *PAIRS[2:])
     words = (data(pairs), *toys.SIZE, *toys.STEPS, *task, "--max-epoch", "12", "--disable-validation")
-    once(lambda: toys.train([*words, "--no-epoch-checkpoints", "--dropout", "0"]), place)
+    once(toys.training([*words, "--no-epoch-checkpoints", "--dropout", "0"]), place)
     return str(place / "run" / "checkpoint_last.pt")
 
 
@@ -134,8 +134,7 @@ def training(*options: str) -> Callable[[], Callable[[], int]]:
 
     def command() -> Callable[[], int]:
         given = [teacher(pairs) if word == "TEACHER" else word for word in options]
-        words = [data(pairs), *toys.SIZE, *toys.STEPS, *UPDATES, *given]
-        return lambda: toys.train(words)
+        return toys.training([data(pairs), *toys.SIZE, *toys.STEPS, *UPDATES, *given])
 
     return command
 
