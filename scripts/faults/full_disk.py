@@ -32,6 +32,7 @@ from writers import WRITERS, Writer, run_to_its_end
 
 SHARES = (0.0, 0.3, 0.6, 0.9)
 SIZE_MB = 48
+PAGE = 4096
 BALLAST = "ballast"
 FULL = r"(?:No space left on device|about .* do not fit)"
 MESSAGE = re.compile(rf"^\S+: error: (?:--output )?(\S+?)(?: cannot be (?:written|made))?: {FULL}", re.MULTILINE)
@@ -96,6 +97,17 @@ def faults(writer: Writer, status: int, said: str, disk: Disk, earlier: Path, wh
     return wrong + ([f"left: {', '.join(left)}"] if left else [])
 
 
+def new_files(earlier: Path, whole: Path) -> list[Path]:
+    """Those that a run has made or changed."""
+    found = [file for file in whole.rglob("*") if file.is_file()]
+    return [file for file in found if content(earlier / file.relative_to(whole)) != file.read_bytes()]
+
+
+def pages(file: Path) -> int:
+    """Bytes that it takes."""
+    return -(-file.stat().st_size // PAGE) * PAGE
+
+
 def content(file: Path) -> bytes:
     return file.read_bytes() if file.is_file() else b""
 
@@ -118,10 +130,11 @@ def check(writer: Writer, disk: Disk, folder: Path) -> tuple[str, bool]:
     run = writer.run()
     place = disk.begin(earlier)
     free = disk.free()
-    status, said, took = run_to_its_end(run, place, log, lambda: free - disk.free())
+    status, said, most = run_to_its_end(run, place, log, lambda: free - disk.free())
     if status:
         return f"FAULT {writer.name}: with room enough status {status}: {said[-300:]}", False
     whole = Path(shutil.copytree(place, folder / "whole"))
+    took = max(most, sum(pages(one) for one in new_files(earlier, whole)))
     wrong: list[str] = []
     ends = 0
     for share in SHARES:
@@ -131,7 +144,7 @@ def check(writer: Writer, disk: Disk, folder: Path) -> tuple[str, bool]:
         ends += status != 0
         wrong += [f"{share:.0%} of the room: {one}" for one in faults(writer, status, said, disk, earlier, whole)]
     (disk.folder / BALLAST).unlink()
-    if status:
+    if status or writer.falls_back:
         status, said, _ = run_to_its_end(run, place, log)
         wrong += [f"with room again: status {status}: {said[-200:]}"] if status else []
     wrong += [f"with room again: {one}" for one in kills.compare(whole, place)[0]]
