@@ -13,6 +13,7 @@ kind; exit status 1 where anything differs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -46,6 +47,16 @@ def names(folder: Path) -> Iterator[str]:
         yield from files
 
 
+def being_written(folder: Path) -> set[tuple[str, int]]:
+    """Names of what is unfinished in a folder, and the files' numbers: one that was killed may have left the same name."""
+    found = set()
+    for place, folders, files in os.walk(folder):
+        for name in filter(unfinished, (*folders, *files)):
+            with contextlib.suppress(FileNotFoundError):
+                found.add((name, os.stat(os.path.join(place, name)).st_ino))
+    return found
+
+
 class Moments:
     """When a run is killed."""
 
@@ -54,6 +65,7 @@ class Moments:
 
     def wait(self, process: kinds.Process, folder: Path) -> None:
         """Until the next one, or until the process has ended."""
+        before = being_written(folder)
         self.drawn += 1
         deadline = time.monotonic() + self.rng.uniform(0, self.seconds)
         delay = self.rng.uniform(0, 0.004)
@@ -61,9 +73,9 @@ class Moments:
             time.sleep(0.002)
         if self.drawn % 2:
             return
-        before, deadline = set(names(folder)), time.monotonic() + self.seconds
+        deadline = time.monotonic() + self.seconds
         while process.status() is None and time.monotonic() < deadline:
-            if any(unfinished(file) for file in set(names(folder)) - before):
+            if being_written(folder) - before:
                 time.sleep(delay)
                 return
             time.sleep(0.0005)
@@ -139,16 +151,16 @@ def run(kind: kinds.Kind, kills: int, seed: int, folder: Path) -> tuple[str, boo
         kind.make(place)
         runs += 1
         while True:
+            before = being_written(place)
             process = kind.start(place)
             if killed < kills:
                 moments.wait(process, place)
             else:
                 process.wait()
             if process.status() is None:
-                before = sum(map(unfinished, names(place)))
                 process.kill()
                 killed += 1
-                writing += sum(map(unfinished, names(place))) > 0 and before > 0
+                writing += bool(being_written(place) - before)
                 continue
             if process.status():
                 wrong = [f"status {process.status()}: {process.end()}"]
