@@ -48,12 +48,12 @@ def names(folder: Path) -> Iterator[str]:
 
 
 def being_written(folder: Path) -> set[tuple[str, int]]:
-    """Names of what is unfinished in a folder, and the files' numbers: one that was killed may have left the same name."""
+    """Names of what is unfinished in a folder, and when it was changed: one that was killed may have left the name."""
     found = set()
     for place, folders, files in os.walk(folder):
         for name in filter(unfinished, (*folders, *files)):
             with contextlib.suppress(FileNotFoundError):
-                found.add((name, os.stat(os.path.join(place, name)).st_ino))
+                found.add((name, os.stat(os.path.join(place, name)).st_mtime_ns))
     return found
 
 
