@@ -254,9 +254,13 @@ def figure_format(option: str, file: str | Path) -> str:
 
 
 def write_figure(figure: Any, file: str | Path) -> None:
-    """A figure of matplotlib, in the format that the name ends in, as :func:`writing` does."""
+    """A figure of matplotlib, in the format that the name ends in, as :func:`writing` does. The same figure is the same
+    file."""
+    import matplotlib
+
     suffix = figure_format("figure", file)
-    with writing(file, "wb") as stream:
+    salt = matplotlib.rcParams["svg.hashsalt"] or "hgkd"
+    with writing(file, "wb") as stream, matplotlib.rc_context({"svg.hashsalt": salt}):
         figure.savefig(stream, format=suffix, dpi=160, metadata={"Date": None} if suffix == "svg" else None)
 
 

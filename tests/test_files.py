@@ -13,7 +13,7 @@ import pytest
 import torch
 from processes import as_a_user, in_a_child
 
-from hgkd_fairseq import files
+from hgkd_fairseq import drawing, files
 from hgkd_fairseq.errors import UserError, in_one_line
 from hgkd_fairseq.evaluation.token_table import TokenTable
 
@@ -167,6 +167,17 @@ def test_a_full_disk_keeps_the_old_file(name, write, folder):
     assert in_a_child(refused, disk_full) == 0
     assert Path(name).read_text() == "old"
     assert os.listdir() == [name]
+
+
+@pytest.mark.parametrize("name", ["a.svg", "a.png"])
+def test_the_same_figure_is_the_same_file(name, folder):
+    figure = drawing.figure_class()()
+    figure.subplots().plot([1, 2], marker="o")
+    found = []
+    for _ in range(2):
+        files.write_figure(figure, name)
+        found.append(Path(name).read_bytes())
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("x"), KeyboardInterrupt(), OSError(2, "gone", "another")])

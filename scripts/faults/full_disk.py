@@ -32,10 +32,10 @@ from writers import WRITERS, Writer, run_to_its_end
 
 SHARES = (0.0, 0.3, 0.6, 0.9)
 SIZE_MB = 48
+PAGE = 4096
 BALLAST = "ballast"
-MESSAGE = re.compile(
-    r"^\S+: error: (?:--\S+ )?(\S+?)(?: cannot be (?:written|made))?: No space left on device", re.MULTILINE
-)
+FULL = r"(?:No space left on device|about .* do not fit)"
+MESSAGE = re.compile(rf"^\S+: error: (?:--output )?(\S+?)(?: cannot be (?:written|made))?: {FULL}", re.MULTILINE)
 
 
 class Disk:
@@ -71,8 +71,8 @@ def faults(writer: Writer, status: int, said: str, disk: Disk, earlier: Path, wh
     if writer.falls_back:
         if status or "No space left on device" not in said:
             wrong.append(f"status {status}, it said {said[-200:]!r}")
-    elif status == 0:
-        wrong.append("status 0")
+    elif status == 0:  # it took less this time
+        wrong += [f"status 0, and {one}" for one in kills.compare(whole, place)[0]]
     else:
         messages = [line for line in said.splitlines() if re.match(r"\S+: error: ", line)]
         found = MESSAGE.search(said)
@@ -97,6 +97,17 @@ def faults(writer: Writer, status: int, said: str, disk: Disk, earlier: Path, wh
     return wrong + ([f"left: {', '.join(left)}"] if left else [])
 
 
+def new_files(earlier: Path, whole: Path) -> list[Path]:
+    """Those that a run has made or changed."""
+    found = [file for file in whole.rglob("*") if file.is_file()]
+    return [file for file in found if content(earlier / file.relative_to(whole)) != file.read_bytes()]
+
+
+def pages(file: Path) -> int:
+    """Bytes that it takes."""
+    return -(-file.stat().st_size // PAGE) * PAGE
+
+
 def content(file: Path) -> bytes:
     return file.read_bytes() if file.is_file() else b""
 
@@ -119,23 +130,29 @@ def check(writer: Writer, disk: Disk, folder: Path) -> tuple[str, bool]:
     run = writer.run()
     place = disk.begin(earlier)
     free = disk.free()
-    status, said, took = run_to_its_end(run, place, log, lambda: free - disk.free())
+    status, said, most = run_to_its_end(run, place, log, lambda: free - disk.free())
     if status:
         return f"FAULT {writer.name}: with room enough status {status}: {said[-300:]}", False
     whole = Path(shutil.copytree(place, folder / "whole"))
+    took = max(most, sum(pages(one) for one in new_files(earlier, whole)))
     wrong: list[str] = []
+    ends = 0
     for share in SHARES:
         place = disk.begin(earlier)
         disk.fill(int(share * took))
         status, said, _ = run_to_its_end(run, place, log)
+        ends += status != 0
         wrong += [f"{share:.0%} of the room: {one}" for one in faults(writer, status, said, disk, earlier, whole)]
     (disk.folder / BALLAST).unlink()
-    status, said, _ = run_to_its_end(run, place, log)
-    differs, _ = kills.compare(whole, place)
-    wrong += [f"with room again: status {status}: {said[-200:]}"] if status else [f"again: {one}" for one in differs]
+    if status or writer.falls_back:
+        status, said, _ = run_to_its_end(run, place, log)
+        wrong += [f"with room again: status {status}: {said[-200:]}"] if status else []
+    wrong += [f"with room again: {one}" for one in kills.compare(whole, place)[0]]
+    times = len(SHARES) if writer.falls_back else ends
+    wrong += [] if times > 1 else ["it was never short of room"]
     verdict = "FAULT" if wrong else "ok   "
     ending = "works without what it would have kept" if writer.falls_back else "status 1 and one message"
-    told = f"{took / 1024:.0f} KiB, {len(SHARES)} times less: {'; '.join(wrong[:4]) or f'old files stay, {ending}'}"
+    told = f"{took / 1024:.0f} KiB, {times} times less: {'; '.join(wrong[:4]) or f'old files stay, {ending}'}"
     return f"{verdict} {writer.name}: {told}; {time.monotonic() - start:.0f} s", not wrong
 
 

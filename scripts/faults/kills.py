@@ -13,6 +13,8 @@ kind; exit status 1 where anything differs.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import os
 import random
@@ -46,6 +48,16 @@ def names(folder: Path) -> Iterator[str]:
         yield from files
 
 
+def being_written(folder: Path) -> set[tuple[str, int]]:
+    """Names of what is unfinished in a folder, and when it was changed: one that was killed may have left the name."""
+    found = set()
+    for place, folders, files in os.walk(folder):
+        for name in filter(unfinished, (*folders, *files)):
+            with contextlib.suppress(FileNotFoundError):
+                found.add((name, os.stat(os.path.join(place, name)).st_mtime_ns))
+    return found
+
+
 class Moments:
     """When a run is killed."""
 
@@ -54,6 +66,7 @@ class Moments:
 
     def wait(self, process: kinds.Process, folder: Path) -> None:
         """Until the next one, or until the process has ended."""
+        before = being_written(folder)
         self.drawn += 1
         deadline = time.monotonic() + self.rng.uniform(0, self.seconds)
         delay = self.rng.uniform(0, 0.004)
@@ -61,9 +74,9 @@ class Moments:
             time.sleep(0.002)
         if self.drawn % 2:
             return
-        before, deadline = set(names(folder)), time.monotonic() + self.seconds
+        deadline = time.monotonic() + self.seconds
         while process.status() is None and time.monotonic() < deadline:
-            if any(unfinished(file) for file in set(names(folder)) - before):
+            if being_written(folder) - before:
                 time.sleep(delay)
                 return
             time.sleep(0.0005)
@@ -132,24 +145,27 @@ def run(kind: kinds.Kind, kills: int, seed: int, folder: Path) -> tuple[str, boo
     process = kind.start(unbroken)
     if process.wait():
         return f"FAULT {kind.name}: the unbroken run ended with status {process.status()}: {process.end()}", False
-    moments = Moments(seed, time.monotonic() - started)
+    alone = time.monotonic() - started
+    moments = Moments(seed, alone)
     killed, writing, runs, left, wrong = 0, 0, 0, 0, []
     while killed < kills and not wrong:
         place = folder / f"killed-{runs}"
         kind.make(place)
         runs += 1
-        while True:
+        for starts in itertools.count(1):
+            before, began = being_written(place), time.monotonic()
             process = kind.start(place)
             if killed < kills:
                 moments.wait(process, place)
             else:
                 process.wait()
             if process.status() is None:
-                before = sum(map(unfinished, names(place)))
                 process.kill()
                 killed += 1
-                writing += sum(map(unfinished, names(place))) > 0 and before > 0
+                writing += bool(being_written(place) - before)
                 continue
+            if starts == 1 and killed < kills:  # it was faster than the moments were drawn for
+                moments.seconds = min(moments.seconds, time.monotonic() - began)
             if process.status():
                 wrong = [f"status {process.status()}: {process.end()}"]
             break
@@ -161,7 +177,7 @@ def run(kind: kinds.Kind, kills: int, seed: int, folder: Path) -> tuple[str, boo
     told = f"{killed} kills, {writing} of them while a file was written, in {runs} runs"
     more = f", {left} temporary files left" if left else ""
     verdict = "all equal" if not wrong else f"DIFFERENT: {'; '.join(wrong[:3])}"
-    seconds = f"{time.monotonic() - begin:.0f} s, {moments.seconds:.1f} s unbroken"
+    seconds = f"{time.monotonic() - begin:.0f} s, {alone:.1f} s unbroken"
     return f"{'FAULT' if wrong else 'ok   '} {kind.name}: {told}: {verdict}{more}; {seconds}", not wrong
 
 

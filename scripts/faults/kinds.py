@@ -20,7 +20,7 @@ from hgkd_fairseq.sentence_weights import gate as _  # noqa: F401  registers its
 from hgkd_fairseq.teacher import SOURCES
 
 SIZES = {"train": 200, "valid": 32, "test": 32}
-UPDATES = ("--max-update", "14", "--save-interval-updates", "2")
+UPDATES = ("--max-update", "12", "--save-interval-updates", "2")
 OURS = (*toys.USER_DIR, "--task", "translation_with_teacher", "--criterion", "hard_gate_kd")
 PAIRS = (
     *("--task", "translation_multi_simple_epoch_with_teacher", "--lang-pairs", "de-en,fr-en", "--langs", "de,fr,en"),
@@ -81,18 +81,18 @@ def remove() -> None:
 
 
 @functools.cache
-def data(pairs: str = "de-en") -> str:
+def data(pairs: str) -> str:
     return str(toys.write_data(folder() / pairs.replace(",", "+"), SIZES, pairs.split(",")))
 
 
 @functools.cache
-def teacher(pairs: str = "de-en") -> str:
+def teacher(pairs: str) -> str:
     """A checkpoint, and a small one."""
     place = folder() / f"teacher-{pairs.replace(',', '+')}"
     place.mkdir()
     task = () if pairs == "de-en" else (PAIRS[0], "translation_multi_simple_epoch", *PAIRS[2:])
     words = (data(pairs), *toys.SIZE, *toys.STEPS, *task, "--max-epoch", "12", "--disable-validation")
-    once(lambda: toys.train([*words, "--no-epoch-checkpoints", "--dropout", "0"]), place)
+    once(toys.training([*words, "--no-epoch-checkpoints", "--dropout", "0"]), place)
     return str(place / "run" / "checkpoint_last.pt")
 
 
@@ -134,8 +134,7 @@ def training(*options: str) -> Callable[[], Callable[[], int]]:
 
     def command() -> Callable[[], int]:
         given = [teacher(pairs) if word == "TEACHER" else word for word in options]
-        words = [data(pairs), *toys.SIZE, *toys.STEPS, *UPDATES, *given]
-        return lambda: toys.train(words)
+        return toys.training([data(pairs), *toys.SIZE, *toys.STEPS, *UPDATES, *given])
 
     return command
 
@@ -174,7 +173,7 @@ def hgkd(*words: str) -> Callable[[], Callable[[], int]]:
     """DATA and TEACHER among the words are the data and a checkpoint."""
 
     def command() -> Callable[[], int]:
-        given = {"DATA": data(), "TEACHER": teacher()}
+        given = {"DATA": data("de-en"), "TEACHER": teacher("de-en")}
         found = [given.get(word, word) for word in words]
         return lambda: cli.main(found)
 

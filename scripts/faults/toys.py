@@ -20,7 +20,10 @@ import fairseq_cli.generate  # noqa: E402  all that takes long to import, once
 import fairseq_cli.train  # noqa: E402
 import torch._dynamo  # noqa: E402
 import torch.distributed.fsdp  # noqa: E402
+from fairseq import options  # noqa: E402
 from fairseq.data import Dictionary, indexed_dataset  # noqa: E402
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf  # noqa: E402
+from fairseq.distributed import utils as distributed_utils  # noqa: E402
 
 from hgkd_fairseq import cli, export, plugin  # noqa: E402, F401
 
@@ -82,11 +85,17 @@ def write_text(folder: Path, sizes: dict[str, int]) -> Path:
     return folder
 
 
-def train(words: Sequence[str]) -> int:
-    sys.argv = ["fairseq-train", *words]
-    logging.getLogger().setLevel(logging.INFO)
-    fairseq_cli.train.cli_main()
-    return 0
+def training(words: Sequence[str]) -> Callable[[], int]:
+    """fairseq-train, whose options are read beforehand: that takes longer than so small a training."""
+    given = options.parse_args_and_arch(options.get_training_parser(), list(words))
+    cfg = convert_namespace_to_omegaconf(given)
+
+    def run() -> int:
+        logging.getLogger().setLevel(logging.INFO)
+        distributed_utils.call_main(cfg, fairseq_cli.train.main)
+        return 0
+
+    return run
 
 
 def begin(run: Callable[[], int], folder: Path, log: Path, before: Callable[[], None] = lambda: None) -> int:
