@@ -1,5 +1,5 @@
 """Load: does a pair, or a token, cost the same up to 10^6 pairs and 10^7 tokens, and does a vocabulary of 256k with a
-sentence of 1,024 tokens fit? Every measurement has a process of its own.
+sentence of 1,024 tokens fit? Every measurement has a process of its own, on one thread; seconds are those of the CPU.
 
     python scripts/benchmarks/load.py runs/load --csv load.csv                     # all of it; about 30 minutes
     python scripts/benchmarks/load.py runs/load --pairs 1000 10000 --only store    # parts with that in their name
@@ -64,9 +64,9 @@ def child(kind: str, name: str, folder: Path, size: int, pipe) -> None:
     run = parts(kind)[name][0](folder, size)
     pipe.send("ready")
     pipe.recv()
-    start = time.perf_counter()
+    start = time.process_time()
     found = run()
-    pipe.send(time.perf_counter() - start)
+    pipe.send(time.process_time() - start)
     pipe.recv()  # the memory is known
     pipe.send(found() if callable(found) else "")
 
@@ -82,7 +82,8 @@ def resident(process: int) -> int:
 
 def measure(kind: str, name: str, folder: Path, size: int) -> tuple[float, float, str]:
     """(seconds, MiB, what else it has to say) of a part, in a new process."""
-    context = get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["load_folders", "load_pairs", "load_tokens"])
     ours, theirs = context.Pipe()
     process = context.Process(target=child, args=(kind, name, folder, size, theirs))
     process.start()
