@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import platform
 import sys
 from collections.abc import Callable
@@ -13,6 +12,10 @@ from importlib.util import find_spec
 
 class Problem(Exception):
     """What is wrong and how to fix it."""
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def python() -> str:
@@ -34,16 +37,20 @@ def torch() -> str:
 def fairseq() -> str:
     if find_spec("fairseq") is None:
         raise Problem("not installed; pip install ve-fairseq==0.12.3")
-    names = packages_distributions().get("fairseq", [])
+    names = list(dict.fromkeys(packages_distributions().get("fairseq", [])))
+    fork = ", ".join(f"{name} {distribution(name).version}" for name in names)
+    anew = f"pip uninstall {' '.join(names)}, then pip install ve-fairseq==0.12.3"
+    if len(names) > 1:
+        raise Problem(f"{fork}: one is written over the other; {anew}")
     try:
         import fairseq.checkpoint_utils  # what a half-working installation fails at
     except Exception as error:
-        raise Problem(f"{', '.join(names)} does not import ({error}); pip install ve-fairseq==0.12.3") from error
+        what = f"{fork or 'a checkout'} does not import in Python {platform.python_version()}"
+        raise Problem(f"{what} ({one_line(error)}); {anew}") from error
     from hgkd_fairseq import plugin
     from hgkd_fairseq.plugin import compat
 
     plugin.register()
-    fork = ", ".join(f"{name} {distribution(name).version}" for name in dict.fromkeys(names))
     fork = fork or f"a checkout of {getattr(fairseq, '__version__', 'unknown version')}"
     unpatched = [name for name, applied in compat.APPLIED.items() if not applied]
     if unpatched:
@@ -123,18 +130,23 @@ CHECKS: list[tuple[str, Callable[[], str]]] = [
     ("Triton", triton),
     ("loss", loss_implementations),
 ]
+# What would fail once more with another, and say nothing of its own.
+NEEDS = {"fairseq": {"torch"}, "plugin": {"torch", "fairseq"}, "CUDA": {"torch"}, "loss": {"torch"}}
 
 
 def report() -> int:
     """Print every check; 0 where all pass, else 1."""
-    failed = False
+    failed: list[str] = []
     for name, check in CHECKS:
+        if without := NEEDS.get(name, set()).intersection(failed):
+            print(f"--    {name:14}not checked without {', '.join(sorted(without))}")
+            continue
         try:
             print(f"ok    {name:14}{check()}")
         except Problem as problem:
-            failed = True
+            failed.append(name)
             print(f"FAIL  {name:14}{problem}")
         except Exception as error:  # a broken installation can fail anywhere; the other checks still say what works
-            failed = True
-            print(f"FAIL  {name:14}{type(error).__name__}: {inspect.cleandoc(str(error))}")
-    return int(failed)
+            failed.append(name)
+            print(f"FAIL  {name:14}{type(error).__name__}: {one_line(error)}")
+    return int(bool(failed))

@@ -52,6 +52,38 @@ def test_doctor_names_the_fork_of_fairseq(monkeypatch):
     assert str(problem.value).startswith(expected)
 
 
+def test_doctor_finds_two_distributions_of_fairseq(monkeypatch):
+    """Where the plugin is installed beside a fork with its requirements, both are in one folder, file over file."""
+    both = {"fairseq": ["torch", "ve-fairseq", "torch"]}  # torch: another distribution that is installed here
+    monkeypatch.setattr(doctor, "packages_distributions", lambda: both)
+    with pytest.raises(doctor.Problem) as problem:
+        doctor.fairseq()
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "ve-fairseq"))
+    remedy = "pip uninstall torch ve-fairseq, then pip install ve-fairseq==0.12.3"
+    assert str(problem.value) == f"{versions}: one is written over the other; {remedy}"
+
+
+@pytest.mark.parametrize("broken", ["torch", "fairseq"])
+def test_doctor_says_in_one_line_what_fails(broken, tmp_path):
+    """An old torch, and a fairseq that does not import: what needs them does not fail once more. (Each in a process of
+    its own, which finds a package of that name before the installed one.)"""
+    (tmp_path / broken).mkdir()
+    content = {"torch": "__version__ = '2.5.1'", "fairseq": "raise ValueError('mutable default\\n  is not allowed')"}
+    (tmp_path / broken / "__init__.py").write_text(content[broken])
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{cl.ROOT}"}
+    command = [sys.executable, "-c", "import sys; from hgkd_fairseq import cli; sys.exit(cli.main(['doctor']))"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    lines = done.stdout.splitlines()
+    (failed,) = [line for line in lines if line.startswith("FAIL")]
+    assert failed.startswith(f"FAIL  {broken:14}")
+    expected = {"torch": "2.5.1 would run code hidden in a checkpoint", "fairseq": "is not allowed); pip uninstall"}
+    assert expected[broken] in failed
+    needing = ["fairseq", "plugin", "CUDA", "loss"] if broken == "torch" else ["plugin"]
+    assert [line.split()[1] for line in lines if line.startswith("--")] == needing
+    assert done.stderr == ""
+
+
 def test_doctor_without_a_gpu(monkeypatch):
     """A torch that is built for CUDA trains on the CPU as well."""
     monkeypatch.setattr(torch.version, "cuda", "12.8")

@@ -64,12 +64,11 @@ def store_read(folder: Path, pairs: int) -> Run:
     if not output.exists():
         store_written(folder, pairs)()
     dataset = task.dataset("train")
-    epoch = batches_of(task).next_epoch_itr(shuffle=True)
 
     def run() -> None:
         teacher = stored.StoredTeacher(str(output), task.source_dictionary, task.target_dictionary)
         teacher.attach("train", 0, dataset)
-        for batch in epoch:
+        for batch in batches_of(task).next_epoch_itr(shuffle=True):
             teacher.signal(batch, torch.device("cpu"), torch.float32)
 
     return run

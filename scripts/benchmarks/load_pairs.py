@@ -11,9 +11,10 @@ from pathlib import Path
 import corpora
 import numpy as np
 import torch
-from fairseq import checkpoint_utils, options
+from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.tasks import FairseqTask, setup_task
+from omegaconf import OmegaConf
 
 from hgkd_fairseq import gates, plugin
 from hgkd_fairseq.calibration.scores import Predictions, Settings
@@ -149,9 +150,10 @@ def refresh(folder: Path, kind: str, pairs: int) -> tuple[Refresh, torch.nn.Modu
     data = make_corpus(folder, kind, pairs)
     cfg, task = training(data, "--gate", "none")
     teacher = data / "teacher.pt"
-    checkpoint_utils.torch_persistent_save(
-        {"args": None, "cfg": plain_config(data), "model": task.build_model(cfg.model).state_dict()}, str(teacher)
-    )
+    state = {"args": None, "cfg": plain_config(data), "model": task.build_model(cfg.model).state_dict()}
+    history = {"num_updates": 0, "optimizer_name": "FairseqAdam", "lr_scheduler_state": {}}
+    state |= {"optimizer_history": [history], "last_optimizer_state": None}
+    torch.save({**state, "extra_state": {"epoch": 1, "train_iterator": {"epoch": 1}}}, teacher)
     cfg, task = training(data, "--gate", "instance", "--teacher-path", teacher, "--refresh-interval", 1)
     task.load_dataset("train", combine=True)
     model, criterion = task.build_model(cfg.model), task.build_criterion(cfg.criterion)
@@ -165,7 +167,7 @@ def plain_config(data: Path) -> dict:
     arguments = options.parse_args_and_arch(options.get_training_parser(), [str(word) for word in words])
     cfg = convert_namespace_to_omegaconf(arguments)
     cfg.task.source_lang, cfg.task.target_lang = "de", "en"
-    return cfg
+    return OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
 
 
 def refresh_plan(folder: Path, pairs: int) -> Run:

@@ -176,7 +176,7 @@ PARTS: dict[str, tuple[Callable[[Path, int], Run], float]] = {
     "pieces to words": (words, 1),
 }
 
-TOKENS, VOCABULARY, WIDTH, SLICE = 1024, 262_144, 256, 64
+TOKENS, VOCABULARY, WIDTH, SLICE = 1024, 262_144, 64, 64
 
 
 def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
