@@ -10,6 +10,7 @@ from fairseq.data import Dictionary, data_utils
 from fairseq.data.multilingual.multilingual_utils import augment_dictionary
 from omegaconf import OmegaConf
 
+from hgkd_fairseq import files
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.plugin import binarised
 from hgkd_fairseq.plugin.checkpoints import split_paths
@@ -69,11 +70,8 @@ def check_added(path: str, teacher: dict[str, Any], student: dict[str, Any]) -> 
 def languages(task: dict[str, Any]) -> list[str]:
     """Of a multilingual task, in the order of their tokens."""
     if task.get("lang_dict"):
-        try:
-            with open(task["lang_dict"], encoding="utf-8") as lines:
-                return [line.strip() for line in lines if line.strip()]
-        except OSError as error:
-            raise UserError(f"--lang-dict {task['lang_dict']}: {error.strerror}; name the teacher's") from None
+        text = files.read_found(str(task["lang_dict"]), "name the teacher's --lang-dict")
+        return [line.strip() for line in text.split("\n") if line.strip()]
     pairs = task.get("lang_pairs") or []
     pairs = pairs.split(",") if isinstance(pairs, str) else pairs
     return list(task.get("langs") or sorted({language for pair in pairs for language in pair.split("-")}))
