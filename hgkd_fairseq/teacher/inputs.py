@@ -28,8 +28,32 @@ def plain(options: Any) -> dict[str, Any]:
     return dict(vars(options))
 
 
+def token_pairs(value: Any) -> str | None:
+    """A schema of `files.mismatch`: by a name, the kinds of language token of source and target."""
+    pairs = value.values() if isinstance(value, dict) else [value]
+    fit = all(type(one) in (list, tuple) and all(part is None or type(part) is str for part in one) for one in pairs)
+    return None if isinstance(value, dict) and fit else "is no table of two kinds of language tokens each"
+
+
+TEXTS, LISTS = (str, None), ([str], str, None)
+OPTIONS = {
+    **dict.fromkeys(
+        ("_name?", "task?", "data?", "source_lang?", "target_lang?", "lang_dict?", "lang_tok_style?"), TEXTS
+    ),
+    **dict.fromkeys(("fixed_dictionary?", "source_dict?", "target_dict?", "encoder_langtok?"), TEXTS),
+    **dict.fromkeys(("langs?", "lang_pairs?", "langtoks_specs?"), LISTS),
+    "langtoks?": (token_pairs, None),
+}
+
+
 def kind(task: dict[str, Any]) -> str:
-    """fairseq's name of it, or of the one that ours adds a teacher to."""
+    """fairseq's name of it, or of the one that ours adds a teacher to.
+
+    Raises:
+        UserError: an option of those that are read here is of another type.
+    """
+    if problem := files.mismatch(task, OPTIONS):
+        raise UserError(f"of the options of a task {problem}; name a checkpoint of fairseq-train")
     return str(task.get("_name") or task.get("task") or "translation").removesuffix("_with_teacher")
 
 

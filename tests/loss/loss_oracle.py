@@ -246,7 +246,9 @@ def expected(t: Tokens, w: Weights, f: Found, z: Tensor, with_teacher: bool = Tr
     if with_teacher:
         loss = loss + torch.where(w.teacher != 0, w.teacher * f.kl, torch.zeros_like(f.kl))
         loss_error = loss_error + torch.where(
-            (w.teacher != 0) | (error > 0), w.teacher * f.kl_error + (error + C * t.u * w.teacher) * f.kl.detach().abs(), 0
+            (w.teacher != 0) | (error > 0),
+            w.teacher * f.kl_error + (error + C * t.u * w.teacher) * f.kl.detach().abs(),
+            0,
         )
     if w.uniform is not None:
         uniform = -f.logp.mean(1)

@@ -95,9 +95,7 @@ def make(seed: int, dtype: torch.dtype, name: str) -> Drawn:
     generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
     shape, vocabulary = (rng.randint(1, 4), rng.randint(1, 7)), rng.choice((5, rng.randint(5, 40), rng.randint(5, 300)))
     target = target_of(generator, shape, vocabulary, rng.choice(PADS))
-    hidden, teacher = (
-        logits(generator, (*shape, vocabulary), rng.choice(KINDS), rng.choice(SCALES)) for _ in range(2)
-    )
+    hidden, teacher = (logits(generator, (*shape, vocabulary), rng.choice(KINDS), rng.choice(SCALES)) for _ in range(2))
     if rng.random() < 0.2:
         teacher = hidden.clone()  # ties at temperature 1
     gate, parameters = gate_of(rng, generator, name, target)
@@ -331,11 +329,16 @@ def drawn_weights(batch: Drawn, opened: Tensor, found: loss_oracle.Found, tokens
     values = torch.rand(read.shape, dtype=wide).double().pow(1 / 4).sort().values
     gold = torch.empty_like(values)
     gold[order.indices] = values
-    return loss_oracle.smoothed(1 - batch.parameters["kd_weight"], batch.parameters["kd_weight"], gold, tokens.student.size(1))
+    return loss_oracle.smoothed(
+        1 - batch.parameters["kd_weight"], batch.parameters["kd_weight"], gold, tokens.student.size(1)
+    )
 
 
 CASES = [(one, "fp32") for one in IMPLEMENTATIONS]
-CASES += [(one, dtype) for one in IMPLEMENTATIONS for dtype in ("bf16", "fp16")] + [("eager", "fp64"), ("chunked", "fp64")]
+CASES += [(one, dtype) for one in IMPLEMENTATIONS for dtype in ("bf16", "fp16")] + [
+    ("eager", "fp64"),
+    ("chunked", "fp64"),
+]
 
 
 @pytest.mark.parametrize(("implementation", "dtype"), CASES)
