@@ -301,8 +301,8 @@ def unpickle(file: BinaryIO) -> Any:
 
 
 def without_stand_ins(found: Any, seen: dict[int, tuple[Any, Any]]) -> Any:
-    """The same in tensors and plain values: tensors for arrays, without hooks and gradients, and None for meters and for
-    whatever else torch lets a file name (a function, a class). `seen`: by id, what was found and what it became, for
+    """The same in tensors and plain values: tensors for arrays, without hooks and gradients, and None for meters and
+    for whatever else torch lets a file name (a function, a class). `seen`: by id, what was found and what it became, for
     what stands in several places or in itself."""
     if type(found) in PLAIN:
         return found
@@ -336,7 +336,7 @@ def without_stand_ins(found: Any, seen: dict[int, tuple[Any, Any]]) -> Any:
 
 
 def hashable(value: Any, kind: type) -> bool:
-    """Whether it may stand in a container of that kind; in a set, or as a key, plain values and tuples of them alone."""
+    """Whether it may stand in a container of that kind; in a set, or as a key, plain values and tuples of them."""
     return kind is tuple or type(value) in PLAIN or (type(value) is tuple and all(hashable(one, set) for one in value))
 
 

@@ -5,8 +5,8 @@
 
 Each input must be answered with its content or one UserError, within 2 s of the CPU. A line for each reader says how
 many were read and refused, which other errors came out (their tracebacks are on standard error), and the slowest; exit
-status 1 where there are any, or one took longer. Inputs come in parts of 5,000, each of a seed of its own. With --record
-a part that is in FILE is not run again: interrupt it anywhere, and the same command goes on.
+status 1 where there are any, or one took longer. Inputs come in parts of 5,000, each of a seed of its own. With
+--record a part that is in FILE is not run again: interrupt it anywhere, and the same command goes on.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def run(name: str, inputs: int, seed: int, record: Path | None) -> tuple[str, bo
     counts: Counter = Counter()
     slowest = 0.0
     known = [json.loads(line) for line in record.read_text().splitlines()] if record and record.exists() else []
-    for number, first in enumerate(range(0, inputs, PART)):
-        part = [name, min(PART, inputs - first), 1000 * seed + number]
+    for place, first in enumerate(range(0, inputs, PART)):
+        part = [name, min(PART, inputs - first), 1000 * seed + place]
         found = next((one[1:] for one in known if one[0] == part), None)
         if found is None:
             with contextlib.redirect_stdout(io.StringIO()):  # of the readers that print

@@ -1,5 +1,5 @@
-"""Checkpoints that hold code, in every form that a pickle has for it and in every form of file, and the reader that must
-refuse each and run nothing. fuzz.py runs them."""
+"""Checkpoints that hold code, in every form that a pickle has for it and in every form of file, and the reader that
+must refuse each and run nothing. fuzz.py runs them."""
 
 from __future__ import annotations
 
@@ -151,9 +151,8 @@ def plain() -> tuple[bytes, bytes]:
 
 def hostile(rng: random.Random) -> Iterator[bytes]:
     while True:
-        code = b"".join(
-            operations(*rng.choice(calls()), rng.choice(KINDS)) + b"0" for _ in range(rng.choice((0, 0, 1)))
-        )
+        more = rng.choice((0, 0, 1))
+        code = b"".join(operations(*rng.choice(calls()), rng.choice(KINDS)) + b"0" for _ in range(more))
         code += operations(*rng.choice(calls()), rng.choice(KINDS))
         content = file_of(code, rng.choice(("end", "alone", "begin")), rng.choice(FORMS))
         yield checkpoints.bytes_changed(content, rng) if rng.random() < 0.2 else content

@@ -1,6 +1,6 @@
-"""Damaged, odd and hostile inputs of the readers that are left: what a teacher's checkpoint says of its task and of what
-was learned, files of binarised data, lines of scores, claims, records of a study and of `hgkd score`, pages of HTML and
-models of sentencepiece. fuzz.py runs them."""
+"""Damaged, odd and hostile inputs of the readers that are left: what a teacher's checkpoint says of its task and of
+what was learned, files of binarised data, lines of scores, claims, records of a study and of `hgkd score`, and pages of
+HTML. fuzz.py runs them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ SCRIPTS = Path(__file__).parents[1]
 def script(path: Path):
     """A script as a module."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -95,7 +96,12 @@ def dictionary() -> Dictionary:
 
 def read_task(path: str | Path) -> None:
     """What is asked of a teacher's task before its model is built."""
-    task = json.loads(Path(path).read_bytes())
+    try:
+        task = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError):
+        return
+    if not isinstance(task, dict):  # refused by the loader
+        return
     inputs.check_added("x.pt", task, {})
     live.own_dictionaries("x.pt", task, (dictionary(), dictionary()), ("de", "en"))
 
@@ -189,9 +195,8 @@ def texts(rng: random.Random) -> Iterator[bytes]:
 def read_references(path: str | Path) -> None:
     """As many as a line feed ends, and one more where text follows the last."""
     content = Path(path).read_bytes()
-    assert len(generated.read_references(path)) == content.count(b"\n") + (
-        not content.endswith(b"\n") and content != b""
-    )
+    last = content != b"" and not content.endswith(b"\n")
+    assert len(generated.read_references(path)) == content.count(b"\n") + last
 
 
 # Records
@@ -250,20 +255,7 @@ def grid(folder: Path) -> structured.study.Grid:
 
 TAGS = ("p", "span", "li", "script", "br", "h1", "td", "a", "div", "pre")
 MARKS = (
-    "<!--",
-    "-->",
-    "<![",
-    "<![CDATA[",
-    "]]>",
-    "<!",
-    "<?",
-    "&#x110000;",
-    "&#xd800;",
-    "&amp",
-    "&",
-    "<",
-    "</",
-    "/>",
+    *["<!--", "-->", "<![", "<![CDATA[", "]]>", "<!", "<?", "&#x110000;", "&#xd800;", "&amp", "&", "<", "</", "/>"],
     "\0",
 )
 
