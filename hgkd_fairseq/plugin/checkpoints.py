@@ -302,8 +302,8 @@ def unpickle(file: BinaryIO) -> Any:
 
 def without_stand_ins(found: Any, seen: dict[int, tuple[Any, Any]]) -> Any:
     """The same in tensors and plain values: tensors for arrays, without hooks and gradients, and None for meters and
-    for whatever else torch lets a file name (a function, a class). `seen`: by id, what was found and what it became, for
-    what stands in several places or in itself."""
+    for whatever else torch lets a file name (a function, a class). `seen`: by id, what was found and what it became,
+    for what stands in several places or in itself."""
     if type(found) in PLAIN:
         return found
     if id(found) in seen:

@@ -254,10 +254,8 @@ def grid(folder: Path) -> structured.study.Grid:
 # Pages and models
 
 TAGS = ("p", "span", "li", "script", "br", "h1", "td", "a", "div", "pre")
-MARKS = (
-    *["<!--", "-->", "<![", "<![CDATA[", "]]>", "<!", "<?", "&#x110000;", "&#xd800;", "&amp", "&", "<", "</", "/>"],
-    "\0",
-)
+MARKS = ("<!--", "-->", "<![", "<![CDATA[", "]]>", "<!", "<?", "</", "/>")
+MARKS += ("&#x110000;", "&#xd800;", "&amp", "&", "<", "\0")
 
 
 def pages(rng: random.Random) -> Iterator[bytes]:
