@@ -284,7 +284,7 @@ def check_names(found: set[str]) -> None:
 
 
 # What remains of a checkpoint, beside tensors.
-PLAIN = {type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device}
+PLAIN = {type(None), bool, int, float, str, bytes, torch.Size, torch.dtype, torch.device}
 CONTAINERS = {dict, OrderedDict, Counter, list, Namespace}
 
 

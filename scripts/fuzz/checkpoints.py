@@ -186,7 +186,7 @@ def read(path: str | Path) -> None:
     found.options("model")
 
 
-LEAVES = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
+LEAVES = (type(None), bool, int, float, str, bytes, torch.Size, torch.dtype, torch.device)
 
 
 def check_plain(state: Any) -> None:
