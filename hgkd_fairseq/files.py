@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -14,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from hgkd_fairseq.errors import UserError
 
@@ -236,9 +237,45 @@ def write_json(file: str | Path, content: Any) -> None:
 
 
 def sha256(file: str | Path) -> str:
-    """Of its content, in hexadecimal digits."""
+    """Of its content, in hexadecimal digits.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file: a pipe in a folder of others has no end.
+    """
+    check_regular(file)
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_regular(file: str | Path) -> None:
+    """Whether a file that was found in a folder, rather than named, ends: a pipe there, or a link to a device, may not.
+
+    Raises:
+        OSError: it does not exist, or is no regular file.
+    """
+    mode = os.stat(file).st_mode
+    if not stat.S_ISREG(mode):
+        what = "it is a folder" if stat.S_ISDIR(mode) else "it is no regular file"
+        raise OSError(errno.EINVAL, what, str(file))
+
+
+def appending(file: str | Path) -> IO[str]:
+    """A log to go on with, which is this folder's own: what a link names elsewhere is not written to.
+
+    Raises:
+        OSError: it is a link or no regular file, or cannot be written.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        descriptor = os.open(file, flags, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a pipe that nobody reads
+            raise OSError(error.errno, "it is a link or a pipe, and not written to; remove it", str(file)) from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no regular file; remove it", str(file))
+    return open(descriptor, "a", encoding="utf-8")
 
 
 def figure_format(option: str, file: str | Path) -> str:
@@ -289,6 +326,18 @@ def read_text(file: str | Path, hint: str = "name a text file in UTF-8") -> str:
         return stream.read()
 
 
+def refuse_irregular(file: str | Path, hint: str) -> None:
+    """What :func:`check_regular` raises, as a UserError; arguments as of :func:`read_lines`."""
+    with _reading(file, hint):
+        check_regular(file)
+
+
+def read_found(file: str | Path, hint: str) -> str:
+    """A whole text in UTF-8, of a regular file; arguments and errors as of :func:`read_lines`."""
+    refuse_irregular(file, hint)
+    return read_text(file, hint)
+
+
 @contextlib.contextmanager
 def _reading(file: str | Path, hint: str) -> Iterator[None]:
     try:
@@ -311,7 +360,7 @@ def read_json(file: str | Path, schema: Any = object, what: str = "file of JSON"
     Raises:
         UserError: names the file, which cannot be read, is no JSON (cut short, say) or holds something else.
     """
-    text = read_text(file, f"name a {what}")
+    text = read_found(file, f"name a {what}")
     try:
         content = json.loads(text, parse_constant=_refuse_constant)
     except RecursionError:

@@ -111,10 +111,12 @@ class Page(HTMLParser):
 def read_page(path: Path) -> dict[tuple[str, int], str]:
     page = Page()
     try:
+        if not path.is_file():  # a pipe or device of that name
+            raise OSError("it is no file")
         page.feed(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        page.close()
+    except (OSError, ValueError, AssertionError) as error:  # the last: of <![, in Python's parser
         fail(f"{path} cannot be read ({error}): get the packages anew")
-    page.close()
     return {key: normalise(text) for key, text in page.paragraphs.items()}
 
 

@@ -219,6 +219,9 @@ libreoffice_help() {
             origin+=" ${package##*/}"
         done
         tree=$partial/tree/usr/share/libreoffice/help
+        # dpkg keeps names with .. and links out of reach; a page that is a link or a device would be read all the same.
+        found=$(find "$partial/tree" -name '*.html' ! -type f ! -type d -print -quit)
+        [[ -z $found ]] || fail 1 "${found#"$partial/tree/"} in the packages is no file but a link or device: get them anew"
     fi
     say "aligning (half a minute)"
     "$python" "$here/align_libreoffice.py" "$tree" "$partial" || exit 1 # it has said why
@@ -311,7 +314,7 @@ if [[ -f $dir/SOURCE ]]; then
             fail 1 "$dir holds ${source%%:*}, not $name_of_set: choose another DIR"
             ;;
     esac
-    say "$dir is there already: $source"
+    say "$dir is there already: ${source//[[:cntrl:]]/?}"
     exit 0
 fi
 [[ ! -e $dir && ! -L $dir ]] || fail 1 "$dir exists but has no file SOURCE: remove it or choose another DIR"

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hgkd_fairseq import files
 from hgkd_fairseq.errors import UserError
 
 EXPIRES = 60.0  # seconds without a sign of life after which a claim is taken over
@@ -61,11 +62,12 @@ class Claim:
     def read(self) -> tuple[dict[str, Any], int] | None:
         """The owner ({} where it was killed before it was written) and the time of the last refresh; None: no claim."""
         try:
+            files.check_regular(self.file)
             refreshed = self.file.stat().st_mtime_ns
             found = json.loads(self.file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        except ValueError:
+        except (ValueError, RecursionError):
             found = {}
         return (found if isinstance(found, dict) else {}), refreshed
 

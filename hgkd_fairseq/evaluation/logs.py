@@ -73,8 +73,9 @@ def read(file: Path) -> Log:
     Raises:
         UserError: the file is no text, or cannot be read.
     """
-    log = Log()
-    for line in files.read_lines(file, "keep there what fairseq printed"):
+    log, hint = Log(), "keep there what fairseq printed"
+    files.refuse_irregular(file, hint)
+    for line in files.read_lines(file, hint):
         found = next((found for form in FORMS if (found := form.search(line))), None)
         if found:
             take(log, found[1], found[2].rstrip())

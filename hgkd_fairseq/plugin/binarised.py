@@ -81,9 +81,11 @@ def check_index(prefix: str) -> None:
     start = len(MAGIC) + HEAD.size
     with open(f"{prefix}.idx", "rb") as stream:
         head = stream.read(start)
-    if head and not head.startswith(MAGIC[: len(head)]):
+    known = MAGIC[:8]  # by which fairseq tells the format; it dies, noisily, where the rest of the mark is another
+    if head and not head.startswith(known[: len(head)]):
         return
-    version, code, count = HEAD.unpack(head[len(MAGIC) :]) if len(head) == start else (0, 0, 0)
+    whole = len(head) == start and head.startswith(MAGIC)
+    version, code, count = HEAD.unpack(head[len(MAGIC) :]) if whole else (0, 0, 0)
     kind = indexed_dataset._code_to_dtype.get(code)
     if version != 1 or kind is None or os.path.getsize(f"{prefix}.idx") != start + 12 * count:
         raise ValueError(f"{prefix}.idx is cut short or damaged")

@@ -13,7 +13,7 @@ import stat
 import warnings
 import zipfile
 from argparse import Namespace
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -284,6 +284,11 @@ def check_names(found: set[str]) -> None:
         )
 
 
+# What remains of a checkpoint, beside tensors.
+PLAIN = {type(None), bool, int, float, str, bytes, torch.Size, torch.dtype, torch.device}
+CONTAINERS = {dict, OrderedDict, Counter, list, Namespace}
+
+
 def unpickle(file: BinaryIO) -> Any:
     """What the file holds, on the CPU. weights_only stands here so that no environment variable switches it off."""
     with torch.serialization.safe_globals(ALLOWED), warnings.catch_warnings():
@@ -297,27 +302,43 @@ def unpickle(file: BinaryIO) -> Any:
 
 
 def without_stand_ins(found: Any, seen: dict[int, tuple[Any, Any]]) -> Any:
-    """The same with tensors for arrays and None for meters. `seen`: by id, what was found and what it became, for what
-    stands in several places or in itself."""
+    """The same in tensors and plain values: tensors for arrays, without hooks and gradients, and None for meters and
+    for whatever else torch lets a file name (a function, a class). `seen`: by id, what was found and what it became,
+    for what stands in several places or in itself."""
+    if type(found) in PLAIN:
+        return found
     if id(found) in seen:
         return seen[id(found)][1]
     if isinstance(found, Array):
         return found.tensor
-    if isinstance(found, OldMeter | Number | type):
-        return None
-    if type(found) is tuple:
-        result = tuple(without_stand_ins(item, seen) for item in found)
+    if isinstance(found, Tensor):
+        result = found.detach().requires_grad_(False)
         seen[id(found)] = found, result
         return result
+    if type(found) in (tuple, set):
+        result = type(found)(item for one in found if hashable(item := without_stand_ins(one, seen), type(found)))
+        seen[id(found)] = found, result
+        return result
+    if type(found) not in CONTAINERS:
+        return None
     seen[id(found)] = found, found
-    if type(found) in (dict, OrderedDict):
-        for key, value in found.items():
-            found[key] = without_stand_ins(value, seen)
+    if isinstance(found, dict):
+        if type(found) is not dict:
+            without_stand_ins(vars(found), seen)  # a model's state has its versions there
+        for key in [*found]:
+            value = found.pop(key)
+            if hashable(key := without_stand_ins(key, seen), set):
+                found[key] = without_stand_ins(value, seen)
     elif type(found) is list:
         found[:] = [without_stand_ins(item, seen) for item in found]
-    elif type(found) is Namespace:
+    else:
         without_stand_ins(vars(found), seen)
     return found
+
+
+def hashable(value: Any, kind: type) -> bool:
+    """Whether it may stand in a container of that kind; in a set, or as a key, plain values and tuples of them."""
+    return kind is tuple or type(value) in PLAIN or (type(value) is tuple and all(hashable(one, set) for one in value))
 
 
 def without_arrays(value: Any) -> Any:

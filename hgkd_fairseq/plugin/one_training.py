@@ -28,14 +28,16 @@ def hold(folder: str, lock: str = LOCK, refusal: str = REFUSAL) -> None:
         refusal: the message where another process holds it; it may have {folder} and {owner}.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it; the folder holds a link under a name that training writes to and empties:
+            in a folder that came from elsewhere it may name any file of the user's.
     """
     path = os.path.join(os.path.realpath(folder), lock)
     if path in _held:
         return
     try:
         os.makedirs(folder, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        refuse_links(folder)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     except OSError:
         return
     try:
@@ -49,3 +51,12 @@ def hold(folder: str, lock: str = LOCK, refusal: str = REFUSAL) -> None:
     except OSError:
         pass
     _held[path] = descriptor
+
+
+def refuse_links(folder: str) -> None:
+    """fairseq writes a checkpoint to NAME.tmp, through whatever link is there, and renames it then."""
+    for entry in os.scandir(folder):
+        if entry.is_symlink() and (entry.name == LOCK or entry.name.endswith(".tmp")):
+            raise UserError(
+                f"--save-dir {folder}: {entry.name} is a link, and what it names would be written over; remove it"
+            )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import torch
 from fairseq import utils
 from fairseq.tasks import FairseqTask
 
-from hgkd_fairseq import gates
+from hgkd_fairseq import files, gates
 from hgkd_fairseq.data.held_out import HeldOut
 from hgkd_fairseq.errors import UserError, flag
 
@@ -87,8 +88,9 @@ class TrainingState:
     def resume(self, kept: dict[str, Any]) -> None:
         """From what was saved."""
         self.memory |= {name: what for name, what in kept.items() if name not in KEPT}
-        self.updates = kept.get("updates")
-        self.fitted_temperature = kept.get("fitted_temperature")
+        updates, fitted = kept.get("updates"), kept.get("fitted_temperature")
+        self.updates = updates if type(updates) is int and 0 <= updates <= files.LARGEST else None
+        self.fitted_temperature = fitted if type(fitted) is float and 0 < fitted < math.inf else None
 
 
 _states: weakref.WeakKeyDictionary[FairseqTask, TrainingState] = weakref.WeakKeyDictionary()

@@ -108,6 +108,9 @@ def read(folder: Path, name: str, translations: str = "") -> Run:
         raise UserError(
             f"{folder} is no run: it holds none of {', '.join(FILES)}; name the --save-dir of a run of fairseq-train"
         )
+    for place in [*(places[file] / file for file in FILES), generation / "generate.log"]:
+        if place.exists() and not place.is_file():
+            raise UserError(f"{place} is a folder, a pipe or a device, and no file; remove it")
     if GENERATED not in run.missing:
         run.translations, run.references = generated.read_texts(generation / GENERATED)
     run.best_update, _ = progress(run, "checkpoint_best.pt")

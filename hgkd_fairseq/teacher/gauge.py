@@ -11,7 +11,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -164,7 +164,8 @@ def measure(teacher: TeacherSource, task: Any, valid: str, model: Any) -> Gauge 
             digest.update(f"{tuple(tokens.shape)}".encode() + tokens.numpy().tobytes())
     name = f"gauge-{digest.hexdigest()[:40]}.json"
     try:
-        return Gauge(**{"temperature": None} | files.read_json(cache.folder() / name, SCHEMA))
+        known = files.read_json(cache.folder() / name, SCHEMA)
+        return Gauge(**{one.name: known.get(one.name) for one in fields(Gauge)})
     except (OSError, RuntimeError, UserError):
         pass  # it is not there, or not to be used
     tokens, training = (read(teacher, batches, pad, parameter) for batches in (held_out, seen))

@@ -10,6 +10,7 @@ from fairseq.data import Dictionary, data_utils
 from fairseq.data.multilingual.multilingual_utils import augment_dictionary
 from omegaconf import OmegaConf
 
+from hgkd_fairseq import files
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.plugin import binarised
 from hgkd_fairseq.plugin.checkpoints import split_paths
@@ -27,8 +28,32 @@ def plain(options: Any) -> dict[str, Any]:
     return dict(vars(options))
 
 
+def token_pairs(value: Any) -> str | None:
+    """A schema of `files.mismatch`: by a name, the kinds of language token of source and target."""
+    pairs = value.values() if isinstance(value, dict) else [value]
+    fit = all(type(one) in (list, tuple) and all(part is None or type(part) is str for part in one) for one in pairs)
+    return None if isinstance(value, dict) and fit else "is no table of two kinds of language tokens each"
+
+
+TEXTS, LISTS = (str, None), ([str], str, None)
+OPTIONS = {
+    **dict.fromkeys(
+        ("_name?", "task?", "data?", "source_lang?", "target_lang?", "lang_dict?", "lang_tok_style?"), TEXTS
+    ),
+    **dict.fromkeys(("fixed_dictionary?", "source_dict?", "target_dict?", "encoder_langtok?"), TEXTS),
+    **dict.fromkeys(("langs?", "lang_pairs?", "langtoks_specs?"), LISTS),
+    "langtoks?": (token_pairs, None),
+}
+
+
 def kind(task: dict[str, Any]) -> str:
-    """fairseq's name of it, or of the one that ours adds a teacher to."""
+    """fairseq's name of it, or of the one that ours adds a teacher to.
+
+    Raises:
+        UserError: an option of those that are read here is of another type.
+    """
+    if problem := files.mismatch(task, OPTIONS):
+        raise UserError(f"of the options of a task {problem}; name a checkpoint of fairseq-train")
     return str(task.get("_name") or task.get("task") or "translation").removesuffix("_with_teacher")
 
 
@@ -69,11 +94,8 @@ def check_added(path: str, teacher: dict[str, Any], student: dict[str, Any]) -> 
 def languages(task: dict[str, Any]) -> list[str]:
     """Of a multilingual task, in the order of their tokens."""
     if task.get("lang_dict"):
-        try:
-            with open(task["lang_dict"], encoding="utf-8") as lines:
-                return [line.strip() for line in lines if line.strip()]
-        except OSError as error:
-            raise UserError(f"--lang-dict {task['lang_dict']}: {error.strerror}; name the teacher's") from None
+        text = files.read_found(str(task["lang_dict"]), "name the teacher's --lang-dict")
+        return [line.strip() for line in text.split("\n") if line.strip()]
     pairs = task.get("lang_pairs") or []
     pairs = pairs.split(",") if isinstance(pairs, str) else pairs
     return list(task.get("langs") or sorted({language for pair in pairs for language in pair.split("-")}))

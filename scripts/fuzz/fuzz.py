@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Every reader of files that others may have written, on damaged, odd and hostile inputs of it.
 
-    python scripts/fuzz/fuzz.py [READER...] [--inputs N] [--seed S]
+    python scripts/fuzz/fuzz.py [READER...] [--inputs N] [--seed S] [--record FILE]
 
 Each input must be answered with its content or one UserError, within 2 s of the CPU. A line for each reader says how
 many were read and refused, which other errors came out (their tracebacks are on standard error), and the slowest; exit
-status 1 where there are any, or one took longer.
+status 1 where there are any, or one took longer. Inputs come in parts of 5,000, each of a seed of its own. With
+--record a part that is in FILE is not run again: interrupt it anywhere, and the same command goes on.
 """
 
 from __future__ import annotations
@@ -13,14 +14,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import logging
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout that this script lies in, installed or not
 
 import checkpoints
 import folders
+import pickles
+import small
 import structured
 import text
 
@@ -28,23 +33,41 @@ from hgkd_fairseq.arguments import number
 
 READERS = {
     "checkpoint": (checkpoints.cases, checkpoints.read),
+    "checkpoint-model": (checkpoints.transformers, checkpoints.build),
     "literal": (checkpoints.literals, checkpoints.read_literal),
     "train-log": (text.train_logs, text.read_train_log),
     "generated": (text.outputs, text.read_output),
     "dictionary": (text.dictionaries, text.read_dictionary),
     **structured.READERS,
     **folders.READERS,
+    **small.READERS,
+    **pickles.READERS,
 }
 
 
-def run(name: str, inputs: int, seed: int) -> tuple[str, bool]:
+PART = 5000
+
+
+def run(name: str, inputs: int, seed: int, record: Path | None) -> tuple[str, bool]:
     """What is said of a reader, and whether all is well."""
-    with contextlib.redirect_stdout(io.StringIO()):  # of the readers that print
-        counts, slowest = checkpoints.fuzz(inputs, seed, *READERS[name])
+    counts: Counter = Counter()
+    slowest = 0.0
+    known = [json.loads(line) for line in record.read_text().splitlines()] if record and record.exists() else []
+    for place, first in enumerate(range(0, inputs, PART)):
+        part = [name, min(PART, inputs - first), 1000 * seed + place]
+        found = next((one[1:] for one in known if one[0] == part), None)
+        if found is None:
+            with contextlib.redirect_stdout(io.StringIO()):  # of the readers that print
+                found = checkpoints.fuzz(part[1], part[2], *READERS[name])
+            if record:
+                with record.open("a") as lines:
+                    lines.write(json.dumps([part, *found]) + "\n")
+        counts.update(found[0])
+        slowest = max(slowest, found[1])
     well = counts.keys() <= {"read", "refused"} and slowest <= checkpoints.SLOWEST_S
-    found = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
+    outcomes = ", ".join(f"{count:,} {outcome}" for outcome, count in counts.most_common())
     return (
-        f"{'ok   ' if well else 'FAULT'} {name}: {sum(counts.values())} inputs, {found}; slowest {slowest:.2f} s",
+        f"{'ok   ' if well else 'FAULT'} {name}: {sum(counts.values()):,} inputs, {outcomes}; slowest {slowest:.2f} s",
         well,
     )
 
@@ -54,6 +77,7 @@ def main() -> int:
     parser.add_argument("readers", nargs="*", metavar="READER", help=f"of {', '.join(READERS)} (default: all)")
     parser.add_argument("--inputs", type=number(1), default=20_000, metavar="N", help="of each (default: 20,000)")
     parser.add_argument("--seed", type=number(0), default=1, metavar="S", help="(default: 1)")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="what is done, to go on from")
     args = parser.parse_args()
     unknown = [name for name in args.readers if name not in READERS]
     if unknown:
@@ -61,7 +85,7 @@ def main() -> int:
     logging.getLogger().setLevel(logging.WARNING)  # fairseq, once imported, logs what every library has to say
     all_well = True
     for name in args.readers or READERS:
-        line, well = run(name, args.inputs, args.seed)
+        line, well = run(name, args.inputs, args.seed, args.record)
         print(line, flush=True)
         all_well &= well
     return 0 if all_well else 1

@@ -260,12 +260,14 @@ get_originals() {
     (cd "$original" && sha256sum "${originals[@]}") >"$dir/SHA256SUMS"
 }
 
-# unpack ARCHIVE FOLDER MEMBER...
+# unpack ARCHIVE FOLDER MEMBER...: nothing but files and folders; tar itself keeps names with .. and links out of reach.
 unpack() {
     local archive=$original/$1 folder=$2
     shift 2
     mkdir -p "$folder"
     tar -xzf "$archive" -C "$folder" "$@" 2>/dev/null || fail 1 "$archive is no archive that holds $*: get it anew"
+    [[ -z $(find "$folder" ! -type f ! -type d -print -quit) ]] ||
+        fail 1 "$archive holds links or devices, which no corpus has: get it anew"
 }
 
 # moses LANGUAGE STEP...: Moses' scripts in Python (sacremoses). Its `tokenize` escapes (&apos;), as the published

@@ -101,7 +101,13 @@ def check(cells: list[Cell], folder: Path) -> None:
         if not (folder / cell.folder / "cell.json").exists():
             continue
         before = read_about(folder / cell.folder, commands=[str])["commands"]
-        now, old = (decisive(shlex.split(" ".join(commands))) for commands in (cell.commands, before))
+        try:
+            now, old = (decisive(shlex.split(" ".join(commands))) for commands in (cell.commands, before))
+        except ValueError as error:  # a quotation without its end
+            raise UserError(
+                f"{folder / cell.folder / 'cell.json'} holds commands that are none ({error}); remove that folder to "
+                "run the cell again"
+            ) from None
         if now != old:
             changed = " ".join(option for option in old if option not in now) or "other options"
             raise UserError(
@@ -133,7 +139,7 @@ def claim(folder: Path, wait: bool = False) -> IO | None:
     """The lock of a cell, or None where another process works on it. Our children inherit it: a training that outlives
     this script keeps it until it ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / "lock", "a")  # noqa: SIM115  open as long as the cell is worked on
+    lock = files.appending(folder / "lock")  # open as long as the cell is worked on
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
@@ -265,7 +271,7 @@ class Runner:
         say(f"{cell.train[0]}: translating the training set (log: {log})")
         lock = claim(folder.with_name("distil"), wait=True)  # another cell, or another run.py, may be making them
         assert lock is not None
-        with lock, log.open("a") as output:
+        with lock, files.appending(log) as output:
             if (self.folder / cell.train[0]).exists():
                 return
             for words in ([*cell.translate, *self.device], cell.distil):
@@ -283,7 +289,7 @@ class Runner:
     def call(self, cell: Cell, command: list, log: str, lock: IO) -> bool:
         """Run a command of a cell, which keeps the cell's lock; False where it failed, which is said."""
         file = self.folder / cell.folder / log
-        with file.open("a") as output:
+        with files.appending(file) as output:
             child = subprocess.Popen(
                 [str(part) for part in command], cwd=self.folder, env=self.environment, stdin=subprocess.DEVNULL,
                 stdout=output, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()],

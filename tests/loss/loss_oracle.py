@@ -8,9 +8,9 @@ Each number comes with a bound of its error, from the precision u of the arithme
     p (1 +- expm1(2 a)),  q (1 +- expm1(2 b))           of the probabilities
     KL: expm1(2 b) sum q |log q - log p| + a + b        of the divergence
 
-At temperature 0.001 and logits of 10,000 b is above 1: such a bound says little, and what is left to see is that nothing
-is nan. A gate's hard decision whose margin is below a + b may go either way; `unsure` says which, and there, and there
-alone, the implementation's own decision is taken.
+At temperature 0.001 and logits of 10,000 b is above 1: such a bound says little, and what is left to see is that
+nothing is nan. A gate's hard decision whose margin is below a + b may go either way; `unsure` says which, and there,
+and there alone, the implementation's own decision is taken.
 """
 
 from __future__ import annotations
@@ -245,11 +245,8 @@ def expected(t: Tokens, w: Weights, f: Found, z: Tensor, with_teacher: bool = Tr
     loss_error = w.data * f.data_error + error * f.data.detach().abs() + C * t.u * (w.data * f.data).detach().abs()
     if with_teacher:
         loss = loss + torch.where(w.teacher != 0, w.teacher * f.kl, torch.zeros_like(f.kl))
-        loss_error = loss_error + torch.where(
-            (w.teacher != 0) | (error > 0),
-            w.teacher * f.kl_error + (error + C * t.u * w.teacher) * f.kl.detach().abs(),
-            0,
-        )
+        more = w.teacher * f.kl_error + (error + C * t.u * w.teacher) * f.kl.detach().abs()
+        loss_error = loss_error + torch.where((w.teacher != 0) | (error > 0), more, 0)
     if w.uniform is not None:
         uniform = -f.logp.mean(1)
         loss = loss + w.uniform * uniform

@@ -1,5 +1,6 @@
 """Properties of the loss on drawn batches: every gate and implementation against fp64 equations of their own
-(loss_oracle.py), over shapes, pads, dtypes, logits up to 10,000, all equal or minus infinity, temperatures 0.001 to 1,000.
+(loss_oracle.py), over shapes, pads, dtypes, logits up to 10,000, all equal or minus infinity, and temperatures from
+0.001 to 1,000.
 
 HGKD_EXAMPLES=N draws N batches for each of the tests, with other seeds each time, in place of the few that CI draws:
 
@@ -130,8 +131,9 @@ def make(seed: int, dtype: torch.dtype, name: str) -> Drawn:
 
 
 def with_heads(batch: Drawn, rng: random.Random, generator: torch.Generator) -> Drawn:
-    """The batch with an output layer of a few dimensions in place of the identity. Not in half precision, whose products
-    round logits of 10,000 by more than a gate compares: test_gated_distillation.py has those, at logits of usual size."""
+    """The batch with an output layer of a few dimensions in place of the identity. Not in half precision, whose
+    products round logits of 10,000 by more than a gate compares: test_gated_distillation.py has those, at logits of
+    usual size."""
     found = []
     for features in (batch.hidden, batch.teacher):
         dimension, largest = rng.randint(1, 9), float(features.abs().max())
@@ -274,8 +276,8 @@ def check(batch: Drawn, implementation: str) -> None:
     check_gradients(batch, implementation, expected, made)
 
 
-# Of a gradient at the logits in fp16, which carries a factor of chunked.FP16_SCALE. The KL's is at most the weights' sum;
-# that of another divergence, at logits of 10,000, can be more.
+# Of a gradient at the logits in fp16, which carries a factor of chunked.FP16_SCALE. The KL's is at most the weights'
+# sum; that of another divergence, at logits of 10,000, can be more.
 FP16_DZ = torch.finfo(torch.float16).max / chunked.FP16_SCALE
 C32 = loss_oracle.C * torch.finfo(torch.float32).eps
 
@@ -330,16 +332,13 @@ def drawn_weights(batch: Drawn, opened: Tensor, found: loss_oracle.Found, tokens
     values = torch.rand(read.shape, dtype=wide).double().pow(1 / 4).sort().values
     gold = torch.empty_like(values)
     gold[order.indices] = values
-    return loss_oracle.smoothed(
-        1 - batch.parameters["kd_weight"], batch.parameters["kd_weight"], gold, tokens.student.size(1)
-    )
+    weight = batch.parameters["kd_weight"]
+    return loss_oracle.smoothed(1 - weight, weight, gold, tokens.student.size(1))
 
 
 CASES = [(one, "fp32") for one in IMPLEMENTATIONS]
-CASES += [(one, dtype) for one in IMPLEMENTATIONS for dtype in ("bf16", "fp16")] + [
-    ("eager", "fp64"),
-    ("chunked", "fp64"),
-]
+CASES += [(one, dtype) for one in IMPLEMENTATIONS for dtype in ("bf16", "fp16")]
+CASES += [("eager", "fp64"), ("chunked", "fp64")]
 
 
 @pytest.mark.parametrize(("implementation", "dtype"), CASES)

@@ -4,11 +4,13 @@ import functools
 import gzip
 import hashlib
 import http.server
+import io
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "get_data.sh"
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "get_data.sh"
 MULTI30K = "multi30k-de-en"
 LIBREOFFICE = "libreoffice-help-de-en"
 PAIRS = {"train": 5, "val": 3, "test_2016_flickr": 2}
@@ -528,3 +531,99 @@ def test_libreoffice_without_package_lists(tmp_path: Path) -> None:
         "run `apt-get update` as root first, or use --from FOLDER"
     )
     assert not (tmp_path / "out").exists()
+
+
+# Packages and archives that hold more than files
+
+
+def ar(members: dict[str, bytes]) -> bytes:
+    """The archive that a .deb is."""
+    made = b"!<arch>\n"
+    for name, content in members.items():
+        made += f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n".encode() + content
+        made += b"\n" * (len(content) % 2)
+    return made
+
+
+def tar_of(entries: list[tuple[str, bytes, str]]) -> bytes:
+    """A .tar.gz of (name, kind of entry, what it holds or links to)."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz", format=tarfile.GNU_FORMAT) as file:
+        for name, kind, content in entries:
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.mode = kind, 0o755
+            entry.devmajor, entry.devminor = 1, 5  # /dev/zero
+            if kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+                entry.linkname = content
+            elif kind == tarfile.REGTYPE:
+                entry.size = len(content)
+            file.addfile(entry, io.BytesIO(content.encode()))
+    return buffer.getvalue()
+
+
+def deb(entries: list[tuple[str, bytes, str]]) -> bytes:
+    control = "Package: x\nVersion: 1\nArchitecture: all\nMaintainer: x <x@x>\nDescription: x\n"
+    parts = {"control.tar.gz": tar_of([("./control", tarfile.REGTYPE, control)]), "data.tar.gz": tar_of(entries)}
+    return ar({"debian-binary": b"2.0\n", **parts})
+
+
+PAGES = "./usr/share/libreoffice/help/de"
+HOSTILE = {
+    "a name with ..": [("../../../../evil", tarfile.REGTYPE, "x")],
+    "an absolute name": [("{outside}/evil", tarfile.REGTYPE, "x")],
+    "through a link": [("./way", tarfile.SYMTYPE, "{outside}"), ("./way/evil", tarfile.REGTYPE, "x")],
+    "through a link with ..": [("./way", tarfile.SYMTYPE, "../../../outside"), ("./way/evil", tarfile.REGTYPE, "x")],
+    "a hard link": [("./way", tarfile.LNKTYPE, "{outside}/mine"), ("./way", tarfile.REGTYPE, "x")],
+    "a page that is a link": [(f"{PAGES}/a.html", tarfile.SYMTYPE, "{outside}/mine")],
+    "a page that is a device": [(f"{PAGES}/a.html", tarfile.CHRTYPE, "")],
+    "a page that is a pipe": [(f"{PAGES}/a.html", tarfile.FIFOTYPE, "")],
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_packages_reach_nothing_outside(name: str, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "mine").write_text("mine")
+    (tmp_path / "debs").mkdir()
+    entries = [(one.format(outside=outside), kind, link.format(outside=outside)) for one, kind, link in HOSTILE[name]]
+    (tmp_path / "debs" / "libreoffice-help-de_1_all.deb").write_bytes(deb(entries))
+    english = deb([(f"{PAGES[:-2]}en-US/a.html", tarfile.REGTYPE, "<p id=a>This is a page.</p>")])
+    (tmp_path / "debs" / "libreoffice-help-en-us_1_all.deb").write_bytes(english)
+    before = snapshot(outside)
+    env = environment(tmp_path, HGKD_DATA="")
+    run = get_data("libreoffice-help-de-en", tmp_path / "out", "--from", tmp_path / "debs", env=env)
+    unpacked = shutil.which("dpkg") is not None
+    assert run.returncode == (1 if unpacked else 3)
+    assert snapshot(outside) == before
+    assert all(tmp_path / "out.partial" in one.parents for one in tmp_path.rglob("evil"))
+    assert not (tmp_path / "out").exists()
+    if unpacked and "a page" in name:
+        assert "is no file but a link or device" in last_line(run)
+
+
+def test_an_archive_of_a_recipe_holds_files_alone(tmp_path: Path) -> None:
+    for kind, link in ((tarfile.SYMTYPE, "/etc/passwd"), (tarfile.FIFOTYPE, ""), (tarfile.REGTYPE, "text")):
+        folder = tmp_path / kind.decode()
+        folder.mkdir()
+        (folder / "a.tgz").write_bytes(tar_of([("de-en", tarfile.DIRTYPE, ""), ("de-en/train.de", kind, link)]))
+        script = 'fail() { echo "$2"; exit "$1"; }\n' + function("unpack")
+        script += f"\noriginal={folder}; unpack a.tgz {folder}/to de-en"
+        run = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+        assert run.returncode == (0 if kind == tarfile.REGTYPE else 1), run.stderr
+        assert ("holds links or devices" in run.stdout) == (kind != tarfile.REGTYPE)
+
+
+def function(name: str) -> str:
+    """Of the recipes' common part."""
+    text = (ROOT / "scripts" / "recipes" / "common.sh").read_text()
+    return text[text.index(f"{name}() {{") :].split("\n}\n")[0] + "\n}"
+
+
+def test_what_a_folder_says_of_itself_steers_no_terminal(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "SOURCE").write_bytes(b"multi30k-de-en: \x1b]0;title\x07\x1b[2J here\n")
+    run = get_data("multi30k-de-en", tmp_path / "out", env=environment(tmp_path))
+    assert run.returncode == 0
+    assert "\x1b" not in run.stderr
+    assert "here" in run.stderr
