@@ -109,6 +109,7 @@ def begin(run: Callable[[], int], folder: Path, log: Path, before: Callable[[], 
         return pid
     status = 1
     try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         with contextlib.suppress(OSError):
             os.setpgid(0, 0)
         os.chdir(folder)
@@ -156,6 +157,7 @@ def wait(pid: int, seconds: float = 600) -> int:
 
 def begin_program() -> None:
     """Of the scripts here: one thread, which may be forked, and nothing of what fairseq and others log and warn of."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was made is removed
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
