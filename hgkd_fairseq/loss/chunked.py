@@ -246,7 +246,7 @@ def token_results(
         # There are at most as many sentences as tokens.
         numbers = None if instance is None else instance[start:end]
         if known.gold is not None:
-            teacher_read = known.gold[start:end]
+            teacher_read = known.gold[start:end].to(student_read.dtype)
         view = (some - some[:1], end - start, vocabulary, options.progress, numbers)
         return options.gate.weights(TokenStatistics(student_read, teacher_read, *view, *asked))
 

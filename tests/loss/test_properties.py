@@ -153,7 +153,8 @@ def gate_of(rng: random.Random, generator: torch.Generator, name: str, target: T
     if name == "floor":
         return get_gate(name, gate_floor="0.2,0.9"), {"floor": (0.2, 0.9)}
     if name in ("soft", "soft-learned"):
-        return get_gate(name, gate_sharpness=3 * weight), {"sharpness": 3 * weight}
+        sharpness = float(torch.tensor(3 * weight))  # a parameter that is learned is fp32
+        return get_gate(name, gate_sharpness=sharpness), {"sharpness": sharpness}
     if name in ("always", "progressive", "wsl", "wsl-normalised"):
         return get_gate(name, kd_weight=weight), {"kd_weight": weight}
     if name == "annealed":
