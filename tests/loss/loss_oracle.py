@@ -205,7 +205,7 @@ def weights(gate: str, t: Tokens, f: Found) -> Weights | None:
         opened = -s >= threshold
         near = ((-s - threshold).abs() <= 2 * f.a.max()) if n else torch.zeros(0, dtype=torch.bool)
         # Data 1 on all tokens.
-        return Weights(ones, has["kd_weight"] * opened.double(), error=near * has["kd_weight"])
+        return Weights(ones, has["kd_weight"] * opened.double(), error=near.double() * has["kd_weight"])
     if gate == "virtual-teacher":
         # q: c on gold, (1 - c) / (V - 1) elsewhere, its logits divided by the temperature
         v, c, tau = t.student.size(1), has["gold"], has["temperature"]
