@@ -239,7 +239,7 @@ def test_commands_of_a_cell_that_cannot_be_split(tmp_path: Path):
 )
 def test_options_of_a_teachers_task_of_another_type(option: str, value: object):
     task = {"_name": "translation_multi_simple_epoch", option: value}
-    with pytest.raises(UserError, match=f"of the options of a task {option}"):
+    with pytest.raises(UserError, match=f"of the options of a checkpoint's task {option}"):
         inputs.check_added("x.pt", task, {})
     with pytest.raises(UserError, match=option):
         live.own_dictionaries("x.pt", task, (None, None), ("de", "en"))

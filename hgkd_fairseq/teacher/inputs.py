@@ -53,7 +53,10 @@ def kind(task: dict[str, Any]) -> str:
         UserError: an option of those that are read here is of another type.
     """
     if problem := files.mismatch(task, OPTIONS):
-        raise UserError(f"of the options of a task {problem}; name a checkpoint of fairseq-train")
+        raise UserError(
+            f"of the options of a checkpoint's task {problem}; name a checkpoint of fairseq-train, or take that option "
+            "out of --teacher-overrides"
+        )
     return str(task.get("_name") or task.get("task") or "translation").removesuffix("_with_teacher")
 
 

@@ -125,12 +125,12 @@ OVERRIDES = {
     "{1: 2}": "is not a dict",
     "print(1)": "is not a dict",
     "(" * 9000: "is not a dict",
-    "{'data': 3}": "does not exist",
-    "{'data': ['x']}": "does not exist",
+    "{'data': 3}": "task data is not text; .* out of --teacher-overrides",
+    "{'data': ['x']}": "task data is not text",
     "{'_name': 5}": "has the architecture '5', which this fairseq does not know",
     "{'encoder_layers': 'many'}": "does not fit",
     "{'encoder_layers': None}": "does not fit",
-    "{'task': {'data': 5}}": "does not exist",
+    "{'task': {'data': 5}}": "task data is not text",
     "{'task': {'nothing': {'data': 5}}}": "with the overrides that were given",
 }
 
