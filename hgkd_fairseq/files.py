@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import glob
 import hashlib
 import io
 import json
@@ -195,7 +197,8 @@ def _descriptor(file: Path) -> int:
 
 @contextlib.contextmanager
 def writing_folder(folder: str | Path) -> Iterator[Path]:
-    """A new folder to fill, which becomes `folder` in one step once the block has ended without an error.
+    """A new folder to fill, which becomes `folder` in one step once the block has ended without an error. What killed
+    processes have left of it is removed.
 
     Raises:
         UserError: `folder` exists, or cannot be made.
@@ -204,8 +207,14 @@ def writing_folder(folder: str | Path) -> Iterator[Path]:
     if not str(folder) or os.path.lexists(folder):
         raise UserError(f"{folder} exists; name another folder, or remove it")
     check_output(folder)
+    prefix = f".hgkd-{folder.name[:100]}-"
     with _errors(folder, "cannot be made"):
-        temporary = Path(tempfile.mkdtemp(prefix=".hgkd-", dir=folder.parent))
+        for left in folder.parent.glob(f"{glob.escape(prefix)}*"):
+            _remove_left(left)
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
+        descriptor = _open_folder(temporary)
+        with contextlib.suppress(OSError):  # a file system that knows no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:
         yield temporary
         with _errors(folder, "cannot be made"):
@@ -215,6 +224,22 @@ def writing_folder(folder: str | Path) -> Iterator[Path]:
         raise UserError(f"{folder} cannot be made: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _open_folder(folder: Path) -> int:
+    return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+
+
+def _remove_left(folder: Path) -> None:
+    """Unless a process holds it, its child does, or the file system knows no locks."""
+    with contextlib.suppress(OSError):
+        descriptor = _open_folder(folder)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(descriptor)
 
 
 def write_text(file: str | Path, text: str) -> None:

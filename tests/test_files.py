@@ -201,6 +201,37 @@ def test_an_error_in_the_block_keeps_the_old_file(error, folder):
     assert os.listdir() == ["old"]
 
 
+FILLS = """
+import sys
+from hgkd_fairseq import files
+with files.writing_folder("folder") as made:
+    (made / "x").touch()
+    print(flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_killed_processes_left_of_a_folder_is_removed(folder):
+    def begin() -> subprocess.Popen[bytes]:
+        process = subprocess.Popen([sys.executable, "-c", FILLS], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.readline()
+        return process
+
+    killed, works = begin(), begin()
+    killed.kill()
+    killed.communicate()
+    Path(".hgkd-other-x").mkdir()
+    os.symlink(".hgkd-other-x", ".hgkd-folder-link")
+    assert len(list(folder.glob(".hgkd-folder-*"))) == 3
+    second = begin()
+    works.communicate(b"")
+    second.communicate(b"")
+    assert (works.returncode, second.returncode) == (0, 1)  # the first one's was left alone while it worked
+    assert sorted(os.listdir()) == [".hgkd-folder-link", ".hgkd-other-x", "folder"]
+    assert os.listdir("folder") == ["x"]
+
+
 def test_names_of_the_user_survive(folder):
     mine = ["out.json.tmp", "out.json.partial", "out.json~", ".out.json.swp"]
     for name in mine:

@@ -57,6 +57,4 @@ def refuse_links(folder: str) -> None:
     """fairseq writes a checkpoint to NAME.tmp, through whatever link is there, and renames it then."""
     for entry in os.scandir(folder):
         if entry.is_symlink() and (entry.name == LOCK or entry.name.endswith(".tmp")):
-            raise UserError(
-                f"--save-dir {folder}: {entry.name} is a link, and what it names would be written over; remove it"
-            )
+            raise UserError(f"{entry.path} is a link, and a training would write over what it names; remove it")

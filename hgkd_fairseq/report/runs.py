@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hgkd_fairseq import files
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.evaluation import generated, logs, results, temperature
 
@@ -109,8 +110,8 @@ def read(folder: Path, name: str, translations: str = "") -> Run:
             f"{folder} is no run: it holds none of {', '.join(FILES)}; name the --save-dir of a run of fairseq-train"
         )
     for place in [*(places[file] / file for file in FILES), generation / "generate.log"]:
-        if place.exists() and not place.is_file():
-            raise UserError(f"{place} is a folder, a pipe or a device, and no file; remove it")
+        if place.exists():
+            files.refuse_irregular(place, "remove it")
     if GENERATED not in run.missing:
         run.translations, run.references = generated.read_texts(generation / GENERATED)
     run.best_update, _ = progress(run, "checkpoint_best.pt")

@@ -31,6 +31,7 @@ import torch
 import toys
 
 from hgkd_fairseq.arguments import number
+from hgkd_fairseq.evaluation.steps import RECORD
 
 TIMES = {"previous_training_time", "metrics", "minutes"}  # of a run, in its checkpoints and scores
 LOGS = {".log", ".lock"}  # what they hold is told by whoever ran
@@ -88,6 +89,8 @@ def content(file: Path) -> Any:
         state = torch.load(file, map_location="cpu", weights_only=False)  # of a training that this script ran
         history = state.get("optimizer_history", [])[-1:]  # each start adds to it
         return {**state, "optimizer_history": history}
+    if file.name == RECORD:
+        return sorted(json.loads(file.read_bytes()))  # the rest is hashes of what is compared here anyway
     if file.suffix == ".json":
         return json.loads(file.read_bytes())
     return file.read_bytes()
