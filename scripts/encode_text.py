@@ -52,6 +52,32 @@ def train_model(sentences: Iterable[str], vocab: int) -> bytes:
     return model.getvalue()
 
 
+class Model:
+    """A model of sentencepiece that others may have made.
+
+    Raises:
+        UserError: it is damaged, or has a piece that a line of pieces cannot hold.
+    """
+
+    def __init__(self, serialised: bytes, name: str):
+        self.damaged = UserError(f"{name}: is no model of sentencepiece")
+        try:
+            self.processor = sentencepiece.SentencePieceProcessor(model_proto=serialised)
+            pieces = [self.processor.id_to_piece(i) for i in range(self.processor.get_piece_size())]
+        except (RuntimeError, UnicodeDecodeError):
+            raise self.damaged from None
+        if not pieces:  # of an empty file
+            raise self.damaged
+        if split := next((piece for piece in pieces if piece.split() != [piece]), None):
+            raise UserError(f"{name}: its piece {split!r} holds white space, which ends a piece in fairseq's text")
+
+    def encode(self, lines: list[str]) -> list[list[str]]:
+        try:
+            return self.processor.encode(lines, out_type=str)
+        except UnicodeDecodeError:  # its rules of normalisation are damaged
+            raise self.damaged from None
+
+
 def dictionary_lines(model: sentencepiece.SentencePieceProcessor, counts: Counter[str]) -> list[str]:
     """Lines "piece count" of fairseq's dictionary: all pieces of the model, in its order.
 
@@ -92,19 +118,17 @@ def encode(args: argparse.Namespace) -> int:
         except RuntimeError as error:  # "Vocabulary size too high (4000). Please set it to ... <= 512."
             reason = " ".join(str(error).split())
             raise UserError(f"--vocab {args.vocab} does not suit train.*: {reason}") from None
-    try:
-        model = sentencepiece.SentencePieceProcessor(model_proto=serialised)
-    except RuntimeError:
-        raise UserError(f"--model {args.model}: is no model of sentencepiece") from None
+    model = Model(serialised, f"--model {args.model}")
+    processor = model.processor
 
     args.outdir.mkdir(parents=True, exist_ok=True)
     with files.writing(args.outdir / "sentencepiece.model", "wb") as file:
         file.write(serialised)
     counts: Counter[str] = Counter()
     for (split, language), lines in text.items():
-        encoded = model.encode(lines, out_type=str)
+        encoded = model.encode(lines)
         pieces = Counter(piece for line in encoded for piece in line)
-        unknown = sum(n for piece, n in pieces.items() if model.piece_to_id(piece) == model.unk_id())
+        unknown = sum(n for piece, n in pieces.items() if processor.piece_to_id(piece) == processor.unk_id())
         if split == "train":
             counts += pieces
         with files.writing(args.outdir / f"{split}.{language}") as file:
@@ -114,7 +138,7 @@ def encode(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     with files.writing(args.outdir / "dict.txt") as file:
-        file.writelines(line + "\n" for line in dictionary_lines(model, counts))
+        file.writelines(line + "\n" for line in dictionary_lines(processor, counts))
     return 0
 
 

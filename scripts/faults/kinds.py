@@ -6,6 +6,7 @@ import functools
 import inspect
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Callable
@@ -37,6 +38,10 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "unigram": EVEN,
     "loras": EVEN,
 }
+WORLD = (
+    *("--distributed-world-size", "2", "--distributed-no-spawn", "--ddp-backend", "legacy_ddp"),
+    *("--distributed-backend", "gloo"),
+)
 FROM_FILES = ("checkpoint", "store")
 DRAWN = ("random", "beta")  # gates that draw at random in each step
 
@@ -143,6 +148,27 @@ def distilling(*options: str) -> Callable[[], Callable[[], int]]:
     return training(*OURS, "--teacher-path", "TEACHER", *options)
 
 
+def two_workers(*options: str) -> Callable[[], Callable[[], int]]:
+    """Joined by gloo; both are in the process group that is killed."""
+
+    def command() -> Callable[[], int]:
+        words = [data("de-en"), *toys.SIZE, *toys.STEPS, *UPDATES, *OURS, "--teacher-path", teacher("de-en"), *options]
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+
+        def run() -> int:
+            second = os.fork()
+            own = ("--distributed-init-method", address, "--distributed-rank", "0" if second else "1")
+            status = toys.training([*words, *WORLD, *own])()
+            if second:
+                status = status or os.waitstatus_to_exitcode(os.waitpid(second, 0)[1])
+            return status
+
+        return run
+
+    return command
+
+
 def trainings() -> dict[str, Callable[[], Callable[[], int]]]:
     """By the name of the kind."""
     found = {
@@ -159,6 +185,7 @@ def trainings() -> dict[str, Callable[[], Callable[[], int]]]:
     own = ("--on-policy-share", "0.5", "--on-policy-sampling", "--on-policy-speculative", "3")
     found["on-policy"] = distilling(*own, "--divergence", "skew-kl")
     found["temperature"] = distilling("--teacher-temperature", "auto", "--teacher-temperature-start", "3")
+    found["two-workers"] = two_workers("--gate", "selective-global", *NEEDED["selective-global"])
     found["update-freq"] = distilling("--update-freq", "1,2,3", "--save-interval-updates", "1")
     found["fp16"] = distilling("--memory-efficient-fp16", "--fp16-init-scale", "4")
     found["patience"] = training(*OURS, "--gate", "none", "--lr", "1e-30", "--patience", "3")

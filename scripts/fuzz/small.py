@@ -14,6 +14,7 @@ import random
 import shutil
 import string
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def script(path: Path):
 
 align = script(SCRIPTS / "align_libreoffice.py")
 run = script(SCRIPTS / "study" / "run.py")
+encode_text = script(SCRIPTS / "encode_text.py")
 
 
 # Checkpoints' options
@@ -285,6 +287,30 @@ def read_page(path: str | Path) -> None:
         align.split_sentences(text)
 
 
+SENTENCES = ["ab abc", "b c d", "abcd ab", "ä 日本 e"]
+
+
+@functools.cache
+def sentencepiece_model() -> bytes:
+    return encode_text.train_model(SENTENCES * 20, 24)
+
+
+def sentencepiece_models(rng: random.Random) -> Iterator[bytes]:
+    """Most of one is a table for the normalisation; the pieces are at its beginning."""
+    model = sentencepiece_model()
+    yield model
+    while True:
+        size = rng.choice((500, 500, len(model)))
+        yield bytes_changed(model[:size], rng) + model[size:]
+
+
+def read_sentencepiece_model(path: str | Path) -> None:
+    model = encode_text.Model(Path(path).read_bytes(), "x")
+    for pieces in model.encode(SENTENCES):
+        assert " ".join(pieces).split() == pieces
+    encode_text.dictionary_lines(model.processor, Counter())
+
+
 READERS: dict[str, tuple[Callable[[random.Random], Iterator[bytes]], Callable[[str | Path], None]]] = {
     "teacher-task": (tasks, read_task),
     "memory": (functools.partial(contents, MEMORY, as_json), read_memory),
@@ -296,4 +322,5 @@ READERS: dict[str, tuple[Callable[[random.Random], Iterator[bytes]], Callable[[s
     "json-scored": (functools.partial(contents, SCORED, as_json), read_scored),
     "json-commands": (commands, read_commands),
     "html-page": (pages, read_page),
+    "sentencepiece-model": (sentencepiece_models, read_sentencepiece_model),
 }

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sentencepiece import SentencePieceTrainer
 from torch._utils import _rebuild_tensor_v2
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "fuzz"))
@@ -97,3 +98,16 @@ def test_the_walk_finds_what_is_not_plain():
     for value in (_rebuild_tensor_v2, {"a": [OrderedDict]}, hooked(), Namespace(a=object()), {1: {2: np.ones(1)}}):
         with pytest.raises(AssertionError):
             checkpoints.check_plain({"a": value})
+
+
+@pytest.mark.parametrize(
+    ("symbol", "complaint"),
+    [(None, "m: is no model of sentencepiece"), ("b c", "m: its piece 'b c' holds white space, .*")],
+)
+def test_a_model_of_sentencepiece_that_text_cannot_hold_is_refused(symbol: str | None, complaint: str):
+    model = io.BytesIO()
+    if symbol:
+        options = {"model_type": "bpe", "vocab_size": 20, "user_defined_symbols": [symbol], "hard_vocab_limit": False}
+        SentencePieceTrainer.train(sentence_iterator=iter(small.SENTENCES), model_writer=model, **options)
+    with pytest.raises(UserError, match=f"^{complaint}$"):
+        small.encode_text.Model(model.getvalue(), "m")
