@@ -139,8 +139,19 @@ def ended(pid: int) -> int | None:
 
 
 def kill(pid: int) -> None:
+    """Of a process all that it has started, also in process groups of their own."""
+    parents = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            parents[int(file.parent.name)] = int(file.read_text().rpartition(")")[2].split()[1])
+    started = [pid]
+    for one in started:
+        started += [number for number, parent in parents.items() if parent == one]
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
+    for one in started[1:]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
 
 
 def wait(pid: int, seconds: float = 600) -> int:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import loss_oracle
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, example, given, settings
@@ -27,7 +28,8 @@ from hgkd_fairseq.sentence_weights import gate as _instance  # noqa: F401  regis
 
 PAD = 1
 GIVEN = os.environ.get("HGKD_EXAMPLES")
-IMPLEMENTATIONS = ("eager", "chunked", "native")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # by test_triton_interpreter.py
+IMPLEMENTATIONS = ("triton",) if INTERPRETED else ("eager", "chunked", "native")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 SCALES = (0.0, 1e-3, 0.3, 3.0, 30.0, 1e3, 1e4)
 TEMPERATURES = (1e-3, 0.03, 0.5, 1.0, 1.5, 2.0, 20.0, 1e3)
@@ -338,11 +340,22 @@ def drawn_weights(batch: Drawn, opened: Tensor, found: loss_oracle.Found, tokens
 
 CASES = [(one, "fp32") for one in IMPLEMENTATIONS]
 CASES += [(one, dtype) for one in IMPLEMENTATIONS for dtype in ("bf16", "fp16")]
-CASES += [("eager", "fp64"), ("chunked", "fp64")]
+CASES += [] if INTERPRETED else [("eager", "fp64"), ("chunked", "fp64")]
+
+
+@pytest.fixture(autouse=True)
+def _interpreter():
+    if not INTERPRETED:
+        yield
+        return
+    import triton_interpreter
+
+    with triton_interpreter.exact_bf16(), np.errstate(all="ignore"):
+        yield
 
 
 @pytest.mark.parametrize(("implementation", "dtype"), CASES)
-@drawn(60)
+@drawn(20 if INTERPRETED else 60)
 @example(seed=3246329)  # fp64 beside a teacher's log-probabilities in fp32
 @given(seed=st.integers(0, 2**32 - 1))
 def test_loss_and_gradients(implementation: str, dtype: str, seed: int):

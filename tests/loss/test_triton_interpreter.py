@@ -26,7 +26,8 @@ elif not INTERPRETED:
 
     @pytest.mark.slow
     def test_in_a_process_of_the_interpreter():
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-rP", __file__]
+        files = (__file__, Path(__file__).with_name("test_properties.py"))
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-rP", *files]
         environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         run = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
         print(run.stdout[-4000:])
