@@ -40,7 +40,7 @@ setup(
             *("torchmetrics>=1.4", "matplotlib>=3.8", "tensorboardX>=2.6", "ctranslate2>=4.5"),
             *("transformers>=5", "accelerate>=1.1"),
         ],
-        "recipes": ["sacremoses>=0.1", "subword-nmt>=0.3.8"],
+        "recipes": ["sacremoses>=0.1", "subword-nmt>=0.3.8", "protobuf>=5"],
     },
     entry_points={"console_scripts": ["hgkd = hgkd_fairseq.cli:main"]},
 )

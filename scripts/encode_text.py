@@ -3,7 +3,7 @@
 OUTDIR gets ``{train,valid,test}.LANG`` (pieces, separated by spaces; ``valid1.LANG`` too where TEXTDIR has it),
 ``sentencepiece.model`` and ``dict.txt``, the dictionary of both languages for fairseq. The same text and options give
 the same bytes, whatever the folders' names. With ``--model FILE`` the text is encoded with that model, and none is
-trained.
+trained; with ``--vocab N`` too, with N of its pieces, and ``sentencepiece.model`` is the model of those.
 """
 
 import argparse
@@ -78,16 +78,44 @@ class Model:
             raise self.damaged from None
 
 
-def dictionary_lines(model: sentencepiece.SentencePieceProcessor, counts: Counter[str]) -> list[str]:
+def pruned(serialised: bytes, text: Iterable[list[str]], vocab: int, name: str) -> bytes:
+    """The model with all its characters and those of its other pieces that are most frequent in the text, as many as
+    make a dictionary of `vocab` symbols. The rest is marked as unused: BPE splits it into what is left.
+
+    Raises:
+        UserError: `vocab` is less than the characters need, or more than the model has.
+    """
+    from sentencepiece import sentencepiece_model_pb2  # needs protobuf
+
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(serialised)
+    pieces = [piece for piece in model.pieces if piece.type == piece.NORMAL]
+    characters = [piece.piece for piece in pieces if len(piece.piece) == 1]
+    least, most = len(characters) + FAIRSEQ_SPECIALS, len(pieces) + FAIRSEQ_SPECIALS
+    if not least <= vocab <= most:
+        raise UserError(f"--vocab {vocab}: {name} has {least} symbols that all must stay, and {most} in all")
+    processor = Model(serialised, name)
+    counts = Counter(piece for lines in text for line in processor.encode(lines) for piece in line)
+    others = sorted((piece.piece for piece in pieces if len(piece.piece) > 1), key=lambda piece: -counts[piece])
+    kept = {*characters, *others[: vocab - least]}
+    for piece in pieces:
+        if piece.piece not in kept:
+            piece.type = piece.UNUSED
+    return model.SerializeToString(deterministic=True)
+
+
+def dictionary_lines(model: sentencepiece.SentencePieceProcessor, counts: Counter[str], pad: bool) -> list[str]:
     """Lines "piece count" of fairseq's dictionary: all pieces of the model, in its order.
 
     Made from the model, and not from the encoded training text: that text lacks the pieces which BPE only ever merges
     on, and validation and test text that ends in one of those would become <unk>. So only a character that training
-    never saw is <unk>. Padded as fairseq pads its own, to a multiple of 8 entries, for the GPU's matrix units.
+    never saw is <unk>. With `pad`, padded as fairseq pads its own, to a multiple of 8 entries, for the GPU's matrix
+    units.
     """
     ids = range(model.get_piece_size())
-    pieces = [model.id_to_piece(i) for i in ids if not (model.is_control(i) or model.is_unknown(i))]
-    padding = -(len(pieces) + FAIRSEQ_SPECIALS) % 8
+    special = (model.is_control, model.is_unknown, model.is_unused)
+    pieces = [model.id_to_piece(i) for i in ids if not any(is_one(i) for is_one in special)]
+    padding = -(len(pieces) + FAIRSEQ_SPECIALS) % 8 if pad else 0
     return [f"{piece} {counts[piece]}" for piece in pieces] + [f"madeupword{i:04d} 0" for i in range(padding)]
 
 
@@ -111,7 +139,11 @@ def encode(args: argparse.Namespace) -> int:
 
     if args.model is not None:
         serialised = args.model.read_bytes()
+        if args.vocab:
+            training = (text["train", language] for language in languages)
+            serialised = pruned(serialised, training, args.vocab, f"--model {args.model}")
     else:
+        args.vocab = args.vocab or 4000
         print(f"encode_text.py: training sentencepiece, {args.vocab} pieces", file=sys.stderr)
         try:
             serialised = train_model((line for language in languages for line in text["train", language]), args.vocab)
@@ -138,7 +170,7 @@ def encode(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     with files.writing(args.outdir / "dict.txt") as file:
-        file.writelines(line + "\n" for line in dictionary_lines(processor, counts))
+        file.writelines(line + "\n" for line in dictionary_lines(processor, counts, pad=args.model is None))
     return 0
 
 
@@ -146,7 +178,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("textdir", type=Path)
     parser.add_argument("outdir", type=Path)
-    parser.add_argument("--vocab", type=number(1, 2**31 - 1), default=4000)
+    parser.add_argument("--vocab", type=number(1, 2**31 - 1), help="default: 4000; with --model, all of its pieces")
     parser.add_argument(
         "--model", type=Path, help="a sentencepiece model to encode with, in place of one of --vocab pieces"
     )

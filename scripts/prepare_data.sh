@@ -14,7 +14,8 @@
 #   --style paper    tokenised with sacremoses and lowercased before the BPE, as in fairseq's recipe for IWSLT; the
 #                    references of fairseq-generate are then tokenised and lowercased too
 #   --like OTHER     the pieces, dictionary and style of OTHER, a DATABIN that this script has made: data for the student of
-#                    a teacher that was trained on OTHER
+#                    a teacher that was trained on OTHER. With --vocab N, N of its symbols: all characters and the pieces
+#                    that are most frequent in train; the others are split into these
 #
 # Exit status: 0 done (or done before with the same settings), 2 usage error, 1 anything else.
 # All work is done in a new folder beside DATABIN, which is renamed to it as the very last step: a DATABIN that exists is
@@ -44,7 +45,8 @@ usage: prepare_data.sh TEXTDIR DATABIN [--vocab N] [--source LANG] [--target LAN
   --source LANG    source language (default de)
   --target LANG    target language (default en)
   --style STYLE    cased: the text as it is (default); paper: tokenised and lowercased
-  --like OTHER     pieces, dictionary and style of OTHER, a DATABIN made by this script: data for a student of its teacher
+  --like OTHER     pieces, dictionary and style of OTHER, a DATABIN made by this script: data for a student of its teacher;
+                   with --vocab N, N of its symbols
 END
 }
 
@@ -80,9 +82,9 @@ while (($#)); do
     shift
 done
 [[ -n $textdir && -n $databin ]] || fail 2 "TEXTDIR and DATABIN are needed"
-[[ -z $like || -z $vocab$style ]] || fail 2 "--like $like has its own pieces and style: leave --vocab and --style out"
-vocab=${vocab:-4000}
-[[ $vocab =~ ^[1-9][0-9]{0,8}$ ]] || fail 2 "--vocab $vocab: needs a number of pieces, such as 4000"
+[[ -z $like || -z $style ]] || fail 2 "--like $like has its own style: leave --style out"
+[[ -n $like ]] || vocab=${vocab:-4000}
+[[ -z $vocab || $vocab =~ ^[1-9][0-9]{0,8}$ ]] || fail 2 "--vocab $vocab: needs a number of pieces, such as 4000"
 if [[ -n $like ]]; then
     [[ -f $like/PREPARED && -f $like/sentencepiece.model && -f $like/dict.$source.txt && -f $like/dict.$target.txt ]] ||
         fail 2 "--like $like: holds no data that prepare_data.sh made of $source and $target (PREPARED," \
@@ -110,7 +112,7 @@ hash=$(cat "${texts[@]}" | sha256sum)
 pieces="vocab=$vocab"
 if [[ -n $like ]]; then
     pieces=$(cat "$like/sentencepiece.model" "$like/dict.$source.txt" "$like/dict.$target.txt" | sha256sum)
-    pieces="like=${pieces:0:12}"
+    pieces="like=${pieces:0:12}${vocab:+ vocab=$vocab}"
 fi
 settings="$pieces source=$source target=$target style=$style text=${hash:0:12}"
 
@@ -138,12 +140,12 @@ partial=$(mktemp -d -- "$databin.XXXXXX") || fail 1 "$databin cannot be made"
 trap '[[ -z $partial ]] || rm -rf -- "$partial"' EXIT
 chmod "$(printf %o $((0777 & ~8#$(umask))))" "$partial"
 if [[ -n $like ]]; then
-    model=(--model "$like/sentencepiece.model")
+    model=(--model "$like/sentencepiece.model" ${vocab:+--vocab "$vocab"})
     dictionaries=(--srcdict "$like/dict.$source.txt" --tgtdict "$like/dict.$target.txt")
 else
     model=(--vocab "$vocab")
-    dictionaries=(--joined-dictionary --srcdict "$partial/pieces/dict.txt")
 fi
+[[ -n $like && -z $vocab ]] || dictionaries=(--joined-dictionary --srcdict "$partial/pieces/dict.txt")
 valid=$partial/pieces/valid
 [[ ${splits[-1]} != valid1 ]] || valid+=,$partial/pieces/valid1
 "$PYTHON" "$here/encode_text.py" "$textdir" "$partial/pieces" \

@@ -308,7 +308,7 @@ def read_sentencepiece_model(path: str | Path) -> None:
     model = encode_text.Model(Path(path).read_bytes(), "x")
     for pieces in model.encode(SENTENCES):
         assert " ".join(pieces).split() == pieces
-    encode_text.dictionary_lines(model.processor, Counter())
+    encode_text.dictionary_lines(model.processor, Counter(), pad=True)
 
 
 READERS: dict[str, tuple[Callable[[random.Random], Iterator[bytes]], Callable[[str | Path], None]]] = {

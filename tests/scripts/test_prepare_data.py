@@ -194,6 +194,37 @@ def test_like_a_teachers(textdir: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+def test_some_of_a_teachers_symbols(textdir: Path, tmp_path: Path) -> None:
+    """A student's dictionary is a part of its teacher's: what is left out is split into pieces that are in it."""
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    assert prepare(textdir, teacher, "--vocab", VOCAB).returncode == 0
+    (textdir / "train.de").write_text("Die Frau sitzt.\n" * 40 + "Der Ball, der Mann läuft.\n", encoding="utf-8")
+    (textdir / "train.en").write_text("The woman sits.\n" * 40 + "The ball, the man runs.\n", encoding="utf-8")
+    for wanted in (12, 9999):
+        refused = prepare(textdir, student, "--like", teacher, "--vocab", wanted)
+        begin = re.escape(f"encode_text.py: --vocab {wanted}: --model {teacher / 'sentencepiece.model'}")
+        told = re.fullmatch(f"{begin} has ([0-9]+) symbols that all must stay, and 151 in all", last_line(refused))
+        assert told, refused.stderr
+        assert not student.exists()
+    wanted = int(told[1]) + 20
+    result = prepare(textdir, student, "--like", teacher, "--vocab", wanted)
+    assert result.returncode == 0, result.stderr
+    assert re.match(rf"like=[0-9a-f]{{12}} vocab={wanted} source=de ", (student / "PREPARED").read_text())
+    symbols = dictionary(student, "de")
+    assert symbols == dictionary(student, "en")
+    assert len(symbols) == wanted
+    assert set(symbols) < set(dictionary(teacher, "de"))
+    assert {"▁Die", "▁sitzt"} < set(symbols)  # frequent in the student's text
+    assert "▁Straße" in set(dictionary(teacher, "de")) - set(symbols)
+    sentences = [[symbols[i] for i in sentence] for sentence in binarised(student, "test", "de")]
+    assert [remove_bpe(one) for one in sentences] == [text.replace("Θ", "<unk>") for text, _ in BY_HAND["de"]]
+    again = prepare(textdir, tmp_path / "again", "--like", teacher, "--vocab", wanted)
+    assert again.returncode == 0
+    assert all((tmp_path / "again" / file.name).read_bytes() == file.read_bytes() for file in student.iterdir())
+    another = prepare(textdir, student, "--like", teacher)
+    assert "was prepared with other settings" in last_line(another)
+
+
 def test_same_text_same_bytes(textdir: Path, tmp_path: Path) -> None:
     """Whatever the folders are called: no path gets into the model."""
     outputs = []
@@ -297,14 +328,8 @@ def test_unfit_text(change: str | None, options: list[str], complaint: str, text
             ["text", "bin", "--size", "3"],
             "unknown option --size; known are: --vocab, --source, --target, --style, --like",
         ),
-        (
-            ["text", "bin", "--like", "b", "--vocab", "9"],
-            "--like b has its own pieces and style: leave --vocab and --style out",
-        ),
-        (
-            ["text", "bin", "--like", "b", "--style", "cased"],
-            "--like b has its own pieces and style: leave --vocab and --style out",
-        ),
+        (["text", "bin", "--like", "b", "--vocab", "0"], "--vocab 0: needs a number of pieces, such as 4000"),
+        (["text", "bin", "--like", "b", "--style", "cased"], "--like b has its own style: leave --style out"),
         (
             ["text", "bin", "--like", "/nowhere"],
             "--like /nowhere: holds no data that prepare_data.sh made of de and en (PREPARED, sentencepiece.model, "
