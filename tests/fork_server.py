@@ -41,8 +41,9 @@ def take_over(request: dict) -> None:
 def serve(path: str) -> dict | None:
     """Answer clients; returns, in the process that is to run it, a command."""
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(path)
+    listener.bind(f"{path}.new")
     listener.listen(64)
+    os.rename(f"{path}.new", path)  # a client that finds it is not refused
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the processes that wait for a command leave nothing behind
     while True:
         connection, _ = listener.accept()
