@@ -138,20 +138,34 @@ def ended(pid: int) -> int | None:
     return os.waitstatus_to_exitcode(status)
 
 
-def kill(pid: int) -> None:
-    """Of a process all that it has started, also in process groups of their own."""
+def descendants(pid: int) -> set[int]:
+    """A process and all that it has started, also in process groups of their own."""
     parents = {}
     for file in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has ended
             parents[int(file.parent.name)] = int(file.read_text().rpartition(")")[2].split()[1])
-    started = [pid]
-    for one in started:
-        started += [number for number, parent in parents.items() if parent == one]
+    found = [pid]
+    for one in found:
+        found += [number for number, parent in parents.items() if parent == one]
+    return set(found)
+
+
+def kill(pid: int) -> None:
+    """With its descendants, stopped first: what they start meanwhile would have no parent, and be found no more."""
+    stopped: set[int] = set()
+    while more := descendants(pid) - stopped:
+        for one in more:
+            send(one, signal.SIGSTOP)
+        stopped |= more
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
-    for one in started[1:]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(one, signal.SIGKILL)
+    for one in stopped - {pid}:
+        send(one, signal.SIGKILL)
+
+
+def send(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def wait(pid: int, seconds: float = 600) -> int:
