@@ -25,7 +25,9 @@ def test_a_row_that_is_not_installed_is_a_line(tmp_path: Path):
     assert list(tmp_path.glob("*/venv")) == [tmp_path / "mine" / "venv"]
 
 
-@pytest.mark.parametrize("given", [("3.11", "torch"), ("--unknown",), ("--dir",), ("--packages", "/nowhere")], ids=str)
+@pytest.mark.parametrize(
+    "given", [("3.11", "torch"), ("--unknown",), ("--dir",), ("--packages", "/proc/none")], ids=str
+)
 def test_bad_arguments(given: tuple):
     done = matrix(*given)
     assert done.returncode == 2
