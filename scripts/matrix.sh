@@ -28,7 +28,9 @@ while (($#)); do
         --keep) keep=1 && shift ;;
         --dir | --packages)
             (($# > 1)) || { echo "matrix.sh: $1 needs a folder" >&2 && exit 2; }
-            mkdir -p "$2" && declare "${1#--}=$(cd "$2" && pwd)"
+            [[ $1 == --packages ]] || mkdir -p "$2" || exit 2
+            [[ -d $2 ]] || { echo "matrix.sh: $1 $2 is no folder" >&2 && exit 2; }
+            declare "${1#--}=$(cd "$2" && pwd)"
             shift 2
             ;;
         *)
@@ -99,13 +101,11 @@ check() { # FOLDER
 
 summary() { tail -1 "$1/tests.log" | sed -E 's/, [0-9]+ (deselected|warnings?)//g; s/ \([0-9:]+\)//'; }
 
-row() { # PYTHON TORCH FAIRSEQ
-    local name folder python failed
-    name=$(tr -c 'a-zA-Z0-9.\n' - <<<"${1##*/}-$2-$3")
-    folder=$dir/$name
+row() { # FOLDER PYTHON TORCH FAIRSEQ
+    local folder=$1 python failed
     rm -rf "$folder" && mkdir -p "$folder"
-    python=$(find_python "$1") || { echo "no such Python here" && return; }
-    if ! install "$folder" "$python" "$2" "$3" >"$folder/install.log" 2>&1; then
+    python=$(find_python "$2") || { echo "no such Python here" && return; }
+    if ! install "$folder" "$python" "$3" "$4" >"$folder/install.log" 2>&1; then
         echo "is not installed: $(grep -E 'ERROR|error:' "$folder/install.log" | head -1 | cut -c1-200)"
         return
     fi
@@ -123,6 +123,7 @@ row() { # PYTHON TORCH FAIRSEQ
 
 for given in "${rows[@]}"; do
     read -r python torch fairseq <<<"$given"
-    echo "| $python | $torch | $fairseq | $(row "$python" "$torch" "$fairseq") |"
-    [[ -n $keep ]] || rm -rf "$dir"/*/venv "$dir"/*/source
+    folder=$dir/$(tr -c 'a-zA-Z0-9.\n' - <<<"${python##*/}-$torch-$fairseq")
+    echo "| $python | $torch | $fairseq | $(row "$folder" "$python" "$torch" "$fairseq") |"
+    [[ -n $keep ]] || rm -rf "$folder/venv" "$folder/source"
 done

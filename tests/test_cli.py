@@ -1,4 +1,4 @@
-"""The command ``hgkd``: doctor, user-dir, forced calibration."""
+"""The command ``hgkd``: user-dir, forced calibration, options that cannot work, interruptions."""
 
 import json
 import math
@@ -9,14 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 
 import command_line as cl
 import pytest
 import torch
 
-from hgkd_fairseq import cli, doctor
+from hgkd_fairseq import cli
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,80 +30,6 @@ def hgkd(*arguments) -> subprocess.CompletedProcess:
 def test_user_dir(capsys):
     assert cli.main(["user-dir"]) == 0
     assert (Path(capsys.readouterr().out.strip()) / "tasks").exists()
-
-
-def test_doctor_passes_here(capsys):
-    assert doctor.report() == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(doctor.CHECKS)
-    assert all(line.startswith("ok ") for line in lines)
-
-
-def test_doctor_names_the_fork_of_fairseq(monkeypatch):
-    from hgkd_fairseq.plugin import compat
-
-    installed = f"ve-fairseq {metadata.version('ve-fairseq')}"
-    assert doctor.fairseq() == installed
-    monkeypatch.setitem(compat.APPLIED, "fairseq.trainer.train_step", False)
-    with pytest.raises(doctor.Problem) as problem:
-        doctor.fairseq()
-    expected = f"{installed}, which is not as the plugin's patches expect: fairseq.trainer.train_step; pip install"
-    assert str(problem.value).startswith(expected)
-
-
-def test_doctor_finds_two_distributions_of_fairseq(monkeypatch):
-    """Where the plugin is installed beside a fork with its requirements, both are in one folder, file over file."""
-    both = {"fairseq": ["torch", "ve-fairseq", "torch"]}  # torch: another distribution that is installed here
-    monkeypatch.setattr(doctor, "packages_distributions", lambda: both)
-    with pytest.raises(doctor.Problem) as problem:
-        doctor.fairseq()
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "ve-fairseq"))
-    remedy = "pip uninstall torch ve-fairseq, then pip install ve-fairseq==0.12.3"
-    assert str(problem.value) == f"{versions}: one is written over the other; {remedy}"
-
-
-@pytest.mark.parametrize("broken", ["torch", "fairseq"])
-def test_doctor_says_in_one_line_what_fails(broken, tmp_path):
-    """An old torch, and a fairseq that does not import: what needs them does not fail once more. (Each in a process of
-    its own, which finds a package of that name before the installed one.)"""
-    (tmp_path / broken).mkdir()
-    content = {"torch": "__version__ = '2.5.1'", "fairseq": "raise ValueError('mutable default\\n  is not allowed')"}
-    (tmp_path / broken / "__init__.py").write_text(content[broken])
-    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{cl.ROOT}"}
-    command = [sys.executable, "-c", "import sys; from hgkd_fairseq import cli; sys.exit(cli.main(['doctor']))"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 1
-    lines = done.stdout.splitlines()
-    (failed,) = [line for line in lines if line.startswith("FAIL")]
-    assert failed.startswith(f"FAIL  {broken:14}")
-    expected = {"torch": "2.5.1 would run code hidden in a checkpoint", "fairseq": "is not allowed); pip uninstall"}
-    assert expected[broken] in failed
-    needing = ["fairseq", "plugin", "CUDA", "loss"] if broken == "torch" else ["plugin"]
-    assert [line.split()[1] for line in lines if line.startswith("--")] == needing
-    assert done.stderr == ""
-
-
-def test_doctor_without_a_gpu(monkeypatch):
-    """A torch that is built for CUDA trains on the CPU as well."""
-    monkeypatch.setattr(torch.version, "cuda", "12.8")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert doctor.cuda() == "none: torch is built for CUDA 12.8 and sees no GPU; give fairseq --cpu"
-
-
-def test_doctor_says_what_fails_and_goes_on(monkeypatch, capsys):
-    def broken():
-        raise doctor.Problem("9.9 is too new; pip install ve-fairseq==0.12.3")
-
-    def crashed():
-        raise RuntimeError("no such symbol")
-
-    checks = [("fairseq", broken), ("loss", crashed), ("Python", doctor.python)]
-    monkeypatch.setattr(doctor, "CHECKS", checks)
-    assert doctor.report() == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "FAIL  fairseq       9.9 is too new; pip install ve-fairseq==0.12.3"
-    assert lines[1] == "FAIL  loss          RuntimeError: no such symbol"
-    assert lines[2].startswith("ok    Python")
 
 
 def by_hand(data: Path, model_paths: list[Path], subset: str) -> dict:

@@ -20,7 +20,6 @@ from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.evaluation import logs
 from hgkd_fairseq.plugin import one_training, training_state
 from hgkd_fairseq.report import page, runs, tables
-from hgkd_fairseq.sentence_weights import table as _table  # noqa: F401  the readers below, all imported
 from hgkd_fairseq.teacher import inputs, live
 
 ROOT = Path(__file__).parents[1]

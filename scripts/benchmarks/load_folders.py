@@ -84,7 +84,6 @@ def translated(folder: Path, pairs: int) -> tuple[Path, Path, Run]:
     dataset, symbols = task.dataset("train"), task.target_dictionary.symbols
 
     def run() -> None:
-        shutil.rmtree(output, ignore_errors=True)
         manifest = {"kind": translations.KIND, "subset": "train", "source_lang": "de", "target_lang": "en"}
         manifest |= translations.hashes(str(data), "train")
         shards = Shards.create(output, manifest, pairs, SHARD_OF_TRANSLATIONS)
@@ -104,7 +103,9 @@ def translated(folder: Path, pairs: int) -> tuple[Path, Path, Run]:
 
 
 def translations_written(folder: Path, pairs: int) -> Run:
-    return translated(folder, pairs)[2]
+    _, output, write = translated(folder, pairs)
+    shutil.rmtree(output, ignore_errors=True)
+    return write
 
 
 def distilled_data(folder: Path, pairs: int) -> Run:

@@ -1,5 +1,6 @@
 """The parts of load.py that walk through a corpus. Each is a function of a folder and a number of pairs, which prepares
-and returns what is to be measured."""
+and returns what is to be measured. Drawing the probabilities of a batch (`statistics`) is a part of what is measured
+where a part reads them."""
 
 from __future__ import annotations
 

@@ -34,6 +34,7 @@ SHARES = (0.0, 0.3, 0.6, 0.9)
 SIZE_MB = 48
 PAGE = 4096
 BALLAST = "ballast"
+UNSHARE = ("unshare", "--map-root-user", "--mount")
 FULL = r"(?:No space left on device|about .* do not fit)"
 MESSAGE = re.compile(rf"^\S+: error: (?:--output )?(\S+?)(?: cannot be (?:written|made))?: {FULL}", re.MULTILINE)
 
@@ -156,6 +157,12 @@ def check(writer: Writer, disk: Disk, folder: Path) -> tuple[str, bool]:
     return f"{verdict} {writer.name}: {told}; {time.monotonic() - start:.0f} s", not wrong
 
 
+def can_unshare() -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return subprocess.run([*UNSHARE, "true"], capture_output=True, check=False).returncode == 0
+    return False
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("writers", nargs="*", metavar="WRITER", help=f"of {', '.join(WRITERS)} (default: all)")
@@ -168,9 +175,9 @@ def main() -> int:
         disk = Disk(shared / "disk")
     except (OSError, subprocess.CalledProcessError) as error:
         shutil.rmtree(shared)
-        if "HGKD_UNSHARED" not in os.environ and shutil.which("unshare"):
+        if "HGKD_UNSHARED" not in os.environ and can_unshare():
             os.environ["HGKD_UNSHARED"] = "1"
-            os.execvp("unshare", ["unshare", "--map-root-user", "--mount", sys.executable, *sys.argv])
+            os.execvp(UNSHARE[0], [*UNSHARE, sys.executable, *sys.argv])
         why = getattr(error, "stderr", b"") or str(error).encode()
         print(
             f"full_disk.py: no disk can be made: {why.decode(errors='replace').strip()}; run it as root",

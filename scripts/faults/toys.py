@@ -98,7 +98,7 @@ def training(words: Sequence[str]) -> Callable[[], int]:
     return run
 
 
-def begin(run: Callable[[], int], folder: Path, log: Path, before: Callable[[], None] = lambda: None) -> int:
+def begin(run: Callable[[], int], folder: Path, log: Path) -> int:
     """A process, in a process group of its own, that runs the function in a folder: its number. What it prints is added
     to the log."""
     sys.stdout.flush()
@@ -116,7 +116,6 @@ def begin(run: Callable[[], int], folder: Path, log: Path, before: Callable[[], 
         nothing, output = os.open(os.devnull, os.O_RDONLY), os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         for descriptor, place in ((nothing, 0), (output, 1), (output, 2)):
             os.dup2(descriptor, place)
-        before()
         status = run()
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1

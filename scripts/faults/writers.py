@@ -14,6 +14,7 @@ from pathlib import Path
 
 import kinds
 import toys
+from kinds import hgkd
 
 Run = Callable[[], int]
 
@@ -42,10 +43,6 @@ def run_to_its_end(run: Run, place: Path, log: Path, watch: Callable[[], int] = 
         most = max(most, watch())
         time.sleep(0.0005)
     return status, log.read_text(errors="replace"), most
-
-
-def hgkd(*words: str) -> Callable[[], Run]:
-    return kinds.hgkd(*words)
 
 
 def after(*commands: Callable[[], Run], begin: Callable[[Path], None] = lambda place: None) -> Callable[[Path], None]:

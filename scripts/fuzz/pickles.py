@@ -83,7 +83,7 @@ def operations(module: str, name: str, arguments: tuple, kind: str) -> bytes:
         words = b"".join(b"\x8c" + bytes([len(word)]) + word.encode() for word in (module, name))
         return words + b"\x93" + packed + b"R"
     if kind == "state":  # __setstate__ of what torch allows, with a call among its state
-        return b"cnumpy\ndtype\n)R(K\x03" + named + packed + b"RNNNNNtb"
+        return b"cnumpy\ndtype\nX\x02\0\0\0i8\x85R(K\x03" + named + packed + b"RNNNNNtb"
     if kind == "hooks":  # of a tensor, to be called with its gradient
         return b"ctorch._utils\n_rebuild_parameter\n(" + named + b"\x88ccollections\nOrderedDict\n)RtR"
     if kind == "persistent":

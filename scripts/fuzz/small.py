@@ -96,14 +96,20 @@ def dictionary() -> Dictionary:
     return Dictionary.load(str(folders.data() / "dict.de.txt"))
 
 
+def from_json(path: str | Path) -> dict[str, Any]:
+    """A part of a checkpoint, which the loader refuses where it is no dict."""
+    try:
+        found = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is no JSON") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no dict")
+    return found
+
+
 def read_task(path: str | Path) -> None:
     """What is asked of a teacher's task before its model is built."""
-    try:
-        task = json.loads(Path(path).read_bytes())
-    except (ValueError, RecursionError):
-        return
-    if not isinstance(task, dict):  # refused by the loader
-        return
+    task = from_json(path)
     inputs.check_added("x.pt", task, {})
     live.own_dictionaries("x.pt", task, (dictionary(), dictionary()), ("de", "en"))
 
@@ -117,13 +123,7 @@ MEMORY: dict[str, Any] = {
 
 def read_memory(path: str | Path) -> None:
     """What is asked of a checkpoint's extra state where a run is resumed."""
-    text = Path(path).read_bytes()
-    try:
-        extra = json.loads(text)
-    except (ValueError, RecursionError):
-        return
-    if not isinstance(extra, dict):  # refused by the loader
-        return
+    extra = from_json(path)
     memory = training_state.memory_in(extra)
     held = training_state.method_of({"cfg": argparse.Namespace(criterion=CRITERION), "extra_state": extra})
     problem = training_state.differences({"gate": "token"}, held or {})

@@ -134,6 +134,7 @@ class Weights:
     uniform: Tensor | None = None
     error: Tensor | None = None
     unsure: Tensor | None = None
+    high: float = 1.0  # the teacher's weight where a hard gate is open
 
     def with_decision(self, opened: Tensor) -> Weights:
         """Where it is unsure, as it was `opened` (N,) bool by the implementation."""
@@ -143,16 +144,14 @@ class Weights:
         teacher = torch.where(self.unsure, hard * self.high, self.teacher)
         return replace(self, teacher=teacher, data=torch.where(self.unsure, 1 - teacher, self.data))
 
-    high: float = 1.0  # the teacher's weight where a hard gate is open
-
 
 def hard(margin: Tensor, noise: Tensor, low: float = 0.0, high: float = 1.0) -> Weights:
     teacher = low + (high - low) * (margin > 0).double()
     return Weights(1 - teacher, teacher, unsure=margin.abs() <= noise, high=high)
 
 
-def weights(gate: str, t: Tokens, f: Found) -> Weights | None:
-    """METHOD's rules; None of a gate that draws at random."""
+def weights(gate: str, t: Tokens, f: Found) -> Weights:
+    """The rule of each gate that does not draw at random."""
     n, ones = len(t.target), torch.ones(len(t.target), dtype=torch.float64)
     s, q, noise, has = f.student_read, f.teacher_read, f.a + f.b, t.parameters
     gap = s - q
@@ -214,7 +213,7 @@ def weights(gate: str, t: Tokens, f: Found) -> Weights | None:
         return smoothed(1 - has["kd_weight"], has["kd_weight"], gold * ones, v)
     if gate in ("instance", "pair"):
         return Weights(has["data"], has["teacher"])
-    return None
+    raise ValueError(f"no equations for gate {gate}")
 
 
 def smoothed(data: float, weight: float, gold: Tensor, vocabulary: int) -> Weights:

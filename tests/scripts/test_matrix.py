@@ -14,6 +14,7 @@ def matrix(*arguments) -> subprocess.CompletedProcess:
 
 
 def test_a_row_that_is_not_installed_is_a_line(tmp_path: Path):
+    (tmp_path / "mine" / "venv").mkdir(parents=True)  # which is not the script's
     rows = ("3.1", "torch==2.13.0", "fairseq", "3.11", "torch==2.13.0", "fairseq")
     done = matrix("--dir", tmp_path, *rows)
     assert done.returncode == 0
@@ -21,10 +22,12 @@ def test_a_row_that_is_not_installed_is_a_line(tmp_path: Path):
     assert first == "| 3.1 | torch==2.13.0 | fairseq | no such Python here |"
     assert second.startswith("| 3.11 | torch==2.13.0 | fairseq | ")
     assert "is not installed: ERROR: " in second or second.endswith("no such Python here |")
-    assert not list(tmp_path.glob("*/venv"))
+    assert list(tmp_path.glob("*/venv")) == [tmp_path / "mine" / "venv"]
 
 
-@pytest.mark.parametrize("given", [("3.11", "torch"), ("--unknown",), ("--dir",)], ids=str)
+@pytest.mark.parametrize(
+    "given", [("3.11", "torch"), ("--unknown",), ("--dir",), ("--packages", "/proc/none")], ids=str
+)
 def test_bad_arguments(given: tuple):
     done = matrix(*given)
     assert done.returncode == 2
