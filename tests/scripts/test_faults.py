@@ -1,7 +1,9 @@
 """A bounded part of scripts/faults: trainings that are killed, a disk that fills, and what their comparison finds."""
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import command_line as cl
@@ -22,10 +24,21 @@ def program(name: str, *words) -> subprocess.CompletedProcess:
 
 
 def test_a_training_that_is_killed():
-    done = program("kills.py", "teacher", "--kills", 2, "--seed", 3)
-    assert done.stdout.startswith("ok    teacher: 2 kills, "), done.stdout + done.stderr
+    done = program("kills.py", "teacher", "--kills", 6)
+    assert done.stdout.startswith("ok    teacher: 6 kills, "), done.stdout + done.stderr
     assert "all equal" in done.stdout
     assert done.returncode == 0
+
+
+def test_a_run_that_comes_out_otherwise_is_found(tmp_path: Path):
+    def command() -> int:
+        time.sleep(0.3)
+        return 0 if Path("made").write_bytes(os.urandom(8)) else 1
+
+    told, well = kills.run(kills.kinds.Kind("odd", lambda: command), 1, 1, tmp_path)
+    assert not well
+    assert told.startswith("FAULT odd: 1 kills, "), told
+    assert "DIFFERENT: made is " in told
 
 
 def test_a_disk_that_fills():
