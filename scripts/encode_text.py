@@ -83,24 +83,24 @@ def pruned(serialised: bytes, text: Iterable[list[str]], vocab: int, name: str) 
     make a dictionary of `vocab` symbols. The rest is marked as unused: BPE splits it into what is left.
 
     Raises:
-        UserError: `vocab` is less than the characters need, or more than the model has.
+        UserError: `vocab` is less than the characters need, or more than the model has; protobuf is missing.
     """
-    from sentencepiece import sentencepiece_model_pb2  # needs protobuf
-
+    try:
+        from sentencepiece import sentencepiece_model_pb2
+    except ImportError:
+        raise UserError(f"--vocab {vocab} with --model needs protobuf: pip install protobuf") from None
+    known = Model(serialised, name)
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(serialised)
-    pieces = [piece for piece in model.pieces if piece.type == piece.NORMAL]
-    characters = [piece.piece for piece in pieces if len(piece.piece) == 1]
-    least, most = len(characters) + FAIRSEQ_SPECIALS, len(pieces) + FAIRSEQ_SPECIALS
+    removable = [piece for piece in model.pieces if piece.type == piece.NORMAL and len(piece.piece) > 1]
+    most = len(dictionary_lines(known.processor, Counter(), pad=False)) + FAIRSEQ_SPECIALS
+    least = most - len(removable)
     if not least <= vocab <= most:
         raise UserError(f"--vocab {vocab}: {name} has {least} symbols that all must stay, and {most} in all")
-    processor = Model(serialised, name)
-    counts = Counter(piece for lines in text for line in processor.encode(lines) for piece in line)
-    others = sorted((piece.piece for piece in pieces if len(piece.piece) > 1), key=lambda piece: -counts[piece])
-    kept = {*characters, *others[: vocab - least]}
-    for piece in pieces:
-        if piece.piece not in kept:
-            piece.type = piece.UNUSED
+    counts = Counter(piece for lines in text for line in known.encode(lines) for piece in line)
+    removable.sort(key=lambda piece: -counts[piece.piece])
+    for piece in removable[vocab - least :]:
+        piece.type = piece.UNUSED
     return model.SerializeToString(deterministic=True)
 
 
