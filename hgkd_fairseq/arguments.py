@@ -145,11 +145,14 @@ def add_batches(option, subset: str) -> None:
     option("--gen-subset", default=subset, metavar="SPLIT", help=f"subset to use (default: {subset})")
     most = number(1, 2**31 - 1)
     option("--max-tokens", type=most, default=4000, metavar="N", help="tokens a batch (default: 4000)")
-    add_cpu(option)
+    add_running(option)
 
 
-def add_cpu(option) -> None:
+def add_running(option) -> None:
+    """Options of a command that runs a model."""
     option("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
+    plugin = "plugin of the model's architecture, as fairseq-train's: its code is run"
+    option("--user-dir", type=Input, metavar="DIR", help=plugin)
 
 
 def add_search(option) -> None:

@@ -24,8 +24,8 @@ from hgkd_fairseq.arguments import (
     RunFolder,
     add,
     add_batches,
-    add_cpu,
     add_data,
+    add_running,
     add_search,
     add_segment_scores,
     number,
@@ -229,7 +229,7 @@ def add_score(commands) -> None:
     option("--tokenize", choices=TOKENIZERS, default="13a", help=by)
     own = "also BLEU at the length penalty with the best one on the validation set: 6 more translations"
     option("--own-lenpen", action="store_true", help=own)
-    add_cpu(option)
+    add_running(option)
 
 
 def add_report(commands) -> None:
@@ -285,7 +285,7 @@ def add_store(commands) -> None:
     option("--max-tokens", type=number(1, 2**31 - 1), default=4000, metavar="N", help="tokens a batch (default: 4000)")
     size = "sentences a shard (default: 4096)"
     option("--shard-size", type=number(1), default=4096, metavar="N", help=size)
-    add_cpu(option)
+    add_running(option)
 
 
 def add_export(commands) -> None:
@@ -363,6 +363,10 @@ def run(argv: list[str]) -> int:
     logging.getLogger().setLevel(logging.WARNING)  # fairseq, once imported, logs every step of loading
     logging.getLogger("filelock").setLevel(logging.WARNING)
     refuse_overwriting(args)
+    if getattr(args, "user_dir", None):
+        from hgkd_fairseq.plugin import architectures
+
+        architectures.register(args.user_dir)
     return args.run(args) or 0
 
 

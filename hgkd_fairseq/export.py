@@ -73,7 +73,7 @@ def export_all(
         if comparison and comparison["reference_file"]:
             generated.read_references(comparison["reference_file"])  # what it refuses is told before the work
     export(path, output, ema)
-    print(f"{output}: for any fairseq, without --user-dir")
+    print(f"{output}: for any fairseq, without hgkd_fairseq")
     if ctranslate2:
         to_ctranslate2(output, ctranslate2, data, quantization)
         print(f"{ctranslate2}: for CTranslate2")

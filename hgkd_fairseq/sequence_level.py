@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 
-from hgkd_fairseq.arguments import Data, Input, NewOutput, add, add_cpu, add_data, add_search, number, part  # fmt: skip
+from hgkd_fairseq.arguments import Data, Input, NewOutput, add, add_data, add_running, add_search, number, part
 
 REASONS = ("empty", "limit", "long", "ratio", "copy", "loop", "unknown", "score", "backward")  # filters.SWITCHES
 
@@ -50,7 +50,7 @@ def add_translate(commands) -> None:
     option("--shard", type=part, metavar="I/N", help=which)
     most = "pieces a batch, of sources (default: 4000)"
     option("--max-tokens", type=number(1, 2**31 - 1), default=4000, metavar="N", help=most)
-    add_cpu(option)
+    add_running(option)
 
 
 def decoding_of(args):
@@ -109,7 +109,7 @@ def add_distil_data(commands) -> None:
     option("--worst-backward", type=number(0, 1, float), default=0.05, metavar="SHARE", help=worst)
     most = "pieces a batch of the backward model (default: 4000)"
     option("--max-tokens", type=number(1, 2**31 - 1), default=4000, metavar="N", help=most)
-    add_cpu(option)
+    add_running(option)
 
 
 def selection(text: str) -> str:

@@ -509,7 +509,10 @@ def model_class(checkpoint: Checkpoint) -> type[nn.Module]:
     name = options.get("_name") or options.get("arch")
     found = (ARCH_MODEL_REGISTRY.get(name) or MODEL_REGISTRY.get(name)) if isinstance(name, str) else None
     if found is None:
-        raise UserError(f"{checkpoint.path} has the architecture {str(name)[:80]!r}, which this fairseq does not know")
+        raise UserError(
+            f"{checkpoint.path} has the architecture {str(name)[:80]!r}, which this fairseq does not know; give the "
+            "plugin that has it in --user-dir"
+        )
     check_translates(found, checkpoint.path)
     return found
 
