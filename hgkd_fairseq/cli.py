@@ -360,6 +360,7 @@ def run(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     vars(args).pop("debug", None)
     args.command = shlex.join(["hgkd", *(word for word in argv if word != "--debug")])
+    logging.basicConfig(format="%(message)s")  # where no handler is, a module of fairseq has all of DEBUG shown
     logging.getLogger().setLevel(logging.WARNING)  # fairseq, once imported, logs every step of loading
     logging.getLogger("filelock").setLevel(logging.WARNING)
     refuse_overwriting(args)

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import logging
 
 from hgkd_fairseq.arguments import Data, Input, NewOutput, add, add_data, add_running, add_search, number, part
 
 REASONS = ("empty", "limit", "long", "ratio", "copy", "loop", "unknown", "score", "backward")  # filters.SWITCHES
-
-
-def quiet() -> None:
-    """A module of fairseq opens the log to everything when it is imported."""
-    logging.getLogger().setLevel(logging.WARNING)
 
 
 def add_translate(commands) -> None:
@@ -20,7 +14,6 @@ def add_translate(commands) -> None:
         from hgkd_fairseq import export
         from hgkd_fairseq.evaluation.translate import translate
 
-        quiet()
         print(
             translate(
                 args.data, args.teacher_path, args.output, args.subset, decoding_of(args), export.converted,
@@ -70,7 +63,6 @@ def add_distil_data(commands) -> None:
         from hgkd_fairseq.data.filters import Filters
         from hgkd_fairseq.evaluation.distil_data import Choice, distil
 
-        quiet()
         filters = Filters(
             off=frozenset(args.keep or ()),
             ratio=args.length_ratio,

@@ -5,9 +5,12 @@ import html.parser
 import json
 import re
 import shutil
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
+import command_line as cl
 import pytest
 import torch
 from sacrebleu.metrics import BLEU, CHRF, TER
@@ -244,6 +247,14 @@ def test_what_is_missing_is_said(folders, tmp_path, capsys):
     assert "No inference.json of lean" in written
     assert written.count("Reliability diagram of base") == 2
     assert written.count("Reliability diagram of lean") == 1
+
+
+def test_nothing_beside_the_report_is_printed(folders, tmp_path):
+    """No line of the log, of fairseq's or matplotlib's."""
+    command = [sys.executable, "-m", "hgkd_fairseq.cli", "report", folders[0], "--output", tmp_path / "report.html"]
+    done = subprocess.run(command, env=cl.environment(), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("| model |")
 
 
 def test_reference_file(folders, tmp_path):
