@@ -119,7 +119,7 @@ def add_inference(kinds) -> None:
     def run(args) -> None:
         from hgkd_fairseq.evaluation.inference import Labelling, evaluate
 
-        options = Labelling(args.labels, args.words)
+        options = Labelling(args.labels, args.words, args.language_token)
         found = evaluate(args.file, args.reference, options, settings_of(args), args.tokens, args.segment_scores)
         show(found, args)
 
@@ -134,6 +134,11 @@ def add_inference(kinds) -> None:
     )
     option("--labels", choices=["wang2020", "ter"], default="wang2020", help=right)
     option("--words", action="store_true", help="score words, with the product of their pieces'")
+    token = (
+        "which score of a sentence is that of a language token, and is left out: the first, of the task "
+        "translation_multi_simple_epoch, or the last, of translation_from_pretrained_bart (default: none)"
+    )
+    option("--language-token", choices=["first", "last"], help=token)
     add_segment_scores(option, "their rank correlation with the log-probability")
     add_scoring(option)
 
@@ -209,7 +214,8 @@ def add_score(commands) -> None:
     def run(args) -> None:
         from hgkd_fairseq.evaluation.score import ScoreOptions, score_all
 
-        how = ScoreOptions(args.generate, args.reference, args.tokenize, args.own_lenpen, args.cpu, args.command)
+        pairs = tuple(args.lang_pair or ())
+        how = ScoreOptions(args.generate, args.reference, args.tokenize, args.own_lenpen, args.cpu, pairs, args.command)
         score_all(args.data, args.runs, args.checkpoint or ["best"], how)
 
     option = add(commands, "score", run, "all that is measured of trained runs, in the files that report reads")
@@ -229,6 +235,8 @@ def add_score(commands) -> None:
     option("--tokenize", choices=TOKENIZERS, default="13a", help=by)
     own = "also BLEU at the length penalty with the best one on the validation set: 6 more translations"
     option("--own-lenpen", action="store_true", help=own)
+    several = "of a model of several language pairs, which; may be given again; all of its files are in RUN/SRC-TGT"
+    option("--lang-pair", action="append", metavar="SRC-TGT", help=several)
     add_running(option)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hgkd_fairseq import files, plugin
 from hgkd_fairseq.errors import UserError
-from hgkd_fairseq.evaluation import compare, generated
+from hgkd_fairseq.evaluation import compare, generated, languages
 from hgkd_fairseq.plugin import checkpoints
 from hgkd_fairseq.plugin.checkpoints import split_paths
 from hgkd_fairseq.teacher import inputs
@@ -70,13 +70,15 @@ def export_all(
         comparison = None
     else:
         check_conversion(path, ctranslate2, data)
+        if comparison and adds_tokens(path):
+            raise UserError(f"{path} translates with language tokens, and the comparison gives none: --no-comparison")
         if comparison and comparison["reference_file"]:
             generated.read_references(comparison["reference_file"])  # what it refuses is told before the work
     export(path, output, ema)
     print(f"{output}: for any fairseq, without hgkd_fairseq")
     if ctranslate2:
         to_ctranslate2(output, ctranslate2, data, quantization)
-        print(f"{ctranslate2}: for CTranslate2")
+        print(f"{ctranslate2}: for CTranslate2{', given language tokens' if adds_tokens(path) else ''}")
     if ctranslate2 and comparison:
         print(compare.compare(data or data_of(path), [output, ctranslate2], **comparison))
 
@@ -188,6 +190,11 @@ def without_plugin(checkpoint: checkpoints.Checkpoint) -> dict[str, Any]:
     return found
 
 
+def adds_tokens(path: str) -> bool:
+    task = checkpoints.read(split_paths(path)[0], model=False).options("task")
+    return inputs.kind(task) in (inputs.MULTILINGUAL, inputs.BART)
+
+
 def is_ours(section: dict[str, Any], registry: dict[str, type]) -> bool:
     config = registry.get(section["_name"])
     return config is not None and config.__module__.startswith(f"{PACKAGE}.")
@@ -210,11 +217,6 @@ def check_conversion(path: str, folder: str, data: str | None) -> None:
     import_converters()
     refuse_existing(folder)
     checkpoint = checkpoints.read(split_paths(path)[0], model=False)
-    if (kind := inputs.kind(checkpoint.options("task"))) in (inputs.MULTILINGUAL, inputs.BART):
-        raise UserError(
-            f"{path} was trained by the task {kind}: CTranslate2 would be given text without its language tokens; "
-            "leave --ctranslate2 out, and convert what hgkd export writes with ct2-fairseq-converter"
-        )
     check_options(checkpoint)
     task = checkpoint.options("task")
     language_pair(split_paths(data or str(task.get("data")))[0], task)
@@ -263,13 +265,19 @@ def to_ctranslate2(checkpoint: str, folder: str, data: str | None = None, quanti
     check_options(found)
     task, model = found.options("task"), found.options("model")
     data = split_paths(data or str(task.get("data")))[0]  # of several shards the first has the dictionaries
-    source, target = language_pair(data, task)
+    pair: tuple[str | None, str | None] = language_pair(data, task)
+    kind = inputs.kind(task)
     # The converter reads fairseq's options of old, as attributes, which is why it cannot read the exported file itself.
-    options = {**task, **model, "task": "translation", "arch": model.get("arch") or model["_name"]}
+    options = {**task, **model, "task": kind, "arch": model.get("arch") or model["_name"]}
+    if kind == inputs.MULTILINGUAL:
+        options |= {**languages.EACH_ONCE, "langs": inputs.languages(task), "lang_dict": None}
+        pair = (None, None)  # all pairs
     with tempfile.TemporaryDirectory() as temporary:
         file = f"{temporary}/model.pt"
         torch.save({"args": Namespace(**options), "model": found.model}, file)
-        converter = converters.FairseqConverter(file, data, source_lang=source, target_lang=target)
+        # A model that begins as mBART ends and begins with language tokens, which its user gives.
+        own_tokens = kind == inputs.BART
+        converter = converters.FairseqConverter(file, data, *pair, no_default_special_tokens=own_tokens)
         with files.writing_folder(folder) as unfinished:
             try:
                 converter.convert(str(unfinished / "model"), quantization=quantization)  # it makes the folder itself
@@ -313,6 +321,8 @@ def import_converters():
 def language_pair(data: str, task) -> tuple[str, str]:
     """(source, target), whose dictionaries are in `data`."""
     source, target = task.get("source_lang"), task.get("target_lang")
+    if inputs.kind(task) == inputs.MULTILINGUAL:
+        source, target = inputs.pair_of(task)  # its dictionary is that of all languages
     if os.path.isdir(data) and (source is None or target is None):
         source, target = data_utils.infer_language_pair(data)
     for language in (source, target):

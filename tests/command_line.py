@@ -70,7 +70,13 @@ class Result:
 
     def hypotheses(self) -> list[str]:
         """Hypotheses of fairseq-generate and fairseq-interactive in the corpus' order."""
-        found = re.findall(r"^H-(\d+)\t\S+\t(.*)$", self.output, flags=re.MULTILINE)
+        return self.lines_of("H", r"\S+\t")
+
+    def sources(self) -> list[str]:
+        return self.lines_of("S")
+
+    def lines_of(self, kind: str, score: str = "") -> list[str]:
+        found = re.findall(rf"^{kind}-(\d+)\t{score}(.*)$", self.output, flags=re.MULTILINE)
         return [text for _, text in sorted(found, key=lambda row: int(row[0]))]
 
 

@@ -29,6 +29,10 @@ ROUNDING_BITS = 0.01
 WITH_PIECES = "run fairseq-generate without --remove-bpe and without --bpe, so that its lines hold pieces"
 
 
+class Uneven(UserError):
+    """More or fewer scores than tokens."""
+
+
 class Translation(NamedTuple):
     """A sentence that fairseq-generate translated."""
 
@@ -40,13 +44,22 @@ class Translation(NamedTuple):
 
 @dataclass(frozen=True)
 class Labelling:
-    """How tokens are labelled: `labels` "wang2020" or "ter", and whether whole words are scored instead of pieces."""
+    """How tokens are labelled.
+
+    Attributes:
+        labels: "wang2020" or "ter".
+        words: whether whole words are scored instead of pieces.
+        language_token: whether the "first" score of each sentence is that of a language token, which is not printed,
+            or the "last" one, after that of the end of sentence (or in its place, where the limit of the length cuts a
+            translation); None: there is none.
+    """
 
     labels: str = "wang2020"
     words: bool = False
+    language_token: str | None = None
 
 
-def read(file: str, reference_file: str | None = None) -> list[Translation]:
+def read(file: str, reference_file: str | None = None, language_token: str | None = None) -> list[Translation]:
     """The best translation of each sentence with its tokens' log-probabilities, in the order of the subset.
 
     Args:
@@ -54,6 +67,7 @@ def read(file: str, reference_file: str | None = None) -> list[Translation]:
             (hypothesis) and P- (scores of the tokens, log2 with 4 decimals) are read. With --remove-bpe none of them
             holds pieces, with --bpe only H- does: then there are more scores than tokens, or T- does not fit.
         reference_file: references in pieces, one a line, in the order of the subset, instead of the T- lines.
+        language_token: see :class:`Labelling`; its score is left out.
 
     Raises:
         UserError: a file that is missing, holds no translations or scores, or whose lines do not fit together.
@@ -62,10 +76,12 @@ def read(file: str, reference_file: str | None = None) -> list[Translation]:
     references = dict(enumerate(read_references(reference_file))) if reference_file else lines["T"]
     if reference_file and len(references) != len(lines["H"]):
         raise UserError(f"{reference_file} has {len(references)} lines for {len(lines['H'])} translations in {file}")
-    return [translation(file, lines, references, index) for index in sorted(lines["H"])]
+    return [translation(file, lines, references, index, language_token) for index in sorted(lines["H"])]
 
 
-def translation(file: str, lines: dict[str, dict[int, str]], references: dict[int, str], index: int) -> Translation:
+def translation(
+    file: str, lines: dict[str, dict[int, str]], references: dict[int, str], index: int, language_token: str | None
+) -> Translation:
     for letter, found in (("P", lines["P"]), ("T", references)):
         if index not in found:
             raise UserError(f"{file} has no line {letter}-{index} for its H-{index}; run fairseq-generate again")
@@ -80,11 +96,15 @@ def translation(file: str, lines: dict[str, dict[int, str]], references: dict[in
             f"{file}: P-{index} holds a score that is NaN or above 0, which is no log-probability; where it is NaN the "
             "model's training has diverged: translate with an earlier checkpoint"
         )
+    if language_token == "first":
+        del logprobs[:1]
+    elif language_token == "last" and len(logprobs) == len(tokens) + 2:
+        del logprobs[-1]
     if len(logprobs) != len(tokens) + 1:
-        raise UserError(
+        raise Uneven(
             f"{file}: H-{index} has {len(tokens)} tokens and an end of sentence, P-{index} {len(logprobs)} scores; "
-            f"{WITH_PIECES}. If they do, the hypothesis goes on after an end of sentence, which is not printed: run it "
-            "without --diverse-beam-groups"
+            f"{WITH_PIECES}. If they do, one score is of a language token, which is not printed: --language-token; "
+            "or the hypothesis goes on after an end of sentence: run it without --diverse-beam-groups"
         )
     return Translation(index, tokens, [min(number, 0.0) for number in logprobs], reference)
 
@@ -104,7 +124,7 @@ def evaluate(
     """
     named = segments.by_metric(segment_scores, [file])
     with opened(tokens_file) as table:
-        rows = read(file, reference_file)
+        rows = read(file, reference_file, options.language_token if options else None)
         quality = {metric: segments.read(one, len(rows), file) for metric, (one,) in named.items()}
         return score(rows, file, options, settings, table, quality)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 from dataclasses import fields
+from typing import Any
 
-from fairseq.tasks.translation import TranslationConfig
+from fairseq.tasks.translation import TranslationConfig, TranslationTask
+from fairseq.tasks.translation_from_pretrained_bart import TranslationFromPretrainedBARTTask
 from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleEpochTask
 
 from hgkd_fairseq.errors import UserError
@@ -22,6 +24,13 @@ EACH_ONCE = {
 }
 
 
+# Of the tasks that add tokens: what decides how a sentence looks.
+SHAPING = (
+    *("encoder_langtok", "decoder_langtok", "lang_tok_style", "lang_tok_replacing_bos_eos", "langtoks"),
+    *("langtoks_specs", "enable_lang_ids", "fixed_dictionary", "source_dict", "target_dict", "prepend_bos"),
+)
+
+
 def refuse(checkpoint: Checkpoint) -> None:
     """Raises:
     UserError: the model was trained by such a task.
@@ -30,9 +39,57 @@ def refuse(checkpoint: Checkpoint) -> None:
     if kind in (inputs.MULTILINGUAL, inputs.BART):
         raise UserError(
             f"{checkpoint.path} was trained by the task {kind}, which adds language tokens, and this command runs "
-            "models of the task translation: translate with fairseq-generate, and measure its output with "
-            "hgkd calibration inference"
+            "models of the task translation: translate with fairseq-generate, or measure with hgkd score"
         )
+
+
+def generation(checkpoint: Checkpoint, pair: str | None) -> tuple[list[str], dict[str, Any]]:
+    """What fairseq-generate is to be told of a model's task: words of its command line, and options to set then.
+
+    Args:
+        pair: of a model of several language pairs, the one to translate.
+
+    Raises:
+        UserError: there is no such pair, or one is missing.
+    """
+    options = checkpoint.options("task")
+    kind = inputs.kind(options)
+    check_pair(checkpoint.path, options, pair)
+    shaping = {name: options[name] for name in SHAPING if options.get(name) is not None}
+    if kind == inputs.BART:  # fairseq's own task asks for attributes that it no longer has
+        return ["--task", f"{kind}_with_teacher"], shaping | {"langs": options["langs"]}
+    if kind != inputs.MULTILINGUAL:
+        return [], {}
+    if not pair:
+        known = ", ".join(pairs_of(options))
+        raise UserError(f"{checkpoint.path} was trained on several language pairs; name one with --lang-pair: {known}")
+    source, _, target = pair.partition("-")
+    words = ["--task", kind, "--lang-pairs", pair, "--source-lang", source, "--target-lang", target]
+    return words, shaping | {"langs": inputs.languages(options), "lang_dict": None}
+
+
+def language_token(options: dict[str, Any]) -> str | None:
+    """Of a task: where fairseq-generate prints the score of a language token; see :class:`inference.Labelling`."""
+    found = inputs.added(options)
+    if inputs.kind(options) == inputs.BART:
+        return "last"
+    forced = any(target for _, target in found.get("langtoks", {}).values())
+    return "first" if forced and not found["lang_tok_replacing_bos_eos"] else None
+
+
+def pairs_of(options: dict[str, Any]) -> list[str]:
+    given = options.get("lang_pairs") or []
+    return given.split(",") if isinstance(given, str) else list(given)
+
+
+def check_pair(path: str, options: dict[str, Any], pair: str | None) -> None:
+    """Raises:
+    UserError: the model is none of this language pair among others.
+    """
+    if pair and inputs.kind(options) != inputs.MULTILINGUAL:
+        raise UserError(f"--lang-pair {pair}: {path} is no model of several language pairs; drop it")
+    if pair and pair not in pairs_of(options):
+        raise UserError(f"--lang-pair {pair}: {path} was trained on {', '.join(pairs_of(options))}; name one of them")
 
 
 def make_task(data: str, path: str, checkpoint: Checkpoint, pair: str | None):
@@ -48,23 +105,26 @@ def make_task(data: str, path: str, checkpoint: Checkpoint, pair: str | None):
         UserError: there are no such data, there is no such pair, or the task is another one.
     """
     options = checkpoint.options("task")
+    check_pair(path, options, pair)
     if inputs.kind(options) == inputs.MULTILINGUAL:
         return multilingual_task(data, path, options, pair)
-    if pair:
-        raise UserError(f"--lang-pair {pair}: {path} is no model of several language pairs; drop it")
-    if inputs.kind(options) == inputs.BART:
-        refuse(checkpoint)
     known = {field.name for field in fields(TranslationConfig)}
-    return binarised.translation_task(data, path, {key: value for key, value in options.items() if key in known})
+    plain = binarised.translation_task(data, path, {key: value for key, value in options.items() if key in known})
+    return pretrained_bart_task(plain, options) if inputs.kind(options) == inputs.BART else plain
+
+
+def pretrained_bart_task(plain: TranslationTask, options: dict) -> TranslationFromPretrainedBARTTask:
+    """The task on the same data, with the language tokens of a model's."""
+    given = {"langs": options["langs"], "prepend_bos": bool(options.get("prepend_bos"))}
+    args = Namespace(**inputs.plain(plain.cfg) | given)
+    task = TranslationFromPretrainedBARTTask(args, plain.source_dictionary, plain.target_dictionary)
+    task.args = task.cfg = args
+    return task
 
 
 def multilingual_task(data: str, path: str, options: dict, pair: str | None) -> TranslationMultiSimpleEpochTask:
-    given = options.get("lang_pairs") or []
-    known = given.split(",") if isinstance(given, str) else list(given)
-    if pair and pair not in known:
-        raise UserError(f"--lang-pair {pair}: {path} was trained on {', '.join(known)}; name one of them")
     args = Namespace(**{**options, **EACH_ONCE, "data": data, "langs": inputs.languages(options), "lang_dict": None})
-    args.lang_pairs = [pair] if pair else known
+    args.lang_pairs = [pair] if pair else pairs_of(options)
     try:
         task = TranslationMultiSimpleEpochTask.setup_task(args)
     except Exception as error:  # fairseq's own, of files that are missing or do not fit

@@ -54,6 +54,7 @@ class ScoreOptions:
     tokenize: str = "13a"  # of sacreBLEU's BLEU; "none" where texts are tokenised
     own_lenpen: bool = False
     cpu: bool = False
+    pairs: tuple[str, ...] = ()  # of models of several language pairs
     command: str = ""  # as it was typed, for the report
 
 
@@ -66,17 +67,20 @@ def score_all(data: str, runs: Sequence[str], names: Sequence[str], how: ScoreOp
         names: of the checkpoints in each: "best", "last", a file, or "best-bleu": of up to 10 of the epochs'
             checkpoints, the best one and the last one that with the highest BLEU on the validation set, translated
             greedily. The scores of the best one are in the run's folder, those of checkpoint_NAME.pt in its folder
-            NAME, those of that with the highest BLEU in best-bleu.
+            NAME, those of that with the highest BLEU in best-bleu. Of a language pair all are in its folder SRC-TGT.
         how: see there.
 
     Raises:
         UserError: something that is missing or cannot be used.
     """
+    if how.reference and len(how.pairs) > 1:
+        raise UserError("--reference is the text of one language pair: give one --lang-pair")
     generation(how.generate, data, "--path", "PATH")  # what it refuses is told before the work
     references = generated.read_references(how.reference) if how.reference else None
     for run in runs:
         for name in names:
-            print(*Scoring(data, Path(run), name, how).score(references), sep="\n", flush=True)
+            for pair in how.pairs or [None]:
+                print(*Scoring(data, Path(run), name, how, pair).score(references), sep="\n", flush=True)
 
 
 def generation(how: str, *words: str) -> argparse.Namespace:
@@ -97,26 +101,33 @@ def generation(how: str, *words: str) -> argparse.Namespace:
 class Scoring:
     """One checkpoint of a run."""
 
-    def __init__(self, data: str, run: Path, name: str, how: ScoreOptions):
-        self.data, self.run, self.how = data, run, how
+    def __init__(self, data: str, run: Path, name: str, how: ScoreOptions, pair: str | None = None):
+        self.data, self.run, self.how, self.pair = data, run, how, pair
+        place = run / pair if pair else run
         corpus = Path(binarised.first_shard(data))
         subsets = [file for split in ("dict", "valid", "test") for file in sorted(corpus.glob(f"{split}.*"))]
-        known = (hgkd_fairseq.__version__, *subsets)
-        self.folder = run / name
+        known = (hgkd_fairseq.__version__, *subsets, *filter(None, [pair]))
+        self.folder = place / name
         if name == BEST_BLEU:
             self.once = Steps(self.folder, *known).once
             self.path = self.best_by_bleu()
         else:
             self.path = run / CHECKPOINTS.get(name, name)
-            self.folder = self.path.parent / self.path.stem.removeprefix("checkpoint").lstrip("_.")
+            named = self.path.stem.removeprefix("checkpoint").lstrip("_.")
+            self.folder = (place if pair else self.path.parent) / named
         if name == "best":
-            self.folder = run
+            self.folder = place
         if not self.path.is_file():
             raise UserError(
                 f"{self.path} does not exist; --checkpoint is best, {BEST_BLEU}, last or a file in the run's folder"
             )
-        languages.refuse(checkpoints.read(self.path, model=False))
+        self.ask(checkpoints.read(self.path, model=False))
         self.once = Steps(self.folder, *known, self.path).once
+
+    def ask(self, checkpoint: checkpoints.Checkpoint) -> None:
+        """What the model's task has to be told of, and what it prints."""
+        self.task = languages.generation(checkpoint, self.pair)
+        self.labelling = inference.Labelling(language_token=languages.language_token(checkpoint.options("task")))
 
     def best_by_bleu(self) -> Path:
         """Of the epochs' checkpoints, the best and the last one, that with the highest BLEU on the validation set."""
@@ -127,7 +138,7 @@ class Scoring:
         candidates += [file for name in CHECKPOINTS.values() if (file := self.run / name).is_file()]
         if not candidates:
             raise UserError(f"{self.run} holds no checkpoint of fairseq-train")
-        languages.refuse(checkpoints.read(candidates[0], model=False))
+        self.ask(checkpoints.read(candidates[0], model=False))
 
         def choose(output: Path) -> None:
             found = {}
@@ -153,14 +164,18 @@ class Scoring:
     def translate(self, file: Path, *more: str) -> None:
         """Both files are there, whole, at the end; until then those that were there before."""
         partial = file.with_name(f"{file.stem}.partial")  # of one that was killed, too
+        words, own = self.task
         args = generation(
             f"{self.how.generate} {shlex.join(more)}",
+            *words,
             *(self.data, "--path", str(self.path), "--user-dir", str(Path(hgkd_fairseq.__file__).parent)),
             *("--gen-subset", file.stem.removeprefix("generate-"), "--results-path", str(partial)),
             *("--required-batch-size-multiple", "1", "--max-tokens", "4000", "--no-progress-bar"),
             *("--num-workers", "0"),  # torch may wait 5 s for the end of a worker, as long as the whole translation
             *(["--cpu"] if self.how.cpu else []),
         )
+        for option, value in own.items():
+            setattr(args, option, value)
         try:
             partial.mkdir(exist_ok=True)
             with logs.logged(partial / LOG), contextlib.redirect_stdout(sys.stderr):
@@ -179,16 +194,28 @@ class Scoring:
 
     def forced(self, name: str, degree: float = 1.0) -> dict[str, Any]:
         model = (self.data, str(self.path))
-        return self.measured(name, lambda: forced.evaluate(*model, cpu=self.how.cpu, temperature=degree), degree)
+        how: dict[str, Any] = {"cpu": self.how.cpu, "temperature": degree, "pair": self.pair}
+        return self.measured(name, lambda: forced.evaluate(*model, **how), degree)
 
     def inference(self, name: str, translations: Path) -> dict[str, Any]:
-        return self.measured(name, lambda: inference.evaluate(str(translations)), translations)
+        """Empty where a translation of a model that begins as mBART goes on after its end of sentence."""
+        try:
+            return self.measured(
+                name, lambda: inference.evaluate(str(translations), options=self.labelling), translations
+            )
+        except inference.Uneven as error:
+            if self.labelling.language_token != "last":
+                raise
+            print(f"hgkd: {self.folder}: scored without the ECE of its translations: {error}", file=sys.stderr)
+            (self.folder / name).unlink(missing_ok=True)  # of another checkpoint
+            return {}
 
     def temperature(self) -> float | None:
         """Fitted on the validation set; None where none is best."""
 
         def make(file: Path) -> None:
-            results.write(temperature.fit(self.data, str(self.path), cpu=self.how.cpu), file, self.how.command)
+            found = temperature.fit(self.data, str(self.path), cpu=self.how.cpu, pair=self.pair)
+            results.write(found, file, self.how.command)
 
         try:
             return temperature.read_file(self.once("temperature.json", make))["temperature"]
@@ -208,13 +235,14 @@ class Scoring:
             translations = self.translated(f"scaled/{GENERATED}", "--temperature", str(degree))
             found["scaled_inference_"] = self.inference("inference_scaled.json", translations)
         quality, signatures = self.quality(references)
+        signed = {f"{key}ece": found[key]["signature"] for key in ("", "inference_") if found[key]}
         scores = {
             **quality,
             "temperature": degree,
             **{kind + key: each[key] for kind, each in found.items() for key in ("ece", "nll") if key in each},
             **self.training(),
             "parameters": found[""]["parameters"],
-            "signatures": {**signatures, **{f"{key}ece": found[key]["signature"] for key in ("", "inference_")}},
+            "signatures": {**signatures, **signed},
             "versions": {"hgkd_fairseq": hgkd_fairseq.__version__, **{one: metadata.version(one) for one in PACKAGES}},
             "threads": torch.get_num_threads(),
         }
@@ -224,7 +252,7 @@ class Scoring:
         if self.how.own_lenpen:
             lines.append(f"BLEU|lenpen:{quality['lenpen']:g}|{signatures['bleu']} = {quality['lenpen_bleu']:.2f}")
         for kind, each in found.items():
-            rows = [row for row in each["scores"] if row["key"] in SHOWN and row["value"] is not None]
+            rows = [row for row in each.get("scores", ()) if row["key"] in SHOWN and row["value"] is not None]
             lines += [f"At temperature {degree:.4f}:"] if kind == "scaled_" else []
             lines += [str(Score(**row)) for row in rows]
         return [str(self.folder), *lines]

@@ -112,7 +112,8 @@ def changed(value: Any, rng: random.Random) -> Any:
         return found
     if isinstance(value, list | tuple) and value:
         place = rng.randrange(len(value))
-        return type(value)(changed(item, rng) if index == place else item for index, item in enumerate(value))
+        found = [changed(item, rng) if index == place else item for index, item in enumerate(value)]
+        return found if isinstance(value, list) else tuple(found)  # torch.Size takes nothing but integers
     return odd(rng)
 
 

@@ -1,12 +1,14 @@
 """The task of models that begin as mBART, with a teacher: language tokens end sources and targets."""
 
+import json
+import re
 from pathlib import Path
 
 import command_line as cl
 import pytest
 from fairseq.data import Dictionary
 
-from hgkd_fairseq import plugin
+from hgkd_fairseq import cli, plugin
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.teacher import inputs
 from hgkd_fairseq.teacher.live import LiveTeacher
@@ -16,15 +18,80 @@ TASK = ("--task", "translation_from_pretrained_bart_with_teacher", "--langs", "d
 plugin.register()
 
 
-def test_training(data: Path, tmp_path: Path):
+def check_inference(printed: Path, folder: Path):
+    """The calibration of fairseq-generate's output is that of the printed tokens and of what follows them: an end of
+    sentence, or the language token where the limit of the length cuts a translation."""
+    tokens = {number: len(text.split()) for number, text in lines_of(printed, r"H-(\d+)\t\S+")}
+    scores = {number: text.split() for number, text in lines_of(printed, r"P-(\d+)")}
+    assert {len(scores[number]) - count for number, count in tokens.items()} == {1, 2}
+    words = ("calibration", "inference", printed, "--language-token", "last", "--replicates", 0)
+    assert cli.main([str(word) for word in (*words, "--json", folder / "found.json")]) == 0
+    confidences = [2 ** float(one) for number, count in tokens.items() for one in scores[number][: count + 1]]
+    found = values(folder / "found.json")
+    assert found["confidence"] == pytest.approx(sum(confidences) / len(confidences), abs=1e-4)
+
+
+def lines_of(printed: Path, beginning: str) -> list[tuple[str, str]]:
+    return re.findall(rf"^{beginning}\t(.*)$", printed.read_text(), flags=re.MULTILINE)
+
+
+def values(file: Path) -> dict[str, float]:
+    return {row["key"]: row["value"] for row in json.loads(file.read_text())["scores"]}
+
+
+def check_commands(run: cl.Run, data: Path, generated: cl.Result, folder: Path, capsys: pytest.CaptureFixture):
+    """hgkd score has the training's numbers and fairseq-generate's translations, and so has CTranslate2, given the
+    tokens that a source ends with, and a target begins and ends with."""
+    scoring = ("score", data, run.folder, "--cpu", "--generate", "--beam 2 --max-len-b 12")
+    assert cli.main([str(word) for word in (*scoring, "--checkpoint", "last")]) == 0
+    assert (run.folder / "last/translations.txt").read_text().splitlines() == generated.hypotheses()
+    check_inference(run.folder / "last/generate-test.txt", folder)
+    assert "inference_ece" in json.loads((run.folder / "last/scores.json").read_text())
+    # After one epoch most translations are empty and go on after the end of sentence, which is not printed.
+    capsys.readouterr()
+    assert cli.main([str(word) for word in (*scoring, "--checkpoint", "checkpoint1.pt")]) == 0
+    assert "1: scored without the ECE of its translations: " in capsys.readouterr().err
+    assert "inference_ece" not in json.loads((run.folder / "1/scores.json").read_text())
+    words = ("calibration", "forced", data, "--path", run.path(), "--gen-subset", "valid", "--cpu", "--replicates", 0)
+    assert cli.main([str(word) for word in (*words, "--json", folder / "valid.json")]) == 0
+    found = values(folder / "valid.json")
+    logged = run.result.logs("valid")[-1]
+    assert found["nll"] == pytest.approx(logged["nll_loss"], abs=0.0011)
+    assert found["ece"] == pytest.approx(logged["ece"], abs=1e-4)
+    given = ("--lang-pair", "de-en")
+    capsys.readouterr()
+    assert cli.main([str(word) for word in (*scoring, "--checkpoint", "last", *given)]) == 1
+    assert "is no model of several language pairs; drop it" in capsys.readouterr().err
+
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    words = ("export", run.path(), folder / "exported.pt", "--ctranslate2", folder / "ct2", "--no-comparison")
+    assert cli.main([str(word) for word in words]) == 0
+    translator = ctranslate2.Translator(str(folder / "ct2"), device="cpu", intra_threads=1)
+    sources = [[*line.removesuffix(" [de]").split(), "</s>", "[de]"] for line in generated.sources()]
+    prefixes = [["[en]"]] * len(sources)
+    found = translator.translate_batch(sources, prefixes, beam_size=2, max_decoding_length=12, end_token="[en]")
+    translations = [[token for token in one.hypotheses[0] if token != "</s>"] for one in found]
+    assert [" ".join(tokens) for tokens in translations] == generated.hypotheses()
+
+
+def test_training(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     """A teacher and a student by the same task, which translates; a student of another task, or of other languages, is
     refused."""
-    usual = (*cl.USER_DIR, *TASK, "--criterion", "hard_gate_kd", *cl.KEEP_LAST)
-    first = cl.train(data, tmp_path / "teacher", *usual, "--gate", "none", "--max-epoch", 3, *cl.BLEU)
+    usual = (*cl.USER_DIR, *TASK, "--criterion", "hard_gate_kd")
+    first = cl.train(data, tmp_path / "teacher", *usual, "--gate", "none", "--max-epoch", 12, *cl.BLEU)
     taught = (*usual, "--teacher-path", first.path(), "--max-update", 1, "--gate", "always", "--teacher-temperature", 1)
-    again = ("--restore-file", first.path(), "--reset-optimizer", "--dropout", 0, "--attention-dropout", 0)
+    again = (
+        *cl.KEEP_LAST,
+        "--restore-file",
+        first.path(),
+        "--reset-optimizer",
+        "--dropout",
+        0,
+        "--attention-dropout",
+        0,
+    )
     student, generated = cl.together(
-        lambda: cl.train(data, tmp_path / "student", *taught, *again),
+        lambda: cl.train(data, tmp_path / "student", *taught, *again, "--dropout", 0, "--attention-dropout", 0),
         lambda: cl.fairseq(
             *("generate", data, *cl.USER_DIR, *TASK, "--source-lang", "de", "--target-lang", "en", "--cpu"),
             *("--path", first.path(), "--gen-subset", "test", "--beam", 2, "--max-len-b", 12),
@@ -36,6 +103,7 @@ def test_training(data: Path, tmp_path: Path):
     assert len(generated.hypotheses()) == 64, generated.end()
     lengths = [len(line.split()) for line in generated.hypotheses()]
     assert sum(lengths) / len(lengths) < 11  # it ends
+    check_commands(first, data, generated, tmp_path, capsys)
 
     dictionary = Dictionary.load(str(data / "dict.en.txt"))
     both = ([str(first.path())], dictionary, dictionary)

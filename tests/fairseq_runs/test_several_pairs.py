@@ -337,6 +337,41 @@ def test_what_runs_such_a_model(student: tuple[cl.Run, tuple], data: Path, teach
     assert not any("__en__" in one for one in ours.hypotheses())
 
 
+def generate(data: Path, path: Path, pair: str) -> cl.Result:
+    """fairseq-generate by fairseq's own task."""
+    source, target = pair.split("-")
+    search = ("--beam", 2, "--max-len-b", 12, "--required-batch-size-multiple", 1)
+    languages = ("--source-lang", source, "--target-lang", target)
+    return cl.fairseq("generate", data, *cl.USER_DIR, *languages, *TASK, *TOKENS, *search, "--cpu", "--path", path)
+
+
+def values(file: Path) -> dict[str, float]:
+    return {row["key"]: row["value"] for row in json.loads(file.read_text())["scores"]}
+
+
+def test_scores(teacher: Path, data: Path, tmp_path: Path):
+    """What hgkd score makes of a pair is what the others make of it: fairseq-generate and hgkd calibration."""
+    run = tmp_path / "run"
+    shutil.copytree(teacher.parent, run)
+    scoring = ("score", data, run, "--checkpoint", "last", "--lang-pair", "fr-en", "--lang-pair", "de-en", "--cpu")
+    assert cli.main([str(one) for one in (*scoring, "--generate", "--beam 2 --max-len-b 12")]) == 0
+    for pair, sizes in SIZES.items():
+        generated = generate(data, teacher, pair)
+        assert len(generated.hypotheses()) == sizes["test"]
+        assert len(set(generated.hypotheses())) > sizes["test"] / 2
+        assert (run / pair / "last/translations.txt").read_text().splitlines() == generated.hypotheses()
+        found = calibrated(tmp_path / f"{pair}.json", data, teacher, "--lang-pair", pair, "--gen-subset", "test")
+        scores = json.loads((run / pair / "last/scores.json").read_text())
+        assert scores["nll"] == next(row["value"] for row in found["scores"] if row["key"] == "nll")
+        assert scores["bleu"] > 0
+        (tmp_path / "generated").write_text(generated.output)
+        words = ("calibration", "inference", tmp_path / "generated", "--replicates", 0, "--json", tmp_path / "own.json")
+        assert cli.main([str(one) for one in words]) == 1  # a score more than there are tokens
+        assert cli.main([str(one) for one in (*words, "--language-token", "first")]) == 0
+        assert values(tmp_path / "own.json")["ece"] == scores["inference_ece"]
+    assert not (run / "scores.json").exists()
+
+
 def refused(capsys: pytest.CaptureFixture, *words) -> str:
     capsys.readouterr()
     assert cli.main([str(word) for word in words]) == 1
@@ -344,10 +379,30 @@ def refused(capsys: pytest.CaptureFixture, *words) -> str:
     return message
 
 
+def test_ctranslate2(teacher: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """The converted model translates as fairseq does, given the language tokens: at the beginning of the source, and as
+    the target's prefix."""
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    words = ("export", teacher, tmp_path / "exported.pt", "--ctranslate2", tmp_path / "ct2")
+    assert "language tokens, and the comparison gives none: --no-comparison" in refused(capsys, *words)
+    assert cli.main([str(word) for word in (*words, "--no-comparison")]) == 0
+    assert "ct2: for CTranslate2, given language tokens" in capsys.readouterr().out
+    generated = generate(data, tmp_path / "exported.pt", "fr-en")
+    translator = ctranslate2.Translator(str(tmp_path / "ct2"), device="cpu", intra_threads=1)
+    sources = [["__en__", *line.removeprefix("__en__ ").split()] for line in generated.sources()]
+    prefixes = [["__en__"]] * len(sources)
+    found = translator.translate_batch(sources, prefixes, beam_size=2, max_decoding_length=12)
+    assert [" ".join(one.hypotheses[0][1:]) for one in found] == generated.hypotheses()
+
+
 def test_what_does_not(student: tuple[cl.Run, tuple], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     run, _ = student
+    scoring = ("score", data, run.folder, "--checkpoint", "last", "--cpu")
+    assert "several language pairs; name one with --lang-pair: de-en, fr-en" in refused(capsys, *scoring)
+    assert "--lang-pair en-de: " in refused(capsys, *scoring, "--lang-pair", "en-de")
+    text = (*scoring, "--reference", "x", "--lang-pair", "de-en", "--lang-pair", "fr-en")
+    assert "--reference is the text of one language pair" in refused(capsys, *text)
     named = "was trained by the task translation_multi_simple_epoch, which adds language tokens"
-    assert named in refused(capsys, "score", data, run.folder, "--checkpoint", "last", "--cpu")
     assert named in refused(
         capsys,
         *("translate", data, "--teacher-path", run.path(), "--output", tmp_path / "t", "--subset", "valid", "--cpu"),
