@@ -23,6 +23,8 @@ CASES = {
     # "c" moves behind "b": without shifts it would be an insertion, and a deletion would end the sentence.
     "shift": ("c a b", "a b c", "1111", "1111"),
     "shift of two": ("d e a b c", "a b c d e", "111111", "111111"),
+    # "a" moves before "b": one edit less, and one for the shift.
+    "shift that saves one edit": ("b a", "a c", "011", "011"),
     # "d e" moves behind "b", then "c" is missing before "d": the first token is wrong though it stands first.
     "shift and deletion": ("d e a b", "a b c d e", "01111", "11111"),
     # The same with an insertion, which no rule is about.

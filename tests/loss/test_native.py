@@ -16,7 +16,7 @@ from processes import as_a_user, in_a_child
 
 from hgkd_fairseq import gates
 from hgkd_fairseq.gates import GATES, Gate, TokenStatistics, hard, published
-from hgkd_fairseq.loss import gated_distillation, rows
+from hgkd_fairseq.loss import gated_distillation, rows, unusable
 from hgkd_fairseq.loss.native import rows as cpu_rows
 from hgkd_fairseq.loss.options import Options
 
@@ -49,6 +49,8 @@ def logits(count: int, vocabulary: int, dtype=torch.float32, seed: int = 0):
 
 def test_usable_here():
     assert cpu_rows.usable("cpu") is None
+    assert unusable("native", "cpu") is None
+    assert unusable("native", "cuda") == 'the row kernel is for CPUs, and this is "cuda".'
     assert cpu_rows.usable("cuda") == 'the row kernel is for CPUs, and this is "cuda".'
 
 
