@@ -23,8 +23,10 @@ make_environment() {
     python=$(find_python)
     echo "setting up .venv with $("$python" --version) (about 2 minutes)" >&2
     [[ -x $PYTHON ]] || "$python" -m venv "$root/.venv"
-    "$PYTHON" -m pip install --quiet --quiet --disable-pip-version-check --constraint "$root/scripts/constraints.txt" \
-        --editable "$root[test,report,triton,recipes]" >&2
+    "$PYTHON" -m pip install --quiet --quiet --disable-pip-version-check --no-compile \
+        --constraint "$root/scripts/constraints.txt" --editable "$root[test,report,triton,recipes]" >&2
+    # On all cores; pip takes one. Status 1: some packages have files for other versions of Python.
+    "$PYTHON" -W ignore -m compileall -qq -j 0 "$root/.venv/lib" >&2 || true
     printf '%s\n' "$wanted" >"$stamp" # written last: without it the next call installs again
 }
 

@@ -3,6 +3,7 @@
 
     python scripts/benchmarks/kernel_resources.py            a selection that has each kernel, flag, dtype and chip
     python scripts/benchmarks/kernel_resources.py --every    all combinations: some thousand compilations
+    python scripts/benchmarks/kernel_resources.py --few      of each kernel the largest variants, on each chip
     python scripts/benchmarks/kernel_resources.py --plain    three kernels of plain settings on each chip
 
 Prints one line a compilation. Exit status 1 where one spills, has a stack, or asks for more than the chip has.
@@ -84,7 +85,7 @@ HEADER = "kernel          chip   type      V warps      tile registers stack spi
 
 
 def jobs(selection: str) -> list[Job]:
-    """ "every", "selection" or "plain"."""
+    """ "every", "selection", "few" or "plain"."""
 
     def heavy(vocabulary: int, dtype: str) -> Iterator[Variant]:
         """Of each kernel the variant of all flags and the one of few."""
@@ -107,6 +108,10 @@ def jobs(selection: str) -> list[Job]:
             for vocabulary in (*VOCABULARIES, *ODD_VOCABULARIES)
             for v in all_variants(vocabulary, ITEMSIZE[dtype])
         ]
+    if selection == "few":
+        found = [Job(v, "bf16", capability) for capability in SHARED_LIMIT for v in heavy(VOCABULARIES[0], "bf16")]
+        found += [Job(v, dtype, 90) for dtype in ("fp32", "fp16") for v in heavy(VOCABULARIES[1], dtype)]
+        return found + [Job(v, "bf16", 90) for v in heavy(ODD_VOCABULARIES[1], "bf16")]
     found = [Job(v, "bf16", 90) for v in all_variants(VOCABULARIES[0], 2)]
     found += [
         Job(v, dtype, capability)
@@ -175,6 +180,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     some = parser.add_mutually_exclusive_group()
     some.add_argument("--every", dest="selection", action="store_const", const="every", default="selection")
+    some.add_argument("--few", dest="selection", action="store_const", const="few")
     some.add_argument("--plain", dest="selection", action="store_const", const="plain")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()

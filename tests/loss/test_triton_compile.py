@@ -1,6 +1,7 @@
 """The Triton rows compiled ahead of time for chips that need not be here: what the interpreter lets pass.
 
-Run with -s for the table of registers. The variants come from the launcher itself: triton_rows.all_variants.
+Run with -s for the table of registers. The variants come from the launcher itself: triton_rows.all_variants. These are
+the largest; whoever changes a kernel runs kernel_resources.py without options: 126 compilations, 2 minutes of a core.
 """
 
 import os
@@ -21,12 +22,13 @@ def test_kernels_compile_without_spills():
     # In a process of its own: one where TRITON_INTERPRET=1 was set cannot compile.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["OMP_NUM_THREADS"] = "1"
-    run = subprocess.run([sys.executable, SCRIPT], env=environment, cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, SCRIPT, "--few", "--processes", "1"]
+    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     print(run.stdout)
     assert run.returncode == 0, run.stdout + run.stderr[-4000:]
     found = re.search(r"^(\d+) compilations, 0 with a problem$", run.stdout, re.MULTILINE)
     assert found is not None
-    assert int(found[1]) > 100
+    assert int(found[1]) > 30
     for chip in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100"):
         assert chip in run.stdout
 
