@@ -4,7 +4,7 @@
 Trains Marian models of random weights on a few hundred pairs: a teacher by cross-entropy, and two students of its
 size, by cross-entropy and by HKD-T. Prints NLL, ECE and accuracy on held-out pairs.
 
-    pip install 'hgkd-fairseq[examples]'
+    pip install '.[examples]'
     python scripts/examples/transformers_seq2seq.py                    # pairs that it makes
     python scripts/examples/transformers_seq2seq.py --pairs train.tsv  # source, tab, target, in tokens
 
