@@ -13,6 +13,7 @@ from hgkd_fairseq import drawing
 from hgkd_fairseq import files as file_access
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.evaluation.results import DRAWN, WHAT, check_bars
+from hgkd_fairseq.report.names import short_names
 
 # Wong's colours (Nature Methods 2011), from dark to light: apart for the colour-blind, and in grey.
 STYLES: tuple[dict[str, Any], ...] = (
@@ -53,7 +54,7 @@ def draw(files: Sequence[str], output: str, labels: Sequence[str] | None = None,
         raise UserError(f"the files have {' and '.join(map(str, sorted(bins)))} bins; score them with one --bins")
     for file, result in zip(files, results, strict=True):
         check_bars(file, result)
-    names = labels or default_names(files)
+    names = labels or short_names([Path(file) for file in files])
 
     figure = Figure(figsize=(6.0, 7.8), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.15))
@@ -65,14 +66,6 @@ def draw(files: Sequence[str], output: str, labels: Sequence[str] | None = None,
         handler_map={tuple: HandlerTuple(ndivide=None)}, handlelength=6,
     )  # fmt: skip
     file_access.write_figure(figure, output)
-
-
-def default_names(files: Sequence[str]) -> list[str]:
-    """The files' names, with their folders where names repeat."""
-    names = [Path(file).stem for file in files]
-    if len(set(names)) == len(names):
-        return names
-    return [f"{Path(file).resolve().parent.name}/{Path(file).stem}" for file in files]
 
 
 def reliability(axes, results: Sequence[dict], names: Sequence[str], which: str, styles=STYLES) -> list[Any]:

@@ -11,6 +11,7 @@ from typing import Any
 from hgkd_fairseq import files
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.evaluation import generated, logs, results, temperature
+from hgkd_fairseq.report.names import short_names
 
 GENERATED = "generate-test.txt"
 # What a run may lack, and the command that fills it in, with the run's folder for RUN. Of a file of scores the field of
@@ -54,7 +55,7 @@ def read_all(folders: Sequence[Path], reference: Path | None = None, translation
     """The runs, translated from one test set.
 
     Args:
-        folders: their names are the runs', with their parents' where they repeat.
+        folders: their names are the runs'; see :func:`short_names`.
         reference: text file, a reference a line; without it the references in the first run's translations.
         translations: folder in each run's that holds its translations, as `hgkd score --checkpoint NAME` leaves them.
 
@@ -63,7 +64,7 @@ def read_all(folders: Sequence[Path], reference: Path | None = None, translation
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError("a run is named twice; name each once")
-    runs = [read(folder, name, translations) for folder, name in zip(folders, names(folders), strict=True)]
+    runs = [read(folder, name, translations) for folder, name in zip(folders, short_names(folders), strict=True)]
     translated = [run for run in runs if run.translations is not None]
     if reference is not None:
         given = generated.read_references(reference)
@@ -84,13 +85,6 @@ def read_all(folders: Sequence[Path], reference: Path | None = None, translation
                 "from one"
             )
     return runs
-
-
-def names(folders: Sequence[Path]) -> list[str]:
-    short = [folder.resolve().name for folder in folders]
-    if len(set(short)) == len(short):
-        return short
-    return [f"{folder.resolve().parent.name}/{name}" for folder, name in zip(folders, short, strict=True)]
 
 
 def read(folder: Path, name: str, translations: str = "") -> Run:

@@ -2,12 +2,14 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
 
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.report import diagram
+from hgkd_fairseq.report.names import short_names
 
 # 4 bins: one empty, one with fewer tokens than FEW.
 BARS = {
@@ -68,9 +70,13 @@ def test_files(files, tmp_path, suffix: str, magic: bytes):
         assert output.stat().st_size > 10000
 
 
-def test_names(files):
-    assert diagram.default_names(files) == ["base/forced", "student/forced"]
-    assert diagram.default_names(["a/base.json", "a/student.json"]) == ["base", "student"]
+def test_names(files, tmp_path):
+    assert short_names([Path(file) for file in files]) == ["base/forced", "student/forced"]
+    assert short_names([Path(files[0])]) == ["forced"]
+    # Scores of a language pair, and of one checkpoint of it.
+    folders = [tmp_path / run / "de-en" / "last" for run in ("base", "student-1.2")]
+    assert short_names(folders) == ["base/de-en/last", "student-1.2/de-en/last"]
+    assert short_names([folders[1], folders[1].parent / "best"]) == ["last", "best"]
 
 
 def test_refusals(files, tmp_path, monkeypatch):

@@ -430,10 +430,6 @@ def test_unlike_resamples_are_said(folders, tmp_path):
     assert note.startswith("No difference in inference between base and run: inference.json was not resampled alike;")
 
 
-def test_names_that_repeat(tmp_path):
-    assert runs.names([tmp_path / "a" / "run", tmp_path / "b" / "run"]) == ["a/run", "b/run"]
-
-
 def test_colours():
     """Black is the text's colour, white the ground's, and the runs' colours have names that the dark page changes."""
     assert page.figures.colour("#ffffff") == "var(--ground)"
