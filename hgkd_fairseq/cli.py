@@ -214,7 +214,7 @@ def add_score(commands) -> None:
     def run(args) -> None:
         from hgkd_fairseq.evaluation.score import ScoreOptions, score_all
 
-        pairs = tuple(args.lang_pair or ())
+        pairs = tuple(dict.fromkeys(args.lang_pair or ()))
         how = ScoreOptions(args.generate, args.reference, args.tokenize, args.own_lenpen, args.cpu, pairs, args.command)
         score_all(args.data, args.runs, args.checkpoint or ["best"], how)
 

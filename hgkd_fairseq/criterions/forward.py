@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from hgkd_fairseq.criterions import by_pair, logged
+from hgkd_fairseq.criterions.from_data import from_data, gold_logprob
 from hgkd_fairseq.criterions.on_policy import TEACHER_ALONE
-from hgkd_fairseq.criterions.without_dropout import gold_logprob
 from hgkd_fairseq.data import batches, on_policy
 from hgkd_fairseq.loss import DistillationOutput, gated_distillation
 from hgkd_fairseq.plugin import features, workers
@@ -89,6 +89,9 @@ def forward(criterion: HardGateKDCriterion, model: torch.nn.Module, sample: dict
             kept = target != pad
             seen = student._replace(hidden=student.hidden[kept])
             loss = loss + criterion.learned_teacher.objective(seen, target[kept])
+        if "language_tokens" in sample:  # generation is given them, and yet counts their probabilities
+            given = sample["language_tokens"][:, skip:]
+            loss = loss + from_data(student, given, padding_idx=pad, implementation=cfg.loss_impl).loss
         workers.show(out, criterion.gate, state.idle)
     sample_size = sample["target"].size(0) if cfg.sentence_avg else sample["ntokens"]
     log = logged.sums(out, sample, sample_size, cfg.report_accuracy)

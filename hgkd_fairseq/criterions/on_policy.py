@@ -137,10 +137,10 @@ def check(cfg: Any, gate: Gate, task: Any) -> None:
             f"{share}: {flag(store)} knows no translations but those of the data; give --teacher-path CHECKPOINT "
             "alone, or drop the option"
         )
-    if getattr(task, "pair_names", ()):
+    if task.pair_names or task.language_tokens():
         raise UserError(
-            f"{share}: the student translates training data of one language pair; train it with --task "
-            "translation_with_teacher, or drop the option"
+            f"{share}: the student translates training data of one language pair, without language tokens; train it "
+            "with --task translation_with_teacher, or drop the option"
         )
     teacher = task.load_teacher()
     if teacher.name != "checkpoint":

@@ -19,7 +19,6 @@ from fairseq.data import (
     SampledMultiDataset,
     SampledMultiEpochDataset,
 )
-from fairseq.data.multilingual.multilingual_utils import get_lang_tok
 
 SEVERAL = (ConcatDataset, SampledMultiDataset)
 
@@ -73,33 +72,15 @@ def number(dataset: Any) -> None:
 
 
 def with_pairs(
-    collater: Callable[..., dict],
-    last: np.ndarray,
-    of_part: Sequence[int],
-    language_tokens: Sequence[int],
-    pad: int,
-    samples: list,
-    **options,
+    collater: Callable[..., dict], last: np.ndarray, of_part: Sequence[int], samples: list, **options
 ) -> dict:
-    """A batch that also says of which pair each sentence is, "pair" (B,); language tokens of the target are pads, for
-    nothing is learnt from what stands in every target. The decoder is given them as before."""
+    """A batch that also says of which pair each sentence is, "pair" (B,)."""
     batch = collater(samples, **options)
     if not batch:  # None where there are no samples, of a worker that has run out of them
         return {}
     places = np.searchsorted(last, batch["id"].numpy(), side="right")
     batch["pair"] = torch.tensor([of_part[place] for place in places])
-    if batch.get("target") is not None and len(language_tokens):
-        is_token = torch.isin(batch["target"], torch.tensor(language_tokens))
-        batch["target"] = batch["target"].masked_fill(is_token, pad)
-        batch["ntokens"] -= int(is_token.sum())
     return batch
-
-
-def language_tokens(task: Any) -> list[int]:
-    """Ids of those that a multilingual task puts before targets."""
-    dictionary, style = task.target_dictionary, task.args.lang_tok_style
-    symbols = [get_lang_tok(language, style, spec) for spec in task.args.langtoks_specs for language in task.langs]
-    return sorted({dictionary.index(symbol) for symbol in symbols} - {dictionary.unk()})
 
 
 def names(task: Any) -> list[str]:
@@ -108,18 +89,16 @@ def names(task: Any) -> list[str]:
     return list(dict.fromkeys(pair if "-" in pair else f"{pair}-{pair}" for pair in [*task.lang_pairs, *extra]))
 
 
-def tell_pairs(dataset: Any, task: Any, masked: bool = True) -> None:
+def tell_pairs(dataset: Any, task: Any) -> None:
     """Have the batches say so.
 
     Args:
         dataset: with numbers.
         task: whose data they are.
-        masked: whether language tokens of the target are pads.
     """
     known, keys = names(task), getattr(dataset, "keys", None) or [f"main:{pair}" for pair in task.lang_pairs]
     of_part = [known.index(key.partition(":")[2]) for key in keys]
-    arguments = (ends(dataset), of_part, language_tokens(task) if masked else [], task.target_dictionary.pad())
-    dataset.collater = functools.partial(with_pairs, dataset.collater, *arguments)
+    dataset.collater = functools.partial(with_pairs, dataset.collater, ends(dataset), of_part)
 
 
 def same_pass(dataset: Any, epoch: int) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from hgkd_fairseq.calibration.distribution import brier, distribution_tables
 from hgkd_fairseq.calibration.pieces import gold as gold_piece
 from hgkd_fairseq.calibration.scores import Mean, Predictions, Results, Settings
-from hgkd_fairseq.data import pairs
+from hgkd_fairseq.data import language_tokens, pairs
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.evaluation import languages
 from hgkd_fairseq.evaluation.token_table import TokenTable, opened
@@ -173,6 +173,7 @@ def batches(task, models, subset: str, max_tokens: int):
     if isinstance(dataset, pairs.SEVERAL):
         pairs.number(dataset)
         pairs.tell_pairs(dataset, task)
+    language_tokens.set_aside(dataset, languages.language_tokens(task), task.target_dictionary.pad())
     try:
         found = task.get_batch_iterator(dataset, max_tokens=max_tokens, max_positions=limits)
         itr = found.next_epoch_itr(shuffle=False)

@@ -30,7 +30,7 @@ WITH_PIECES = "run fairseq-generate without --remove-bpe and without --bpe, so t
 
 
 class Uneven(UserError):
-    """More or fewer scores than tokens."""
+    """More or fewer scores than the tokens need."""
 
 
 class Translation(NamedTuple):
@@ -76,7 +76,10 @@ def read(file: str, reference_file: str | None = None, language_token: str | Non
     references = dict(enumerate(read_references(reference_file))) if reference_file else lines["T"]
     if reference_file and len(references) != len(lines["H"]):
         raise UserError(f"{reference_file} has {len(references)} lines for {len(lines['H'])} translations in {file}")
-    return [translation(file, lines, references, index, language_token) for index in sorted(lines["H"])]
+    found = [translation(file, lines, references, index, language_token) for index in sorted(lines["H"])]
+    if language_token == "last" and all(len(lines["P"][one.sentence].split()) == len(one.logprobs) for one in found):
+        raise Uneven(f"{file} holds no scores of language tokens; drop --language-token")
+    return found
 
 
 def translation(
@@ -96,6 +99,8 @@ def translation(
             f"{file}: P-{index} holds a score that is NaN or above 0, which is no log-probability; where it is NaN the "
             "model's training has diverged: translate with an earlier checkpoint"
         )
+    if language_token == "first" and len(logprobs) == len(tokens) + 1:
+        raise UserError(f"{file}: P-{index} holds no score of a language token; drop --language-token")
     if language_token == "first":
         del logprobs[:1]
     elif language_token == "last" and len(logprobs) == len(tokens) + 2:

@@ -7,10 +7,12 @@ from argparse import Namespace
 from dataclasses import fields
 from typing import Any
 
+from fairseq.tasks import FairseqTask
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from fairseq.tasks.translation_from_pretrained_bart import TranslationFromPretrainedBARTTask
 from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleEpochTask
 
+from hgkd_fairseq.data.language_tokens import of_multilingual, of_pretrained_bart
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.plugin import binarised
 from hgkd_fairseq.plugin.checkpoints import Checkpoint
@@ -68,7 +70,7 @@ def generation(checkpoint: Checkpoint, pair: str | None) -> tuple[list[str], dic
     return words, shaping | {"langs": inputs.languages(options), "lang_dict": None}
 
 
-def language_token(options: dict[str, Any]) -> str | None:
+def unprinted_token(options: dict[str, Any]) -> str | None:
     """Of a task: where fairseq-generate prints the score of a language token; see :class:`inference.Labelling`."""
     found = inputs.added(options)
     if inputs.kind(options) == inputs.BART:
@@ -86,10 +88,17 @@ def check_pair(path: str, options: dict[str, Any], pair: str | None) -> None:
     """Raises:
     UserError: the model is none of this language pair among others.
     """
-    if pair and inputs.kind(options) != inputs.MULTILINGUAL:
+    if pair is not None and inputs.kind(options) != inputs.MULTILINGUAL:
         raise UserError(f"--lang-pair {pair}: {path} is no model of several language pairs; drop it")
-    if pair and pair not in pairs_of(options):
+    if pair is not None and pair not in pairs_of(options):
         raise UserError(f"--lang-pair {pair}: {path} was trained on {', '.join(pairs_of(options))}; name one of them")
+
+
+def language_tokens(task: FairseqTask) -> list[int]:
+    """Ids of those that it puts into targets."""
+    if isinstance(task, TranslationMultiSimpleEpochTask):
+        return of_multilingual(task)
+    return of_pretrained_bart(task) if isinstance(task, TranslationFromPretrainedBARTTask) else []
 
 
 def make_task(data: str, path: str, checkpoint: Checkpoint, pair: str | None):

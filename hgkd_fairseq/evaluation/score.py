@@ -125,9 +125,12 @@ class Scoring:
         self.once = Steps(self.folder, *known, self.path).once
 
     def ask(self, checkpoint: checkpoints.Checkpoint) -> None:
-        """What the model's task has to be told of, and what it prints."""
+        """What the model's task has to be told of, and what it prints. All pairs are looked at, before the first one
+        is scored."""
+        for pair in self.how.pairs:
+            languages.check_pair(checkpoint.path, checkpoint.options("task"), pair)
         self.task = languages.generation(checkpoint, self.pair)
-        self.labelling = inference.Labelling(language_token=languages.language_token(checkpoint.options("task")))
+        self.labelling = inference.Labelling(language_token=languages.unprinted_token(checkpoint.options("task")))
 
     def best_by_bleu(self) -> Path:
         """Of the epochs' checkpoints, the best and the last one, that with the highest BLEU on the validation set."""

@@ -27,6 +27,7 @@ FILES = {
     "scaled.json": "hgkd score DATA RUN",
     "inference_scaled.json": "hgkd score DATA RUN",
 }
+TRAINING = ("checkpoint_best.pt", "checkpoint_last.pt", "train.log")
 MODES = {"forced": "forced", "inference": "inference", "scaled": "forced", "inference_scaled": "inference"}
 
 
@@ -97,7 +98,7 @@ def read(folder: Path, name: str, translations: str = "") -> Run:
             f"--translations {translations}: {generation / GENERATED} does not exist; write it: hgkd score DATA "
             f"{folder} --checkpoint {translations}"
         )
-    places = {file: generation if file == GENERATED else folder for file in FILES}
+    places = {**dict.fromkeys(FILES, folder), GENERATED: generation, **dict.fromkeys(TRAINING, trained(folder))}
     run = Run(folder, name, missing=[file for file in FILES if not (places[file] / file).exists()])
     if len(run.missing) == len(FILES):
         raise UserError(
@@ -108,10 +109,10 @@ def read(folder: Path, name: str, translations: str = "") -> Run:
             files.refuse_irregular(place, "remove it")
     if GENERATED not in run.missing:
         run.translations, run.references = generated.read_texts(generation / GENERATED)
-    run.best_update, _ = progress(run, "checkpoint_best.pt")
-    run.last_update, run.minutes = progress(run, "checkpoint_last.pt")
+    run.best_update, _ = progress(run, places["checkpoint_best.pt"] / "checkpoint_best.pt")
+    run.last_update, run.minutes = progress(run, places["checkpoint_last.pt"] / "checkpoint_last.pt")
     if "train.log" not in run.missing:
-        run.log = logs.read(folder / "train.log")
+        run.log = logs.read(places["train.log"] / "train.log")
     for file in ("generate.log", GENERATED):  # with --results-path, the settings are printed, not written there
         if (generation / file).exists() and not run.generation.settings:
             run.generation = logs.read(generation / file)
@@ -129,13 +130,20 @@ def read(folder: Path, name: str, translations: str = "") -> Run:
     return run
 
 
-def progress(run: Run, file: str) -> tuple[int | None, float | None]:
+def trained(folder: Path) -> Path:
+    """Where the training saved to: the folder, or, of what hgkd score wrote for a checkpoint or a language pair, RUN of
+    RUN/NAME, RUN/SRC-TGT or RUN/SRC-TGT/NAME."""
+    above = folder.resolve().parents[:2] if (folder / "scores.json").exists() else ()
+    return next((one for one in (folder, *above) if any((one / file).exists() for file in TRAINING)), folder)
+
+
+def progress(run: Run, file: Path) -> tuple[int | None, float | None]:
     """(updates, minutes of training) that a checkpoint was saved after."""
     from hgkd_fairseq.plugin import checkpoints
 
-    if file in run.missing:
+    if file.name in run.missing:
         return None, None
-    found = checkpoints.read(run.folder / file, model=False)
+    found = checkpoints.read(file, model=False)
     return found.updates, found.seconds / 60
 
 

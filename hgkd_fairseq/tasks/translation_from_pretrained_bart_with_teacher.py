@@ -1,5 +1,5 @@
 """Task ``translation_from_pretrained_bart_with_teacher``: fairseq's translation with a model that begins as mBART, and
-a teacher of the same kind. The language token that ends each target is learnt: translations end with it."""
+a teacher of the same kind. Translations end with a language token."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.tasks import register_task
 from fairseq.tasks.translation_from_pretrained_bart import TranslationFromPretrainedBARTTask
 
+from hgkd_fairseq.data import language_tokens
 from hgkd_fairseq.tasks.with_teacher import WithTeacher
 from hgkd_fairseq.teacher.config import TeacherOptions
 
@@ -17,3 +18,6 @@ class TranslationFromPretrainedBARTWithTeacherTask(WithTeacher, TranslationFromP
     def add_args(parser):
         TranslationFromPretrainedBARTTask.add_args(parser)
         gen_parser_from_dataclass(parser, TeacherOptions())
+
+    def language_tokens(self) -> list[int]:
+        return language_tokens.of_pretrained_bart(self)

@@ -16,7 +16,7 @@ from fairseq.tasks import FairseqTask, register_task
 from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleEpochTask
 
 from hgkd_fairseq import teacher
-from hgkd_fairseq.data import batches, pairs
+from hgkd_fairseq.data import batches, language_tokens, pairs
 from hgkd_fairseq.errors import UserError, flag
 from hgkd_fairseq.tasks.with_teacher import WithTeacher
 from hgkd_fairseq.teacher.config import TeacherOptions
@@ -32,14 +32,14 @@ class TranslationMultiSimpleEpochWithTeacherTask(WithTeacher, TranslationMultiSi
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.pair_names = pairs.names(self)
-        self.learns = False  # with a criterion, whose targets are without language tokens
         self.whole: tuple[Any, Any] | None = None  # training data, and the same with each sentence once
 
     def build_criterion(self, *args, **kwargs):
-        self.learns = True
-        return FairseqTask.build_criterion(
-            self, *args, **kwargs
-        )  # which compat.py patches; that of older tasks is the same
+        # compat.py patches it; that of older tasks is the same
+        return FairseqTask.build_criterion(self, *args, **kwargs)
+
+    def language_tokens(self) -> list[int]:
+        return language_tokens.of_multilingual(self)
 
     def load_teacher(self) -> teacher.TeacherSource:
         for option in ("teacher_store", "gauge_store"):
@@ -55,7 +55,7 @@ class TranslationMultiSimpleEpochWithTeacherTask(WithTeacher, TranslationMultiSi
         if split == self.cfg.train_subset:
             pairs.same_pass(dataset, epoch)
         pairs.number(dataset)
-        pairs.tell_pairs(dataset, self, self.learns)
+        pairs.tell_pairs(dataset, self)
         super().prepare(split, epoch, dataset)
 
     def every_sentence(self) -> Any:
@@ -67,6 +67,7 @@ class TranslationMultiSimpleEpochWithTeacherTask(WithTeacher, TranslationMultiSi
             parts = OrderedDict(zip(training.keys, pairs.parts(training), strict=True))
             whole = SampledMultiDataset(parts, virtual_size=None, split=training.split, shared_collater=shared)
             pairs.tell_pairs(whole, self)
+            language_tokens.set_aside(whole, self.language_tokens(), self.target_dictionary.pad())
             batches.count_targets(whole, self.target_dictionary.pad())
             self.whole = training, whole
         return self.whole[1]
@@ -82,7 +83,7 @@ class TranslationMultiSimpleEpochWithTeacherTask(WithTeacher, TranslationMultiSi
         whole = self.every_sentence()
         limit = utils.resolve_max_positions(self.max_positions(), self.cfg.max_tokens)
         kept = self.filter_indices_by_size(np.arange(len(whole)), whole, limit, ignore_invalid_inputs=True)
-        yield from pairs.targets(whole, kept, pairs.language_tokens(self))
+        yield from pairs.targets(whole, kept, self.language_tokens())
         del self.datasets[self.cfg.train_subset]
         if shown is not None:
             self.datasets[self.cfg.train_subset] = shown

@@ -11,7 +11,7 @@ from fairseq.data import FairseqDataset
 from fairseq.distributed import utils as distributed_utils
 
 from hgkd_fairseq import teacher
-from hgkd_fairseq.data import batches, held_out, pairs
+from hgkd_fairseq.data import batches, held_out, language_tokens, pairs
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.plugin import training_state
 from hgkd_fairseq.report.tensorboard import write_reliability
@@ -44,6 +44,11 @@ class WithTeacher:
             if self.cfg.upsample_primary > 1:
                 raise UserError("--leave-out-fold: with --upsample-primary copies of its sentences are trained on")
         self.validated = 0  # subsets, in the validation that is going on
+        self.language_tokens_apart = False  # of targets; our criterion has it so
+
+    def language_tokens(self) -> list[int]:
+        """Ids of those that the task puts into targets."""
+        return []
 
     def load_teacher(self) -> teacher.TeacherSource:
         """The teacher, loaded on the first call; on the CPU until it meets the first batch.
@@ -85,6 +90,8 @@ class WithTeacher:
 
     def prepare(self, split: str, epoch: int, dataset: Any) -> None:
         """Called with each data set that is loaded."""
+        if self.language_tokens_apart:
+            language_tokens.set_aside(dataset, self.language_tokens(), self.target_dictionary.pad())
         batches.count_targets(dataset, self.target_dictionary.pad())
         if self.teacher is not None:
             folders = len(utils.split_paths(self.cfg.data)) if split == self.cfg.train_subset else 1

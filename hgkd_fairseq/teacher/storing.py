@@ -25,7 +25,7 @@ from hgkd_fairseq.data.shards import Shards
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.plugin import binarised, checkpoints, features
 from hgkd_fairseq.plugin.checkpoints import split_paths
-from hgkd_fairseq.teacher import statistics
+from hgkd_fairseq.teacher import inputs, statistics
 from hgkd_fairseq.teacher.live import LiveTeacher
 from hgkd_fairseq.teacher.store import FORMAT, Part, bits, ends, key, save
 from hgkd_fairseq.teacher.stored import dictionary_hash
@@ -79,6 +79,7 @@ def write(data: str, teacher_path: str, output: str, options: StoreOptions) -> s
     Raises:
         UserError: data, teacher or folder cannot be used, or there is no room.
     """
+    refuse_language_tokens(split_paths(teacher_path))
     task = make_task(data, teacher_path)
     languages = (task.cfg.source_lang, task.cfg.target_lang)
     paths = split_paths(teacher_path)
@@ -122,6 +123,16 @@ def write(data: str, teacher_path: str, output: str, options: StoreOptions) -> s
         f"{output}: kind {options.kind}, {rows} sentences, {tokens} target tokens, {size} bytes, {size / tokens:.1f} a "
         f"token{biased if options.kind == 'topk' else ''}"
     )
+
+
+def refuse_language_tokens(paths: list[str]) -> None:
+    for path in paths:
+        kind = inputs.kind(checkpoints.read(path, model=False).options("task"))
+        if kind in (inputs.MULTILINGUAL, inputs.BART):
+            raise UserError(
+                f"{path} was trained by the task {kind}, which adds language tokens, and a store has the sentences of "
+                "one language pair without them; distil from the teacher itself (--teacher-path)"
+            )
 
 
 def make_task(data: str, teacher_path: str) -> TranslationTask:

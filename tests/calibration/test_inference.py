@@ -161,6 +161,19 @@ def test_files_that_do_not_fit(tmp_path, change, expected):
         evaluate(written(tmp_path, text))
 
 
+@pytest.mark.parametrize(("place", "left"), [("first", [-2.0, 0.0, -1.0]), ("last", [-1.0, -2.0, 0.0])])
+def test_a_score_of_a_language_token(tmp_path, place: str, left: list[float]):
+    """One score more than tokens and end of sentence. Where "last", a translation that was cut has none."""
+    text = OUTPUT.replace("H-1\t-0.5\t▁a ▁d og", "H-1\t-0.5\t▁a ▁d")
+    if place == "first":
+        text = text.replace("P-0\t-1.0000 0.0001", "P-0\t-9.0000 -1.0000 0.0001")
+    first, second = read(written(tmp_path, text), language_token=place)
+    assert (first.logprobs, second.logprobs) == ([-1.0, 0.0], left)
+    assert second.tokens == ["▁a", "▁d"]
+    with pytest.raises(UserError, match=r"language tokens?; drop --language-token"):
+        read(written(tmp_path), language_token=place)
+
+
 def test_files_that_are_no_output(tmp_path):
     (tmp_path / "binary").write_bytes(b"H-0\xff\xfe")
     (tmp_path / "one.txt").write_text("▁yes\n")

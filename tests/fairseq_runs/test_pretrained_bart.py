@@ -39,12 +39,14 @@ def values(file: Path) -> dict[str, float]:
     return {row["key"]: row["value"] for row in json.loads(file.read_text())["scores"]}
 
 
-def check_commands(run: cl.Run, data: Path, generated: cl.Result, folder: Path, capsys: pytest.CaptureFixture):
+def check_commands(
+    run: cl.Run, data: Path, generated: cl.Result, cut: cl.Result, folder: Path, capsys: pytest.CaptureFixture
+):
     """hgkd score has the training's numbers and fairseq-generate's translations, and so has CTranslate2, given the
     tokens that a source ends with, and a target begins and ends with."""
-    scoring = ("score", data, run.folder, "--cpu", "--generate", "--beam 2 --max-len-b 12")
+    scoring = ("score", data, run.folder, "--cpu", "--generate", "--beam 2 --max-len-b 7")
     assert cli.main([str(word) for word in (*scoring, "--checkpoint", "last")]) == 0
-    assert (run.folder / "last/translations.txt").read_text().splitlines() == generated.hypotheses()
+    assert (run.folder / "last/translations.txt").read_text().splitlines() == cut.hypotheses()
     check_inference(run.folder / "last/generate-test.txt", folder)
     assert "inference_ece" in json.loads((run.folder / "last/scores.json").read_text())
     # After one epoch most translations are empty and go on after the end of sentence, which is not printed.
@@ -53,7 +55,9 @@ def check_commands(run: cl.Run, data: Path, generated: cl.Result, folder: Path, 
     assert "1: scored without the ECE of its translations: " in capsys.readouterr().err
     assert "inference_ece" not in json.loads((run.folder / "1/scores.json").read_text())
     words = ("calibration", "forced", data, "--path", run.path(), "--gen-subset", "valid", "--cpu", "--replicates", 0)
-    assert cli.main([str(word) for word in (*words, "--json", folder / "valid.json")]) == 0
+    words = (*words, "--json", folder / "valid.json", "--tokens", folder / "tokens.tsv")
+    assert cli.main([str(word) for word in words]) == 0
+    assert "[en]" not in (folder / "tokens.tsv").read_text()
     found = values(folder / "valid.json")
     logged = run.result.logs("valid")[-1]
     assert found["nll"] == pytest.approx(logged["nll_loss"], abs=0.0011)
@@ -74,6 +78,13 @@ def check_commands(run: cl.Run, data: Path, generated: cl.Result, folder: Path, 
     assert [" ".join(tokens) for tokens in translations] == generated.hypotheses()
 
 
+def generate(data: Path, path: Path, longest: int) -> cl.Result:
+    return cl.fairseq(
+        *("generate", data, *cl.USER_DIR, *TASK, "--source-lang", "de", "--target-lang", "en", "--cpu"),
+        *("--path", path, "--gen-subset", "test", "--beam", 2, "--max-len-b", longest),
+    )
+
+
 def test_training(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     """A teacher and a student by the same task, which translates; a student of another task, or of other languages, is
     refused."""
@@ -90,12 +101,10 @@ def test_training(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
         "--attention-dropout",
         0,
     )
-    student, generated = cl.together(
+    student, generated, cut = cl.together(
         lambda: cl.train(data, tmp_path / "student", *taught, *again, "--dropout", 0, "--attention-dropout", 0),
-        lambda: cl.fairseq(
-            *("generate", data, *cl.USER_DIR, *TASK, "--source-lang", "de", "--target-lang", "en", "--cpu"),
-            *("--path", first.path(), "--gen-subset", "test", "--beam", 2, "--max-len-b", 12),
-        ),
+        lambda: generate(data, first.path(), 12),
+        lambda: generate(data, first.path(), 7),
     )
     # It begins as its teacher: nothing lies between them before the first update.
     assert student.result.logs("train")[0]["kd_loss"] < 1e-3
@@ -103,7 +112,7 @@ def test_training(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     assert len(generated.hypotheses()) == 64, generated.end()
     lengths = [len(line.split()) for line in generated.hypotheses()]
     assert sum(lengths) / len(lengths) < 11  # it ends
-    check_commands(first, data, generated, tmp_path, capsys)
+    check_commands(first, data, generated, cut, tmp_path, capsys)
 
     dictionary = Dictionary.load(str(data / "dict.en.txt"))
     both = ([str(first.path())], dictionary, dictionary)

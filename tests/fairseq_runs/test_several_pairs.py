@@ -19,6 +19,7 @@ from hgkd_fairseq import cli, plugin
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.gates import GATES, get_gate
 from hgkd_fairseq.loss.eager import mean_logprobs
+from hgkd_fairseq.report import runs
 from hgkd_fairseq.teacher import inputs
 from hgkd_fairseq.teacher.live import LiveTeacher
 
@@ -151,8 +152,9 @@ def test_each_sentence_of_each_pair_has_a_number(parts, data: Path):
     assert [int(every.collater([every[i]])["id"]) for i in range(len(every))] == list(range(SENTENCES))
 
 
-def test_language_tokens_are_not_learnt(parts, teacher: Path):
-    """Neither cross-entropy, gate, KL nor calibration sees them; the decoder is given them."""
+def test_language_tokens(parts, teacher: Path):
+    """Neither gate, KL, calibration nor any number that is logged sees them; the decoder is given them. They are learnt
+    by cross-entropy, for the scores of a translation count them."""
     task, model, criterion = parts
     model.eval()
     batch = batches(task, "valid")[0]
@@ -170,6 +172,10 @@ def test_language_tokens_are_not_learnt(parts, teacher: Path):
     assert float(log["calibration"][0].sum()) == count
     by_pair = [float(log[f"pair {name}"][0]) for name in SIZES]
     assert sum(by_pair) == count
+    loss, size_in_training, log_in_training = criterion(model, batch)
+    torch.testing.assert_close(log_in_training["loss"], log["loss"])
+    assert size_in_training == sample_size
+    torch.testing.assert_close(loss - log["loss"], -logp[:, 0, english].sum(), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("gate", [name for name, gate in GATES.items() if name != "instance"])
@@ -367,6 +373,8 @@ def test_scores(teacher: Path, data: Path, tmp_path: Path):
         (tmp_path / "generated").write_text(generated.output)
         words = ("calibration", "inference", tmp_path / "generated", "--replicates", 0, "--json", tmp_path / "own.json")
         assert cli.main([str(one) for one in words]) == 1  # a score more than there are tokens
+        logged = runs.read(run / pair / "last", pair)
+        assert logged.last_update == cl.load(teacher)["optimizer_history"][-1]["num_updates"]
         assert cli.main([str(one) for one in (*words, "--language-token", "first")]) == 0
         assert values(tmp_path / "own.json")["ece"] == scores["inference_ece"]
     assert not (run / "scores.json").exists()
@@ -399,7 +407,9 @@ def test_what_does_not(student: tuple[cl.Run, tuple], data: Path, tmp_path: Path
     run, _ = student
     scoring = ("score", data, run.folder, "--checkpoint", "last", "--cpu")
     assert "several language pairs; name one with --lang-pair: de-en, fr-en" in refused(capsys, *scoring)
-    assert "--lang-pair en-de: " in refused(capsys, *scoring, "--lang-pair", "en-de")
+    wrong = ("--lang-pair", "de-en", "--lang-pair", "en-de")  # it is told before anything is scored
+    assert "--lang-pair en-de: " in refused(capsys, *scoring, *wrong)
+    assert not (run.folder / "de-en").exists()
     text = (*scoring, "--reference", "x", "--lang-pair", "de-en", "--lang-pair", "fr-en")
     assert "--reference is the text of one language pair" in refused(capsys, *text)
     named = "was trained by the task translation_multi_simple_epoch, which adds language tokens"
@@ -409,7 +419,7 @@ def test_what_does_not(student: tuple[cl.Run, tuple], data: Path, tmp_path: Path
     )
     assert named in refused(capsys, "compare", data, run.path(), "--cpu")
     of_store = refused(capsys, "store", data, "--teacher-path", run.path(), "--output", tmp_path / "s", "--cpu")
-    assert "they need the same language tokens" in of_store
+    assert "a store has the sentences of one language pair without them; distil from the teacher itself" in of_store
     assert "--lang-pair en-de" in refused(
         capsys, "calibration", "forced", data, "--path", run.path(), "--lang-pair", "en-de", "--cpu"
     )

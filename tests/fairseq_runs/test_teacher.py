@@ -12,7 +12,7 @@ from fairseq.logging import metrics
 from fairseq.optim.sgd import SGD
 from omegaconf import OmegaConf
 
-from hgkd_fairseq.criterions.without_dropout import gold_logprob
+from hgkd_fairseq.criterions.from_data import gold_logprob
 from hgkd_fairseq.gates import get_gate
 from hgkd_fairseq.loss.eager import mean_logprobs
 
