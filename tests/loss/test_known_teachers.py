@@ -225,6 +225,15 @@ REFUSED = {
 }
 
 
+def test_a_sparse_teacher_of_other_shapes():
+    batch = make((3,), 3)
+    sparse = top(batch, 7)
+    fewer = sparse._replace(probability=sparse.probability[..., :6])
+    for other in (fewer, sparse.map(lambda part: part[:, :2])):
+        with pytest.raises(ValueError, match=r"teacher_sparse is \[\(1, [23], 7\).* and target \(1, 3\)"):
+            run_sparse(batch, "eager", other)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str):
     options, message = REFUSED[name]
