@@ -278,7 +278,12 @@ def test_refused_before_it_starts(given: tuple, expected: str, built):
     def ask() -> None:
         gate = checks.make_gate(cfg)
         checks.check_options(cfg, gate, training_state.of(task))
-        check(cfg, gate, SimpleNamespace(cfg=of_task, load_teacher=task.load_teacher))
+        of_ours = {
+            "pair_names": task.pair_names,
+            "language_tokens": task.language_tokens,
+            "load_teacher": task.load_teacher,
+        }
+        check(cfg, gate, SimpleNamespace(cfg=of_task, **of_ours))
 
     with pytest.raises(UserError) as caught:
         ask()
