@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hgkd_fairseq import gates
-from hgkd_fairseq.loss import DIVERGENCES, DistillationOutput, chunked, gated_distillation
+from hgkd_fairseq.loss import DIVERGENCES, DistillationOutput, chunked, gated_distillation, products
 from hgkd_fairseq.sentence_weights import gate as _instance  # noqa: F401  registers the gate instance
 
 ROOT = Path(__file__).parents[2]
@@ -1247,3 +1247,16 @@ def test_the_teachers_share_is_of_the_weights(implementation: str):
     assert out.teacher_tokens == out.tokens
     assert run(batch, implementation, gate="none").teacher_share == 0
     assert run(batch, implementation, gate=gates.get_gate("always", kd_weight=0.25)).teacher_share == 0.25 * out.tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scaled_gradients(dtype: torch.dtype):
+    """They have the dtype that is asked for, and their own memory where they have it."""
+    gradient = torch.tensor([[1.0, -3.0], [0.5, 2.0]])
+    found = products.scaled(gradient.clone(), dtype, torch.tensor(0.5))
+    assert found is not None
+    assert found.dtype == dtype
+    assert found.tolist() == [[0.5, -1.5], [0.25, 1.0]]
+    own = gradient.to(dtype)
+    assert products.scaled(own, dtype, torch.tensor(0.5)).data_ptr() == own.data_ptr()
+    assert own.tolist() == found.tolist()
