@@ -64,13 +64,15 @@ def export_all(
     Args:
         comparison: arguments of :func:`compare.compare` after its models; None: no comparison.
     """
+    note = ""
     if not ctranslate2:
         if quantization:
             raise UserError("--quantization is of the CTranslate2 model: add --ctranslate2 DIR")
         comparison = None
     else:
-        check_conversion(path, ctranslate2, data)
-        if comparison and adds_tokens(path):
+        if check_conversion(path, ctranslate2, data) in inputs.ADDS_TOKENS:
+            note = ", given language tokens"
+        if comparison and note:
             raise UserError(f"{path} translates with language tokens, and the comparison gives none: --no-comparison")
         if comparison and comparison["reference_file"]:
             generated.read_references(comparison["reference_file"])  # what it refuses is told before the work
@@ -78,7 +80,7 @@ def export_all(
     print(f"{output}: for any fairseq, without hgkd_fairseq")
     if ctranslate2:
         to_ctranslate2(output, ctranslate2, data, quantization)
-        print(f"{ctranslate2}: for CTranslate2{', given language tokens' if adds_tokens(path) else ''}")
+        print(f"{ctranslate2}: for CTranslate2{note}")
     if ctranslate2 and comparison:
         print(compare.compare(data or data_of(path), [output, ctranslate2], **comparison))
 
@@ -171,7 +173,7 @@ def without_plugin(checkpoint: checkpoints.Checkpoint) -> dict[str, Any]:
     model = found["model"]
     model["_name"] = model.get("_name") or model.get("arch")
     flat = [model, found["common"]]  # fairseq writes all options of the command line into the model's as well
-    if (kind := inputs.kind(found["task"])) in (inputs.MULTILINGUAL, inputs.BART):
+    if (kind := inputs.kind(found["task"])) in inputs.ADDS_TOKENS:
         found["task"]["_name"] = kind
         flat.append(found["task"])  # and into those of its older tasks
     elif is_ours(found["task"], TASK_DATACLASS_REGISTRY):
@@ -188,11 +190,6 @@ def without_plugin(checkpoint: checkpoints.Checkpoint) -> dict[str, Any]:
                 options[key] = value["_name"]
         options["user_dir"] = None
     return found
-
-
-def adds_tokens(path: str) -> bool:
-    task = checkpoints.read(split_paths(path)[0], model=False).options("task")
-    return inputs.kind(task) in (inputs.MULTILINGUAL, inputs.BART)
 
 
 def is_ours(section: dict[str, Any], registry: dict[str, type]) -> bool:
@@ -212,14 +209,16 @@ def data_of(path: str) -> str:
     return str(checkpoints.read(split_paths(path)[0], model=False).options("task").get("data"))
 
 
-def check_conversion(path: str, folder: str, data: str | None) -> None:
-    """Refuse what :func:`to_ctranslate2` would refuse, as far as it can be told before the export."""
+def check_conversion(path: str, folder: str, data: str | None) -> str:
+    """Refuse what :func:`to_ctranslate2` would refuse, as far as it can be told before the export. Returns the name of
+    the model's task."""
     import_converters()
     refuse_existing(folder)
     checkpoint = checkpoints.read(split_paths(path)[0], model=False)
     check_options(checkpoint)
     task = checkpoint.options("task")
     language_pair(split_paths(data or str(task.get("data")))[0], task)
+    return inputs.kind(task)
 
 
 def check_options(checkpoint: checkpoints.Checkpoint) -> None:

@@ -38,7 +38,7 @@ def refuse(checkpoint: Checkpoint) -> None:
     UserError: the model was trained by such a task.
     """
     kind = inputs.kind(checkpoint.options("task"))
-    if kind in (inputs.MULTILINGUAL, inputs.BART):
+    if kind in inputs.ADDS_TOKENS:
         raise UserError(
             f"{checkpoint.path} was trained by the task {kind}, which adds language tokens, and this command runs "
             "models of the task translation: translate with fairseq-generate, or measure with hgkd score"
@@ -49,14 +49,13 @@ def generation(checkpoint: Checkpoint, pair: str | None) -> tuple[list[str], dic
     """What fairseq-generate is to be told of a model's task: words of its command line, and options to set then.
 
     Args:
-        pair: of a model of several language pairs, the one to translate.
+        pair: of a model of several language pairs, the one to translate, which :func:`check_pair` has looked at.
 
     Raises:
-        UserError: there is no such pair, or one is missing.
+        UserError: it is missing.
     """
     options = checkpoint.options("task")
     kind = inputs.kind(options)
-    check_pair(checkpoint.path, options, pair)
     shaping = {name: options[name] for name in SHAPING if options.get(name) is not None}
     if kind == inputs.BART:  # fairseq's own task asks for attributes that it no longer has
         return ["--task", f"{kind}_with_teacher"], shaping | {"langs": options["langs"]}

@@ -16,6 +16,7 @@ from hgkd_fairseq.plugin import binarised
 from hgkd_fairseq.plugin.checkpoints import split_paths
 
 MULTILINGUAL, BART = "translation_multi_simple_epoch", "translation_from_pretrained_bart"
+ADDS_TOKENS = (MULTILINGUAL, BART)  # of languages, to sentences
 FOLDER = "give its folder with --teacher-model-overrides \"{'data': 'DIR'}\""
 
 

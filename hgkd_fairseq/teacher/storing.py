@@ -128,7 +128,7 @@ def write(data: str, teacher_path: str, output: str, options: StoreOptions) -> s
 def refuse_language_tokens(paths: list[str]) -> None:
     for path in paths:
         kind = inputs.kind(checkpoints.read(path, model=False).options("task"))
-        if kind in (inputs.MULTILINGUAL, inputs.BART):
+        if kind in inputs.ADDS_TOKENS:
             raise UserError(
                 f"{path} was trained by the task {kind}, which adds language tokens, and a store has the sentences of "
                 "one language pair without them; distil from the teacher itself (--teacher-path)"

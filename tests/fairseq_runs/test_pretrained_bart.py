@@ -91,18 +91,9 @@ def test_training(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     usual = (*cl.USER_DIR, *TASK, "--criterion", "hard_gate_kd")
     first = cl.train(data, tmp_path / "teacher", *usual, "--gate", "none", "--max-epoch", 12, *cl.BLEU)
     taught = (*usual, "--teacher-path", first.path(), "--max-update", 1, "--gate", "always", "--teacher-temperature", 1)
-    again = (
-        *cl.KEEP_LAST,
-        "--restore-file",
-        first.path(),
-        "--reset-optimizer",
-        "--dropout",
-        0,
-        "--attention-dropout",
-        0,
-    )
+    again = ("--restore-file", first.path(), "--reset-optimizer", "--dropout", 0, "--attention-dropout", 0)
     student, generated, cut = cl.together(
-        lambda: cl.train(data, tmp_path / "student", *taught, *again, "--dropout", 0, "--attention-dropout", 0),
+        lambda: cl.train(data, tmp_path / "student", *taught, *again, *cl.KEEP_LAST),
         lambda: generate(data, first.path(), 12),
         lambda: generate(data, first.path(), 7),
     )
