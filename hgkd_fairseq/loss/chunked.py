@@ -37,7 +37,7 @@ CHUNK_TOKENS = {"cpu": 256}
 #     tokens, hidden, vocabulary    1024 a chunk   2048         3072         4096         8192
 #     8192, 512, 37000              6.17  228      3.85  376    3.78  523    3.59  673    3.54  1253
 #     8192, 1024, 37000             5.95           5.35         5.45  612    5.11         5.28
-CHUNK_BYTES = 256 * 2**20
+CHUNK_BYTES = 320 * 2**20
 FEWEST_TOKENS, MOST_TOKENS = 1024, 8192
 
 # |dz| is at most the gate's weight and often near 1e-8, where fp16 flushes to zero before the optimizer's loss scale

@@ -157,12 +157,12 @@ outcome() {
 }
 
 part_tests() {
-    local seconds status workers=() selected=(-m cuda tests/loss tests/fairseq_runs)
+    local seconds status workers=() selected=(-m cuda tests/fairseq_runs tests/data tests/loss) # trainings first: they take longest
     seconds=$(limit tests)
     if [[ $device == cpu ]]; then
         selected=(tests/loss/test_devices.py -k "cpu and (few or pads or alignment)")
     elif "$python" -c 'import xdist' 2>/dev/null; then
-        workers=(-n "$(($(nproc) > 12 ? 12 : $(nproc)))")
+        workers=(-n "$(($(nproc) > 16 ? 16 : $(nproc)))" --maxschedchunk 1)
     fi
     (cd "$root" && limited "$seconds" "$out/tests.log" "$python" -m pytest -q -p no:cacheprovider -W ignore --durations=8 -rfE \
         "${workers[@]}" "${selected[@]}")

@@ -72,12 +72,20 @@ def _flush_buffer() -> torch.Tensor:
     return torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
 
-def device_seconds(run: Callable[[], None], device: str) -> float:
-    """As `seconds`; on a GPU what its own clock says, between two events, after its L2 was filled with other things."""
+BUSY_CYCLES = 20_000_000  # some 10 ms of a GPU: longer than the host takes to queue one pass of a loss
+
+
+def device_seconds(run: Callable[[], None], device: str, queued: bool = False) -> float:
+    """As `seconds`; on a GPU what its own clock says, between two events, after its L2 was filled with other things.
+
+    `queued`: the device is kept busy until the host has queued all of it, so that nothing waits for the host.
+    """
     if device != "cuda":
         return seconds(run, device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     synchronize(device)
+    if queued:
+        torch.cuda._sleep(BUSY_CYCLES)
     _flush_buffer().zero_()  # the host queues the first launches meanwhile
     start.record()
     run()

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Run a study: every cell of a grid that is not finished yet. Interrupt it anywhere and start it again: it goes on.
 
-    run.py multi30k.toml [--dir DIR] [--jobs N] [--from FOLDER] [--dry-run]
+    run.py multi30k.toml [--dir DIR] [--jobs N] [--precision P] [--from FOLDER] [--dry-run]
 
 A finished cell is never run again: a method or a seed that is added to the grid costs its own cells only. Training that
 was killed resumes from its last epoch. A cell that was made with other options than the grid has now is refused, never
@@ -25,7 +25,7 @@ from itertools import islice, takewhile
 from pathlib import Path
 from typing import IO
 
-from study import Cell, Grid, diverged, read_about, read_scores, user_dir
+from study import PRECISIONS, Cell, Grid, diverged, read_about, read_scores, user_dir
 
 from hgkd_fairseq import files
 from hgkd_fairseq.arguments import number
@@ -321,6 +321,9 @@ def main() -> int:
     parser.add_argument(
         "--jobs", type=number(1, 1000), default=1, metavar="N", help="cells at a time, of one thread (default: 1)"
     )
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, help="of all trainings, in place of the grid's; fp16 needs a GPU"
+    )
     parser.add_argument("--from", dest="source", metavar="FOLDER", help="a local copy of the data, see get_data.sh")
     parser.add_argument("--dry-run", action="store_true", help="print the cells and their commands")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -330,13 +333,17 @@ def main() -> int:
 
 
 def work(args: argparse.Namespace) -> int:
-    grid = Grid(args.grid)
+    import torch
+
+    grid = Grid(args.grid, args.precision)
     cells = grid.cells()
     folder = (args.dir or SCRIPTS.parent / "runs" / "study" / args.grid.stem).resolve()
     check(cells, folder)
     if args.dry_run:
         show(cells, folder)
         return 0
+    if grid.table["training"]["precision"] == "fp16" and not torch.cuda.is_available():
+        raise UserError(f"{args.grid}: precision fp16 needs a GPU; give --precision fp32 or bf16")
     for name, path in grid.taken().items():
         if not Path(path).is_file():
             raise UserError(f"{args.grid}: [teachers.{name}] path {path}: no such file; name a teacher's checkpoint")

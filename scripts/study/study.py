@@ -174,13 +174,13 @@ class Cell:
 
 
 class Grid:
-    """A grid file, read and checked.
+    """A grid file, read and checked. `precision`: in place of the grid's.
 
     Raises:
         UserError: no such file, or what it says makes no study.
     """
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path, precision: str | None = None):
         self.file = file
         self.table = read_toml(file)
         for section in ("data", "training", "sizes", "settings", "teacher", "generation", "cells"):
@@ -212,9 +212,10 @@ class Grid:
                 # Else two of them would be one folder.
                 if temperature != AUTO and float(f"{temperature:g}") != temperature:
                     raise UserError(f"{file}: temperatures {temperature!r}: give at most 6 digits")
-        precision = self.table["training"]["precision"]
-        if precision not in PRECISIONS:
-            raise UserError(f"{file}: [training] precision {precision!r}: it must be one of {', '.join(PRECISIONS)}")
+        own = self.table["training"]["precision"]
+        if own not in PRECISIONS:
+            raise UserError(f"{file}: [training] precision {own!r}: it must be one of {', '.join(PRECISIONS)}")
+        self.table["training"]["precision"] = precision or own
         for name in self.table.get("methods", {}):
             self.method(name)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import command_line as cl
 import pytest
+import torch
 from sacrebleu.metrics import BLEU
 
 from hgkd_fairseq import cli, methods
@@ -236,6 +237,23 @@ def test_cells(tmp_path):
     assert by_folder["same/annealing/seed-1"].temperature is None
     assert by_folder["same/base/seed-1"].temperature is None
     assert "--teacher" not in " ".join(by_folder["same/base/seed-1"].train)
+
+
+def test_precision_in_place_of_the_grids(tmp_path, monkeypatch, capsys):
+    """The same grid on another device: cells say it, and fp16 is refused where no training could begin."""
+    file = write_grid(tmp_path, block(["same"], ["base"], [1]))
+    (cell,) = Grid(file, "bf16").cells()
+    assert "--bf16" in cell.train
+    assert "|precision:bf16|" in cell.signature
+    (cell,) = Grid(file).cells()
+    assert "--bf16" not in cell.train
+    assert "|precision:fp32|" in cell.signature
+    if torch.cuda.is_available():
+        pytest.skip("fp16 is refused on a machine without a GPU")
+    monkeypatch.setattr(sys, "argv", ["run.py", str(file), "--precision", "fp16", "--dir", str(tmp_path / "study")])
+    assert runner.main() == 1
+    assert capsys.readouterr().err.strip().endswith("precision fp16 needs a GPU; give --precision fp32 or bf16")
+    assert not (tmp_path / "study").exists()
 
 
 def test_cells_of_translations(tmp_path, monkeypatch):

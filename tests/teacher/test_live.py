@@ -70,7 +70,7 @@ def long(state):
 
 REFUSED = {
     "the other direction": (languages, "translates from en to de, the student from de to en"),
-    "an argparse task": (of_another_kind, "dict.None.txt, does not exist"),
+    "an argparse task": (of_another_kind, "the folder of the dictionaries of the teacher"),
     "no task": (without_task, "it holds no options of its task"),
     "a language model": (model(arch="transformer_lm"), "is no translation model but a TransformerLanguageModel"),
     "an encoder": (model(arch="roberta"), "is no translation model but a RobertaModel"),
