@@ -41,6 +41,7 @@ CANDIDATES = 10  # of the epochs, evenly spaced
 EPOCH = re.compile(r"checkpoint(\d{1,9})\.pt")
 LENGTH_PENALTIES = (0.5, 1.0, 1.5, 2.0, 3.0)
 PACKAGES = ("torch", "ve-fairseq", "sacrebleu")
+CPU_TOKENS, GPU_TOKENS = 4000, 12_000  # a batch of fairseq-generate
 GENERATED, LOG = "generate-test.txt", "generate.log"
 SHOWN = ("nll", "ece", "ece_without_eos")
 
@@ -173,7 +174,7 @@ class Scoring:
             *words,
             *(self.data, "--path", str(self.path), "--user-dir", str(Path(hgkd_fairseq.__file__).parent)),
             *("--gen-subset", file.stem.removeprefix("generate-"), "--results-path", str(partial)),
-            *("--required-batch-size-multiple", "1", "--max-tokens", "4000", "--no-progress-bar"),
+            *("--required-batch-size-multiple", "1", "--max-tokens", str(self.batch_tokens()), "--no-progress-bar"),
             *("--num-workers", "0"),  # torch may wait 5 s for the end of a worker, as long as the whole translation
             *(["--cpu"] if self.how.cpu else []),
         )
@@ -191,6 +192,10 @@ class Scoring:
             raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+    def batch_tokens(self) -> int:
+        """Of the sources. On a GPU a step of the search costs what its launches cost, whatever the batch."""
+        return CPU_TOKENS if self.how.cpu or not torch.cuda.is_available() else GPU_TOKENS
 
     def measured(self, name: str, evaluate: Callable[[], Results], *inputs: Any) -> dict[str, Any]:
         return results.read(self.once(name, lambda file: results.write(evaluate(), file, self.how.command), *inputs))

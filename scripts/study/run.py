@@ -25,7 +25,7 @@ from itertools import islice, takewhile
 from pathlib import Path
 from typing import IO
 
-from study import PRECISIONS, Cell, Grid, diverged, read_about, read_scores, user_dir
+from study import PRECISIONS, Cell, Grid, copy_of, diverged, read_about, read_scores, user_dir
 
 from hgkd_fairseq import files
 from hgkd_fairseq.arguments import number
@@ -56,6 +56,7 @@ def prepare(grid: Grid, folder: Path, source: str | None) -> None:
     assert lock is not None
     with lock:
         make_data(grid, folder, source, made, lock)
+        copy_teachers(grid, folder)
 
 
 def make_data(grid: Grid, folder: Path, source: str | None, made: Path, lock: IO) -> None:
@@ -82,6 +83,26 @@ def make_data(grid: Grid, folder: Path, source: str | None, made: Path, lock: IO
     pieces = ["--like", grid.data["like"]] if "like" in grid.data else ["--vocab", grid.data["vocabulary"]]
     script("prepare_data.sh", lock, text, folder / "data-bin", *pieces)
     files.write_json(made, grid.data)
+
+
+def check_teachers(grid: Grid, folder: Path) -> None:
+    """Those that the grid takes are there, and those that the study has copies of already."""
+    for name, path in grid.taken().items():
+        copy = folder / copy_of(name)
+        if not copy.exists() and not Path(path).is_file():
+            raise UserError(f"{grid.file}: [teachers.{name}] path {path}: no such file; name a teacher's checkpoint")
+        if copy.exists() and Path(path).is_file() and files.sha256(copy) != files.sha256(path):
+            raise UserError(f"{folder} was begun with another teacher than {path} ({copy}); choose another --dir")
+
+
+def copy_teachers(grid: Grid, folder: Path) -> None:
+    """So that the study can be moved, and its teachers stay what they are."""
+    for name, path in grid.taken().items():
+        copy = folder / copy_of(name)
+        if not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "rb") as source, files.writing(copy, "wb", alone=True) as output:
+                shutil.copyfileobj(source, output)
 
 
 def script(name: str, lock: IO, *arguments) -> None:
@@ -344,9 +365,7 @@ def work(args: argparse.Namespace) -> int:
         return 0
     if grid.table["training"]["precision"] == "fp16" and not torch.cuda.is_available():
         raise UserError(f"{args.grid}: precision fp16 needs a GPU; give --precision fp32 or bf16")
-    for name, path in grid.taken().items():
-        if not Path(path).is_file():
-            raise UserError(f"{args.grid}: [teachers.{name}] path {path}: no such file; name a teacher's checkpoint")
+    check_teachers(grid, folder)
     folder.mkdir(parents=True, exist_ok=True)
     prepare(grid, folder, args.source)
     return 0 if Runner(cells, folder, args.jobs).run() else 1

@@ -7,6 +7,7 @@ study lives in one folder, whose commands run there with relative paths, so that
     SETTING/METHOD/seed-N/              a cell: cell.json (signature, commands), train.log, checkpoints, score.log,
                                         what hgkd score writes, scores.json last
     teacher/NAME/seed-N/                the cell of a teacher: NAME is a size, or one of [teachers]
+    teacher/NAME/checkpoint.pt          a copy of the teacher that a [teachers.NAME] takes
 """
 
 from __future__ import annotations
@@ -238,7 +239,7 @@ class Grid:
                         yield self.cell(setting, method, seed, temperature, sizes["student"], sizes["teacher"])
 
     def taken(self) -> dict[str, str]:
-        """The checkpoints of teachers that no cell of the study trains, by name."""
+        """The checkpoints of teachers that no cell of the study trains, by name. The study has copies: `copy_of`."""
         teachers = self.table.get("teachers", {})
         return {name: str(Path(own["path"]).absolute()) for name, own in teachers.items() if "path" in own}
 
@@ -290,7 +291,7 @@ class Grid:
                 raise UserError(f"{self.file}: [teacher] method {name} needs a teacher itself; take base")
             made = f"teacher/{teacher}"
             if teacher in self.taken():
-                path = self.taken()[teacher]
+                path = copy_of(teacher)
             else:
                 _, _, seeds, which = self.teachers(teacher)
                 # Teachers of one name that differ in the checkpoint alone are one cell.
@@ -367,6 +368,11 @@ def read_toml(file: Path) -> dict[str, Any]:
         raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is no TOML: {error}") from None
+
+
+def copy_of(teacher: str) -> str:
+    """In the study's folder, the checkpoint of a teacher that is taken."""
+    return f"teacher/{teacher}/checkpoint.pt"
 
 
 def user_dir() -> str:

@@ -488,9 +488,9 @@ def test_a_teacher_that_is_there(tmp_path, monkeypatch):
     text = file.read_text().replace("vocabulary = 36", 'like = "study/data-bin"')
     file.write_text(text.replace("[teacher]", f"{taken}[teacher]", 1))
     base, hkd_t, seq_kd = Grid(file).cells()
-    path = str(tmp_path / "mine" / "best.pt")
-    assert hkd_t.train[hkd_t.train.index("--teacher-path") + 1] == path
-    assert seq_kd.translate[seq_kd.translate.index("--teacher-path") + 1] == path
+    path, copy = tmp_path / "mine" / "best.pt", "teacher/mine/checkpoint.pt"
+    assert hkd_t.train[hkd_t.train.index("--teacher-path") + 1] == copy
+    assert seq_kd.translate[seq_kd.translate.index("--teacher-path") + 1] == copy
     assert seq_kd.train[0] == "teacher/mine/data-bin-best"
     assert [cell.teachers for cell in (base, hkd_t, seq_kd)] == [(), (), ()]
     assert hkd_t.signature.startswith("setting:given|method:hkd-t|size:small|teacher:mine|temp:1.5|seed:1|")
@@ -500,6 +500,8 @@ def test_a_teacher_that_is_there(tmp_path, monkeypatch):
     assert process.communicate(timeout=cl.TIMEOUT_S)[0] == f"{complaint}\n"
     assert process.returncode == 1
     assert not (tmp_path / "other").exists()
+    path.parent.mkdir()
+    path.write_bytes(b"a teacher")
     other = tmp_path / "other"
     other.mkdir()
     for language in ("de", "en"):  # words that the teacher's pieces were not made of
@@ -507,6 +509,13 @@ def test_a_teacher_that_is_there(tmp_path, monkeypatch):
     runner.prepare(Grid(file), other, None)
     for name in ("dict.de.txt", "dict.en.txt", "sentencepiece.model", "test.de-en.en.bin"):
         assert (other / "data-bin" / name).read_bytes() == (study / "data-bin" / name).read_bytes()
+    # The study has the teacher now: the file may go, and another one in its place is refused.
+    assert (other / copy).read_bytes() == b"a teacher"
+    path.unlink()
+    runner.check_teachers(Grid(file), other)
+    path.write_bytes(b"another teacher")
+    with pytest.raises(UserError, match=r"was begun with another teacher than .*best.pt .*; choose another --dir"):
+        runner.check_teachers(Grid(file), other)
 
 
 def test_a_cell_is_worked_on_once(tmp_path):
