@@ -31,7 +31,7 @@ from hgkd_fairseq.arguments import (
     number,
     refuse_overwriting,
 )  # fmt: skip
-from hgkd_fairseq.errors import guarded
+from hgkd_fairseq.errors import UserError, guarded
 
 TOKENIZERS = ("13a", "none", "intl", "zh", "char")  # some of sacreBLEU's
 
@@ -262,8 +262,11 @@ def add_store(commands) -> None:
     def run(args) -> None:
         from hgkd_fairseq.teacher.storing import StoreOptions, write
 
+        for name, kind in (("draws", "sampled"), ("k", "topk")):
+            if getattr(args, name) is not None and args.kind != kind:
+                raise UserError(f"--{name} is for --kind {kind}, and this is {args.kind}; drop it")
         subsets = tuple(args.subset.split(","))
-        sizes = (args.draws, args.k, args.max_tokens)
+        sizes = (args.draws or StoreOptions.draws, args.k or StoreOptions.tokens, args.max_tokens)
         more = (args.cpu, args.teacher_model_overrides, args.folds, args.shard_size)
         how = StoreOptions(args.kind, subsets, args.dtype, args.teacher_temperature, *sizes, *more)
         print(write(args.data, args.teacher_path, args.output, how))
@@ -288,8 +291,8 @@ def add_store(commands) -> None:
     option("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16", help="of hidden states (default: bf16)")
     degree = "of what is drawn and compared (default: 1.5)"
     option("--teacher-temperature", type=number(0.01, 1000, float), default=1.5, metavar="T", help=degree)
-    option("--draws", type=number(1, 255), default=32, metavar="N", help="a token, of sampled (default: 32)")
-    option("--k", type=number(1, 10_000), default=8, metavar="K", help="tokens kept, of topk (default: 8)")
+    option("--draws", type=number(1, 255), metavar="N", help="a token, of sampled (default: 32)")
+    option("--k", type=number(1, 10_000), metavar="K", help="tokens kept, of topk (default: 8)")
     option("--max-tokens", type=number(1, 2**31 - 1), default=4000, metavar="N", help="tokens a batch (default: 4000)")
     size = "sentences a shard (default: 4096)"
     option("--shard-size", type=number(1), default=4096, metavar="N", help=size)

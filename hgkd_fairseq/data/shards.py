@@ -74,9 +74,13 @@ class Shards:
         Raises:
             UserError: the folder holds something else, or shards of another manifest: what differs is named.
         """
+        if not str(folder):
+            raise UserError("--output is empty; name a folder")
         folder, wanted = Path(folder), {**manifest, "rows": rows, "shard_size": shard_size}
         wanted = json.loads(text_of(wanted))
         cls(folder, wanted)  # what it refuses is told before the folder is made
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise UserError(f"{folder} is no folder; name another one")
         with told(folder):
             folder.mkdir(exist_ok=True)
             if not (folder / MANIFEST).exists():
@@ -142,23 +146,44 @@ class Shards:
         return self.name(shard)
 
     def check(self, shard: int) -> None:
+        """As :meth:`described`, and its files are hashed."""
+        for file, digest in self.described(shard).items():
+            if files.sha256(self.name(shard) / file) != digest:
+                record = self.name(shard).with_suffix(".json")
+                raise UserError(
+                    f"{self.name(shard) / file} is not what was written: it is damaged or was changed; remove {record} "
+                    f"and run the command that writes {self.folder} again"
+                )
+
+    def described(self, shard: int) -> dict[str, str]:
+        """The files of a shard and their recorded SHA-256; no file of theirs is read.
+
+        Raises:
+            UserError: the shard is not finished, its record is damaged, or its files are others.
+        """
         name = self.name(shard)
         record = name.with_suffix(".json")
         if not record.exists():
             raise UserError(f"{name} is not finished; run the command that writes {self.folder} again")
-        found = files.read_json(record, RECORD, "record of a shard")
         again = f"remove {record} and run the command that writes {self.folder} again"
-        if found["manifest"] != self.digest or found["rows"] != len(self.numbers(shard)):
-            raise UserError(f"{record} belongs to another {MANIFEST}; {again}")
+        try:
+            found = files.read_json(record, RECORD, "record of a shard")
+        except UserError as error:
+            raise UserError(f"{error}; {again}") from None
+        if found["manifest"] != self.digest:
+            raise UserError(
+                f"{record} belongs to another {MANIFEST} than that of {self.folder}: one of both was changed, or comes "
+                "from elsewhere; write all of it again, to another folder"
+            )
+        if found["rows"] != len(self.numbers(shard)):
+            raise UserError(f"{record} has another number of rows than {MANIFEST} gives the shard; {again}")
         with told(name):
             there = sorted(os.listdir(name)) if name.is_dir() else []
             if there != sorted(found["files"]):
                 raise UserError(
                     f"{name} holds {', '.join(there) or 'nothing'} and not {', '.join(found['files'])}; {again}"
                 )
-            for file, digest in found["files"].items():
-                if files.sha256(name / file) != digest:
-                    raise UserError(f"{name / file} is not what was written: it is damaged or was changed; {again}")
+        return found["files"]
 
     def whole(self, shard: int) -> bool:
         with contextlib.suppress(UserError):

@@ -25,6 +25,7 @@ from hgkd_fairseq.loss.eager import mean_logprobs
 from hgkd_fairseq.loss.options import Head
 from hgkd_fairseq.plugin import binarised, checkpoints, features
 from hgkd_fairseq.plugin.checkpoints import split_paths
+from hgkd_fairseq.teacher import inputs
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +156,7 @@ def load(data: str, path: str, cpu: bool = False, pair: str | None = None, sever
     data = binarised.first_shard(data)
     found = [checkpoints.read(file) for file in split_paths(path)]
     for checkpoint in found if not several else ():
-        languages.refuse(checkpoint)
+        inputs.refuse_language_tokens(checkpoint.path, checkpoint.options("task"), languages.REFUSED)
     task = languages.make_task(data, path, found[0], pair)
     for checkpoint in found:
         languages.check_dictionaries(checkpoint, task)

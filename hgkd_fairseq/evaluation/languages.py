@@ -24,25 +24,14 @@ EACH_ONCE = {
     **dict.fromkeys(("sampling_weights", "sampling_weights_from_file", "virtual_epoch_size", "virtual_data_size")),
     **{"sampling_method": "concat", "load_alignments": False, "seed": 1},
 }
-
-
+REFUSED = (
+    "this command runs models of the task translation: translate with fairseq-generate, or measure with hgkd score"
+)
 # Of the tasks that add tokens: what decides how a sentence looks.
 SHAPING = (
     *("encoder_langtok", "decoder_langtok", "lang_tok_style", "lang_tok_replacing_bos_eos", "langtoks"),
     *("langtoks_specs", "enable_lang_ids", "fixed_dictionary", "source_dict", "target_dict", "prepend_bos"),
 )
-
-
-def refuse(checkpoint: Checkpoint) -> None:
-    """Raises:
-    UserError: the model was trained by such a task.
-    """
-    kind = inputs.kind(checkpoint.options("task"))
-    if kind in inputs.ADDS_TOKENS:
-        raise UserError(
-            f"{checkpoint.path} was trained by the task {kind}, which adds language tokens, and this command runs "
-            "models of the task translation: translate with fairseq-generate, or measure with hgkd score"
-        )
 
 
 def generation(checkpoint: Checkpoint, pair: str | None) -> tuple[list[str], dict[str, Any]]:

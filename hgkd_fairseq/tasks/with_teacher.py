@@ -95,6 +95,7 @@ class WithTeacher:
         batches.count_targets(dataset, self.target_dictionary.pad())
         if self.teacher is not None:
             folders = len(utils.split_paths(self.cfg.data)) if split == self.cfg.train_subset else 1
+            self.teacher.check_folders(split, folders)
             self.teacher.attach(split, (epoch - 1) % folders, dataset)
             self.teacher.check_data(split, dataset, self.max_positions())  # type: ignore[attr-defined]
 

@@ -29,7 +29,9 @@ class Gauged(TeacherSource):
         self.teacher, self.name = teacher, teacher.name  # type: ignore[misc]
         folder = request.options.gauge_store
         dictionaries = (request.source_dictionary, request.target_dictionary)
-        self.gauge = StoredTeacher(folder, *dictionaries, languages=request.languages, name=BATCH)
+        self.gauge = StoredTeacher(
+            folder, *dictionaries, languages=request.languages, name=BATCH, option="--gauge-store"
+        )
         self.frozen, self.reindexed = teacher.frozen, teacher.reindexed
 
     @property
@@ -66,12 +68,17 @@ class Gauged(TeacherSource):
                 f"{self.gauge.store.temperature:g} or 1, or --untempered-gate"
             )
 
+    def check_folders(self, split: str, folders: int) -> None:
+        self.teacher.check_folders(split, folders)
+        self.gauge.check_folders(split, folders)
+
     def attach(self, split: str, folder: int, dataset: FairseqDataset) -> None:
         self.teacher.attach(split, folder, dataset)
         self.gauge.attach(split, folder, dataset)
 
     def check_data(self, split: str, dataset: FairseqDataset, limits: tuple[int, int]) -> None:
         self.teacher.check_data(split, dataset, limits)
+        self.gauge.check_data(split, dataset, limits)
 
     def signal(self, sample: dict, device: torch.device, dtype: torch.dtype) -> Signal:
         gold = self.gauge.signal(sample, device, dtype).gold

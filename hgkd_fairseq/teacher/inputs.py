@@ -4,13 +4,16 @@ task adds when it runs, and the tokens that it adds to a sentence. Student and t
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from fairseq.data import Dictionary, data_utils
 from fairseq.data.multilingual.multilingual_utils import augment_dictionary
 from omegaconf import OmegaConf
 
 from hgkd_fairseq import files
+from hgkd_fairseq.data import pairs
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.plugin import binarised
 from hgkd_fairseq.plugin.checkpoints import split_paths
@@ -56,7 +59,7 @@ def kind(task: dict[str, Any]) -> str:
     if problem := files.mismatch(task, OPTIONS):
         raise UserError(
             f"of the options of a checkpoint's task {problem}; name a checkpoint of fairseq-train, or take that option "
-            "out of --teacher-overrides"
+            "out of --teacher-model-overrides"
         )
     return str(task.get("_name") or task.get("task") or "translation").removesuffix("_with_teacher")
 
@@ -103,6 +106,41 @@ def languages(task: dict[str, Any]) -> list[str]:
     pairs = task.get("lang_pairs") or []
     pairs = pairs.split(",") if isinstance(pairs, str) else pairs
     return list(task.get("langs") or sorted({language for pair in pairs for language in pair.split("-")}))
+
+
+def refuse_language_tokens(path: str, task: dict[str, Any], instead: str) -> None:
+    """`instead`: why not, and what can be done.
+
+    Raises:
+        UserError: the checkpoint's task adds language tokens.
+    """
+    if kind(task) in ADDS_TOKENS:
+        raise UserError(f"{path} was trained by the task {kind(task)}, which adds language tokens, and {instead}")
+
+
+def check_lengths(
+    split: str, dataset: Any, positions: Sequence[int], limits: Sequence[int], teacher: str, instead: str
+) -> None:
+    """Refuse sentences that the student takes and the teacher does not.
+
+    Args:
+        positions: tokens of the longest source and the longest target of the teacher.
+        limits: of the student.
+        teacher, instead: what it is called, and what else can be done.
+
+    Raises:
+        UserError: there is one.
+    """
+    for part in pairs.parts(dataset):
+        lengths = np.asarray(part.sizes).reshape(len(part), -1).T  # (2, S), or (1, S) of sources alone
+        for side, sizes, most, limit in zip(("source", "target"), lengths, positions, limits, strict=False):
+            longest = int(sizes[sizes <= limit].max(initial=0))
+            if longest > most:
+                raise UserError(
+                    f"{split} has a {side} sentence of {longest} tokens, and {teacher} takes {most} at most; leave "
+                    f"longer ones out with --max-{side}-positions {most} --skip-invalid-size-inputs-valid-test, or "
+                    f"{instead}"
+                )
 
 
 def folder_of(task: dict[str, Any]) -> str:

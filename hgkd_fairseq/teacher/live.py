@@ -8,12 +8,10 @@ import os
 import re
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from fairseq.data import Dictionary, FairseqDataset
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
-from hgkd_fairseq.data import pairs
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.loss import Head
 from hgkd_fairseq.plugin import checkpoints, features
@@ -110,21 +108,8 @@ class LiveTeacher(TeacherSource):
 
     def check_data(self, split: str, dataset: FairseqDataset, limits: tuple[int, int]) -> None:
         for path, model in zip(self.paths, self.members, strict=True):
-            for part in pairs.parts(dataset):
-                for side, sizes, positions, limit in zip(
-                    ("source", "target"),
-                    np.asarray(part.sizes).reshape(len(part), -1).T,  # (S, 2), or (S,) of sources alone
-                    features.max_positions(model),
-                    limits,
-                    strict=False,
-                ):
-                    longest = int(sizes[sizes <= limit].max(initial=0))
-                    if longest > positions:
-                        raise UserError(
-                            f"{split} has a {side} sentence of {longest} tokens, and the teacher {path} takes "
-                            f"{positions} at most; leave longer ones out with --max-{side}-positions {positions} "
-                            "--skip-invalid-size-inputs-valid-test, or name another teacher"
-                        )
+            positions = features.max_positions(model)
+            inputs.check_lengths(split, dataset, positions, limits, f"the teacher {path}", "name another teacher")
 
     @torch.no_grad()
     def signal(self, sample: dict, device: torch.device, dtype: torch.dtype) -> Dense:

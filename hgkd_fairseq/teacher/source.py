@@ -83,6 +83,17 @@ class TeacherSource:
             UserError: it names the option.
         """
 
+    def check_folders(self, split: str, folders: int) -> None:
+        """Called before the data of a split are attached.
+
+        Args:
+            split: the data's name.
+            folders: how many of the task's data folders have it.
+
+        Raises:
+            UserError: it has nothing of one of them.
+        """
+
     def attach(self, split: str, folder: int, dataset: FairseqDataset) -> None:
         """Have the batches of a data set bring what :meth:`signal` needs.
 

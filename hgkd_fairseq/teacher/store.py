@@ -30,10 +30,12 @@ import torch
 from torch import Tensor
 
 from hgkd_fairseq import files
+from hgkd_fairseq.data.shards import MANIFEST as SHARDS_MANIFEST
 from hgkd_fairseq.data.shards import Shards
 from hgkd_fairseq.errors import UserError
 
 FORMAT = 2
+AGAIN = "hgkd store --output"
 KINDS = ("hidden", "sampled", "topk", "gold")
 ALWAYS = {"keys", "offsets", "gold"}  # arrays of a shard, and those of some kinds beside them
 MORE: dict[str, set[str]] = {
@@ -58,6 +60,8 @@ MANIFEST = {
     "heads": {str: str},
     "members": files.Within(1),
     "parts": [PART],
+    "limits?": [files.Within(1)],
+    "k?": files.Within(0),
 }
 
 
@@ -98,24 +102,34 @@ class Part(NamedTuple):
 
 
 class Store:
-    """A store that `hgkd store` has written, or is writing.
+    """A store that `hgkd store` has written.
+
+    Args:
+        folder: of it.
+        option: that names it.
 
     Raises:
-        UserError: it is not there, is not finished, or its manifest or output layers are damaged.
+        UserError: it is not there, is not finished, or its manifest or a shard's record is damaged.
     """
 
-    def __init__(self, folder: str):
-        self.folder = Path(folder)
-        self.shards = Shards.open(folder)
+    def __init__(self, folder: str, option: str = "--teacher-store"):
+        self.folder, self.named = Path(folder), f"{option} {folder}"
+        if not (self.folder / SHARDS_MANIFEST).is_file():
+            raise UserError(f"{self.named} is no store: it has no {SHARDS_MANIFEST}; write one with {AGAIN}")
+        try:
+            self.shards = Shards.open(folder)
+        except UserError as error:
+            raise UserError(f"{self.named}: {error}; write another one with {AGAIN}") from None
         self.manifest: dict[str, Any] = self.shards.manifest
         if problem := files.mismatch(self.manifest, MANIFEST):
-            raise UserError(f"{self.folder} is no teacher's store: of its manifest {problem}")
+            raise UserError(
+                f"{self.named} is no teacher's store: of its manifest {problem}; write another one with {AGAIN}"
+            )
         if self.kind not in KINDS or self.manifest["dtype"] not in DTYPES:
-            raise UserError(f"{self.folder} is no teacher's store of a kind that is known; {' '.join(KINDS)} are")
+            raise UserError(f"{self.named} is no teacher's store of a kind that is known; {' '.join(KINDS)} are")
         self.parts = [Part(*[one[name] for name in Part._fields]) for one in self.manifest["parts"]]
         for shard in range(self.shards.count):
-            if not self.shards.name(shard).with_suffix(".json").exists():
-                self.shards.check(shard)  # says so
+            self.shards.described(shard)
         # Of each shard whether it has been hashed, by whichever of the loader's workers came first.
         self.hashed = torch.zeros(self.shards.count, dtype=torch.uint8).share_memory_()
         self.arrays = functools.lru_cache(OPEN_SHARDS)(self._arrays)
@@ -154,11 +168,15 @@ class Store:
         for part in self.parts:
             if (part.name, part.folder) == (name, folder):
                 return part
-        known = ", ".join(dict.fromkeys(part.name for part in self.parts))
-        where = f" of data folder {folder + 1}" if folder else ""
+        known = list(dict.fromkeys(part.name for part in self.parts))
+        if name in known:
+            raise UserError(
+                f"{self.named} has nothing of {name} of data folder {folder + 1}; write one of all folders, with ':' "
+                f"between them, with {AGAIN}"
+            )
         raise UserError(
-            f"--teacher-store {self.folder} has the subsets {known} and not {name}{where}; write one with "
-            f"hgkd store --subset {','.join(dict.fromkeys([*known.split(', '), name]))}"
+            f"{self.named} has the subsets {', '.join(known)} and not {name}; write one with "
+            f"hgkd store --subset {','.join([*known, name])}"
         )
 
     def _arrays(self, shard: int) -> dict[str, np.ndarray]:

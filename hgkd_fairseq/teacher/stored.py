@@ -17,6 +17,7 @@ from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.gates import GATES
 from hgkd_fairseq.loss import Head
 from hgkd_fairseq.plugin.config import given_temperature
+from hgkd_fairseq.teacher import inputs
 from hgkd_fairseq.teacher.signals import Dense, Gold, Signal, Sparse
 from hgkd_fairseq.teacher.source import Request, TeacherSource, register_source
 from hgkd_fairseq.teacher.store import DTYPES, Part, Store, key
@@ -40,6 +41,7 @@ class StoredTeacher(TeacherSource):
         dtype: of hidden states and output layers: "auto" (the student's), "fp32", "fp16" or "bf16".
         languages: the student's source and target; None: not known.
         name: of what it adds to a batch.
+        option: that names the folder.
 
     Raises:
         UserError: it is damaged, unfinished, or of other languages or dictionaries.
@@ -53,13 +55,14 @@ class StoredTeacher(TeacherSource):
         dtype: str = "auto",
         languages: tuple[str | None, str | None] = (None, None),
         name: str = BATCH,
+        option: str = "--teacher-store",
     ):
-        self.store = Store(folder)
+        self.store = Store(folder, option)
         self.folder, self.dtype, self.of_batch = folder, dtype, name
         found = self.store.manifest
         if None not in languages and found["languages"] != list(languages):
             raise UserError(
-                f"--teacher-store {folder} is of the languages {'-'.join(found['languages'])}, the student of "
+                f"{self.store.named} is of the languages {'-'.join(found['languages'])}, the student of "
                 f"{'-'.join(map(str, languages))}; name a store of the student's"
             )
         for side, mine, theirs in zip(
@@ -67,7 +70,7 @@ class StoredTeacher(TeacherSource):
         ):
             if dictionary_hash(mine) != theirs:
                 raise UserError(
-                    f"--teacher-store {folder} was written with another {side} dictionary than the data's; write it "
+                    f"{self.store.named} was written with another {side} dictionary than the data's; write it "
                     "from these data with hgkd store"
                 )
         self.pad = target_dictionary.pad()
@@ -82,6 +85,8 @@ class StoredTeacher(TeacherSource):
         options = request.options
         if not options.teacher_store:
             raise UserError("--teacher-source store needs --teacher-store STORE, which hgkd store writes")
+        if options.teacher_model_overrides != "{}":
+            raise UserError("--teacher-model-overrides is for a checkpoint, and --teacher-store needs none; drop it")
         made = cls(
             options.teacher_store,
             request.source_dictionary,
@@ -91,7 +96,7 @@ class StoredTeacher(TeacherSource):
         )
         if made.store.kind == "gold":
             raise UserError(
-                f"--teacher-store {made.folder} holds the gold tokens' probabilities alone: give it in --gauge-store, "
+                f"{made.store.named} holds the gold tokens' probabilities alone: give it in --gauge-store, "
                 "beside a teacher"
             )
         return made
@@ -99,13 +104,16 @@ class StoredTeacher(TeacherSource):
     @property
     def fingerprint(self) -> str:
         """That of the live teacher, where the store has all of it."""
-        teacher = self.store.manifest["teacher"]
-        return teacher if self.store.kind == "hidden" else f"{teacher} {self.store.kind}"
+        found = self.store.manifest
+        if self.store.kind == "hidden":
+            return found["teacher"]
+        kept = found["draws"] or found.get("k", 0)
+        return f"{found['teacher']} {self.store.kind} {kept}".removesuffix(" 0")
 
     def check_options(self, cfg: Any) -> None:
         if self.store.kind == "hidden":
             return
-        store = f"--teacher-store {self.folder} of the kind {self.store.kind}"
+        store = f"{self.store.named} of the kind {self.store.kind}"
         tau = self.store.temperature
         if given_temperature(cfg) != tau or cfg.teacher_temperature_start is not None:
             raise UserError(
@@ -123,12 +131,22 @@ class StoredTeacher(TeacherSource):
         if cfg.gate == "instance" or GATES[cfg.gate].asks:
             raise UserError(f"--gate {cfg.gate} needs the whole distribution and {store} has a part; use kind hidden")
 
+    def check_folders(self, split: str, folders: int) -> None:
+        for folder in range(folders):
+            self.store.part(split, folder)
+
+    def check_data(self, split: str, dataset: Any, limits: tuple[int, int]) -> None:
+        positions = self.store.manifest.get("limits", limits)
+        inputs.check_lengths(
+            split, dataset, positions, limits, f"the teacher of {self.store.named}", "name another store"
+        )
+
     def attach(self, split: str, folder: int, dataset: LanguagePairDataset) -> None:
         part = self.store.part(split, folder)
         sentences = sum(len(one) for one in concatenated(dataset.tgt))
         if sentences != part.sentences:
             raise UserError(
-                f"--teacher-store {self.folder} was written for {part.sentences} sentences of {split}, and the data "
+                f"{self.store.named} was written for {part.sentences} sentences of {split}, and the data "
                 f"have {sentences}; write it from these data with hgkd store"
             )
         read = Reader(self.store, part, numbering(dataset.tgt), self.pad)
@@ -138,7 +156,7 @@ class StoredTeacher(TeacherSource):
     def signal(self, sample: dict, device: torch.device, dtype: torch.dtype) -> Signal:
         found = sample.get(self.of_batch)
         if found is None:
-            raise UserError(f"--teacher-store {self.folder} has nothing of a batch of these data; use --teacher-path")
+            raise UserError(f"{self.store.named} has nothing of a batch of these data; use --teacher-path")
         if "problem" in found:
             raise UserError(found["problem"])
         found = {name: values.to(device) for name, values in found.items()}
@@ -203,7 +221,7 @@ class Reader:
         number = int(sample["id"])
         found, arrays = self.store.sentence(self.part.first + self.number(number))
         source, target = (sample[side][sample[side] != self.pad] for side in ("source", "target"))
-        where = f"--teacher-store {self.store.folder}: sentence {number} of {self.part.name}"
+        where = f"{self.store.named}: sentence {number} of {self.part.name}"
         if found != key(source, target):
             raise UserError(
                 f"{where} is another one there; write the store from these data with hgkd store, and train without "

@@ -32,6 +32,9 @@ from hgkd_fairseq.teacher.stored import dictionary_hash
 
 logger = logging.getLogger(__name__)
 
+NO_TOKENS = (
+    "a store has the sentences of one language pair without them; distil from the teacher itself (--teacher-path)"
+)
 TRAIN = "train"  # subsets of this name are of all data folders, with fairseq's train1, ...
 
 
@@ -79,10 +82,11 @@ def write(data: str, teacher_path: str, output: str, options: StoreOptions) -> s
     Raises:
         UserError: data, teacher or folder cannot be used, or there is no room.
     """
-    refuse_language_tokens(split_paths(teacher_path))
+    paths = split_paths(teacher_path)
+    for path in paths:
+        inputs.refuse_language_tokens(path, checkpoints.read(path, model=False).options("task"), NO_TOKENS)
     task = make_task(data, teacher_path)
     languages = (task.cfg.source_lang, task.cfg.target_lang)
-    paths = split_paths(teacher_path)
     teacher = LiveTeacher(paths, task.src_dict, task.tgt_dict, overrides=options.overrides, languages=languages)
     device = torch.device("cuda" if torch.cuda.is_available() and not options.cpu else "cpu")
     for model in teacher.models:
@@ -105,6 +109,7 @@ def write(data: str, teacher_path: str, output: str, options: StoreOptions) -> s
         "max_tokens": options.max_tokens, "members": len(teacher.models), "teacher": teacher.fingerprint,
         "languages": list(languages),
         "dictionaries": [dictionary_hash(task.src_dict), dictionary_hash(task.tgt_dict)],
+        "limits": list(limits),
         "heads": {name: hashlib.sha256(content).hexdigest() for name, content in layers.items()},
         "parts": [source.part._asdict() for source in sources],
     }  # fmt: skip
@@ -123,16 +128,6 @@ def write(data: str, teacher_path: str, output: str, options: StoreOptions) -> s
         f"{output}: kind {options.kind}, {rows} sentences, {tokens} target tokens, {size} bytes, {size / tokens:.1f} a "
         f"token{biased if options.kind == 'topk' else ''}"
     )
-
-
-def refuse_language_tokens(paths: list[str]) -> None:
-    for path in paths:
-        kind = inputs.kind(checkpoints.read(path, model=False).options("task"))
-        if kind in inputs.ADDS_TOKENS:
-            raise UserError(
-                f"{path} was trained by the task {kind}, which adds language tokens, and a store has the sentences of "
-                "one language pair without them; distil from the teacher itself (--teacher-path)"
-            )
 
 
 def make_task(data: str, teacher_path: str) -> TranslationTask:
@@ -184,6 +179,10 @@ def layers_of(teacher: LiveTeacher) -> dict[str, bytes]:
     return found
 
 
+def amount(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
 def check_room(output: str, needed: float, kind: str) -> None:
     """Raises:
     UserError: the disk has no room for what is about to be written.
@@ -193,10 +192,10 @@ def check_room(output: str, needed: float, kind: str) -> None:
     if not there.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {there.parent}; make it first")
     free = shutil.disk_usage(there.parent).free
-    logger.info("about %.2f GB are written, %.2f GB are free", needed / 1e9, free / 1e9)
+    logger.info("about %s are written, %s are free", amount(needed), amount(free))
     if needed - written > free:
         raise UserError(
-            f"--output {output}: about {needed / 1e9:.1f} GB of kind {kind} do not fit, {free / 1e9:.1f} GB are free; "
+            f"--output {output}: about {amount(needed)} of kind {kind} do not fit, {amount(free)} are free; "
             "name another disk, or --kind sampled, which takes least"
         )
 
@@ -237,10 +236,7 @@ class Writer:
                     for index, arrays in zip(some, self.ask(source, some, models, generator), strict=True):
                         found[first + index] = arrays
                         self.progress.update(len(arrays["gold"]))
-        if not found:
-            raise UserError(f"all sentences from {numbers.start} on are longer than the teacher takes; leave them out")
-        first_found = next(iter(found.values()))
-        empty = {name: values[:0] for name, values in first_found.items()}
+        empty = {name: values[:0] for name, values in (next(iter(found.values()), None) or self.any_one()).items()}
         rows = [found.get(number, empty) for number in numbers]
         save(folder, "keys", np.concatenate(keys))
         save(folder, "offsets", ends([len(one["gold"]) for one in rows]))
@@ -249,6 +245,18 @@ class Writer:
             if self.options.kind == "sampled" and name in statistics.DRAWN:
                 save(folder, f"{name}_offsets", ends([len(one[name]) for one in rows]))
         return len(numbers)
+
+    def any_one(self) -> dict[str, np.ndarray]:
+        """What is said of some sentence, for a shard all of whose sentences are left out.
+
+        Raises:
+            UserError: all are.
+        """
+        for source in self.sources:
+            index = next(filter(source.kept, range(len(source.dataset))), None)
+            if index is not None:
+                return self.ask(source, [index], self.teacher.models, torch.Generator(self.device))[0]
+        raise UserError("--teacher-path: the teacher takes no sentence of these data, all of which are longer")
 
     def asked(self, source: Source, indices: list[int]) -> Iterator[tuple[list, list[int]]]:
         """(models, the sentences that they are asked of)."""

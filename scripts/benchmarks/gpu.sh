@@ -128,12 +128,13 @@ END
 fi
 cat "$work/head"
 
-# Seconds of each part: at most 2, 3 and 2 minutes of 10 for the first three, and what is left for train.
+# Seconds of each part: at most 2, 3 and 2 minutes of 10 for the first three, and what is left for train; of one alone all.
 begin=$SECONDS
 limit() {
     local left=$((minutes * 60 - (SECONDS - begin))) share
     case $1 in tests) share=120 ;; loss) share=180 ;; step) share=120 ;; train) share=$left ;; esac
-    ((minutes >= 10 || ${#parts[@]} == 1)) || [[ $1 == train ]] || share=$((share * minutes / 10))
+    ((minutes >= 10)) || [[ $1 == train ]] || share=$((share * minutes / 10))
+    ((${#parts[@]} > 1)) || share=$left
     ((share < left)) || share=$left
     echo $((share > 5 ? share : 5))
 }

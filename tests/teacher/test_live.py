@@ -125,7 +125,7 @@ OVERRIDES = {
     "{1: 2}": "is not a dict",
     "print(1)": "is not a dict",
     "(" * 9000: "is not a dict",
-    "{'data': 3}": "task data is not text; .* out of --teacher-overrides",
+    "{'data': 3}": "task data is not text; .* out of --teacher-model-overrides",
     "{'data': ['x']}": "task data is not text",
     "{'_name': 5}": "has the architecture '5', which this fairseq does not know",
     "{'encoder_layers': 'many'}": "does not fit",

@@ -13,6 +13,7 @@ from fairseq.data import ConcatDataset
 from making_stores import CPU, FP32, FROM_A_STORE, TranslationWithTeacherTask, batches, command, make_task, write
 
 from hgkd_fairseq import cli
+from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.loss import gated_distillation
 from hgkd_fairseq.loss.eager import mean_logprobs
 from hgkd_fairseq.teacher import Dense, Sparse
@@ -215,9 +216,33 @@ def test_a_sentence_that_was_too_long(data: Path, teacher: cl.Run, tmp_path: Pat
     assert write(data, teacher, tmp_path / "store", "--subset", "valid") == 0
     task = make_task(data, teacher_store=str(tmp_path / "store"))
     task.load_teacher()
+    told = r"valid has a target sentence of 10 tokens, and the teacher of --teacher-store .*store takes 9 at most"
+    with pytest.raises(UserError, match=f"{told}; leave longer ones out with --max-target-positions 9"):
+        task.load_dataset("valid")
+    task = make_task(data, teacher_store=str(tmp_path / "store"), max_target_positions=9)
+    task.load_teacher()
     task.load_dataset("valid")
     dataset = task.dataset("valid")
     long = int(np.argmax(dataset.tgt_sizes))
     assert dataset.tgt_sizes[long] == 10
     assert "problem" not in dataset.collater([dataset[i] for i in range(64) if dataset.tgt_sizes[i] < 10])[BATCH]
     assert f"sentence {long} of valid was too long" in dataset.collater([dataset[long]])[BATCH]["problem"]
+
+
+def test_shards_without_a_sentence_that_is_short_enough(
+    data: Path, teacher: cl.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """A shard has a sentence here, and some are too long: they are there, empty. Where all are it is told."""
+    from hgkd_fairseq.plugin import features
+
+    monkeypatch.setattr(features, "max_positions", lambda model: (1024, 9))
+    options = ("--subset", "valid", "--shard-size", 1)
+    for kind in ("hidden", "sampled", "topk"):
+        assert write(data, teacher, tmp_path / kind, "--kind", kind, *options) == 0
+        read = Store(str(tmp_path / kind))
+        sizes = [len(read.sentence(number)[1]["gold"]) for number in range(64)]
+        assert 0 in sizes
+        assert max(sizes) == 9
+    monkeypatch.setattr(features, "max_positions", lambda model: (1024, 1))
+    assert write(data, teacher, tmp_path / "none", *options) == 1
+    assert "--teacher-path: the teacher takes no sentence of these data" in capsys.readouterr().err

@@ -59,8 +59,19 @@ def test_a_damaged_array_is_refused(kind: str, name: str, damage, stores: dict[s
         store.signal(sample, CPU, FP32)
 
 
-@pytest.mark.parametrize("damage", [flipped, cut, Path.unlink])
-@pytest.mark.parametrize("name", ["manifest.json", "member-0.weight.npy", "shard-00000.json"])
+DESCRIPTIONS = ("manifest.json", "member-0.weight.npy", "shard-00000.json", "shard-00003.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    # A bit of a digest in a record that is not read yet is told as an array's would be.
+    [
+        (name, how)
+        for name in DESCRIPTIONS
+        for how in (flipped, cut, Path.unlink)
+        if (name, how) != (DESCRIPTIONS[-1], flipped)
+    ],
+)
 def test_a_damaged_description_is_refused(name: str, damage, stores: dict[str, Path], data: Path, tmp_path: Path):
     shutil.copytree(stores["hidden"], tmp_path / "store")
     damage(tmp_path / "store" / name)
@@ -96,6 +107,70 @@ def test_an_unfinished_store_is_refused(stores: dict[str, Path], data: Path, tmp
     (tmp_path / "store" / "shard-00002.json").unlink()
     with pytest.raises(UserError, match="shard-00002 is not finished"):
         make_task(data, teacher_store=str(tmp_path / "store")).load_teacher()
+
+
+def test_a_shard_that_is_gone_is_told_before_the_training(stores: dict[str, Path], data: Path, tmp_path: Path):
+    """Its record is there."""
+    shutil.copytree(stores["hidden"], tmp_path / "store")
+    shutil.rmtree(tmp_path / "store" / "shard-00003")
+    with pytest.raises(UserError, match=r"shard-00003 holds nothing and not gold\.npy, .*; remove .*shard-00003\.json"):
+        make_task(data, teacher_store=str(tmp_path / "store")).load_teacher()
+
+
+def test_a_manifest_that_was_changed(stores: dict[str, Path], data: Path, tmp_path: Path):
+    shutil.copytree(stores["topk"], tmp_path / "store")
+    manifest = tmp_path / "store" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"temperature": 1.5', '"temperature": 1.4'))
+    with pytest.raises(
+        UserError, match=r"belongs to another manifest\.json .*; write all of it again, to another folder"
+    ):
+        make_task(data, teacher_store=str(tmp_path / "store")).load_teacher()
+
+
+@pytest.mark.parametrize("option", ["--teacher-store", "--gauge-store"])
+def test_what_is_no_store_is_told_with_its_option(option: str, data: Path, tmp_path: Path):
+    task = make_task(data)
+    for name, change, message in (
+        ("nowhere", lambda folder: None, "is no store: it has no manifest.json; write one with hgkd store --output"),
+        ("file", Path.touch, "is no store: it has no manifest.json"),
+        ("cut", lambda folder: (folder.mkdir(), (folder / "manifest.json").write_text("{")), "cut short"),
+    ):
+        change(tmp_path / name)
+        with pytest.raises(UserError) as caught:
+            StoredTeacher(str(tmp_path / name), task.src_dict, task.tgt_dict, option=option)
+        assert str(caught.value).startswith(f"{option} {tmp_path / name}")
+        assert message in str(caught.value)
+        assert "hgkd store --output" in str(caught.value)
+
+
+def test_data_folders_without_a_store_are_told_at_the_start(stores: dict[str, Path], data: Path):
+    """The second of two is trained on in the second epoch."""
+    task = make_task(f"{data}:{data}", teacher_store=str(stores["hidden"]))
+    task.load_teacher()
+    with pytest.raises(UserError, match=r"has nothing of train of data folder 2; write one of all folders, with ':'"):
+        task.load_dataset("train", combine=True)
+    task.load_dataset("valid")
+
+
+def test_stores_of_other_draws_are_other_teachers(stores: dict[str, Path], data: Path):
+    """A run that is resumed with one is refused."""
+    task = make_task(data)
+    found = []
+    for kind in ("hidden", "sampled", "topk"):
+        store = StoredTeacher(str(stores[kind]), task.src_dict, task.tgt_dict)
+        found.append(store.fingerprint)
+        store.store.manifest |= {"draws": 4} if kind == "sampled" else {"k": 9}
+        found.append(store.fingerprint)
+    assert found[0] == found[1]
+    assert len(set(found)) == 5
+
+
+def test_overrides_of_a_checkpoint_that_is_not_read(stores: dict[str, Path], data: Path):
+    task = make_task(data, teacher_store=str(stores["hidden"]), teacher_model_overrides="{'data': 'x'}")
+    with pytest.raises(
+        UserError, match="--teacher-model-overrides is for a checkpoint, and --teacher-store needs none"
+    ):
+        task.load_teacher()
 
 
 def test_other_data_are_refused(stores: dict[str, Path], data: Path):

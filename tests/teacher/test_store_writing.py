@@ -87,5 +87,24 @@ def test_another_teachers_store_is_not_continued(
 def test_no_room_is_told_before_the_work(data: Path, teacher: cl.Run, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Namespace(free=1000))
     assert write(data, teacher, tmp_path / "store") == 1
-    assert "do not fit, 0.0 GB are free; name another disk" in capsys.readouterr().err
+    assert "do not fit, 0.00 MB are free; name another disk" in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [("", "--output is empty; name a folder"), ("file", "file is no folder; name another one"),
+     ("link", "link is no folder; name another one")],
+)  # fmt: skip
+def test_an_output_that_is_no_folder(output: str, message: str, data: Path, teacher: cl.Run, tmp_path: Path, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    assert write(data, teacher, tmp_path / output if output else "", "--subset", "valid") == 1
+    assert error(capsys).endswith(message)
+
+
+@pytest.mark.parametrize(("option", "kind"), [("--draws", "sampled"), ("--k", "topk")])
+def test_an_option_of_another_kind(option: str, kind: str, data: Path, teacher: cl.Run, tmp_path: Path, capsys):
+    assert write(data, teacher, tmp_path / "store", option, 4) == 1
+    assert error(capsys).endswith(f"{option} is for --kind {kind}, and this is hidden; drop it")
     assert not (tmp_path / "store").exists()
