@@ -82,7 +82,11 @@ class WithTeacher:
         return dataset is self.datasets.get(self.cfg.train_subset)
 
     def load_dataset(self, split, epoch=1, **kwargs):
-        super().load_dataset(split, epoch=epoch, **kwargs)  # type: ignore[misc]
+        try:
+            super().load_dataset(split, epoch=epoch, **kwargs)  # type: ignore[misc]
+        except FileNotFoundError:
+            option = "--train-subset" if split == self.cfg.train_subset else "--valid-subset"
+            raise UserError(f"there is no subset {split} in {self.cfg.data}; name another with {option}") from None
         dataset = self.datasets[split]
         if not hasattr(dataset, "prepared"):  # fairseq's multilingual task may keep what it has
             dataset.prepared = True

@@ -1,4 +1,4 @@
-"""Options that cannot be used: one sentence each, before training, and no traceback."""
+"""Options that cannot be used: one error message each, before training, and no traceback."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ def data_with_another_dictionary(data: Path, tmp_path_factory: pytest.TempPathFa
     return folders
 
 
-# name: (options, what the sentence says); TEACHER is replaced
+# name: (options, what the message says); TEACHER is replaced
 CASES = {
     "unknown gate": (["--gate", "tokens"], ["--gate", 'unknown gate "tokens"', "known gates: always", "sentence"]),
     "temperature 0": (["--teacher-temperature", 0], ["--teacher-temperature 0:", "must be above 0"]),
@@ -40,6 +40,14 @@ CASES = {
     "another architecture to go on from": (
         ["--restore-file", "TEACHER", "--reset-optimizer", "--encoder-layers", 2],
         ["cannot go on from", "Cannot load model parameters", "give the options of the run that wrote it"],
+    ),
+    "no such subset": (
+        ["--valid-subset", "valid,test9"],
+        ["there is no subset test9 in ", "name another with --valid"],
+    ),
+    "no such training data": (
+        ["--train-subset", "tr"],
+        ["there is no subset tr in ", "name another with --train-subset"],
     ),
     "folder for a teacher": (["--teacher-path", "FOLDER"], ["is a folder, not a checkpoint"]),
 }
@@ -123,6 +131,6 @@ def test_dictionaries_are_compared(
     cl.one_error_message(
         symbol, ["target dictionaries", "type 6 of the student's, 'renamed', is none of the teacher's"]
     )
-    cl.one_error_message(gone, ["source dictionary", "no_longer_here", "--teacher-model-overrides"])
+    cl.one_error_message(gone, ["folder of the dictionaries", "no_longer_here", "--teacher-model-overrides"])
     assert given.code == 0, given.end()
     assert given.logs("train")[-1]["teacher_share"] > 0
