@@ -111,7 +111,10 @@ def test_what_is_done_again(data, run):
     assert scored(data, run) == 0
     assert done_again(before, run) == {"generate-test.txt", "generate.log", "scored.json"}
     assert (run / "generate-test.txt").read_bytes() == whole
-    shutil.copy(run / "checkpoint_last.pt", run / "checkpoint_best.pt")
+    other = torch.load(run / "checkpoint_last.pt", weights_only=False)  # which may be the best one
+    for tensor in other["model"].values():
+        tensor.mul_(0.9)
+    torch.save(other, run / "checkpoint_best.pt")
     assert scored(data, run) == 0
     measured = {"forced.json", "inference.json", "temperature.json", "scaled.json", "inference_scaled.json"}
     assert measured <= done_again(before, run)

@@ -98,6 +98,10 @@ def check_index(prefix: str) -> None:
         raise ValueError(f"{prefix}.bin has {os.path.getsize(f'{prefix}.bin')} bytes and not {ends[-1]}")
 
 
+class NoSubset(UserError):
+    """The data have no subset of that name."""
+
+
 def subset(task, name: str, max_positions=None, combine: bool = False, option: str = "--gen-subset"):
     """A subset of a translation task's data, all of whose sentences can be read.
 
@@ -124,7 +128,7 @@ def subset(task, name: str, max_positions=None, combine: bool = False, option: s
     except UserError:
         raise
     except (FileNotFoundError, KeyError):  # the second of fairseq's multilingual task
-        raise UserError(f"there is no subset {name} in {task.cfg.data}; name another with {option}") from None
+        raise NoSubset(f"there is no subset {name} in {task.cfg.data}; name another with {option}") from None
     except Exception as error:  # of the operating system, of numpy, of fairseq: whatever the bytes lead to
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{where} is empty or damaged ({reason}); {ANEW}, or name another with {option}") from error

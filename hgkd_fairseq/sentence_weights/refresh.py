@@ -16,7 +16,7 @@ from torch import Tensor
 from hgkd_fairseq.data import pairs
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.loss import Options
-from hgkd_fairseq.plugin import features, training_state
+from hgkd_fairseq.plugin import binarised, features, training_state
 from hgkd_fairseq.sentence_weights.gate import Instance
 from hgkd_fairseq.sentence_weights.meta_gradient import Group, meta_gradient, step, widen
 
@@ -84,9 +84,9 @@ class Refresh:
             )
         try:
             if "/" in self.subset:  # a path to one of those above
-                raise FileNotFoundError
+                raise binarised.NoSubset
             self.task.load_dataset(self.subset)
-        except (FileNotFoundError, KeyError):  # the second of fairseq's multilingual task
+        except (binarised.NoSubset, KeyError):  # the second of fairseq's multilingual task
             raise UserError(
                 f"--held-out {self.subset}: there is no such subset in {data.data}, and it is no share as 0.02"
             ) from None

@@ -13,7 +13,7 @@ from fairseq.distributed import utils as distributed_utils
 from hgkd_fairseq import teacher
 from hgkd_fairseq.data import batches, held_out, language_tokens, pairs
 from hgkd_fairseq.errors import UserError
-from hgkd_fairseq.plugin import training_state
+from hgkd_fairseq.plugin import binarised, training_state
 from hgkd_fairseq.report.tensorboard import write_reliability
 
 
@@ -86,7 +86,9 @@ class WithTeacher:
             super().load_dataset(split, epoch=epoch, **kwargs)  # type: ignore[misc]
         except FileNotFoundError:
             option = "--train-subset" if split == self.cfg.train_subset else "--valid-subset"
-            raise UserError(f"there is no subset {split} in {self.cfg.data}; name another with {option}") from None
+            raise binarised.NoSubset(
+                f"there is no subset {split} in {self.cfg.data}; name another with {option}"
+            ) from None
         dataset = self.datasets[split]
         if not hasattr(dataset, "prepared"):  # fairseq's multilingual task may keep what it has
             dataset.prepared = True

@@ -219,7 +219,8 @@ def test_own_translations_are_learnt_from_the_teacher_alone(data: Path, teacher:
     assert log["loss"].item() == loss.item()
     found = [torch.autograd.grad(one, list(model.parameters())) for one in (loss, expected)]
     for got, wanted in zip(*found, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
+        # By the norm: single products of fp32 may fall on the other side of a ReLU's corner.
+        assert (got - wanted).norm() <= 1e-3 * wanted.norm() + 1e-4
     with torch.no_grad():  # validation is of the data
         validated, other = (one(model, sample)[2] for one in (criterion, alone))
     assert validated.keys() == other.keys()

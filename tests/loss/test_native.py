@@ -249,9 +249,10 @@ def test_what_another_user_owns_is_not_used(cache: Path):
 
 
 @pytest.mark.parametrize("where", ["a read-only cache", "a read-only home"])
-def test_a_cache_that_cannot_be_written_to(where: str):
+def test_a_cache_that_cannot_be_written_to(where: str, monkeypatch: pytest.MonkeyPatch):
     """The kernel is compiled all the same, for this process: also with a TMPDIR that is gone."""
-    home = Path(tempfile.mkdtemp(dir="/tmp"))  # where another user may go
+    home = Path(tempfile.mkdtemp(dir="/tmp"))  # where another user may go, who may not read this checkout
+    monkeypatch.setattr(cpu_rows, "SOURCE", Path(shutil.copy(cpu_rows.SOURCE, home)))
     kept = home / ".cache" / "hgkd_fairseq"
     kept.mkdir(parents=True)
     kept.chmod(0o555)
