@@ -210,6 +210,7 @@ def test_one_that_scores_a_folder(tmp_path):
 def test_a_full_disk_keeps_the_translations_that_are_there(data, run, monkeypatch, capsys):
     """They are asked for by another search, of which there is room for a part."""
     names = (GENERATED, "translations.txt", "scores.json", "inference.json")
+    assert scored(data, run) == 0
     before = {name: (run / name).read_bytes() for name in names}
     words = ["score", str(data), str(run), "--cpu", "--generate=--beam 1"]
     with full_disk(len(before[GENERATED]) // 2):
