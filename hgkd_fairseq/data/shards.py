@@ -149,11 +149,14 @@ class Shards:
         """As :meth:`described`, and its files are hashed."""
         for file, digest in self.described(shard).items():
             if files.sha256(self.name(shard) / file) != digest:
-                record = self.name(shard).with_suffix(".json")
                 raise UserError(
-                    f"{self.name(shard) / file} is not what was written: it is damaged or was changed; remove {record} "
-                    f"and run the command that writes {self.folder} again"
+                    f"{self.name(shard) / file} is not what was written: it is damaged or was changed; "
+                    f"{self.again(shard)}"
                 )
+
+    def again(self, shard: int) -> str:
+        """What to do about a shard that is damaged."""
+        return f"remove {self.name(shard)}.json and run the command that writes {self.folder} again"
 
     def described(self, shard: int) -> dict[str, str]:
         """The files of a shard and their recorded SHA-256; no file of theirs is read.
@@ -165,7 +168,7 @@ class Shards:
         record = name.with_suffix(".json")
         if not record.exists():
             raise UserError(f"{name} is not finished; run the command that writes {self.folder} again")
-        again = f"remove {record} and run the command that writes {self.folder} again"
+        again = self.again(shard)
         try:
             found = files.read_json(record, RECORD, "record of a shard")
         except UserError as error:

@@ -42,6 +42,12 @@ def cpu_memory() -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines if not line.startswith("#"))
 
 
+def on_gpu() -> bool:
+    import torch  # takes a second, which --dry-run needs not
+
+    return torch.cuda.is_available()
+
+
 def say(text: str) -> None:
     print(time.strftime("%H:%M:%S"), "", printable(text), flush=True)  # it may quote a log
 
@@ -190,9 +196,7 @@ class Runner:
         self.stopped = threading.Event()
         self.failed: set[str] = set()
         self.children: set[subprocess.Popen] = set()
-        import torch
-
-        self.device = [] if torch.cuda.is_available() else ["--cpu"]
+        self.device = [] if on_gpu() else ["--cpu"]
         self.environment = os.environ | (cpu_memory() if self.device else {})
         if jobs > 1:  # threads of several processes spin against each other and take 5 to 10 times as long
             self.environment["OMP_NUM_THREADS"] = "1"
@@ -354,8 +358,6 @@ def main() -> int:
 
 
 def work(args: argparse.Namespace) -> int:
-    import torch
-
     grid = Grid(args.grid, args.precision)
     cells = grid.cells()
     folder = (args.dir or SCRIPTS.parent / "runs" / "study" / args.grid.stem).resolve()
@@ -363,7 +365,7 @@ def work(args: argparse.Namespace) -> int:
     if args.dry_run:
         show(cells, folder)
         return 0
-    if grid.table["training"]["precision"] == "fp16" and not torch.cuda.is_available():
+    if grid.table["training"]["precision"] == "fp16" and not on_gpu():
         raise UserError(f"{args.grid}: precision fp16 needs a GPU; give --precision fp32 or bf16")
     check_teachers(grid, folder)
     folder.mkdir(parents=True, exist_ok=True)
