@@ -48,6 +48,8 @@ WEIGHTS = {
     ("sentence-reversed",): [(0, 1) if row[0] in (1, 5) else (1, 0) for row in TABLE],
     ("floor",): [(0.3, 0.7) if row[3] == (0, 1) else (0.7, 0.3) for row in TABLE],
     ("floor", "gate_floor", "0.9,0.5"): [(0.5, 0.5) if row[3] == (0, 1) else (0.1, 0.9) for row in TABLE],
+    ("sentence-floor",): [(0.3, 0.7) if row[4] == (0, 1) else (0.7, 0.3) for row in TABLE],
+    ("sentence-floor", "gate_floor", "0.7,1"): [(0, 1) if row[4] == (0, 1) else (0.3, 0.7) for row in TABLE],
     # CE_s / CE_t = log p / log q
     ("wsl",): [(1, 2.5 * (1 - math.exp(-math.log(p) / math.log(q)))) for p, q in zip(P, Q, strict=True)],
     ("wsl", "kd_weight", 1.0): [(1, 1 - math.exp(-math.log(p) / math.log(q))) for p, q in zip(P, Q, strict=True)],
@@ -60,6 +62,11 @@ WEIGHTS = {
         for w in (2.5 * (1 - math.exp(-math.log(p) / math.log(q))) for p, q in zip(P, Q, strict=True))
     ],
     ("expected",): [(1 - p, p) for p in P],  # `statistics` say P as well of what it asks for
+    # -log q - P in the mean of a sentence (`statistics` say P as well of the entropy): 1.01, 0.30, 0.80, -0.39, 0.87
+    ("typical",): [(0, 1) if row[0] == 0 else pytest.approx((0.3, 0.7)) for row in TABLE],
+    ("typical", "kd_weight", 0.25, "typical_margin", 0.31): [
+        (0.75, 0.25) if row[0] in (1, 4) else (0, 1) for row in TABLE
+    ],
     ("pair",): [(0.5, 0.5)] * 10,  # before student and teacher are compared
     ("always",): [(0, 1)] * 10,
     ("always", "kd_weight", 0.25): [(0.75, 0.25)] * 10,
@@ -148,7 +155,9 @@ def test_constant_gates_are_those_that_read_no_probability(name: str):
     if name == "selective-global":
         gate.weights.state["threshold"] = torch.tensor(1.0)
     unread = torch.zeros_like(seen.student_logprob)
-    blind = gate.weights(seen._replace(student_logprob=unread, teacher_logprob=unread, asked={"student_above": unread}))
+    blind = gate.weights(
+        seen._replace(student_logprob=unread, teacher_logprob=unread, asked=dict.fromkeys(seen.asked, unread))
+    )
     assert gate.constant == (rows(blind) == rows(gate.weights(seen)))
 
 

@@ -11,11 +11,13 @@ import torch
 
 from hgkd_fairseq.gates.contract import GateError, GateWeights, Option, TokenStatistics
 from hgkd_fairseq.gates.registry import register_gate
-from hgkd_fairseq.gates.tools import hard_weights, sentence_margin
+from hgkd_fairseq.gates.tools import hard_weights, sentence_margin, sentence_sums
 from hgkd_fairseq.ranges import SHARE
 
 TeacherShare = Annotated[float | None, Option("share of the tokens that the teacher gets", SHARE)]
 Floor = Annotated[str, Option("LO,HI: the teacher's weight where the gate is closed, and where it is open")]
+KdShare = Annotated[float, Option("a, weight of the teacher's term", SHARE)]
+Margin = Annotated[float, Option("m, nats a token by which a target's surprisal may be above the teacher's entropy")]
 HKD = "Lee et al., EMNLP 2022, arXiv:2210.12427"
 
 
@@ -50,9 +52,17 @@ def sentence(statistics: TokenStatistics) -> GateWeights:
     source="HKD-T that leaves neither the data nor the teacher alone; ours",
 )
 def floor(statistics: TokenStatistics, *, gate_floor: Floor = "0.3,0.7") -> GateWeights:
-    closed, opened = floor_weights(gate_floor)
-    teacher = closed + (opened - closed) * token(statistics).teacher
-    return GateWeights(1 - teacher, teacher)
+    return floored(token(statistics), gate_floor)
+
+
+@register_gate(
+    "sentence-floor",
+    scope="sentence",
+    equation="teacher HI where sum_t log p_t > sum_t log q_t, else LO; data 1 - teacher (--gate-floor LO,HI)",
+    source="HKD-S that leaves neither the data nor the teacher alone; ours",
+)
+def sentence_floor(statistics: TokenStatistics, *, gate_floor: Floor = "0.3,0.7") -> GateWeights:
+    return floored(sentence(statistics), gate_floor)
 
 
 @register_gate(
@@ -64,6 +74,29 @@ def floor(statistics: TokenStatistics, *, gate_floor: Floor = "0.3,0.7") -> Gate
 )
 def expected(statistics: TokenStatistics) -> GateWeights:
     teacher = statistics.asked["student_above"]
+    return GateWeights(1 - teacher, teacher)
+
+
+@register_gate(
+    "typical",
+    scope="sentence",
+    equation="teacher 1 where mean_t (-log q_t - H(q at t)) > m, else a; data 1 - teacher (--kd-weight a, "
+    "--typical-margin m)",
+    source="the teacher as a gauge of the targets: under a calibrated one the surprisal of a right target is its "
+    "entropy in the mean, of a wrong one more; ours",
+    compares=False,
+    asks=("teacher_entropy",),
+)
+def typical(statistics: TokenStatistics, *, kd_weight: KdShare = 0.7, typical_margin: Margin = 1.0) -> GateWeights:
+    above = -statistics.teacher_logprob - statistics.asked["teacher_entropy"]  # nats
+    wrong = sentence_sums(above - typical_margin, statistics)[statistics.sentence] > 0
+    teacher = torch.where(wrong, torch.ones_like(above), torch.full_like(above, kd_weight))
+    return GateWeights(1 - teacher, teacher)
+
+
+def floored(decided: GateWeights, gate_floor: str) -> GateWeights:
+    closed, opened = floor_weights(gate_floor)
+    teacher = closed + (opened - closed) * decided.teacher
     return GateWeights(1 - teacher, teacher)
 
 

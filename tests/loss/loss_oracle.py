@@ -76,6 +76,8 @@ class Found:
     kl_error: Tensor
     above: Tensor  # sum p 1[p > q]
     above_error: Tensor
+    surprise: Tensor  # of the gold token under q, above the entropy of q, as the gate reads q
+    surprise_error: Tensor
 
 
 def find(t: Tokens) -> Found:
@@ -122,7 +124,12 @@ def find(t: Tokens) -> Found:
     near = (difference.abs() <= (a + b)[:, None]) & (p > 0)
     above_error = (p * near).sum(1).detach() + torch.expm1(2 * a)
     reads = student_read.detach(), teacher_read.detach()
-    return Found(logp, logq, *reads, a, b, data, data_error, kl, kl_error, above, above_error)
+    entropy = -plogr(gate_logq.exp(), gate_logq)
+    surprise = -gate_logq.gather(1, t.target[:, None]).squeeze(1) - entropy
+    surprise_error = b + torch.expm1(2 * b) * entropy + C * t.u * (surprise.abs() + entropy)
+    return Found(
+        logp, logq, *reads, a, b, data, data_error, kl, kl_error, above, above_error, surprise, surprise_error
+    )  # fmt: skip
 
 
 @dataclass
@@ -167,13 +174,19 @@ def weights(gate: str, t: Tokens, f: Found) -> Weights:
         return mixed(0.0)
     if gate in ("token", "token-reversed"):
         return hard(gap if gate == "token" else -gap, noise)
+    by_sentence = sums(noise + C * t.u * gap.abs())  # its rounding
     if gate in ("sentence", "sentence-reversed"):
         total = sums(gap)
-        return hard(total if gate == "sentence" else -total, sums(noise + C * t.u * gap.abs()))
-    if gate == "floor":
+        return hard(total if gate == "sentence" else -total, by_sentence)
+    if gate in ("floor", "sentence-floor"):
         low, high = has["floor"]
-        made = hard(gap, noise, low, high)
+        made = hard(gap, noise, low, high) if gate == "floor" else hard(sums(gap), by_sentence, low, high)
         return replace(made, error=torch.where(made.unsure, abs(high - low), 0.0), unsure=None)
+    if gate == "typical":
+        above = f.surprise - has["margin"]
+        noise = sums(f.surprise_error + C * t.u * above.abs())
+        made = hard(sums(above), noise, has["kd_weight"], 1.0)
+        return replace(made, error=torch.where(made.unsure, 1 - has["kd_weight"], 0.0), unsure=None)
     if gate in ("soft", "soft-learned"):
         k = has["sharpness"]
         return mixed(torch.sigmoid(k * gap), (k * noise / 4 + 8 * t.u).clamp(max=1))

@@ -152,8 +152,11 @@ def gate_of(rng: random.Random, generator: torch.Generator, name: str, target: T
     """A gate with parameters, and the same under the oracle's names."""
     share = rng.choice((0.0, 0.3, 0.5, 1.0))
     weight = rng.choice((0.0, 0.4, 1.0))
-    if name == "floor":
+    if name in ("floor", "sentence-floor"):
         return get_gate(name, gate_floor="0.2,0.9"), {"floor": (0.2, 0.9)}
+    if name == "typical":
+        margin = rng.choice((-1.0, 0.0, 0.5))
+        return get_gate(name, kd_weight=weight, typical_margin=margin), {"kd_weight": weight, "margin": margin}
     if name in ("soft", "soft-learned"):
         sharpness = float(torch.tensor(3 * weight))  # a parameter that is learned is fp32
         return get_gate(name, gate_sharpness=sharpness), {"sharpness": sharpness}
