@@ -9,8 +9,10 @@ Synthetic sentences of 8 to 40 tokens in fairseq's binary format; task, models, 
 fairseq from the options of its command line, the teacher is an untrained checkpoint. All take turns on the same batches
 in one process: medians, target tokens a second, and the median over the batches of the ratio within a batch. Of the
 distilling step the teacher's forward pass and its product with the output layer are also timed alone, and what a
-loader's worker takes to read a stored teacher (hidden states in the model's dtype). On a GPU also the peak of the
-memory that a step takes beyond what stands there before it (parameters, optimizer's state).
+loader's worker takes to read a stored teacher (hidden states in the model's dtype). A student without an output layer,
+whose loss is the sum of its features, and the three products of an output layer (forward, gradients of features and of
+weight) say what no loss can save. On a GPU also the peak of the memory that a step takes beyond what stands there
+before it (parameters, optimizer's state).
 """
 
 from __future__ import annotations
@@ -31,8 +33,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from fairseq import options, tasks, utils
+from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.data import Dictionary, indexed_dataset
+from fairseq.dataclass import FairseqDataclass
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.logging import metrics
 from fairseq.trainer import Trainer
 from measuring import (
     LEAST_REPEATS,
@@ -50,6 +55,7 @@ USER_DIR = Path(__file__).parents[2] / "hgkd_fairseq"
 LANGUAGES = ("de", "en")
 MAX_UPDATE = 100_000  # more than are made
 WARM_ROUNDS = 3
+PRODUCTS = "output layer's three products"
 HEADINGS = ["a training step", "ms", "p20 to p80", "/ CE, fairseq", "/ KD, ours", "tokens/s", "peak MiB"]
 
 
@@ -83,6 +89,25 @@ SETTINGS = {
     "wmt-base": Setting(Size(512, 2048, 6, 6, 8), Size(512, 2048, 6, 6, 8), 37000, 8192, 0.1),
     "tiny": Setting(Size(16, 32, 1, 1), Size(24, 32, 1, 1), 200, 256, 0.1),
 }
+
+
+@register_criterion("sum_of_features", dataclass=FairseqDataclass)
+class SumOfFeatures(FairseqCriterion):
+    """No output layer, and next to no loss: what is left of a step."""
+
+    def forward(self, model: torch.nn.Module, sample: dict) -> tuple[torch.Tensor, int, dict]:
+        features, _ = model(**sample["net_input"], features_only=True)
+        loss = features.float().sum()
+        count = sample["ntokens"]
+        return loss, count, {"loss": loss.detach(), "ntokens": count, "sample_size": count}
+
+    @staticmethod
+    def reduce_metrics(logging_outputs: list[dict]) -> None:
+        metrics.log_scalar("loss", float(sum(output["loss"] for output in logging_outputs)))
+
+    @staticmethod
+    def logging_outputs_can_be_summed() -> bool:
+        return True
 
 
 def write_data(folder: Path, vocabulary: int, pairs: int) -> None:
@@ -129,6 +154,7 @@ def competitors(
         f"CE, {rungs[0]}": build("--criterion=hard_gate_kd", "--gate=none", f"--loss-impl={rungs[0]}"),
         **{f"KD, {rung}": build(*distil, "--gate=token", f"--loss-impl={rung}") for rung in (*rungs, "eager")},
         f"KD, {rungs[0]}, stored": build(*task, "--gate=token", f"--teacher-store={store}", f"--loss-impl={rungs[0]}"),
+        "no output layer": build("--criterion=sum_of_features"),
     }
 
 
@@ -149,6 +175,20 @@ def teacher_parts(trainer: Trainer) -> dict[str, Callable[[dict], None]]:
             F.linear(head.hidden[kept], head.weight, head.bias)
 
     return {"teacher's forward pass": forward, "teacher's output product": product}
+
+
+def three_products(trainer: Trainer) -> dict[str, Callable[[dict], None]]:
+    """Logits, and of their gradient those of features and weight: the least that a student's output layer takes."""
+    weight = next(trainer.model.decoder.output_projection.parameters()).detach()
+
+    @torch.no_grad()
+    def products(batch: dict) -> None:
+        features = weight.new_ones((batch["ntokens"], weight.size(1)))
+        logits = features @ weight.T
+        logits @ weight
+        logits.T @ features
+
+    return {PRODUCTS: products}
 
 
 def reading(trainer: Trainer) -> dict[str, Callable[[dict], None]]:
@@ -191,7 +231,7 @@ def measure(setting: Setting, device: str, dtype: str, rungs: Sequence[str], rep
         distilling, stored = f"KD, {rungs[0]}", f"KD, {rungs[0]}, stored"
         batches = trainers[stored].get_train_iterator(1).next_epoch_itr(shuffle=True)
         chosen = list(itertools.islice(batches, rounds))
-        parts = teacher_parts(trainers[distilling]) | reading(trainers[stored])
+        parts = teacher_parts(trainers[distilling]) | reading(trainers[stored]) | three_products(trainers[stored])
         times = take_turns(trainers, parts, chosen, device)
         peaks = {name: peak(trainer, chosen[-1]) for name, trainer in trainers.items()} if device == "cuda" else {}
     base, ours = times["CE, fairseq"], times[distilling]
@@ -260,6 +300,8 @@ def summary(rows: list[Row]) -> Iterator[str]:
     stored = by[f"{ours.name}, stored"]
     waits = by["reading the store"].median_ms / stored.median_ms
     yield f"A step of {stored.name}, over one of CE (fairseq): {stored.over_ce:.2f}; it is read in {waits:.1%} of that."
+    bare, products = by["no output layer"].over_ce, by[PRODUCTS].over_ce
+    yield f"Without an output layer {bare:.2f} of CE (fairseq), its products {products:.2f}: the sum is the least."
     if ours.peak_mib and eager.peak_mib:
         yield f"Peak memory of a step of eager KD over one of {ours.name}: {eager.peak_mib / ours.peak_mib:.2f}."
 

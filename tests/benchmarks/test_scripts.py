@@ -58,12 +58,14 @@ def test_step(tmp_path):
     arguments = ("--arch-size", "tiny", "--rungs", "chunked", "--repeats", 7)
     printed = run("step.py", *arguments, "--csv", tmp_path / "step.csv")
     found = {row["name"]: row for row in rows(tmp_path / "step.csv")}
-    parts = ["teacher's forward pass", "teacher's output product", "reading the store"]
-    assert list(found) == ["CE, fairseq", "CE, chunked", "KD, chunked", "KD, eager", "KD, chunked, stored", *parts]
+    parts = ["teacher's forward pass", "teacher's output product", "reading the store", "output layer's three products"]
+    steps = ["CE, fairseq", "CE, chunked", "KD, chunked", "KD, eager", "KD, chunked, stored", "no output layer"]
+    assert list(found) == [*steps, *parts]
     assert all(float(row["median_ms"]) > 0 for row in found.values())
     assert float(found["KD, chunked"]["over_ours"]) == 1
     assert all(0 < float(found[part]["over_ours"]) < 1 for part in parts)
     assert "A step of KD (KD, chunked) over one of CE (fairseq):" in printed
+    assert "Without an output layer " in printed
 
 
 def test_store(data, teacher, plain):
