@@ -177,10 +177,13 @@ def dictionary(path: str, task: dict[str, Any], side: str) -> Dictionary:
     """
     file = dictionary_file(task, side)
     if not os.path.isfile(file):
-        what = f"the {side} dictionary of the teacher {path}, {file},"
+        what = f"the {side} dictionary of the teacher {path}, {file}, does not exist"
+        folder = f"the folder of the dictionaries of the teacher {path}, {folder_of(task)},"
         if not os.path.isdir(folder_of(task)):  # it may not be known which languages it would be of
-            what = f"the folder of the dictionaries of the teacher {path}, {folder_of(task)},"
-        raise UserError(f"{what} does not exist and cannot be compared with the student's; {FOLDER}")
+            what = f"{folder} does not exist"
+        elif None in pair_of(task):
+            what = f"{folder} has no data of a language pair"
+        raise UserError(f"{what} and cannot be compared with the student's; {FOLDER}")
     found = binarised.dictionary(file)
     if kind(task) == MULTILINGUAL:
         style, specs = task.get("lang_tok_style") or "multilingual", task.get("langtoks_specs") or ["main"]

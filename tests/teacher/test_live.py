@@ -156,6 +156,10 @@ def test_languages_that_were_inferred(task, teacher: cl.Run, tmp_path: Path):
     state["cfg"]["task"] |= {"source_lang": None, "target_lang": None}
     torch.save(state, tmp_path / "a.pt")
     assert len(load(task, tmp_path / "a.pt").models) == 1
+    state["cfg"]["task"]["data"] = str(tmp_path)  # a folder that is there, of something else
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=f"{tmp_path}, has no data of a language pair .* --teacher-model-overrides"):
+        load(task, tmp_path / "a.pt")
 
 
 def test_fewer_positions_than_the_data(task, teacher: cl.Run):
