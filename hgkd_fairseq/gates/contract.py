@@ -125,7 +125,8 @@ class Gate:
         uniform: whether its weights have a `uniform` part.
         timed: whether it changes with `progress`, so that the length of the training must be known.
         constant: whether its weights do not depend on the two log-probabilities, so that they are known beforehand.
-        asks: the statistics of `ASKED` that it sees beside them, which no kernel makes: plain torch does the rows.
+        asks: the statistics of `ASKED` that it sees beside them. The kernels make the teacher's entropy, at the loss's
+            temperature; with any other plain torch does the rows.
         closes: whether it gives tokens the teacher's weight 0, so that it pays to decide before the teacher's logits
             are made, where the teacher's log-probabilities of the gold tokens are known.
         parameters: by name, as the gate declares them.

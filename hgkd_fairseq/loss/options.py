@@ -20,6 +20,7 @@ GATE_ON = {
 DRAWN = ("student-draw", "teacher-draw")
 FUSED_GATE_ON = ("gold", "argmax")  # of these, what the kernels know
 FUSED = "kl"  # the divergence that the kernels know
+FUSED_ASKS = {"teacher_entropy"}  # of what gates may ask for, at the teacher's temperature
 TEACHER_TEMPERATURE = 1.5  # of the paper
 JSD_BETA, SKEW_ALPHA = 0.5, 0.1  # the Jensen-Shannon divergence; as DistiLLM has it
 RANGES = {
@@ -117,7 +118,8 @@ class Options:
     @property
     def fused(self) -> bool:
         """Whether the rows' own mathematics, and so the kernels, may know it; else `rows.autograd_step` does it."""
-        return self.divergence == FUSED and self.gate_on in FUSED_GATE_ON and not self.gate.asks
+        asks = not self.gate.asks or (set(self.gate.asks) <= FUSED_ASKS and not self.reads_untempered)
+        return self.divergence == FUSED and self.gate_on in FUSED_GATE_ON and asks
 
     @property
     def needs_mean(self) -> bool:

@@ -37,6 +37,12 @@ class RowStatistics(NamedTuple):
     entropy: Tensor | None  # H(p)
     kl: Tensor  # KL(q || p); 0 without a teacher
     correct: Tensor | None  # bool, the argmax is the gold token
+    teacher_entropy: Tensor | None = None  # H(q)
+
+
+def asked(options: Options, teacher_entropy: Tensor | None) -> list[dict[str, Tensor]]:
+    """What the gate asks for beside the log-probabilities: the last argument of `decided`, where it is one."""
+    return [{"teacher_entropy": teacher_entropy}] if options.gate.asks and teacher_entropy is not None else []
 
 
 def widen(z: Tensor) -> Tensor:
@@ -78,7 +84,7 @@ def row_statistics(
         read = argmax if options.gate_on == "argmax" else target
     student_read = logprob(shifted, log_sum, read)
 
-    q = teacher_max = teacher_sum = None
+    q = teacher_max = teacher_sum = teacher_entropy = None
     if not options.gate.needs_teacher:
         teacher_read, kl = student_read, torch.zeros_like(gold)
     elif len(teacher_logits) == 1:
@@ -103,8 +109,11 @@ def row_statistics(
         kl = (q * difference).sum(1) + log_sum
         gate_q = mean_probability(teacher_logits, 1.0, z.dtype) if options.reads_untempered else q
         teacher_read = gate_q.gather(1, read[:, None]).squeeze(1).log()
+    if options.gate.asks and q is not None:
+        teacher_entropy = -(q * torch.where(q > 0, q.log(), torch.zeros_like(q))).sum(1)
     statistics = RowStatistics(
-        student_max, student_sum, teacher_max, teacher_sum, student_read, teacher_read, gold, mean, entropy, kl, correct
+        *(student_max, student_sum, teacher_max, teacher_sum, student_read, teacher_read, gold, mean, entropy, kl),
+        *(correct, teacher_entropy),
     )
     return statistics, p, q
 
@@ -189,7 +198,8 @@ def row_step(
     if not options.fused or sparse is not None:
         return autograd_step(student_logits, teacher_logits, target, decide, options, gradient_scale, sparse)
     statistics, p, q = row_statistics(student_logits, teacher_logits, target, 1 / options.teacher_temperature, options)
-    weights = decided(decide, statistics.student_read, statistics.teacher_read)
+    more = asked(options, statistics.teacher_entropy)
+    weights = decided(decide, statistics.student_read, statistics.teacher_read, *more)
     results = row_results(statistics, weights, p.size(1), options)
     if gradient_scale is None:
         return results, None

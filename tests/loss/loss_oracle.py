@@ -76,7 +76,7 @@ class Found:
     kl_error: Tensor
     above: Tensor  # sum p 1[p > q]
     above_error: Tensor
-    surprise: Tensor  # of the gold token under q, above the entropy of q, as the gate reads q
+    surprise: Tensor  # of the token that is read under q, above the entropy of q, as the gate reads q
     surprise_error: Tensor
 
 
@@ -125,7 +125,7 @@ def find(t: Tokens) -> Found:
     above_error = (p * near).sum(1).detach() + torch.expm1(2 * a)
     reads = student_read.detach(), teacher_read.detach()
     entropy = -plogr(gate_logq.exp(), gate_logq)
-    surprise = -gate_logq.gather(1, t.target[:, None]).squeeze(1) - entropy
+    surprise = -teacher_read - entropy
     surprise_error = b + torch.expm1(2 * b) * entropy + C * t.u * (surprise.abs() + entropy)
     return Found(
         logp, logq, *reads, a, b, data, data_error, kl, kl_error, above, above_error, surprise, surprise_error

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hgkd_fairseq import gates
 from hgkd_fairseq.loss import DIVERGENCES, DistillationOutput, chunked, gated_distillation, products
+from hgkd_fairseq.loss.options import Options
 from hgkd_fairseq.sentence_weights import gate as _instance  # noqa: F401  registers the gate instance
 
 ROOT = Path(__file__).parents[2]
@@ -1154,10 +1155,21 @@ def detached(weights: gates.GateWeights) -> gates.GateWeights:
 
 @pytest.mark.parametrize("scope", ["token", "sentence", "batch"])
 @pytest.mark.parametrize("tempered_gate", [True, False])
+@pytest.mark.parametrize(
+    ("asks", "teachers"),
+    [(tuple(gates.contract.ASKED), (9, 4)), (("teacher_entropy",), (9, 4)), (("teacher_entropy",), (9,))],
+)
 @both
-def test_what_a_gate_asks_for(implementation: str, tempered_gate: bool, scope: str, monkeypatch: pytest.MonkeyPatch):
+def test_what_a_gate_asks_for(
+    implementation: str,
+    asks: tuple[str, ...],
+    teachers: tuple[int, ...],
+    tempered_gate: bool,
+    scope: str,
+    monkeypatch: pytest.MonkeyPatch,
+):
     monkeypatch.setitem(chunked.CHUNK_TOKENS, "cpu", 5)
-    batch = make(dtype=precision(implementation)[0], teacher_dimensions=(9, 4))
+    batch = make(dtype=precision(implementation)[0], teacher_dimensions=teachers)
     seen: dict[str, list[Tensor]] = {}
 
     def weights(statistics: gates.TokenStatistics) -> gates.GateWeights:
@@ -1165,7 +1177,8 @@ def test_what_a_gate_asks_for(implementation: str, tempered_gate: bool, scope: s
             seen.setdefault(name, []).append(values)
         return gates.hard.token(statistics)
 
-    gate = gates.Gate("asks", weights, scope, asks=tuple(gates.contract.ASKED))
+    gate = gates.Gate("asks", weights, scope, asks=asks)
+    assert Options(gate, tempered_gate=tempered_gate).fused == (asks == ("teacher_entropy",) and tempered_gate)
     out = run(batch, implementation, gate=gate, tempered_gate=tempered_gate)
     expected = run(batch, implementation, gate="token", tempered_gate=tempered_gate)
     assert torch.equal(out.teacher_mask, expected.teacher_mask)
@@ -1185,8 +1198,9 @@ def test_what_a_gate_asks_for(implementation: str, tempered_gate: bool, scope: s
         "student_entropy": -(p * p.log()).sum(1),
         "teacher_entropy": -(q * q.log()).sum(1),
     }
-    for name, value in values.items():
-        torch.testing.assert_close(torch.cat(seen[name]).double(), value, atol=1e-5, rtol=1e-5)
+    assert seen.keys() == set(asks)
+    for name in asks:
+        torch.testing.assert_close(torch.cat(seen[name]).double(), values[name], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("gate_on", ["student-draw", "teacher-draw"])

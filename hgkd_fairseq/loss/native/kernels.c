@@ -5,7 +5,7 @@
  *   KL(q || p) = sum f ((t - M) / tau - (z - m)) / L - log L + log l
  *   dz = data (p - gold_weight onehot - every_weight) + teacher (p - q) + uniform (p - 1/V) + data beta p (log p + H)
  *
- * cpu_rows.py compiles this file on first use and calls it. Each thread widens a row of either head into an fp32 buffer
+ * rows.py compiles this file on first use and calls it. Each thread widens a row of either head into an fp32 buffer
  * of its own and keeps e and f there, so that a row is read once and its exponentials are made once.
  */
 
@@ -20,8 +20,9 @@ enum { FP32, BF16, FP16 };           /* dtype of the logits */
  * others' logits stay. */
 enum { STATISTICS_ALONE, GRADIENT_ALONE, WEIGHTED, TOKEN, TOKEN_CLOSED };
 
-/* Rows of `statistics`, (STATISTICS, rows); cpu_rows.py has the same order. */
-enum { STUDENT_MAX, STUDENT_SUM, TEACHER_MAX, TEACHER_SUM, STUDENT_READ, TEACHER_READ, GOLD, MEAN, ENTROPY, KL };
+/* Rows of `statistics`, (STATISTICS, rows); rows.py has the same order. */
+enum { STUDENT_MAX, STUDENT_SUM, TEACHER_MAX, TEACHER_SUM, STUDENT_READ, TEACHER_READ, GOLD, MEAN, ENTROPY, KL,
+       TEACHER_ENTROPY };
 
 enum { NO_MEMORY = 1, NO_SUCH_TOKEN };
 
@@ -107,7 +108,8 @@ static void narrow(void *restrict row, const float *restrict in, int64_t size, i
 }
 
 typedef struct {
-    double student, shifted, entropy, teacher, difference; /* l, sum (z - m), sum e (z - m), L, sum f ((t - M) / tau - (z - m)) */
+    double student, shifted, entropy; /* l, sum (z - m), sum e (z - m) */
+    double teacher, difference, teacher_entropy; /* L, sum f ((t - M) / tau - (z - m)), sum f (t - M) / tau */
 } Sums;
 
 /* Replaces z by e and, where there is a teacher, t by f. */
@@ -115,9 +117,9 @@ static Sums exponentials(float *restrict z, float *restrict t, int64_t size, flo
     Sums sums = {0};
     for (int64_t start = 0; start < size; start += BLOCK) {
         int64_t end = start + BLOCK < size ? start + BLOCK : size;
-        float l = 0, shifted = 0, entropy = 0, L = 0, difference = 0;
+        float l = 0, shifted = 0, entropy = 0, L = 0, difference = 0, teacher_entropy = 0;
         if (t) {
-#pragma omp simd reduction(+ : l, shifted, entropy, L, difference)
+#pragma omp simd reduction(+ : l, shifted, entropy, L, difference, teacher_entropy)
             for (int64_t i = start; i < end; i++) {
                 float a = z[i] - m, b = (t[i] - M) * inverse_temperature;
                 float e = exp_nonpositive(a), f = exp_nonpositive(b);
@@ -128,6 +130,7 @@ static Sums exponentials(float *restrict z, float *restrict t, int64_t size, flo
                 entropy += e > 0 ? e * a : 0.0f; /* where p underflows, as of a forbidden token, 0 and not 0 inf */
                 L += f;
                 difference += f > 0 ? f * (b - a) : 0.0f; /* where q underflows, 0 and not 0 inf */
+                teacher_entropy += f > 0 ? f * b : 0.0f;
             }
         } else {
 #pragma omp simd reduction(+ : l, shifted, entropy)
@@ -145,6 +148,7 @@ static Sums exponentials(float *restrict z, float *restrict t, int64_t size, flo
         sums.entropy += entropy;
         sums.teacher += L;
         sums.difference += difference;
+        sums.teacher_entropy += teacher_entropy;
     }
     return sums;
 }
@@ -236,7 +240,7 @@ int rows(
     void *student,         /* (rows, V), contiguous; overwritten by the gradient unless mode is STATISTICS_ALONE */
     const void *teacher,   /* (count, V), contiguous, not tempered; NULL: none */
     const int64_t *target, /* (rows,) */
-    float *statistics,     /* (10, rows): written, but read in modes GRADIENT_ALONE and TOKEN_CLOSED */
+    float *statistics,     /* (11, rows): written, but read in modes GRADIENT_ALONE and TOKEN_CLOSED */
     uint8_t *correct,      /* (rows,) the argmax is the target; NULL: not asked for */
     const float *data, const float *teacher_weight, /* (rows,) in modes GRADIENT_ALONE and WEIGHTED */
     const float *uniform,                           /* (rows,) or NULL */
@@ -296,6 +300,7 @@ int rows(
             found[MEAN * stride] = (float)(sums.shifted / V) - log_l;
             found[ENTROPY * stride] = entropy;
             found[KL * stride] = teacher ? (float)(sums.difference / sums.teacher) - log_L + log_l : 0;
+            found[TEACHER_ENTROPY * stride] = teacher ? log_L - (float)(sums.teacher_entropy / sums.teacher) : 0;
             if (mode == STATISTICS_ALONE || (mode == TOKEN_CLOSED && student_read > teacher_read)) continue;
             /* Gate "token", strict: where both agree exactly the data teaches. */
             float to_teacher = student_read > teacher_read, to_data = 1 - to_teacher, to_uniform = 0;

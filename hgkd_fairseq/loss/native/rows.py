@@ -42,7 +42,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STATISTICS_ALONE, GRADIENT_ALONE, WEIGHTED, TOKEN, TOKEN_CLOSED = range(5)
 STATISTICS = (
     *("student_max", "student_sum", "teacher_max", "teacher_sum"),
-    *("student_read", "teacher_read", "gold", "mean", "entropy", "kl"),
+    *("student_read", "teacher_read", "gold", "mean", "entropy", "kl", "teacher_entropy"),
 )
 NO_MEMORY, NO_SUCH_TOKEN = 1, 2
 
@@ -242,7 +242,8 @@ def row_step(
     else:
         run(TOKEN)
     statistics = chunk.statistics()
-    given = decided(decide, statistics.student_read, statistics.teacher_read)
+    asked = rows.asked(options, statistics.teacher_entropy)
+    given = decided(decide, statistics.student_read, statistics.teacher_read, *asked)
     if gradient_scale is not None and not (weights or token):
         run(GRADIENT_ALONE, given)
     return rows.row_results(statistics, given, student_logits.size(1), options), chunk.gradient()

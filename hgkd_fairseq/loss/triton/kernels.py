@@ -35,11 +35,11 @@ NEGLIGIBLE = tl.constexpr(1e-20)
 MINUS_INF = tl.constexpr(float("-inf"))
 # No constant that is nan: Triton compares a kernel's globals with those it was compiled with, and nan differs from nan.
 
-# Rows of `results` (7, C) fp32, of `flags` (2, C) int8 and of `statistics` (4, C) fp32. One base pointer each: the
+# Rows of `results` (7, C) fp32, of `flags` (2, C) int8 and of `statistics` (5, C) fp32. One base pointer each: the
 # address of a row of an odd number of tokens would be aligned or not, and either would be compiled.
 LOSS, NLL, DATA_TERM, KL, STUDENT_READ, TEACHER_READ, CONFIDENCE = (tl.constexpr(i) for i in range(7))
 TEACHER, CORRECT = (tl.constexpr(i) for i in range(2))
-STUDENT_MAX, STUDENT_SUM, TEACHER_MAX, TEACHER_SUM = (tl.constexpr(i) for i in range(4))
+STUDENT_MAX, STUDENT_SUM, TEACHER_MAX, TEACHER_SUM, ENTROPY = (tl.constexpr(i) for i in range(5))
 
 # Integers and addresses that change from chunk to chunk: not worth a compilation for those divisible by 16.
 _UNSPECIALIZED = {
@@ -99,6 +99,7 @@ def _row_statistics(
     ARGMAX: tl.constexpr,
     GATE_ON_ARGMAX: tl.constexpr,
     GATE_TEMPERATURE: tl.constexpr,
+    TEACHER_ENTROPY: tl.constexpr,
 ):
     """Pass 1. Exponents are in bits, (z - m) log2(e): the hardware's exponential is of base 2."""
     TILE: tl.constexpr = DEPTH * THREADS * VECTOR
@@ -109,6 +110,7 @@ def _row_statistics(
     l_t = tl.zeros((THREADS,), tl.float32)
     untempered = tl.zeros((THREADS,), tl.float32)  # the teacher's l at temperature 1
     difference = tl.zeros((THREADS,), tl.float32)  # sum of exp(t) (t - z), both shifted by the thread's maxima
+    surprise = tl.zeros((THREADS,), tl.float32)  # sum of exp(t) t, shifted by the thread's maximum
     shifted_sum = tl.zeros((THREADS,), tl.float32)  # sum of the shifted z
     place = tl.zeros((THREADS,), tl.int32)  # of the first maximum
     seen = 0.0  # tokens of each thread before this tile: only the last tile is ragged
@@ -136,6 +138,9 @@ def _row_statistics(
             carried = factor * (difference + l_t * (moved_t - moved))
             added = tl.where(weight > NEGLIGIBLE, weight * (shifted_t - shifted), 0.0)
             difference = tl.where(factor > NEGLIGIBLE, carried, 0.0) + _sum(added)
+            if TEACHER_ENTROPY:
+                carried_t = tl.where(factor > NEGLIGIBLE, factor * (surprise + l_t * moved_t), 0.0)
+                surprise = carried_t + _sum(tl.where(weight > NEGLIGIBLE, weight * shifted_t, 0.0))
             l_t = tl.fma(l_t, factor, _sum(weight))
             if not GATE_TEMPERATURE:
                 untempered = tl.fma(
@@ -175,6 +180,7 @@ def _row_statistics(
     teacher_sum = 1.0
     teacher_read = student_read
     kl = 0.0
+    teacher_entropy = 0.0
     if HAS_TEACHER:
         teacher_max = tl.max(m_t, 0)
         moved_t = (m_t - teacher_max) * teacher_bits
@@ -184,12 +190,18 @@ def _row_statistics(
         carried = factor * (difference + l_t * (moved_t - moved))
         expectation = LN2 * tl.sum(tl.where(factor > NEGLIGIBLE, carried, 0.0), 0) / teacher_sum
         kl = expectation - teacher_log + student_log
+        if TEACHER_ENTROPY:
+            carried_t = tl.where(factor > NEGLIGIBLE, factor * (surprise + l_t * moved_t), 0.0)
+            teacher_entropy = teacher_log - LN2 * tl.sum(carried_t, 0) / teacher_sum
         if GATE_TEMPERATURE:
             teacher_read = (read_logit - teacher_max) * inverse_temperature - teacher_log
         else:
             normalizer = _meet(untempered, tl.exp2((m_t - teacher_max) * LOG2E))
             teacher_read = (read_logit - teacher_max) - tl.log(normalizer)
-    return student_read, teacher_read, gold, data_term, kl, argmax, student_max, student_sum, teacher_max, teacher_sum
+    return (
+        student_read, teacher_read, gold, data_term, kl, argmax, student_max, student_sum, teacher_max, teacher_sum,
+        teacher_entropy,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -315,10 +327,10 @@ def token_rows(
     student_row = student_logits + row * STUDENT_STRIDE
     teacher_row = teacher_logits + row * TEACHER_STRIDE
     gold_token = tl.load(target + row).to(tl.int32)
-    student_read, teacher_read, gold, data_term, kl, argmax, student_max, student_sum, teacher_max, teacher_sum = (
+    student_read, teacher_read, gold, data_term, kl, argmax, student_max, student_sum, teacher_max, teacher_sum, _ = (
         _row_statistics(
             student_row, teacher_row, gold_token, inverse_temperature, gold_weight, every_weight,
-            V, WIDTH, THREADS, VECTOR, DEPTH, HAS_TEACHER, SMOOTHING, ARGMAX, GATE_ON_ARGMAX, GATE_TEMPERATURE,
+            V, WIDTH, THREADS, VECTOR, DEPTH, HAS_TEACHER, SMOOTHING, ARGMAX, GATE_ON_ARGMAX, GATE_TEMPERATURE, False,
         )
     )  # fmt: skip
     teacher = tl.where(student_read > teacher_read, 1.0, 0.0)  # strict: where both agree exactly the data teaches
@@ -344,7 +356,7 @@ def statistics_rows(
     target,  # (C,) int64
     results,  # (7, C) fp32: all but LOSS are written
     flags,  # (2, C) int8: CORRECT is written
-    statistics,  # (4, C) fp32
+    statistics,  # (5, C) fp32
     rows,  # C
     inverse_temperature,
     gold_weight,
@@ -361,17 +373,19 @@ def statistics_rows(
     ARGMAX: tl.constexpr,
     GATE_ON_ARGMAX: tl.constexpr,
     GATE_TEMPERATURE: tl.constexpr,
+    TEACHER_ENTROPY: tl.constexpr,
 ):
     """Pass 1 alone, for a gate that is a torch function."""
     row = tl.program_id(0).to(tl.int64)
     student_row = student_logits + row * STUDENT_STRIDE
     teacher_row = teacher_logits + row * TEACHER_STRIDE
     gold_token = tl.load(target + row).to(tl.int32)
-    student_read, teacher_read, gold, data_term, kl, argmax, student_max, student_sum, teacher_max, teacher_sum = (
-        _row_statistics(
-            student_row, teacher_row, gold_token, inverse_temperature, gold_weight, every_weight,
-            V, WIDTH, THREADS, VECTOR, DEPTH, HAS_TEACHER, SMOOTHING, ARGMAX, GATE_ON_ARGMAX, GATE_TEMPERATURE,
-        )
+    (
+        student_read, teacher_read, gold, data_term, kl, argmax, student_max, student_sum, teacher_max, teacher_sum,
+        teacher_entropy,
+    ) = _row_statistics(
+        student_row, teacher_row, gold_token, inverse_temperature, gold_weight, every_weight, V, WIDTH, THREADS,
+        VECTOR, DEPTH, HAS_TEACHER, SMOOTHING, ARGMAX, GATE_ON_ARGMAX, GATE_TEMPERATURE, TEACHER_ENTROPY,
     )  # fmt: skip
     tl.store(results + NLL * rows + row, -gold)
     tl.store(results + DATA_TERM * rows + row, data_term)
@@ -385,6 +399,8 @@ def statistics_rows(
     tl.store(statistics + STUDENT_SUM * rows + row, student_sum)
     tl.store(statistics + TEACHER_MAX * rows + row, teacher_max)
     tl.store(statistics + TEACHER_SUM * rows + row, teacher_sum)
+    if TEACHER_ENTROPY:
+        tl.store(statistics + ENTROPY * rows + row, teacher_entropy)
 
 
 @triton.jit(**_UNSPECIALIZED)
@@ -394,7 +410,7 @@ def gradient_rows(
     target,  # (C,) int64
     results,  # (7, C) fp32: LOSS is written, DATA_TERM and KL are read
     flags,  # (2, C) int8: TEACHER is written
-    statistics,  # (4, C) fp32
+    statistics,  # (5, C) fp32
     data_weight,  # (C,) fp32
     teacher_weight,  # (C,) fp32
     rows,  # C

@@ -82,11 +82,12 @@ def variants(
         # At temperature 1 both are the same.
         "GATE_TEMPERATURE": not options.reads_untempered,
     }
+    entropy = {"TEACHER_ENTROPY": bool(options.gate.asks)}
     gradient = {"MAKE_GRADIENT": make_gradient}
     if fused(options.gate):
         return [Variant("token_rows", shape | teacher | statistics | gradient, num_warps)]
     return [
-        Variant("statistics_rows", shape | teacher | statistics, num_warps),
+        Variant("statistics_rows", shape | teacher | statistics | entropy, num_warps),
         Variant("gradient_rows", shape | teacher | gradient, num_warps),
     ]
 
@@ -95,11 +96,16 @@ def all_variants(vocabulary: int, itemsize: int) -> list[Variant]:
     """Every kernel that any options can launch at a vocabulary, on rows as `chunked` lays them out on a GPU."""
     found = []
     strides = (chunked.row_stride(vocabulary, itemsize),) * 2
-    split = (Gate("user", lambda s: hard.none(s), needs_teacher=needs) for needs in (True, False))
+    split = (
+        Gate("user", lambda s: hard.none(s), needs_teacher=needs, asks=asks)
+        for needs, asks in ((True, ()), (False, ()), (True, ("teacher_entropy",)))
+    )
     for gate, gate_on, tempered_gate, smoothing, top1, make_gradient in itertools.product(
         (GATES["token"], GATES["none"], *split), FUSED_GATE_ON, (True, False), (0.0, 0.1), (True, False), (True, False)
     ):
         options = Options(gate, gate_on, 1.5, tempered_gate, smoothing, top1=top1)
+        if not options.fused:
+            continue
         found += [v for v in variants(vocabulary, strides, itemsize, options, make_gradient) if v not in found]
     return found
 
@@ -120,7 +126,8 @@ def _rows(logits: Tensor) -> Tensor:
 
 def _known(student_logits: Tensor, teachers: int, options: Options) -> bool:
     """Whether the kernels can do it. They read one teacher at one temperature (an ensemble has other means at tau and
-    at 1), know no fp64, no entropy, no uniform term and one divergence, and read the gold token or the argmax."""
+    at 1), know no fp64, no confidence penalty, no uniform term and one divergence, and read the gold token or the
+    argmax."""
     return not (
         student_logits.dtype not in DTYPES
         or not student_logits.size(0)
@@ -171,9 +178,10 @@ def row_step(
         if len(steps) == 1:
             _launch(steps[0], *outputs, *scalars, scale)
         else:
-            statistics = torch.empty((4, tokens), dtype=torch.float32, device=student.device)
+            statistics = torch.empty((5, tokens), dtype=torch.float32, device=student.device)
             _launch(steps[0], *outputs, statistics, *scalars)
-            weights = decided(decide, results[4], results[5])  # what the gate reads
+            asked = rows.asked(options, statistics[4])
+            weights = decided(decide, results[4], results[5], *asked)  # what the gate reads
             data, teacher_weight = (weight.to(torch.float32).contiguous() for weight in weights[:2])
             teacher_share = weights.teacher_share
             _launch(steps[1], *outputs, statistics, data, teacher_weight, *scalars, scale)
