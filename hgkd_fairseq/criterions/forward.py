@@ -68,6 +68,10 @@ def forward(criterion: HardGateKDCriterion, model: torch.nn.Module, sample: dict
     if cfg.gate_dropout == "off" and signal and not validating:
         how = {"padding_idx": pad, "lengths": lengths, "implementation": cfg.loss_impl}
         without_dropout = gold_logprob(model, sample, target, **how)
+    known: dict[str, Tensor | None] = {}
+    if signal and signal.gold:
+        read = 1.0 if cfg.untempered_gate else tau
+        known = {"teacher_gold": signal.gold.at(read), "teacher_entropy": signal.gold.entropy_at(read)}
     out = compute(
         target,
         gate=gate if signal or not gate.needs_teacher else "none",
@@ -80,7 +84,7 @@ def forward(criterion: HardGateKDCriterion, model: torch.nn.Module, sample: dict
         lengths=lengths,
         instance=sample["pair"] if criterion.of_pair else None if validating else sample["id"],
         student_logprob=without_dropout,
-        teacher_gold=signal.gold.at(1.0 if cfg.untempered_gate else tau) if signal and signal.gold else None,
+        **known,
         teacher_sparse=signal.distribution if isinstance(signal, Sparse) else None,
     )
     loss = out.loss if alone is None else out.loss + alone.loss

@@ -107,6 +107,7 @@ def gated_distillation(
     student_logprob: Tensor | None = None,  # (B, T)
     teacher_gold: Tensor | None = None,  # (B, T)
     teacher_sparse: Sparse | None = None,  # (B, T, K)
+    teacher_entropy: Tensor | None = None,  # (B, T)
     implementation: str = "auto",
 ) -> DistillationOutput:
     """Distillation gated token by token (hard-gate KD: Lee et al., EMNLP 2022, arXiv:2210.12427).
@@ -144,6 +145,8 @@ def gated_distillation(
             where the gate reads another token (``gate_on="argmax"``), and a gate that learns needs all products.
         teacher_sparse: what is known of the teacher's distribution at its temperature, in place of `teacher_hidden`;
             with `teacher_gold`, and for the divergence "kl".
+        teacher_entropy: nats, of the teacher's distribution as the gate reads it, known beforehand with `teacher_gold`,
+            for a gate that asks for it.
         instance: number of each sentence in the training set, for gates that know sentences (``gate="instance"``).
         student_logprob: nats, of the gold token, what the gate reads in place of what student_hidden gives: of the
             student without dropout, say.
@@ -174,7 +177,7 @@ def gated_distillation(
         # No kernel shall take it for the token gate, and read the student itself.
         options = replace(options, gate=replace(options.gate, weights=functools.partial(options.gate.weights)))
     student = Head(student_hidden, student_weight, student_bias)
-    known = checked.known(teacher_gold, teacher_sparse, student_logprob, options)
+    known = checked.known(teacher_gold, teacher_sparse, student_logprob, teacher_entropy, options)
     teachers = []
     if known.sparse is None:
         teachers = checked.teacher_heads(teacher_hidden, teacher_weight, teacher_bias, options)

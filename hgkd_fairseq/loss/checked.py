@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from hgkd_fairseq.loss.options import FUSED, Head, Known, Options, Sparse
+from hgkd_fairseq.loss.options import FUSED, FUSED_ASKS, Head, Known, Options, Sparse
 
 
 def teacher_heads(hidden, weight, bias, options: Options) -> list[Head]:
@@ -26,7 +26,9 @@ def teacher_heads(hidden, weight, bias, options: Options) -> list[Head]:
     return [Head(*member) for member in zip(hidden, weight, bias, strict=True)]
 
 
-def known(gold: Tensor | None, sparse: Sparse | None, student: Tensor | None, options: Options) -> Known:
+def known(
+    gold: Tensor | None, sparse: Sparse | None, student: Tensor | None, entropy: Tensor | None, options: Options
+) -> Known:
     """What is of use to the gate."""
     if student is not None and (options.gate_on != "gold" or options.gate.asks):
         raise ValueError("student_logprob is of the gold token: with it a gate reads no other and asks for nothing")
@@ -34,18 +36,27 @@ def known(gold: Tensor | None, sparse: Sparse | None, student: Tensor | None, op
         return Known(student=student)
     if sparse is not None and gold is None:
         raise ValueError("teacher_sparse needs teacher_gold, the log-probabilities of the gold tokens")
-    if sparse is not None and options.gate.asks:
+    if entropy is not None and gold is None:
+        raise ValueError("teacher_entropy needs teacher_gold, the log-probabilities of the gold tokens")
+    asks = set(options.gate.asks)
+    if sparse is not None and asks and (entropy is None or asks - FUSED_ASKS):
         raise ValueError(f'gate "{options.gate.name}" asks for what a sparse teacher does not say')
     if sparse is not None and (options.gate_on != "gold" or options.divergence != FUSED):
         raise ValueError(
             f'of a sparse teacher a gate reads the gold token, not the "{options.gate_on}", and the divergence is '
             f'"{FUSED}", not "{options.divergence}"'
         )
-    return Known(gold if options.gate_on == "gold" else None, sparse, student)
+    if options.gate_on != "gold":
+        return Known(None, sparse, student)
+    return Known(gold, sparse, student, entropy if "teacher_entropy" in asks else None)
 
 
 def known_shapes(known: Known, target: Tensor, vocabulary: int) -> None:
-    for name, given in (("teacher_gold", known.gold), ("student_logprob", known.student)):
+    for name, given in (
+        ("teacher_gold", known.gold),
+        ("student_logprob", known.student),
+        ("teacher_entropy", known.entropy),
+    ):
         if given is not None and given.shape != target.shape:
             raise ValueError(f"{name} is {tuple(given.shape)} and target {tuple(target.shape)}")
     if known.sparse is not None:

@@ -250,7 +250,8 @@ def token_results(
         if known.gold is not None:
             teacher_read = known.gold[start:end].to(student_read.dtype)
         view = (some - some[:1], end - start, vocabulary, options.progress, numbers)
-        return options.gate.weights(TokenStatistics(student_read, teacher_read, *view, *asked))
+        more = known.map(lambda tensor: tensor[start:end]).asked(asked, student_read.dtype)
+        return options.gate.weights(TokenStatistics(student_read, teacher_read, *view, *more))
 
     def decide(start: int, end: int) -> Decide:
         if not options.gate.constant:
@@ -260,8 +261,8 @@ def token_results(
 
     with torch.autocast(device.type, enabled=False):
         if options.gate.scope == "batch" and tokens:
-            # Where what it reads of the teacher is known, without the teacher's products.
-            chunks = Chunks(Rows(Head(*inputs), kept), [] if known.gold is not None else views, bounds)
+            # Where all that it reads of the teacher is known, without the teacher's products.
+            chunks = Chunks(Rows(Head(*inputs), kept), [] if known.suffices(options) else views, bounds)
             decided = _decide_whole_batch(chunks, target, weights, options, row_step)
 
             def decide(start: int, end: int) -> Decide:
@@ -295,5 +296,6 @@ def _decide_whole_batch(chunks: Chunks, target: Tensor, weights, options: Option
         options = options.without_teacher
     for (start, end), _, logits, others in chunks:
         row_step(logits, others(None), target[start:end], read, options, None)
-    student_read, teacher_read, *asked = [torch.cat(column) for column in zip(*reads, strict=True)]
-    return weights(0, target.numel(), student_read, teacher_read, dict(zip(options.gate.asks, asked, strict=True)))
+    student_read, teacher_read, *values = [torch.cat(column) for column in zip(*reads, strict=True)]
+    asked = [dict(zip(options.gate.asks, values, strict=True))] if values else []
+    return weights(0, target.numel(), student_read, teacher_read, *asked)

@@ -115,6 +115,6 @@ def token_results(
     def decide(student_read: Tensor, teacher_read: Tensor, *asked: dict[str, Tensor]) -> GateWeights:
         read = student_read if known.student is None else known.student.to(student_read.dtype)
         view = (sentence, sentence_count, student.vocabulary, options.progress, instance)
-        return options.gate.weights(TokenStatistics(read, teacher_read, *view, *asked))
+        return options.gate.weights(TokenStatistics(read, teacher_read, *view, *known.asked(asked, read.dtype)))
 
     return from_logits(logits(student), logq, gate_logq, target, decide, options, known)

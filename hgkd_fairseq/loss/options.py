@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from hgkd_fairseq.gates import Gate, GateWeights
@@ -20,7 +21,7 @@ GATE_ON = {
 DRAWN = ("student-draw", "teacher-draw")
 FUSED_GATE_ON = ("gold", "argmax")  # of these, what the kernels know
 FUSED = "kl"  # the divergence that the kernels know
-FUSED_ASKS = {"teacher_entropy"}  # of what gates may ask for, at the teacher's temperature
+FUSED_ASKS = {"teacher_entropy"}  # what gates may ask for of the kernels, at the teacher's temperature, and of stores
 TEACHER_TEMPERATURE = 1.5  # of the paper
 JSD_BETA, SKEW_ALPHA = 0.5, 0.1  # the Jensen-Shannon divergence; as DistiLLM has it
 RANGES = {
@@ -59,11 +60,24 @@ class Known(NamedTuple):
     gold: Tensor | None = None  # (N,) nats, log q of the gold token as the gate reads it
     sparse: Sparse | None = None  # (N, K)
     student: Tensor | None = None  # (N,) nats, log p of the gold token, which the gate reads in place of the student's
+    entropy: Tensor | None = None  # (N,) nats, of q as the gate reads it, for a gate that asks for it
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Known:
         sparse = None if self.sparse is None else self.sparse.map(function)
-        gold, student = (None if tensor is None else function(tensor) for tensor in (self.gold, self.student))
-        return Known(gold, sparse, student)
+        rest = (self.gold, self.student, self.entropy)
+        gold, student, entropy = (None if tensor is None else function(tensor) for tensor in rest)
+        return Known(gold, sparse, student, entropy)
+
+    def suffices(self, options: Options) -> bool:
+        """Whether it is all that the gate reads of the teacher."""
+        asks = set(options.gate.asks) - ({"teacher_entropy"} if self.entropy is not None else set())
+        return self.gold is not None and not asks
+
+    def asked(self, made: Sequence[dict[str, Tensor]], dtype: torch.dtype) -> Sequence[dict[str, Tensor]]:
+        """What the gate asks for, of what was `made` for it, one dict or none, and what is known, which goes before."""
+        if self.entropy is None:
+            return made
+        return [{**dict(*made), "teacher_entropy": self.entropy.to(dtype)}]
 
 
 NOTHING = Known()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from fairseq.data import FairseqDataset
 
+from hgkd_fairseq import loss
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.gates import GATES
 from hgkd_fairseq.plugin.config import given_temperature
@@ -56,16 +57,18 @@ class Gauged(TeacherSource):
                 f"{store} needs a whole teacher beside it, and --teacher-store {teacher.folder} of the kind "
                 f"{teacher.store.kind} has a part of one; write that store with --kind hidden, or drop one of both"
             )
-        if not gate.compares or cfg.gate_on != "gold":
+        asks = set(gate.asks)
+        if not (gate.compares or asks == loss.options.FUSED_ASKS) or cfg.gate_on != "gold":
             raise UserError(f"{store}: gate {cfg.gate} reading {cfg.gate_on} does not compare the gold tokens; drop it")
         if cfg.gate == "instance" or self.teacher.learns or not self.teacher.frozen:
             raise UserError(f"{store} is for a frozen teacher and a gate without a memory of sentences; drop it")
-        known = {1.0, self.gauge.store.temperature}
+        known = {self.gauge.store.temperature} if asks else {1.0, self.gauge.store.temperature}
         wanted = 1.0 if cfg.untempered_gate else given_temperature(cfg)
         if wanted not in known or cfg.teacher_temperature_start is not None:
+            fitting = "" if asks else " or 1, or --untempered-gate"
             raise UserError(
                 f"{store} was written at temperature {self.gauge.store.temperature:g}: give --teacher-temperature "
-                f"{self.gauge.store.temperature:g} or 1, or --untempered-gate"
+                f"{self.gauge.store.temperature:g}{fitting}"
             )
 
     def check_folders(self, split: str, folders: int) -> None:

@@ -24,6 +24,10 @@ class Gold(NamedTuple):
         """(B, T) log q of the gold tokens; None where it is not known."""
         return {1.0: self.logprob, self.temperature: self.tempered}.get(temperature)
 
+    def entropy_at(self, temperature: float) -> Tensor | None:
+        """(B, T) H(q); None where it is not known."""
+        return self.entropy if temperature == self.temperature else None
+
 
 class Dense(NamedTuple):
     """Features (B, T, D) and output layer of each member of an ensemble: its logits can be made at any temperature, a

@@ -128,7 +128,7 @@ class StoredTeacher(TeacherSource):
                 raise UserError(
                     f"{option} {given} needs the whole distribution and {store} has a part; use kind hidden"
                 )
-        if cfg.gate == "instance" or GATES[cfg.gate].asks:
+        if cfg.gate == "instance" or set(GATES[cfg.gate].asks) - loss.options.FUSED_ASKS:
             raise UserError(f"--gate {cfg.gate} needs the whole distribution and {store} has a part; use kind hidden")
 
     def check_folders(self, split: str, folders: int) -> None:

@@ -106,6 +106,27 @@ def test_what_reads_more_takes_the_full_way():
         assert (out.results.kl > 0).all()
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("scope", ["sentence", "batch"])
+def test_an_entropy_that_is_known(scope: str, implementation: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(chunked.CHUNK_TOKENS, "cpu", 5)
+    batch = make(dtype=precision(implementation)[0])
+    logq = teacher_logprobs(batch, 1.5)
+    surprise, entropy = -gold(batch), -(logq.exp() * logq).sum(2)
+    middle = float((surprise - entropy)[batch.target != PAD].mean())
+    gate = dataclasses.replace(gates.get_gate("typical", typical_margin=middle), scope=scope)
+    expected = run(batch, "eager", gate=gate)
+    assert 0.7 < expected.teacher_share / expected.tokens < 1
+    for known in ({"teacher_gold": gold(batch)}, {"teacher_gold": gold(batch), "teacher_entropy": entropy}):
+        out = run(batch, implementation, gate=gate, **known)
+        assert out.teacher_share.item() == pytest.approx(expected.teacher_share.item(), rel=1e-5)
+    out = run_sparse(batch, implementation, top(batch, 7), gate=gate, teacher_entropy=entropy)
+    assert out.teacher_share.item() == pytest.approx(expected.teacher_share.item(), rel=1e-5)
+    above = {"teacher_gold": gold(batch), "teacher_entropy": entropy + 100}  # what is given is what is read
+    out = run(batch, implementation, gate=gate, **above)
+    assert out.teacher_share.item() == pytest.approx(0.7 * expected.tokens.item(), rel=1e-5)
+
+
 # Sparse
 
 
@@ -213,6 +234,15 @@ REFUSED = {
     "gold of another shape": ({"teacher_gold": torch.zeros(2, 2)}, "teacher_gold is (2, 2) and target (1, 3)"),
     "no gold": ({"teacher_sparse": 3, "teacher_hidden": None}, "needs teacher_gold"),
     "two teachers": ({"teacher_sparse": 3, "teacher_gold": torch.zeros(1, 3)}, "are two teachers"),
+    "entropy alone": ({"teacher_entropy": torch.zeros(1, 3), "gate": "typical"}, "teacher_entropy needs teacher_gold"),
+    "entropy of another shape": (
+        {"teacher_gold": torch.zeros(1, 3), "teacher_entropy": torch.zeros(2, 2), "gate": "typical"},
+        "teacher_entropy is (2, 2) and target (1, 3)",
+    ),
+    "no entropy": (
+        {"teacher_sparse": 3, "teacher_gold": torch.zeros(1, 3), "teacher_hidden": None, "gate": "typical"},
+        'gate "typical" asks for what a sparse teacher does not say',
+    ),
     "argmax": ({"teacher_sparse": 3, "teacher_gold": torch.zeros(1, 3), "gate_on": "argmax"}, 'not the "argmax"'),
     "another divergence": (
         {"teacher_sparse": 3, "teacher_gold": torch.zeros(1, 3), "divergence": "js"},

@@ -60,9 +60,25 @@ def test_each_sentence_is_judged_by_the_teacher_that_has_not_seen_it(
     assert sum(seen) / len(seen) > sum(unseen) / len(unseen) + 0.02
 
 
-def test_the_gate_reads_the_gauge_and_learns_from_the_teacher(data: Path, teacher: cl.Run, gauge: Path, tmp_path: Path):
+@pytest.mark.parametrize("gate", ["token", "typical"])
+def test_the_gate_reads_the_gauge_and_learns_from_the_teacher(
+    gate: str, data: Path, teacher: cl.Run, gauge: Path, tmp_path: Path
+):
     """Another gauge gives another share; the KL is that of the teacher."""
-    common = ("--max-update", 4, "--dropout", 0, "--attention-dropout", 0, "--teacher-temperature", 1.2)
+    margin = ("--typical-margin", 0.1) if gate == "typical" else ()
+    common = (
+        "--gate",
+        gate,
+        *margin,
+        "--max-update",
+        4,
+        "--dropout",
+        0,
+        "--attention-dropout",
+        0,
+        "--teacher-temperature",
+        1.2,
+    )
     live, gauged, native = cl.together(
         lambda: cl.train(data, tmp_path / "live", *cl.distil(teacher.path(), *common)),
         lambda: cl.train(
@@ -84,6 +100,10 @@ def test_the_gate_reads_the_gauge_and_learns_from_the_teacher(data: Path, teache
         (("--gate", "always"), ["--gauge-store", "gate always", "does not compare the gold tokens"]),
         (("--gate-on", "argmax"), ["--gauge-store", "reading argmax"]),
         (("--teacher-temperature", 2), ["was written at temperature 1.2", "--teacher-temperature 1.2 or 1"]),
+        (
+            ("--gate", "typical", "--teacher-temperature", 1),
+            ["was written at temperature 1.2: give --teacher-temperature 1.2"],
+        ),
         (("--leave-out-fold", "3/2"), ["--leave-out-fold 3/2: give K/N"]),
         (("--teacher-path", "", "--teacher-store", "GAUGE", "--gauge-store", ""), ["give it in --gauge-store"]),
     ],

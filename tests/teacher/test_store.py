@@ -108,6 +108,8 @@ def test_gold_statistics(live: TranslationWithTeacherTask, stores: dict[str, Pat
             assert gold.at(1.5) is gold.tempered
             assert gold.at(1.0) is gold.logprob
             assert gold.at(2.0) is None
+            assert gold.entropy_at(1.5) is gold.entropy
+            assert gold.entropy_at(1.0) is None
             for got, one in zip(gold[1:], wanted, strict=True):
                 torch.testing.assert_close(got[kept], one[kept], atol=1e-5, rtol=1e-5)
                 assert not got[~kept].any()

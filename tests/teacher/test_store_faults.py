@@ -214,20 +214,21 @@ def test_what_does_not_fit_is_refused(stores: dict[str, Path], data: Path, teach
         make_task(data, teacher_source="store").load_teacher()
     asked = {
         "teacher_temperature": 1.5, "teacher_temperature_start": None, "gate_on": "gold", "divergence": "kl",
-        "gate": "token",
+        "gate": "token", "untempered_gate": False,
     }  # fmt: skip
     stored = {kind: StoredTeacher(str(stores[kind]), task.src_dict, task.tgt_dict) for kind in ("hidden", "sampled")}
     for option, value in (("teacher_temperature", 2.0), ("teacher_temperature_start", 3.0), ("gate_on", "argmax"),
-                          ("divergence", "js"), ("gate", "instance")):  # fmt: skip
+                          ("divergence", "js"), ("gate", "instance"), ("gate", "expected")):  # fmt: skip
         cfg = Namespace(**asked | {option: value})
         stored["hidden"].check_options(cfg)
         with pytest.raises(UserError, match="of the kind sampled"):
             stored["sampled"].check_options(cfg)
-    stored["sampled"].check_options(Namespace(**asked))
+    for gate in ("token", "typical"):
+        stored["sampled"].check_options(Namespace(**asked | {"gate": gate}))
     for kind in ("sampled", "topk"):
         gauged = make_task(data, teacher_store=str(stores[kind]), gauge_store=str(stores["gold"])).load_teacher()
         with pytest.raises(UserError, match=f"--gauge-store .* needs .* --teacher-store .* {kind} .* --kind hidden"):
-            gauged.check_options(Namespace(**asked, untempered_gate=False))
+            gauged.check_options(Namespace(**asked))
 
 
 def test_a_store_resumes_its_teachers_run(stores: dict[str, Path], live: TranslationWithTeacherTask):
