@@ -970,7 +970,8 @@ def autograd_of_the_equation(
     if instance is not None:
         instance = instance[sentence]
     view = (sentence, len(batch.target), z.size(1), progress, instance)
-    asked = {"student_above": (p * (p > q)).sum(1).detach()} if gate.asks else {}
+    above = (p * (p > q)).sum(1).detach()
+    asked = {"student_above": above, "teacher_entropy": -(q * q.log()).sum(1)} if gate.asks else {}
     weights = gate.weights(gates.TokenStatistics(*reads, *view, asked))
     entropy = -(p * p.log()).sum(1)
     loss = weights.data * (-p[rows, gold].log() - penalty * entropy)

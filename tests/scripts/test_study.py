@@ -408,7 +408,7 @@ def test_teachers_temperatures_and_methods_of_a_grids_own(tmp_path):
 @pytest.mark.parametrize("grid", sorted((cl.ROOT / "scripts" / "study").glob("*.toml")), ids=lambda file: file.stem)
 def test_every_grid_is_a_study(grid):
     cells = Grid(grid).cells()
-    assert len({cell.folder for cell in cells}) == len(cells) > 4
+    assert len({cell.folder for cell in cells}) == len(cells) > 0
     assert all(teacher in {cell.folder for cell in cells} for cell in cells for teacher in cell.teachers)
 
 
