@@ -11,12 +11,11 @@ import torch
 
 from hgkd_fairseq.gates.contract import GateError, GateWeights, Option, TokenStatistics
 from hgkd_fairseq.gates.registry import register_gate
-from hgkd_fairseq.gates.tools import hard_weights, sentence_margin, sentence_sums
+from hgkd_fairseq.gates.tools import KdShare, hard_weights, sentence_margin, sentence_sums
 from hgkd_fairseq.ranges import SHARE
 
 TeacherShare = Annotated[float | None, Option("share of the tokens that the teacher gets", SHARE)]
 Floor = Annotated[str, Option("LO,HI: the teacher's weight where the gate is closed, and where it is open")]
-KdShare = Annotated[float, Option("a, weight of the teacher's term", SHARE)]
 Margin = Annotated[float, Option("m, nats a token by which a target's surprisal may be above the teacher's entropy")]
 HKD = "Lee et al., EMNLP 2022, arXiv:2210.12427"
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from hgkd_fairseq.gates.contract import GateWeights, Option, TokenStatistics
 from hgkd_fairseq.gates.registry import register_gate
-from hgkd_fairseq.ranges import SHARE, WEIGHT
+from hgkd_fairseq.gates.tools import KdShare
+from hgkd_fairseq.ranges import WEIGHT
 
-KdShare = Annotated[float, Option("a, weight of the teacher's term", SHARE)]
 Margin = Annotated[float, Option("per cent of accuracy by which a student must be above its teacher", WEIGHT)]
 
 

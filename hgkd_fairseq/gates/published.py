@@ -11,10 +11,9 @@ from torch import Tensor
 
 from hgkd_fairseq.gates.contract import GateWeights, Option, TokenStatistics
 from hgkd_fairseq.gates.registry import register_gate
-from hgkd_fairseq.gates.tools import mixed, smoothed
+from hgkd_fairseq.gates.tools import KdShare, mixed, smoothed
 from hgkd_fairseq.ranges import POSITIVE, SHARE, WEIGHT, Range
 
-KdShare = Annotated[float, Option("a, weight of the teacher's term", SHARE)]
 KdWeight = Annotated[float, Option("a, weight of the teacher's term", WEIGHT)]
 FirstStage = Annotated[float, Option("share of the updates that the first stage takes", SHARE)]
 Selected = Annotated[float, Option("share of the tokens that are selected", SHARE)]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
-from hgkd_fairseq.gates.contract import GateWeights, TokenStatistics
+from hgkd_fairseq.gates.contract import GateWeights, Option, TokenStatistics
+from hgkd_fairseq.ranges import SHARE
+
+KdShare = Annotated[float, Option("a, weight of the teacher's term", SHARE)]
 
 
 def hard_weights(to_teacher: Tensor, dtype: torch.dtype) -> GateWeights:

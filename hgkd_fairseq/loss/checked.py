@@ -34,10 +34,9 @@ def known(
         raise ValueError("student_logprob is of the gold token: with it a gate reads no other and asks for nothing")
     if not options.gate.needs_teacher:
         return Known(student=student)
-    if sparse is not None and gold is None:
-        raise ValueError("teacher_sparse needs teacher_gold, the log-probabilities of the gold tokens")
-    if entropy is not None and gold is None:
-        raise ValueError("teacher_entropy needs teacher_gold, the log-probabilities of the gold tokens")
+    for name, given in (("teacher_sparse", sparse), ("teacher_entropy", entropy)):
+        if given is not None and gold is None:
+            raise ValueError(f"{name} needs teacher_gold, the log-probabilities of the gold tokens")
     asks = set(options.gate.asks)
     if sparse is not None and asks and (entropy is None or asks - FUSED_ASKS):
         raise ValueError(f'gate "{options.gate.name}" asks for what a sparse teacher does not say')

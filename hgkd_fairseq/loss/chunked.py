@@ -250,7 +250,7 @@ def token_results(
         if known.gold is not None:
             teacher_read = known.gold[start:end].to(student_read.dtype)
         view = (some - some[:1], end - start, vocabulary, options.progress, numbers)
-        more = known.map(lambda tensor: tensor[start:end]).asked(asked, student_read.dtype)
+        more = known.asked(asked, student_read.dtype, slice(start, end))
         return options.gate.weights(TokenStatistics(student_read, teacher_read, *view, *more))
 
     def decide(start: int, end: int) -> Decide:

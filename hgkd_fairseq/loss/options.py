@@ -73,11 +73,14 @@ class Known(NamedTuple):
         asks = set(options.gate.asks) - ({"teacher_entropy"} if self.entropy is not None else set())
         return self.gold is not None and not asks
 
-    def asked(self, made: Sequence[dict[str, Tensor]], dtype: torch.dtype) -> Sequence[dict[str, Tensor]]:
-        """What the gate asks for, of what was `made` for it, one dict or none, and what is known, which goes before."""
+    def asked(
+        self, made: Sequence[dict[str, Tensor]], dtype: torch.dtype, rows: slice = slice(None)
+    ) -> Sequence[dict[str, Tensor]]:
+        """What the gate asks for of some rows: of what was `made` for it, one dict or none, and what is known, which
+        goes before."""
         if self.entropy is None:
             return made
-        return [{**dict(*made), "teacher_entropy": self.entropy.to(dtype)}]
+        return [{**dict(*made), "teacher_entropy": self.entropy[rows].to(dtype)}]
 
 
 NOTHING = Known()
