@@ -83,6 +83,18 @@ def test_store(data, teacher, plain):
     assert all(float(ratio) > 0 for *_, ratio in speeds)
 
 
+def test_translate(data, teacher, tmp_path):
+    """Each way translates all sentences, fairseq's as fairseq-generate does."""
+    ways = ("--ways", "hgkd translate", "hgkd translate, processes")
+    options = ("--subset", "valid", "--threads", 2, "--repeats", 1, "--csv", tmp_path / "translate.csv")
+    printed = run("translate.py", data, "--teacher-path", teacher.path(), *ways, *options)
+    found = rows(tmp_path / "translate.csv")
+    assert {(row["way"], row["sentences"]) for row in found} == {(way, "64") for way in ("fairseq-generate", *ways[1:])}
+    lines = [line.strip("| ").split(" | ") for line in printed.splitlines()[2:]]
+    assert [way for way, *_ in lines] == ["fairseq-generate", *ways[1:]]
+    assert all(float(speed) > 0 and float(same) == 100 for _, speed, _, same in lines)
+
+
 def test_load(tmp_path):
     """One part of each kind that is cheap; the costs a pair are compared from the CSV file alone."""
     table, sizes = tmp_path / "load.csv", ("--pairs", 40, "--tokens", 8000)

@@ -1247,7 +1247,7 @@ def test_the_gate_reads_what_is_given(implementation: str, scope: str, monkeypat
     teacher[batch.target != PAD] = own.results.teacher_read
     assert torch.equal(out.teacher_mask, (given > teacher) & (batch.target != PAD))
     assert not torch.equal(out.teacher_mask, own.teacher_mask)
-    assert torch.equal(out.token_nll, own.token_nll)
+    torch.testing.assert_close(out.token_nll, own.token_nll)  # products of other shapes: a bit may differ
     with pytest.raises(ValueError, match="student_logprob is of the gold token"):
         run(batch, implementation, gate="token", gate_on="argmax", student_logprob=given)
 
