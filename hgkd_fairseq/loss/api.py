@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -70,6 +70,11 @@ class DistillationOutput:
     def correct(self) -> Tensor | None:
         """(B, T) bool, that argmax is the gold token; with top1=True."""
         return None if self.results.correct is None else self._spread(self.results.correct)
+
+    @functools.cached_property
+    def token_read(self) -> Tensor:
+        """(B, T) nats, what the gate read of the student."""
+        return self._spread(self.results.student_read)
 
     @functools.cached_property
     def token_nll(self) -> Tensor:
@@ -173,9 +178,8 @@ def gated_distillation(
     )
     if divergence not in equations.DIVERGENCES:
         raise ValueError(f'unknown divergence "{divergence}"; known are: {", ".join(equations.DIVERGENCES)}')
-    if student_logprob is not None and not options.gate.learned:
-        # No kernel shall take it for the token gate, and read the student itself.
-        options = replace(options, gate=replace(options.gate, weights=functools.partial(options.gate.weights)))
+    if student_logprob is not None:
+        options = options.asked_outside
     student = Head(student_hidden, student_weight, student_bias)
     known = checked.known(teacher_gold, teacher_sparse, student_logprob, teacher_entropy, options)
     teachers = []
@@ -213,9 +217,9 @@ def gated_distillation(
     else:
         flat = (student, teachers, kept_rows, gold, sentence, lengths, options)
         results = chunked.token_results(*flat, instance, row_step, known, GATED_STEPS.get(row_step))
+    if known.student is not None:
+        results = results._replace(student_read=known.student)
     if options.gate.learned and torch.is_grad_enabled():
-        if known.student is not None:
-            results = results._replace(student_read=known.student)
         gate_gradient = _gate_gradient(results, sentence(), instance, options, student)
         results = results._replace(loss=results.loss.sum() + gate_gradient)
     return _output(results, kept, kept_rows)

@@ -236,6 +236,8 @@ def token_results(
     tokens, vocabulary = target.numel(), student.vocabulary
     whole_sentences = lengths if options.gate.scope == "sentence" else None
     first = gated_step if known.gold is not None and known.sparse is None and options.closes_first else None
+    if known.gold is not None and first is None:
+        options = options.asked_outside
     size = chunk_tokens(device, inputs[0].dtype, vocabulary)
     if first is not None and device.type == "cpu" and inputs[0].dtype == torch.float32:
         size *= 2  # a part of a chunk's rows reaches the teacher's product, which is slower the fewer they are

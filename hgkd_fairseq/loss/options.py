@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -154,6 +155,13 @@ class Options:
         teacher, and asks nothing of it but the gold token's log-probability."""
         more = self.gate_on != "gold" or bool(self.gate.asks) or self.gate.learned
         return self.gate.closes and not more
+
+    @property
+    def asked_outside(self) -> Options:
+        """The same with a gate that no kernel recognises: it reads other numbers than the kernel's own."""
+        if self.gate.learned:  # none does
+            return self
+        return replace(self, gate=replace(self.gate, weights=functools.partial(self.gate.weights)))
 
     @property
     def without_teacher(self) -> Options:

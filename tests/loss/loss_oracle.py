@@ -80,13 +80,15 @@ class Found:
     surprise_error: Tensor
 
 
-def find(t: Tokens) -> Found:
+def find(t: Tokens, known: Tensor | None = None) -> Found:
+    """`known`: (N,) log q of the tokens that the gate reads, where it is given and not the teacher's own."""
     logp, logq = log_softmax(t.student), log_softmax(t.teacher / t.temperature)
     gate_logq = logq if t.tempered_gate else log_softmax(t.teacher)
     gold = logp.gather(1, t.target[:, None]).squeeze(1)
     read = t.student.argmax(1) if t.gate_on == "argmax" else t.target
     student_read, teacher_read = (x.gather(1, read[:, None]).squeeze(1) for x in (logp, gate_logq))
     largest = torch.where(t.teacher.isneginf(), 0, t.teacher).abs().amax(1)
+    teacher_read = teacher_read if known is None else known
     a = C * t.u * (1 + finite_range(t.student)).detach() + 2 * t.rounding
     b = C * t.u * (1 + largest / min(t.temperature, 1.0 if not t.tempered_gate else t.temperature)) + (
         2 * t.rounding / t.temperature

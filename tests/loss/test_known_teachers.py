@@ -127,6 +127,19 @@ def test_an_entropy_that_is_known(scope: str, implementation: str, monkeypatch: 
     assert out.teacher_share.item() == pytest.approx(0.7 * expected.tokens.item(), rel=1e-5)
 
 
+@fast
+def test_a_kernel_does_not_decide_by_its_own_teacher(implementation: str):
+    """Also of the token gate, which kernels know, where it is not decided before the teacher's logits are made."""
+    batch = make(dtype=precision(implementation)[0])
+    gate = gates.Gate("token", gates.hard.token)
+    for known, opened in ((-50.0, 1), (0.0, 0)):
+        options = {"gate": gate, "teacher_gold": torch.full(batch.target.shape, known)}
+        expected, out = run(batch, "eager", **options), run(batch, implementation, **options)
+        assert out.teacher_tokens == opened * out.tokens
+        for got, wanted in zip(gradients(out.loss, batch), gradients(expected.loss, batch), strict=True):
+            torch.testing.assert_close(got, wanted, **precision(implementation)[2])
+
+
 # Sparse
 
 

@@ -151,6 +151,30 @@ def test_masked_logits_have_no_probability():
     torch.testing.assert_close(ours.loss, plain.loss)
 
 
+def test_a_compiler_without_half_precision(tmp_path: Path):
+    """Such rows are done by plain torch, also those of a gate that is decided first, and a teacher's are widened."""
+    code = """
+import torch
+from hgkd_fairseq.loss import gated_distillation
+from hgkd_fairseq.loss.native import rows
+rows.FLAGS += ("-U__FLT16_MAX__",)
+torch.manual_seed(0)
+student, teacher = torch.randn(2, 1, 9, 40).half()
+eye, target = torch.eye(40).half(), torch.randint(2, 40, (1, 9))
+for known in (None, torch.full((1, 9), -3.0)):
+    found = []
+    for implementation in ("native", "chunked"):
+        leaf = student.clone().requires_grad_()
+        out = gated_distillation(leaf, eye, teacher, eye, target, teacher_gold=known, implementation=implementation)
+        found.append((out.loss.detach(), torch.autograd.grad(out.loss, leaf)[0]))
+    torch.testing.assert_close(*found)
+assert rows.dtypes() == (torch.float32, torch.bfloat16)
+"""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
 def test_a_target_outside_the_vocabulary_is_refused():
     student, teacher, target = logits(4, 100)
     for wrong in (100, -1):

@@ -14,13 +14,13 @@ from torch import Tensor
 from hgkd_fairseq.gates import hard
 from hgkd_fairseq.loss import gate_first, rows
 from hgkd_fairseq.loss.native.rows import (
-    DTYPES,
     GRADIENT_ALONE,
     STATISTICS,
     STATISTICS_ALONE,
     TOKEN_CLOSED,
     WEIGHTED,
     Chunk,
+    dtypes,
 )
 from hgkd_fairseq.loss.options import FUSED, Decide, Options, TokenResults, decided
 
@@ -36,7 +36,7 @@ def gated_step(
     gradient_scale: float | None,
     teacher_read: Tensor,  # (C,)
 ) -> tuple[TokenResults, Tensor | None]:
-    if student_logits.dtype not in DTYPES or options.divergence != FUSED:
+    if student_logits.dtype not in dtypes() or options.divergence != FUSED:
         return gate_first.gated_step(
             student_logits, teacher_logits, target, decide, options, gradient_scale, teacher_read
         )

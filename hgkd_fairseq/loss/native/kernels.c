@@ -61,6 +61,15 @@ static inline uint16_t to_bf16(float x) {
     return x == x ? (uint16_t)(bits >> 16) : 0x7fc0;
 }
 
+/* Whether rows of half precision can be given: old compilers lack the type on some processors. */
+int knows_half(void) {
+#ifdef __FLT16_MAX__
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 /* Copies a row into `out` and returns its maximum. */
 static float widen(float *restrict out, const void *restrict row, int64_t size, int dtype) {
     float most = -INFINITY;

@@ -37,7 +37,7 @@ SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 COMPILE_TIMEOUT_S = 60
 
-# The order of the kernel's enums.
+# The order of the kernel's enums. The last is known where the compiler has _Float16: `dtypes`.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STATISTICS_ALONE, GRADIENT_ALONE, WEIGHTED, TOKEN, TOKEN_CLOSED = range(5)
 STATISTICS = (
@@ -127,9 +127,21 @@ def compiled(program: str, folder: Path, key: str) -> Path:
 
 
 @functools.cache
+def loaded() -> ctypes.CDLL:
+    """The library of kernels.c."""
+    return ctypes.CDLL(str(library()))
+
+
+@functools.cache
+def dtypes() -> tuple[torch.dtype, ...]:
+    """Of logits, those that the kernel reads and writes."""
+    return DTYPES if loaded().knows_half() else DTYPES[:-1]
+
+
+@functools.cache
 def kernel():
     """The function `rows` of kernels.c."""
-    function = ctypes.CDLL(str(library())).rows
+    function = loaded().rows
     pointer, size, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
     function.argtypes = [*[pointer] * 9, *[size] * 3, *[number] * 6, *[real] * 5]
     function.restype = number
@@ -178,14 +190,14 @@ class Chunk:
     ) -> None:
         options, (count, vocabulary) = self.options, self.student.shape
         if teacher is not None:
-            teacher = (teacher if teacher.dtype in DTYPES else teacher.float()).contiguous()
-        dtypes = [DTYPES.index(one.dtype) for one in (self.student, self.student if teacher is None else teacher)]
+            teacher = (teacher if teacher.dtype in dtypes() else teacher.float()).contiguous()
+        kinds = [DTYPES.index(one.dtype) for one in (self.student, self.student if teacher is None else teacher)]
         # Kept until the kernel has run.
         known = [None if part is None else part.float().contiguous() for part in weights or [None] * 3]
         tensors = (self.student, teacher, self.target, self.found, self.correct, *known, places)
         failed = kernel()(
             *[None if tensor is None else tensor.data_ptr() for tensor in tensors],
-            count if places is None else len(places), count, vocabulary, *dtypes, mode, torch.get_num_threads(),
+            count if places is None else len(places), count, vocabulary, *kinds, mode, torch.get_num_threads(),
             options.gate_on == "argmax", options.reads_untempered, 1 / temperature,
             *options.gold_weight(vocabulary), options.confidence_penalty, self.scale or 0.0,
         )  # fmt: skip
@@ -220,7 +232,7 @@ def row_step(
     # A row of an ensemble has a mean probability for each temperature.
     if sparse is not None and sparse.rest is None and dtype == torch.float32:
         return sparse_step(student_logits, sparse, target, decide, options, gradient_scale)
-    ordinary = dtype in DTYPES and options.fused and sparse is None
+    ordinary = dtype in dtypes() and options.fused and sparse is None
     if not ordinary or (ensemble and options.reads_untempered):
         return rows.row_step(student_logits, teacher_logits, target, decide, options, gradient_scale, sparse)
     temperature, teacher = options.teacher_temperature, None
