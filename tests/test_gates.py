@@ -11,6 +11,7 @@ from hgkd_fairseq import gates
 from hgkd_fairseq.gates import GateWeights, TokenStatistics, get_gate, hard, listing, register_gate
 from hgkd_fairseq.gates.contract import Option
 from hgkd_fairseq.loss import gated_distillation
+from hgkd_fairseq.plugin import workers
 from hgkd_fairseq.sentence_weights import gate as _instance  # noqa: F401  registers the gate instance
 
 # (sentence, student's p, teacher's q, data and teacher weight of gate token, of gate sentence)
@@ -196,7 +197,7 @@ class Output:
     """What the queue reads of a step's output."""
 
     def __init__(self, nll: list[float], pads: int = 0):
-        self.token_nll = torch.tensor([nll + [0.0] * pads])
+        self.token_read = -torch.tensor([nll + [0.0] * pads])
         self.tokens_mask = torch.tensor([[True] * len(nll) + [False] * pads])
 
 
@@ -408,20 +409,50 @@ def test_gate_of_a_user_runs_in_the_loss(implementation: str):
     torch.testing.assert_close(hidden.grad, torch.tensor([[[-0.34375, 0.34375]]]), atol=1e-6, rtol=0)
 
 
+def test_the_queue_and_the_gate_read_the_same():
+    """Also what is given in place of the student's log-probabilities, as of a student without dropout."""
+    gate = get_gate("selective-global", gate_share=0.5)
+    given, hidden = -torch.arange(1.0, 9.0)[None], torch.zeros(1, 8, 3)
+    for share in (8, 4):  # while the queue is empty, and then
+        out = gated_distillation(
+            hidden, torch.eye(3), hidden, torch.eye(3), torch.full((1, 8), 2), gate=gate, student_logprob=given
+        )
+        assert out.teacher_tokens == share
+        assert out.token_read.tolist() == given.tolist()
+        workers.show(out, gate, idle=False)
+    assert gate.weights.state["threshold"] == 4.5
+    none = get_gate("selective-global", gate_share=0.0).weights
+    none.observe(Output([1.0, 2.0, 3.0]))
+    assert not any(teacher for _, teacher in rows(none(statistics(torch.float32))))
+
+
+def test_a_gate_is_given_by_name_or_bound():
+    with pytest.raises(gates.GateError, match='this is the gate "always" itself; give its name, with parameters'):
+        get_gate(gates.GATES["always"], kd_weight=0.3)
+    with pytest.raises(gates.GateError, match='this is the gate "pair" itself'):
+        get_gate(gates.GATES["pair"])
+    bound = get_gate("always", kd_weight=0.3)
+    assert get_gate(bound) is bound
+
+
 def test_a_gate_that_observes_is_called_as_documented():
-    """A class with the documented method is an Observer; any other gate is none."""
+    """A class with the documented method is an Observer; any other gate is none. A batch that is only repeated to keep
+    workers in step has no tokens for it."""
 
     class Mine:
         def __call__(self, statistics):
             return hard.none(statistics)
 
         def observe(self, output, gather):
-            self.seen = gather(output)
+            self.seen = gather(output.tokens_mask)
 
     mine = Mine()
     assert isinstance(mine, gates.Observer)
-    mine.observe(torch.ones(2), lambda values: values + 1)
-    assert mine.seen.tolist() == [2.0, 2.0]
+    hidden = torch.zeros(1, 3, 4)
+    out = gated_distillation(hidden, torch.eye(4), None, None, torch.tensor([[2, 3, 1]]), gate="none")
+    for idle, seen in ((False, [True, True, False]), (True, [False] * 3)):
+        workers.show(out, gates.Gate("mine", mine), idle)
+        assert mine.seen.tolist() == [seen]
     assert isinstance(gates.get_gate("selective-global").weights, gates.Observer)
     assert not isinstance(gates.get_gate("soft-learned").weights, gates.Observer)
     assert not isinstance(gates.get_gate("token").weights, gates.Observer)

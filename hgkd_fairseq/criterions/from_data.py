@@ -35,5 +35,5 @@ def gold_logprob(model: torch.nn.Module, sample: dict, target: Tensor, **options
     """
     with features.without_dropout(model):
         student = features.head(model, sample["net_input"])
-    student = student._replace(hidden=student.hidden[:, -target.size(1) :])
+    student = student._replace(hidden=student.hidden[:, student.hidden.size(1) - target.size(1) :])
     return -from_data(student, target, **options).token_nll

@@ -55,6 +55,8 @@ class HardGateKDCriterion(FairseqCriterion):
         self.method = training_state.method(cfg, str(getattr(task.cfg, "teacher_source", "none")))
         if getattr(task.cfg, "leave_out_fold", None):
             self.method["leave_out_fold"] = task.cfg.leave_out_fold
+        if self.of_pair:  # it remembers them by their places
+            self.method["lang_pairs"] = ",".join(self.pairs)
         self.state.method = self.method  # kept in the checkpoints
 
     def teacher(self) -> TeacherSource | None:

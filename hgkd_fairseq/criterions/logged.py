@@ -2,7 +2,7 @@
 
 loss            the gated objective
 nll_loss, ppl   the student's plain cross-entropy, comparable across methods
-kd_loss         KL per token that has a teacher weight above 0
+kd_loss         the divergence per token that has a teacher weight above 0
 teacher_share   the teacher's weight of both weights, mean over the tokens: of a hard gate the share of its tokens
 gap             student over teacher, log-probability of the token that the gate reads
 on_policy_loss  the divergence per token of the student's own translations, which the four above leave out

@@ -65,7 +65,8 @@ class OnPolicy:
         if int(state.get("epoch", 0)) == epoch:
             return
         state["epoch"] = torch.tensor(epoch)
-        if epoch % self.cfg.on_policy_every == 0 and (self.state.updates or 0) >= self.cfg.distill_start_update:
+        done = 0 if self.state.updates is None else self.state.updates + 1
+        if epoch % self.cfg.on_policy_every == 0 and done >= self.cfg.distill_start_update:
             with features.without_dropout(model):
                 self.translate(epoch, features.unwrap(model))
 

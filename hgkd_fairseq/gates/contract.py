@@ -26,7 +26,8 @@ class TokenStatistics(NamedTuple):
     sentence_count: int  # S
     vocabulary: int = 0  # V
     progress: float = 0.0  # share of the training's updates that are made, 0 to 1
-    instance: Tensor | None = None  # (n,) int64, number of the token's sentence in the training set; None outside of it
+    instance: Tensor | None = None  # (n,) int64, number of the token's sentence in the training set, None
+    #                                outside of it; for the gate "pair" of its language pair
     asked: Mapping[str, Tensor] = MappingProxyType({})  # (n,) each, what the gate asks for of ASKED
 
 
@@ -93,7 +94,7 @@ class Observer(Protocol):
     """A gate that sees what came of each training step."""
 
     def observe(self, output, gather: Callable[[Tensor], Tensor]) -> None:
-        """Called after each training step of a worker.
+        """Called with each batch that a worker trains on, before its gradient is used.
 
         Args:
             output: the :class:`hgkd_fairseq.loss.DistillationOutput` of the worker's batch. Where the batch was only

@@ -27,7 +27,6 @@ def soft(statistics: TokenStatistics, *, gate_sharpness: Sharpness = 1.0) -> Gat
     "soft-learned",
     equation="g_t = sigmoid(a + k (log p_t - log q_t)) with a and k learned; data 1 - g_t, teacher g_t",
     source="in the spirit of Wei et al. 2024, whose exact form is unpublished; ours",
-    compares=False,
 )
 class SoftLearned(torch.nn.Module):
     """Its parameters follow the gradient of the loss: where the teacher's term is the smaller, the gate opens."""

@@ -129,11 +129,12 @@ class SelectiveGlobal:
     def observe(self, output, gather: Callable[[Tensor], Tensor] = lambda values: values) -> None:
         """Add a batch. `gather` joins one tensor of the same size from each worker. The host never waits: all sizes are
         known beforehand."""
-        nll = output.token_nll.float().masked_fill(~output.tokens_mask, torch.nan).flatten()
+        nll = -output.token_read.float().masked_fill(~output.tokens_mask, torch.nan).flatten()
         fresh = gather(newest(nll, self.size))
         before = {name: value.to(fresh, non_blocking=True) for name, value in self.state.items()}
         queue = newest(torch.cat([before["queue"], fresh]), self.size)
         threshold = torch.nanquantile(queue.double(), 1 - self.share).float()  # nan of none
+        threshold = threshold if self.share else torch.full_like(threshold, torch.inf)  # none is above that
         self.state.update(queue=queue, threshold=torch.where(threshold.isnan(), before["threshold"], threshold))
 
 

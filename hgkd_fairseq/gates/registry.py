@@ -102,12 +102,15 @@ def declared_parameters(gate: str, made: Any) -> dict[str, Parameter]:
 
 
 def get_gate(gate: str | Gate, **values: Any) -> Gate:
-    """The gate of that name with these parameters; a `Gate` passes through.
+    """The gate of that name with these parameters; a `Gate` of bound ones passes through.
 
     Raises:
-        GateError: an unknown name (the known ones are listed), a parameter that this gate does not have or refuses.
+        GateError: an unknown name (the known ones are listed), a parameter that this gate does not have or refuses, a
+            `Gate` with parameters beside it, or one whose class is not made yet.
     """
     if isinstance(gate, Gate):
+        if values or inspect.isclass(gate.weights):
+            raise GateError(f'this is the gate "{gate.name}" itself; give its name, with parameters')
         return gate
     if gate not in GATES:
         raise GateError(f'unknown gate "{gate}"; known gates: {", ".join(sorted(GATES))}')

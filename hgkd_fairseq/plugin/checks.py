@@ -10,9 +10,15 @@ from fairseq.tasks import FairseqTask
 from hgkd_fairseq.errors import UserError, flag
 from hgkd_fairseq.gates import Gate, GateError, all_parameters, get_gate
 from hgkd_fairseq.loss import DIVERGENCES, unusable
+from hgkd_fairseq.loss.options import FUSED
 from hgkd_fairseq.plugin import features
 from hgkd_fairseq.plugin.config import RANGES, CriterionOptions, given_temperature
 from hgkd_fairseq.plugin.training_state import ON_POLICY, TrainingState
+
+
+def default(name: str) -> Any:
+    """Of an option of the criterion."""
+    return CriterionOptions.__dataclass_fields__[name].default
 
 
 def make_gate(cfg: Any) -> Gate:
@@ -41,23 +47,33 @@ def check_options(cfg: Any, gate: Gate, state: TrainingState) -> None:
         raise UserError(f"{which}: gate {cfg.gate} does not compare the student with the teacher; drop the option")
     if gate.timed and not cfg.max_update:
         raise UserError(f"--gate {cfg.gate} changes over the training and needs to know its length: --max-update N")
-    if cfg.gate_dropout == "off" and (gate.constant or not gate.needs_teacher or gate.asks or cfg.gate_on != "gold"):
+    drawn = cfg.gate == "random" and cfg.gate_share is not None
+    if drawn and (cfg.gate_on != "gold" or cfg.untempered_gate or cfg.gate_dropout == "off"):
+        raise UserError("--gate random --gate-share draws, and reads nothing: drop what says what it should read")
+    reads = gate.needs_teacher and not gate.constant and not gate.uniform and not gate.asks
+    if cfg.gate_dropout == "off" and (not reads or cfg.gate_on != "gold"):
         raise UserError(
-            "--gate-dropout off: it is for gates that read the probability of the gold token, which --gate "
+            "--gate-dropout off: it is for gates that read the student's probability of the gold token, which --gate "
             f"{cfg.gate} --gate-on {cfg.gate_on} does not; drop the option"
         )
+    smooth = next((name for name in ("label_smoothing", "confidence_penalty") if getattr(cfg, name)), None)
+    if gate.uniform and smooth:
+        raise UserError(f"{flag(smooth)}: --gate {cfg.gate} smooths the targets itself; drop the option")
     for name, divergence in DIVERGENCES.items():
         taken = divergence.parameter
         if taken and name != cfg.divergence and getattr(cfg, taken, None) is not None:
             raise UserError(f"{flag(taken)} is of --divergence {name}, not {cfg.divergence}; drop one of them")
     for name in ON_POLICY:
-        if not cfg.on_policy_share and getattr(cfg, name) != CriterionOptions.__dataclass_fields__[name].default:
+        if not cfg.on_policy_share and getattr(cfg, name) != default(name):
             raise UserError(f"{flag(name)} is about the student's own translations: add --on-policy-share, or drop it")
     try:
         given_temperature(cfg)
     except ValueError as error:
         raise UserError(f"--teacher-temperature {cfg.teacher_temperature}: {error}") from None
-    if cfg.teacher_temperature_start is not None and not cfg.max_update:
+    start = cfg.teacher_temperature_start
+    if start is None and cfg.teacher_temperature_share != default("teacher_temperature_share"):
+        raise UserError("--teacher-temperature-share is of --teacher-temperature-start: add it, or drop the option")
+    if start is not None and not cfg.max_update:
         raise UserError("--teacher-temperature-start needs to know the length of the training: give --max-update N")
     for name, span in RANGES.items():
         value = getattr(cfg, name)
@@ -77,6 +93,12 @@ def check_training(cfg: Any, gate: Gate, task: FairseqTask) -> None:
             f"--distill-start-update {cfg.distill_start_update}: the training ends before, at --max-update "
             f"{cfg.max_update}; start earlier, or give --gate none"
         )
+    if given_temperature(cfg) is None and gate.needs_teacher and cfg.disable_validation:
+        raise UserError(
+            "--teacher-temperature auto needs a validation set: drop --disable-validation, or give a number"
+        )
+    if cfg.divergence != FUSED and (gate.uniform or not gate.needs_teacher):
+        raise UserError(f"--divergence {cfg.divergence}: --gate {cfg.gate} has none; drop the option")
     if device == "cpu" and cfg.fp16 and not cfg.memory_efficient_fp16:
         raise UserError("--fp16 needs a GPU; on the CPU give --memory-efficient-fp16, --amp or --bf16")
     if problem := unusable(cfg.loss_impl, device):

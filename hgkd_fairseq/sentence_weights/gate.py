@@ -13,10 +13,9 @@ from hgkd_fairseq.gates.registry import register_gate
 from hgkd_fairseq.ranges import Range
 
 HELD_OUT = (
-    "sentences that the weights are learned on: a share of the training sentences, which is kept aside, or another "
-    "subset in the data folder; never the one that chooses the checkpoint"
+    "share of the training sentences that is kept aside to learn the weights on, or a subset of the data, but not the "
+    "one that chooses the checkpoint"
 )
-HeldOut = Annotated[str, Option(HELD_OUT)]
 WEIGHT_RULES = ("independent", "convex")
 EPOCHS = Range(1, 2**31, "a number of epochs, 1 or more; the published one is 10")
 CHANGE = Range(1e-6, 2, "a change of weights between 0 and 2; 0.05 to 0.2 is usual")
@@ -43,12 +42,7 @@ class Instance:
     def __init__(
         self,
         *,
-        held_out: Annotated[
-            str,
-            Option(
-                "share of the training sentences that is kept aside to learn the weights on, or a subset of the data"
-            ),
-        ] = "0.02",
+        held_out: Annotated[str, Option(HELD_OUT)] = "0.02",
         refresh_interval: Annotated[int, Option("epochs between two refreshes of the weights", EPOCHS)] = 10,
         refresh_change: Annotated[float, Option("median change of a weight in a refresh", CHANGE)] = 0.1,
         weight_rule: Annotated[str, Option("how weights may move", choices=WEIGHT_RULES)] = "independent",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 import time
@@ -9,7 +10,7 @@ import time
 import numpy as np
 import torch
 from fairseq import utils
-from fairseq.data import data_utils
+from fairseq.data import FairseqDataset, data_utils
 from fairseq.distributed import utils as distributed_utils
 from torch import Tensor
 
@@ -25,6 +26,14 @@ logger = logging.getLogger(__name__)
 GROUP = 2  # batches that look ahead together; the published number is 2 to 3
 REPETITIONS = 5  # steps of the weights of a group, against the same held-out batch
 LARGEST_SHARE = 0.5
+
+
+def hash_of_lengths(dataset: FairseqDataset) -> Tensor:
+    """Of the lengths of all training sentences, in their order: data are not read for it."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in pairs.parts(dataset):
+        digest.update(np.ascontiguousarray(part.sizes, dtype="<i8").tobytes())
+    return torch.tensor(int.from_bytes(digest.digest(), "little", signed=True))
 
 
 class Refresh:
@@ -98,13 +107,20 @@ class Refresh:
         gate = self.gate()
         held_out = torch.from_numpy(self.state.held_out.mask(len(self.training())))
         self.held_out_sentences(epoch, model)
+        shown = hash_of_lengths(self.training())
         if not gate.state:
             gate.begin(held_out)
+            gate.state["lengths"] = shown
         elif not torch.equal(gate.state["held_out"].cpu(), held_out):
             count = gate.state["held_out"].numel()
             raise UserError(
                 f"--held-out: the checkpoint has weights of {count} training sentences of which others are kept aside; "
                 "resume with the same data and the same --held-out"
+            )
+        elif not torch.equal(gate.state.get("lengths", shown).cpu(), shown):  # older checkpoints do not have it
+            raise UserError(
+                "--gate instance: the checkpoint has weights of other training sentences, or in another order; "
+                "resume with the same data"
             )
 
     def begin_epoch(self, epoch: int, model: torch.nn.Module) -> None:
@@ -204,19 +220,17 @@ class Refresh:
         )
         before = torch.stack([gate.state["data"], gate.state["teacher"]], 1).to(device)  # (S, 2)
         fresh, seen = torch.zeros_like(before), torch.zeros_like(before[:, 0])
-        was_training = model.training
-        model.eval()
-        held_out, groups = self.plan(epoch, model)
-        for batches, against in groups[rank::count]:
-            group, numbers = self.group(model, training, batches, with_teacher=True)
-            there, _ = self.group(model, held_out, [against], with_teacher=False)
-            divisor = len(numbers) if cfg.sentence_avg else group.target.numel()
-            weights = before[numbers]
-            for _ in range(REPETITIONS):
-                gradient = meta_gradient(group, weights, there, learning_rate / divisor, options)
-                weights = step(weights, gradient, gate.change / REPETITIONS, gate.rule)
-            fresh[numbers], seen[numbers] = weights, 1
-        model.train(was_training)
+        with features.without_dropout(model):
+            held_out, groups = self.plan(epoch, model)
+            for batches, against in groups[rank::count]:
+                group, numbers = self.group(model, training, batches, with_teacher=True)
+                there, _ = self.group(model, held_out, [against], with_teacher=False)
+                divisor = len(numbers) if cfg.sentence_avg else group.target.numel()
+                weights = before[numbers]
+                for _ in range(REPETITIONS):
+                    gradient = meta_gradient(group, weights, there, learning_rate / divisor, options)
+                    weights = step(weights, gradient, gate.change / REPETITIONS, gate.rule)
+                fresh[numbers], seen[numbers] = weights, 1
         if count > 1:
             distributed_utils.all_reduce(fresh, workers)
             distributed_utils.all_reduce(seen, workers)

@@ -64,7 +64,6 @@ def checked(checkpoint: str, memory: Any) -> dict[str, Tensor]:
     whole = (
         all(isinstance(one, Tensor) and (one.device.type, one.layout) == HELD for one in [*columns, epoch])
         and all(column.dim() == 1 for column in columns)
-        and all(column.layout is torch.strided and column.device.type == "cpu" for column in columns)
         and len({len(column) for column in columns}) == 1
         and all(mask.dtype == torch.bool for mask in masks)
         and all(column.is_floating_point() and bool((column >= 0).all()) for column in weights)
@@ -96,7 +95,8 @@ def report(checkpoint: str, output: str | None, compare: str | None, plot: str |
     groups = {"all": torch.ones_like(found.sentence, dtype=torch.bool)}
     if compare:
         listed = torch.isin(found.sentence, numbers(compare))
-        groups = {Path(compare).stem: listed, "others": ~listed}
+        name = Path(compare).stem
+        groups = {name: listed, "others" if name != "others" else "the others": ~listed}
     for name, rows in groups.items():
         print(f"{name}: {found.medians(rows)}")
     if not found.epoch:

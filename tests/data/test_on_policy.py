@@ -232,6 +232,12 @@ def test_own_translations_are_learnt_from_the_teacher_alone(data: Path, teacher:
         task.begin_epoch(epoch, model)
         assert (criterion.on_policy.own().by_number() is buffer) == (epoch == 3)
         buffer = criterion.on_policy.own().by_number()
+    # An epoch whose first update is the first that is distilled; `updates` is what its last one began with.
+    criterion.cfg.distill_start_update = 100
+    for epoch, updates in ((4, 98), (6, 99)):
+        task.training_state.updates = updates
+        task.begin_epoch(epoch, model)
+        assert (criterion.on_policy.own().by_number() is buffer) == (epoch == 4)
 
 
 @pytest.fixture(scope="module")

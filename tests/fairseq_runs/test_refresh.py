@@ -126,6 +126,10 @@ def test_a_refresh(
     model.train()
     found.begin_training(1, model)
     gate, training = found.gate(), task.dataset("train")
+    found.begin_training(1, model)  # as when it is resumed
+    gate.state["lengths"] += 1
+    with pytest.raises(UserError, match="the checkpoint has weights of other training sentences, or in another order"):
+        found.begin_training(1, model)
     aside = gate.state["held_out"].nonzero().flatten().tolist()
     assert len(aside) == (18 if held_out == "0.2" else 0)
     before = {name: value.clone() for name, value in gate.state.items()}

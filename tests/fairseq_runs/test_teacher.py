@@ -75,6 +75,8 @@ def test_the_gate_reads_the_student_without_dropout(parts):
     torch.testing.assert_close(read[kept], logp[kept], rtol=1e-4, atol=1e-4)
     assert model.training
     assert not frozen.training
+    nothing = target[:, :0]  # after --ignore-prefix-size, of a batch of short lines
+    assert gold_logprob(model, sample, nothing, padding_idx=1, implementation="auto").shape == nothing.shape
     frozen.train()
     results, gate = {}, criterion.gate
     criterion.gate = get_gate("soft")  # whose share says how far each token's reading is from the teacher's
