@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from hgkd_fairseq.arguments import Data, Input, NewOutput, add, add_data, add_running, add_search, number, part
+from hgkd_fairseq.errors import UserError
 
 REASONS = ("empty", "limit", "long", "ratio", "copy", "loop", "unknown", "score", "backward")  # filters.SWITCHES
 
@@ -14,6 +15,8 @@ def add_translate(commands) -> None:
         from hgkd_fairseq import export
         from hgkd_fairseq.evaluation.translate import translate
 
+        if args.engine == "ctranslate2":
+            export.import_converters()  # where it is not installed it is told before the teacher is loaded
         print(
             translate(
                 args.data, args.teacher_path, args.output, args.subset, decoding_of(args), export.converted,
@@ -32,8 +35,8 @@ def add_translate(commands) -> None:
     of_weights = "of the weights, with --engine ctranslate2 (default: as they are)"
     option("--quantization", choices=["int8", "int8_float16", "float16"], help=of_weights)
     option("--nbest", type=number(1, 1000), default=1, metavar="N", help="translations a sentence (default: 1)")
-    add_search(option)
-    option("--sampling", action="store_true", help="draw --nbest translations instead of searching")
+    add_search(option, beam=None)
+    option("--sampling", action="store_true", help="draw --nbest translations instead of searching with --beam")
     option("--sampling-topk", type=number(1), default=0, metavar="K", help="from the K most probable pieces")
     option("--sampling-topp", type=number(0, 1, float), default=0.0, metavar="P", help="from as few as have P together")
     option("--seed", type=number(0, 2**31), default=1, metavar="N", help="of the sampling (default: 1)")
@@ -54,8 +57,11 @@ def decoding_of(args):
     device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
     half = device == "cuda" and args.engine == "fairseq"
     given = {field: getattr(args, field) for field in Decoding.__dataclass_fields__ if hasattr(args, field)}
-    beam = args.nbest if args.sampling else args.beam
-    return Decoding(**given | {"beam": beam, "device": device, "dtype": args.dtype or ("fp16" if half else "fp32")})
+    beam = args.nbest if args.sampling else args.beam or Decoding.beam
+    how = Decoding(**given | {"beam": beam, "device": device, "dtype": args.dtype or ("fp16" if half else "fp32")})
+    if args.sampling and args.beam is not None:
+        raise UserError(f"--beam {args.beam} is of a search, and --sampling draws --nbest translations; drop it")
+    return how
 
 
 def add_distil_data(commands) -> None:
@@ -63,13 +69,15 @@ def add_distil_data(commands) -> None:
         from hgkd_fairseq.data.filters import Filters
         from hgkd_fairseq.evaluation.distil_data import Choice, distil
 
+        if args.worst_backward is not None and not args.backward_path:
+            raise UserError("--worst-backward is of the model of --backward-path; give it, or drop --worst-backward")
         filters = Filters(
             off=frozenset(args.keep or ()),
             ratio=args.length_ratio,
             most=args.max_pieces,
             repeats=args.max_repeats,
             worst_score=args.worst_score,
-            worst_backward=args.worst_backward,
+            worst_backward=Filters.worst_backward if args.worst_backward is None else args.worst_backward,
         )
         choice = Choice(args.select, filters, args.mix_original, args.backward_path, args.max_tokens, args.cpu)
         print(distil(args.folder, args.data, args.output, choice), end="")
@@ -98,7 +106,7 @@ def add_distil_data(commands) -> None:
     other = "model of the other direction, in the same dictionaries; drops the worst by its cross-entropy"
     option("--backward-path", type=Input, metavar="CKPT[:CKPT]", help=other)
     worst = "so many of them (default: 0.05)"
-    option("--worst-backward", type=number(0, 1, float), default=0.05, metavar="SHARE", help=worst)
+    option("--worst-backward", type=number(0, 1, float), metavar="SHARE", help=worst)
     most = "pieces a batch of the backward model (default: 4000)"
     option("--max-tokens", type=number(1, 2**31 - 1), default=4000, metavar="N", help=most)
     add_running(option)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from fairseq import utils
 from fairseq.data import FairseqDataset
 from fairseq.tasks import FairseqTask
-
-from hgkd_fairseq.errors import UserError
 
 
 def with_target_lengths(collater: Callable[..., dict], pad: int, samples: list, **options) -> dict:
@@ -50,9 +48,9 @@ def filled(order: Iterable[int], length: Callable[[int], int], most: int) -> Ite
         yield batch
 
 
-def training_targets(task: FairseqTask, max_tokens: int | None) -> Iterator[torch.Tensor]:
+def training_targets(task: FairseqTask, max_tokens: int | None, without: Sequence[int] = ()) -> Iterator[torch.Tensor]:
     """The targets (length,) that a task trains on, those of fairseq's train1, ... and repeated ones among them, in all
-    folders; without those that are too long or kept aside.
+    folders, less the tokens `without`; without those that are too long or kept aside.
 
     Raises:
         UserError: the data are not there.
@@ -60,14 +58,13 @@ def training_targets(task: FairseqTask, max_tokens: int | None) -> Iterator[torc
     subset = task.cfg.train_subset
     shown = task.datasets.get(subset)
     limit = utils.resolve_max_positions(task.max_positions(), max_tokens)
+    drop = torch.tensor(without, dtype=torch.int64)
     for epoch, _ in enumerate(utils.split_paths(task.cfg.data), 1):
-        try:
-            task.load_dataset(subset, epoch=epoch, combine=True)
-        except FileNotFoundError as error:
-            raise UserError(f"--teacher-source unigram counts the training data: {error}") from None
+        task.load_dataset(subset, epoch=epoch, combine=True)
         dataset = task.datasets[subset]
         kept = task.filter_indices_by_size(np.arange(len(dataset)), dataset, limit, ignore_invalid_inputs=True)
-        yield from (dataset.tgt[index] for index in kept)
+        for target in (dataset.tgt[index] for index in kept):
+            yield target[~torch.isin(target, drop)] if without else target
     if shown is None:
         del task.datasets[subset]
     else:

@@ -113,7 +113,7 @@ def opened(folder: str, data: str | None = None, subset: str | None = None) -> S
         UserError: there are none, or of other data, dictionaries or another subset.
     """
     about: dict[str, Any] = dict.fromkeys(("subset", "source_lang", "target_lang"), str)
-    about |= {kind: {str: str} for kind in ("data", "dictionaries")}
+    about |= {kind: {str: str} for kind in ("data", "dictionaries")} | {"decoding?": {"nbest?": files.Within(1)}}
     found = Shards.open(folder, {"kind": KIND} | ({"subset": subset} if subset else {}))
     if wrong := files.mismatch(found.manifest, about):
         raise UserError(f"{folder} has a manifest of which {wrong}; run hgkd translate again, to another folder")

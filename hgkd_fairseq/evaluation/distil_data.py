@@ -59,11 +59,17 @@ def distil(folder: str, data: str, output: str, choice: Choice) -> str:
     Returns: the summary.
 
     Raises:
-        UserError: translations that are not finished, damaged, or of other data; a sentence that has moved.
+        UserError: translations that are not finished, damaged, or of other data, or one a sentence where it is to be
+            chosen among several; a sentence that has moved.
     """
     shards = translations.opened(folder, data)
     if (subset := shards.manifest["subset"]) != "train":
         raise UserError(f"{folder} has translations of {subset}: only train is distilled, what is measured on is not")
+    if choice.select != "best" and shards.manifest.get("decoding", {}).get("nbest") == 1:
+        raise UserError(
+            f"--select {choice.select} chooses among several translations of a sentence, and {folder} has one of each: "
+            "translate with --nbest 5, say, or leave --select out"
+        )
     task, dataset = translated_data(data, shards)
     chosen = Chosen(shards, task, dataset, choice)
     with files.writing_folder(output) as unfinished:
@@ -137,7 +143,9 @@ class Chosen:
 
     def examine(self) -> None:
         """Decide."""
-        filters = self.choice.filters
+        filters, backward = self.choice.filters, None
+        if self.choice.backward:  # what is wrong with it is told before the work
+            backward = BackwardModel(self.choice.backward, self.task, self.choice.max_tokens, self.choice.cpu)
         select = selection.make(self.choice.select, self.reference)
         unknown = self.task.target_dictionary.unk_word
         every = max(-(-len(self.dataset) // MEASURED), 1)
@@ -155,10 +163,9 @@ class Chosen:
         if isinstance(select, selection.ByFile):
             select.end()
         filters.worst("score", self.reasons, self.scores)
-        if self.choice.backward:
-            model = BackwardModel(self.choice.backward, self.task, self.choice.max_tokens, self.choice.cpu)
+        if backward:
             scores = np.zeros(len(self.dataset))
-            for number, score in model.scores(self.kept(), self.dataset.src):
+            for number, score in backward.scores(self.kept(), self.dataset.src):
                 scores[number] = score
             filters.worst("backward", self.reasons, scores)
 

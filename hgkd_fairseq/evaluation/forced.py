@@ -151,12 +151,16 @@ def load(data: str, path: str, cpu: bool = False, pair: str | None = None, sever
         pair: one of those; None: all.
 
     Raises:
-        UserError: they cannot be used, or were trained by another task.
+        UserError: they cannot be used, were trained by another task, or translate between other languages than the
+            first of them.
     """
     data = binarised.first_shard(data)
     found = [checkpoints.read(file) for file in split_paths(path)]
     for checkpoint in found if not several else ():
         inputs.refuse_language_tokens(checkpoint.path, checkpoint.options("task"), languages.REFUSED)
+    wanted = [pair] if pair else inputs.pairs_of(found[0].options("task"))
+    for checkpoint in found[1:]:
+        inputs.check_pairs(checkpoint.path, checkpoint.options("task"), wanted)
     task = languages.make_task(data, path, found[0], pair)
     for checkpoint in found:
         languages.check_dictionaries(checkpoint, task)

@@ -51,7 +51,7 @@ def generation(checkpoint: Checkpoint, pair: str | None) -> tuple[list[str], dic
     if kind != inputs.MULTILINGUAL:
         return [], {}
     if not pair:
-        known = ", ".join(pairs_of(options))
+        known = ", ".join(inputs.lang_pairs(options))
         raise UserError(f"{checkpoint.path} was trained on several language pairs; name one with --lang-pair: {known}")
     source, _, target = pair.partition("-")
     words = ["--task", kind, "--lang-pairs", pair, "--source-lang", source, "--target-lang", target]
@@ -67,19 +67,14 @@ def unprinted_token(options: dict[str, Any]) -> str | None:
     return "first" if forced and not found["lang_tok_replacing_bos_eos"] else None
 
 
-def pairs_of(options: dict[str, Any]) -> list[str]:
-    given = options.get("lang_pairs") or []
-    return given.split(",") if isinstance(given, str) else list(given)
-
-
 def check_pair(path: str, options: dict[str, Any], pair: str | None) -> None:
     """Raises:
     UserError: the model is none of this language pair among others.
     """
     if pair is not None and inputs.kind(options) != inputs.MULTILINGUAL:
         raise UserError(f"--lang-pair {pair}: {path} is no model of several language pairs; drop it")
-    if pair is not None and pair not in pairs_of(options):
-        raise UserError(f"--lang-pair {pair}: {path} was trained on {', '.join(pairs_of(options))}; name one of them")
+    if pair is not None and pair not in (known := inputs.lang_pairs(options)):
+        raise UserError(f"--lang-pair {pair}: {path} was trained on {', '.join(known)}; name one of them")
 
 
 def language_tokens(task: FairseqTask) -> list[int]:
@@ -121,7 +116,7 @@ def pretrained_bart_task(plain: TranslationTask, options: dict) -> TranslationFr
 
 def multilingual_task(data: str, path: str, options: dict, pair: str | None) -> TranslationMultiSimpleEpochTask:
     args = Namespace(**{**options, **EACH_ONCE, "data": data, "langs": inputs.languages(options), "lang_dict": None})
-    args.lang_pairs = [pair] if pair else pairs_of(options)
+    args.lang_pairs = [pair] if pair else inputs.lang_pairs(options)
     try:
         task = TranslationMultiSimpleEpochTask.setup_task(args)
     except Exception as error:  # fairseq's own, of files that are missing or do not fit

@@ -25,8 +25,8 @@ from hgkd_fairseq.evaluation.progress import Progress
 from hgkd_fairseq.evaluation.sampling import SeededSampling
 from hgkd_fairseq.plugin import binarised
 from hgkd_fairseq.plugin.checkpoints import split_paths
+from hgkd_fairseq.teacher.store import DTYPES
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOGETHER = 16  # batches that CTranslate2 is given at a time, to work on several at once
 
 

@@ -41,8 +41,7 @@ FREE = (
 )
 # Of these, what checkpoints of version 0.1.0 do not have.
 NEW = (*DIVERGENCE, *ON_POLICY, "gate_dropout", "teacher_temperature_share")
-
-
+STORED = ("checkpoint", "store")  # sources of one teacher
 KEPT = ("method", "updates", "teacher", "fitted_temperature")  # in the checkpoints, beside the memory
 
 
@@ -143,8 +142,11 @@ def changes(asked_cfg: Any, held_cfg: Any) -> str:
 
 
 def differences(asked: dict[str, Any], held: dict[str, Any]) -> str:
-    """What is asked for and what a checkpoint holds, in words; "" where they are the same."""
+    """What is asked for and what a checkpoint holds, in words; "" where they are the same. A store of a checkpoint is
+    the same teacher: `changed` tells another one."""
     names = [name for name in {**asked, **held} if asked.get(name) != held.get(name)]
+    if (asked.get("teacher_source"), held.get("teacher_source")) in (STORED, STORED[::-1]):
+        names.remove("teacher_source")
     if "gate" in names:
         names = [name for name in names if name in ("gate", "teacher_source")]  # the rest follows from it
 

@@ -71,8 +71,8 @@ class WithTeacher:
         return self.teacher
 
     def training_targets(self) -> Iterator[torch.Tensor]:
-        """The targets (length,) that are trained on, each once."""
-        return batches.training_targets(self, self.cfg.max_tokens)  # type: ignore[arg-type]
+        """The targets (length,) that are trained on, each once, without language tokens."""
+        return batches.training_targets(self, self.cfg.max_tokens, self.language_tokens())  # type: ignore[arg-type]
 
     def every_sentence(self) -> FairseqDataset:
         """The training data with each sentence once, at its number."""

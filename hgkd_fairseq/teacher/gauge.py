@@ -96,7 +96,7 @@ def begin(cfg: Any, task: Any, teacher: TeacherSource, model: Any, state: Traini
     is auto keep the fitted one in `state`, unless the checkpoint that is resumed has it.
 
     Raises:
-        UserError: it is auto, and none can be fitted.
+        UserError: it is auto, and there are no data to fit one to, or none fits.
     """
     valid = "valid" if cfg.combine_valid_subsets else cfg.valid_subset.split(",")[0]
     known = valid in task.datasets and task.cfg.train_subset in task.datasets
@@ -109,6 +109,11 @@ def begin(cfg: Any, task: Any, teacher: TeacherSource, model: Any, state: Traini
     fitted = gauge.temperature if gauge else None
     if given is None:
         state.fitted_temperature = state.fitted_temperature or fitted
+        if state.fitted_temperature is None and gauge is None:
+            raise UserError(
+                f"--teacher-temperature auto is fitted to subset {valid}, and that is not loaded, or it or the "
+                "training set has no sentence that the student takes; drop --disable-validation, or give a number"
+            )
         if state.fitted_temperature is None:
             raise UserError(
                 f"--teacher-temperature auto: no temperature from {1 / calibration.HIGHEST:g} to "

@@ -46,6 +46,7 @@ OPTIONS = {
     ),
     **dict.fromkeys(("fixed_dictionary?", "source_dict?", "target_dict?", "encoder_langtok?"), TEXTS),
     **dict.fromkeys(("langs?", "lang_pairs?", "langtoks_specs?"), LISTS),
+    "extra_lang_pairs?": ({str: str}, None),
     "langtoks?": (token_pairs, None),
 }
 
@@ -103,9 +104,34 @@ def languages(task: dict[str, Any]) -> list[str]:
     if task.get("lang_dict"):
         text = files.read_found(str(task["lang_dict"]), "name the teacher's --lang-dict")
         return [line.strip() for line in text.split("\n") if line.strip()]
-    pairs = task.get("lang_pairs") or []
-    pairs = pairs.split(",") if isinstance(pairs, str) else pairs
-    return list(task.get("langs") or sorted({language for pair in pairs for language in pair.split("-")}))
+    return list(task.get("langs") or sorted({language for pair in lang_pairs(task) for language in pair.split("-")}))
+
+
+def lang_pairs(task: dict[str, Any]) -> list[str]:
+    """Of a multilingual task, those of its option."""
+    given = task.get("lang_pairs") or []
+    return given.split(",") if isinstance(given, str) else list(given)
+
+
+def pairs_of(task: dict[str, Any]) -> list[str]:
+    """The language pairs that a task trains on, those of extra data among them; none where they are not known."""
+    if kind(task) != MULTILINGUAL:
+        source, target = pair_of(task)
+        return [f"{source}-{target}"] if source and target else []
+    extra = [pair for given in (task.get("extra_lang_pairs") or {}).values() for pair in given.split(",")]
+    return [pair if "-" in pair else f"{pair}-{pair}" for pair in [*lang_pairs(task), *extra]]
+
+
+def check_pairs(name: str, task: dict[str, Any], wanted: Sequence[str]) -> None:
+    """Refuse a model of a task that was not trained on some of the language pairs that it is wanted for.
+
+    Raises:
+        UserError: it names the first of them.
+    """
+    known = pairs_of(task)
+    for pair in wanted if known else ():
+        if pair not in known:
+            raise UserError(f"{name} was trained on {', '.join(known)} and not on {pair}; name one that was")
 
 
 def refuse_language_tokens(path: str, task: dict[str, Any], instead: str) -> None:
@@ -153,8 +179,7 @@ def pair_of(task: dict[str, Any]) -> tuple[str | None, str | None]:
     if None not in found:
         return found
     if kind(task) == MULTILINGUAL:
-        pairs = task.get("lang_pairs") or []
-        first = (pairs.split(",") if isinstance(pairs, str) else pairs)[:1]
+        first = lang_pairs(task)[:1]
         return tuple(first[0].split("-", 1)) if first and "-" in first[0] else found  # type: ignore[return-value]
     folder = folder_of(task)
     # The teacher's run left them to fairseq, which reads file names.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from fairseq.data import Dictionary, FairseqDataset
@@ -21,10 +22,9 @@ from hgkd_fairseq.teacher import dictionaries, inputs
 from hgkd_fairseq.teacher.dictionaries import Selection
 from hgkd_fairseq.teacher.signals import Dense
 from hgkd_fairseq.teacher.source import Request, TeacherSource, register_source
+from hgkd_fairseq.teacher.store import DTYPES
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @register_source("checkpoint", help="the checkpoint of --teacher-path, or an ensemble of several")
@@ -39,9 +39,11 @@ class LiveTeacher(TeacherSource):
         overrides: a dict literal, as fairseq's ``--model-overrides``.
         languages: the student's source and target; None: not known.
         added: what the student's task adds to sentences, of `inputs.added`; None: nothing.
+        pairs: of a student of several language pairs, by path those that it is to teach.
 
     Raises:
-        UserError: a file that is missing, refused or no translation model; languages or dictionaries that differ.
+        UserError: a file that is missing, refused or no translation model; languages or dictionaries that differ; one
+            that was not trained on a language pair that it is to teach.
     """
 
     frozen = True
@@ -55,18 +57,23 @@ class LiveTeacher(TeacherSource):
         overrides: str = "{}",
         languages: tuple[str | None, str | None] = (None, None),
         added: dict | None = None,
+        pairs: Mapping[str, Sequence[str]] | None = None,
     ):
         self.paths = list(paths)
         self.dtype = dtype
         given = parse_overrides(overrides)
         self.members, self.selections = [], {}
         for path in self.paths:
-            model, selection = load_model(path, source_dictionary, target_dictionary, languages, given, added or {})
+            taught = (pairs or {}).get(path, ())
+            model, selection = load_model(
+                path, source_dictionary, target_dictionary, languages, given, added or {}, taught
+            )
             self.members.append(model)
             self.selections[model] = selection
         selected = [self.selections[model].fingerprint for model in self.members]
         self.reindexed = any(selected)
-        self.hash = fingerprint(self.members, selected)
+        self.hashes = hashes(self.members, selected)
+        self.hash = " ".join(sorted(self.hashes))
         for path, model in zip(self.paths, self.members, strict=True):
             logger.info("teacher %s: %s, %d parameters", path, type(model).__name__, count_parameters(model))
 
@@ -88,6 +95,11 @@ class LiveTeacher(TeacherSource):
         if request.state.loaded is None:
             for file in files:
                 refuse_what_training_writes(file, options.save_dir)
+        taught: dict[str, list[str]] = {}
+        for file, pair in (
+            zip(of_pairs, request.pairs, strict=True) if of_pairs else itertools.product(files, request.pairs)
+        ):
+            taught.setdefault(file, []).append(pair)
         return (TeacherOfEachPair if of_pairs else cls)(
             files,
             request.source_dictionary,
@@ -96,6 +108,7 @@ class LiveTeacher(TeacherSource):
             overrides=options.teacher_model_overrides,
             languages=request.languages,
             added=inputs.added(request.options),
+            pairs=taught,
         )
 
     @property
@@ -138,9 +151,9 @@ class LiveTeacher(TeacherSource):
         return self.selections[model].head(Head(layer.weight[:0], layer.weight, layer.bias))
 
 
-def fingerprint(models: Sequence[torch.nn.Module], selections: Sequence[str]) -> str:
-    """A hash of all weights of some models: the same wherever their files lie, in whichever order; and of what is
-    selected of them, where that is not all."""
+def hashes(models: Sequence[torch.nn.Module], selections: Sequence[str]) -> list[str]:
+    """Of each model a hash of all weights, the same wherever its file lies; and of what is selected of it, where that
+    is not all."""
     found = []
     for model, selected in zip(models, selections, strict=True):
         digest = hashlib.sha256()
@@ -148,7 +161,7 @@ def fingerprint(models: Sequence[torch.nn.Module], selections: Sequence[str]) ->
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         found.append(f"{digest.hexdigest()}-{selected}" if selected else digest.hexdigest())
-    return " ".join(sorted(found))
+    return found
 
 
 def count_parameters(model: torch.nn.Module) -> int:
@@ -172,6 +185,7 @@ def load_model(
     languages: tuple[str | None, str | None],
     overrides: dict,
     added: dict,
+    pairs: Sequence[str],
 ) -> tuple[torch.nn.Module, Selection]:
     """The model of one checkpoint, frozen and in eval mode, on the CPU, and what the student's dictionaries select of
     it."""
@@ -181,6 +195,9 @@ def load_model(
     checkpoints.model_class(checkpoint)
     task_options = checkpoint.options("task")
     inputs.check_added(path, task_options, added)
+    if not pairs and None not in languages and inputs.kind(task_options) == inputs.MULTILINGUAL:
+        pairs = [f"{languages[0]}-{languages[1]}"]
+    inputs.check_pairs(f"the teacher {path}", task_options, pairs)
     students = (source_dictionary, target_dictionary)
     own = own_dictionaries(path, task_options, students, languages)
     # The plain task, with no --eval-bleu: building a model through the student's own task would hand its validation

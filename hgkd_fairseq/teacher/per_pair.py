@@ -21,15 +21,16 @@ def paths(given: str, pairs: Sequence[str]) -> list[str] | None:
     """Of the option's value the file of each pair, in their order; None: it names no pairs.
 
     Raises:
-        UserError: a pair that is missing, or none of the task's.
+        UserError: a pair that is missing, is named twice, or is none of the task's.
     """
-    found = dict(PAIR.findall(given))
+    named = PAIR.findall(given)
+    found = dict(named)
     if not set(found) & set(pairs) or "".join(PAIR.split(given)[::3]):
         return None
-    if set(found) != set(pairs):
+    if set(found) != set(pairs) or len(found) < len(named):
         raise UserError(
-            f"--teacher-path {given} names teachers of {', '.join(found)}, and the language pairs are "
-            f"{', '.join(pairs) or 'not several'}; name one for each, or one for all"
+            f"--teacher-path {given} names teachers of {', '.join(pair for pair, _ in named)}, and the language pairs "
+            f"are {', '.join(pairs)}; name one for each, or one for all"
         )
     return [found[pair] for pair in pairs]
 

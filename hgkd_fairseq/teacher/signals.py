@@ -17,7 +17,6 @@ class Gold(NamedTuple):
     temperature: float
     logprob: Tensor  # log q of the gold token at temperature 1
     tempered: Tensor  # at `temperature`
-    log_sum_exp: Tensor  # of the logits, at temperature 1; of an ensemble 0
     entropy: Tensor  # of q at `temperature`
 
     def at(self, temperature: float) -> Tensor | None:

@@ -163,6 +163,12 @@ def make(request: Request) -> TeacherSource:
         )
     if given["--teacher-store"]:
         name = "store"
+    for option, default in (("teacher_model_overrides", "{}"), ("teacher_dtype", "auto")):
+        if name not in ("checkpoint", "store") and str(getattr(request.options, option, default)) != default:
+            raise UserError(
+                f"{flag(option)} is for a teacher of --teacher-path or --teacher-store, and --teacher-source {name} "
+                "has none; drop it"
+            )
     made = SOURCES[name].make(request)
     if getattr(request.options, "gauge_store", None):
         from hgkd_fairseq.teacher.gauged import Gauged  # which is a source itself

@@ -30,7 +30,7 @@ def bytes_a_token(options: Any, models: Sequence, vocabulary: int) -> float:
         "topk": options.tokens * (id_bytes + 4) + 4,
         "gold": 0,
     }
-    return 16 + kinds[options.kind]
+    return 12 + kinds[options.kind]
 
 
 def of_rows(heads: list[Head], gold: Tensor, options: Any, generator: torch.Generator) -> dict[str, Tensor]:
@@ -50,12 +50,10 @@ def of_rows(heads: list[Head], gold: Tensor, options: Any, generator: torch.Gene
 def of_chunk(heads: list[Head], gold: Tensor, options: Any, generator: torch.Generator) -> dict[str, Tensor]:
     if len(heads) == 1:
         z = logits(heads[0])  # (C, V)
-        log_sum = z.logsumexp(1)
-        plain = at(z, gold) - log_sum
+        plain = at(z, gold) - z.logsumexp(1)
         logq = torch.log_softmax(z / options.temperature, dim=1)
     else:
         logq = mean_logprobs(heads, options.temperature)
-        log_sum = torch.zeros_like(logq[:, 0])
         plain = at(mean_logprobs(heads, 1.0), gold)
     q = logq.exp()
     found: dict[str, Tensor] = {}
@@ -67,7 +65,7 @@ def of_chunk(heads: list[Head], gold: Tensor, options: Any, generator: torch.Gen
         found |= {"ids": ids, "logprobs": logprobs.float(), "rest": rest.float()}
     tempered = at(logq, gold)
     entropy = -q.mul_(logq.clamp_(min=LEAST)).sum(1)
-    return found | {"gold": torch.stack([plain, tempered, log_sum, entropy], 1).float()}
+    return found | {"gold": torch.stack([plain, tempered, entropy], 1).float()}
 
 
 def at(values: Tensor, index: Tensor) -> Tensor:

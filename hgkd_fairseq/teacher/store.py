@@ -4,7 +4,8 @@
     member-0.weight.npy       (V, D), and member-0.bias.npy (V,) where there is one, of each member; kind "hidden"
     shard-00000/keys.npy      (S,) uint64, hash of each sentence's source and target tokens
     shard-00000/offsets.npy   (S + 1,) uint32, of each sentence's first token; a sentence without tokens was too long
-    shard-00000/gold.npy      (N, 4) fp32, signals.Gold of each of the N tokens
+    shard-00000/gold.npy      (N, 3) fp32, signals.Gold of each of the N tokens; in format 2 (N, 4), the third the
+                              log-sum-exp of its logits, which nobody reads
 
     hidden     hidden-0.npy (N, D): fp32, fp16, or bf16 as uint16; of each member
     sampled    ids.npy (E,), the distinct ids that were drawn, of the tokens in turn, first those drawn more than once;
@@ -34,7 +35,7 @@ from hgkd_fairseq.data.shards import MANIFEST as SHARDS_MANIFEST
 from hgkd_fairseq.data.shards import Shards
 from hgkd_fairseq.errors import UserError
 
-FORMAT = 2
+FORMAT = 3
 AGAIN = "hgkd store --output"
 KINDS = ("hidden", "sampled", "topk", "gold")
 ALWAYS = {"keys", "offsets", "gold"}  # arrays of a shard, and those of some kinds beside them
@@ -47,7 +48,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 OPEN_SHARDS = 4096  # whose memory maps a process keeps; Linux grants it 65,530 maps
 PART = {"name": str, "folder": files.Within(0), "first": files.Within(0), "sentences": files.Within(1), "data": str}
 MANIFEST = {
-    "format": files.Within(FORMAT, FORMAT),
+    "format": files.Within(2, FORMAT),
     "kind": str,
     "dtype": str,
     "temperature": files.Within(1e-6, 1e6, float),
@@ -212,7 +213,7 @@ class Store:
         """Tensors (B, T, ...) of the sentences of a batch, whose tokens stand where `kept` (B, T) is True. fairseq
         halves what is fp32: statistics are fp64, and other floating-point numbers the integers of their bits."""
         joined = {name: np.concatenate([one[name] for one in sentences]) for name in sentences[0]}
-        gold = torch.from_numpy(joined.pop("gold")).double()
+        gold = torch.from_numpy(joined.pop("gold")[:, [0, 1, -1]]).double()  # of formats 2 and 3
         made: dict[str, Any] = {"gold": spread(gold, kept)}
         if self.kind == "sampled":
             distinct, repeated = (torch.from_numpy(joined[name].astype(np.int64)) for name in ("distinct", "repeated"))

@@ -26,7 +26,7 @@ from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.plugin import binarised, checkpoints, features
 from hgkd_fairseq.plugin.checkpoints import split_paths
 from hgkd_fairseq.teacher import inputs, statistics
-from hgkd_fairseq.teacher.live import LiveTeacher
+from hgkd_fairseq.teacher.live import LiveTeacher, parse_overrides
 from hgkd_fairseq.teacher.store import FORMAT, Part, bits, ends, key, save
 from hgkd_fairseq.teacher.stored import dictionary_hash
 
@@ -83,9 +83,12 @@ def write(data: str, teacher_path: str, output: str, options: StoreOptions) -> s
         UserError: data, teacher or folder cannot be used, or there is no room.
     """
     paths = split_paths(teacher_path)
-    for path in paths:
-        inputs.refuse_language_tokens(path, checkpoints.read(path, model=False).options("task"), NO_TOKENS)
-    task = make_task(data, teacher_path)
+    check_folds(options, len(paths))
+    for place, path in enumerate(paths, 1):
+        trained = checkpoints.read(path, model=False).options("task")
+        inputs.refuse_language_tokens(path, trained, NO_TOKENS)
+        check_fold(path, trained.get("leave_out_fold"), f"{place}/{len(paths)}" if options.folds else None)
+    task = make_task(data, teacher_path, options.overrides)
     languages = (task.cfg.source_lang, task.cfg.target_lang)
     teacher = LiveTeacher(paths, task.src_dict, task.tgt_dict, overrides=options.overrides, languages=languages)
     device = torch.device("cuda" if torch.cuda.is_available() and not options.cpu else "cpu")
@@ -94,8 +97,6 @@ def write(data: str, teacher_path: str, output: str, options: StoreOptions) -> s
     members = [features.max_positions(model) for model in teacher.models]
     limits = (min(source for source, _ in members), min(target for _, target in members))
     vocabulary = len(task.tgt_dict)
-    if options.folds and (options.kind != "gold" or len(paths) < 2):
-        raise UserError("--folds needs --kind gold and several teachers in --teacher-path, one for each fold")
     if options.kind == "topk" and options.tokens >= vocabulary:
         raise UserError(f"--k {options.tokens} is no part of a vocabulary of {vocabulary}; give fewer")
     sources = list(sources_of(task, data, options.subsets, limits))
@@ -106,7 +107,8 @@ def write(data: str, teacher_path: str, output: str, options: StoreOptions) -> s
         "temperature": options.temperature, "draws": options.draws if options.kind == "sampled" else 0,
         "k": options.tokens if options.kind == "topk" else 0, "vocabulary": vocabulary,
         "folds": len(paths) if options.folds else 0,
-        "max_tokens": options.max_tokens, "members": len(teacher.models), "teacher": teacher.fingerprint,
+        "max_tokens": options.max_tokens, "members": len(teacher.models),
+        "teacher": " ".join(teacher.hashes) if options.folds else teacher.fingerprint,  # of folds their order matters
         "languages": list(languages),
         "dictionaries": [dictionary_hash(task.src_dict), dictionary_hash(task.tgt_dict)],
         "limits": list(limits),
@@ -130,9 +132,34 @@ def write(data: str, teacher_path: str, output: str, options: StoreOptions) -> s
     )
 
 
-def make_task(data: str, teacher_path: str) -> TranslationTask:
+def check_folds(options: StoreOptions, teachers: int) -> None:
+    """Raises:
+    UserError: folds are asked for, and there are none.
+    """
+    if options.folds and (options.kind != "gold" or teachers < 2):
+        raise UserError("--folds needs --kind gold and several teachers in --teacher-path, one for each fold")
+    if options.folds and TRAIN not in options.subsets:
+        raise UserError(
+            f"--folds is of the sentences of {TRAIN}, and --subset {','.join(options.subsets)} lacks it; add it"
+        )
+
+
+def check_fold(path: str, left_out: str | None, wanted: str | None) -> None:
+    """Raises:
+    UserError: a teacher that is asked of the fold `wanted` (K/N) of the sentences was not trained without it.
+    """
+    if wanted is not None and left_out != wanted:
+        trained = f"with --leave-out-fold {left_out}" if left_out else "without --leave-out-fold"
+        raise UserError(
+            f"--folds asks {path} of fold {wanted}, and it was trained {trained}; name in --teacher-path the teachers "
+            "of --leave-out-fold 1/N, 2/N, ... in this order"
+        )
+
+
+def make_task(data: str, teacher_path: str, overrides: str = "{}") -> TranslationTask:
     """fairseq's own, with the teacher's languages, or those that the data's files have."""
-    held = checkpoints.read(split_paths(teacher_path)[0]).options("task") if teacher_path else {}
+    first = split_paths(teacher_path)[0] if teacher_path else ""
+    held = checkpoints.read(first, parse_overrides(overrides)).options("task") if first else {}
     wanted = {name: held.get(name) for name in ("source_lang", "target_lang")}
     binarised.first_shard(data)
     return binarised.translation_task(data, teacher_path, {"upsample_primary": 1, **wanted})

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.loss import Head
+from hgkd_fairseq.plugin.binarised import NoSubset
 from hgkd_fairseq.teacher.signals import Dense
 from hgkd_fairseq.teacher.source import Request, TeacherSource, register_source
 
@@ -41,7 +43,10 @@ class UnigramTeacher(TeacherSource):
     def make(cls, request: Request) -> TeacherSource:
         counted: Any = request.state.memory.get("unigram")  # as in the training, also where its data are not at hand
         if counted is None:
-            counted = log_frequencies(request.training_targets(), len(request.target_dictionary))
+            try:
+                counted = log_frequencies(request.training_targets(), len(request.target_dictionary))
+            except NoSubset as error:
+                raise UserError(f"--teacher-source unigram counts the training data: {error}") from None
             request.state.memory["unigram"] = counted
         return cls(counted)
 

@@ -51,7 +51,7 @@ def store_written(folder: Path, pairs: int) -> Run:
             lengths = [int(dataset.tgt_sizes[number]) for number in numbers]
             store.save(target, "keys", keys[numbers.start : numbers.stop])
             store.save(target, "offsets", store.ends(lengths))
-            store.save(target, "gold", np.zeros((sum(lengths), 4), np.float32))
+            store.save(target, "gold", np.zeros((sum(lengths), 3), np.float32))
             return len(numbers)
 
         shards.fill(make)

@@ -1,10 +1,4 @@
-"""Damaged, odd and hostile checkpoints, and the loader that must answer each with tensors or one error message.
-
-    python scripts/fuzz/checkpoints.py [INPUTS [SEED]]
-
-prints how many were read and refused, and the slowest in seconds of the CPU; exit status 1 where another error than
-UserError came out or one took more than 2 s.
-"""
+"""Damaged, odd and hostile checkpoints, and the loader that must answer each with tensors or one error message."""
 
 from __future__ import annotations
 
@@ -14,7 +8,6 @@ import functools
 import io
 import random
 import re
-import sys
 import tempfile
 import time
 import traceback
@@ -308,17 +301,3 @@ def fuzz(inputs: int, seed: int, make=cases, reader=read) -> tuple[Counter, floa
                 traceback.print_exc()
             slowest = max(slowest, time.process_time() - start)
     return counts, slowest
-
-
-def main() -> int:
-    inputs, seed = (int(text) for text in [*sys.argv[1:], *("20000", "1")[len(sys.argv) - 1 :]])
-    bad = False
-    for make, reader in ((cases, read), (transformers, build), (literals, read_literal)):
-        counts, slowest = fuzz(inputs, seed, make, reader)
-        print(reader.__name__, dict(counts), f"slowest {slowest:.2f} s")
-        bad |= not counts.keys() <= {"read", "refused"} or slowest > SLOWEST_S
-    return int(bad)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -183,7 +183,7 @@ WEIGHT = bytes_of(np.ones((7, 2), np.float32))
 ARRAYS = {
     "keys.npy": bytes_of(np.array([3, 4], np.uint64)),
     "offsets.npy": bytes_of(np.array([0, 2, 3])),
-    "gold.npy": bytes_of(np.ones((3, 4), np.float32)),
+    "gold.npy": bytes_of(np.ones((3, 3), np.float32)),
     "hidden-0.npy": bytes_of(np.ones((3, 2), np.float32)),
 }
 STORE: dict[str, Any] = {

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from array import array
 from pathlib import Path
 
@@ -15,9 +16,9 @@ import torch
 from fairseq.data import Dictionary, indexed_dataset
 from processes import content, fill_and_kill, full_disk, start
 
-from hgkd_fairseq import cli, methods
+from hgkd_fairseq import cli, methods, sequence_level
 from hgkd_fairseq.data import distilled, translations
-from hgkd_fairseq.data.filters import CODES, Filters, loops
+from hgkd_fairseq.data.filters import CODES, SWITCHES, Filters, loops
 from hgkd_fairseq.data.shards import MANIFEST
 from hgkd_fairseq.data.translations import Hypothesis, hash_of
 from hgkd_fairseq.errors import UserError
@@ -68,6 +69,14 @@ def own(translated: Path, tmp_path: Path) -> Path:
 
 def read(folder: Path) -> list[translations.Translated]:
     return list(translations.read(translations.opened(str(folder))))
+
+
+def backward_of(path: Path, folder: Path) -> Path:
+    """The same model, said to translate the other way: the dictionaries are the same ones."""
+    state = cl.load(path)
+    state["cfg"]["task"] |= {"source_lang": "en", "target_lang": "de"}
+    torch.save(state, folder / "backward.pt")
+    return folder / "backward.pt"
 
 
 def error(capsys) -> str:
@@ -144,12 +153,30 @@ def test_another_teacher_or_search_is_refused(own: Path, plain: cl.Run, path: Pa
         (("--quantization", "int8"), "--quantization is of --engine ctranslate2"),
         (("--dtype", "fp16"), "--dtype fp16 needs a GPU"),
         (("--max-len-b", 0), "leave no room for a translation"),
+        (("--sampling",), "--beam 4 is of a search, and --sampling draws --nbest translations; drop it"),
     ],
 )
 def test_options_that_do_not_go_together(more, message, data: Path, path: Path, tmp_path: Path, capsys):
     assert translate(data, path, tmp_path / "set", *more) == 1
     assert message in error(capsys)
     assert not (tmp_path / "set").exists()
+
+
+def test_an_ensemble_of_both_directions(data: Path, path: Path, tmp_path: Path, capsys):
+    """The dictionaries are the same ones; the mean of both would be no distribution of either."""
+    other = backward_of(path, tmp_path)
+    assert translate(data, f"{path}:{other}", tmp_path / "set") == 1
+    assert f"{other} was trained on en-de and not on de-en; name one that was" in error(capsys)
+    assert hgkd("calibration", "forced", data, "--path", f"{other}:{path}", "--cpu") == 1
+    assert f"{path} was trained on de-en and not on en-de" in error(capsys)
+    assert not (tmp_path / "set").exists()
+
+
+def test_without_ctranslate2(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """Told before the teacher is looked at."""
+    monkeypatch.setitem(sys.modules, "ctranslate2", None)
+    assert translate(data, tmp_path / "gone.pt", tmp_path / "set", "--engine", "ctranslate2") == 1
+    assert "needs CTranslate2: pip install 'hgkd-fairseq[export]'" in error(capsys)
 
 
 def test_parts_of_a_set(data: Path, path: Path, translated: Path, tmp_path: Path, capsys):
@@ -168,8 +195,8 @@ def test_samples_depend_on_seed_and_sentence_alone(data: Path, path: Path, tmp_p
     for name, more in {
         "one": ("--shard-size", 40, "--max-tokens", 100), "other": ("--shard-size", 64), "seed": ("--seed", 2),
     }.items():  # fmt: skip
-        words = ("--subset", "valid", "--sampling", "--sampling-topk", 5, *more)
-        assert translate(data, path, tmp_path / name, *words) == 0
+        words = ("--subset", "valid", "--max-len-b", 12, *SHARDS, "--sampling", "--sampling-topk", 5, *more)
+        assert hgkd("translate", data, "--teacher-path", path, "--output", tmp_path / name, "--cpu", *words) == 0
         found[name] = [[each.pieces for each in one.hypotheses] for one in read(tmp_path / name)]
     assert found["one"] == found["other"]
     assert sum(one != other for one, other in zip(found["one"], found["seed"], strict=True)) > 32
@@ -302,6 +329,21 @@ def test_selection(translated: Path, data: Path, tmp_path: Path, capsys):
         scores.write_text("".join(f"{int(rank == best)}\n" for best in ranks for rank in range(2)))
 
 
+def test_selection_needs_several_translations(data: Path, path: Path, own: Path, tmp_path: Path, capsys):
+    """And a share of the worst by a backward model needs that model."""
+    (tmp_path / "scores").write_text("1\n" * 600)
+    assert distil(own, data, tmp_path / "bin", "--worst-backward", 0.5) == 1
+    assert "--worst-backward is of the model of --backward-path; give it, or drop" in error(capsys)
+    assert translate(data, path, tmp_path / "one", "--nbest", 1, "--beam", 1) == 0
+    for select in ("bleu", "chrf", f"scores:{tmp_path / 'scores'}"):
+        capsys.readouterr()
+        assert distil(tmp_path / "one", data, tmp_path / "bin", "--select", select) == 1
+        assert f"--select {select} chooses among several translations" in (message := error(capsys))
+        assert "translate with --nbest 5" in message
+    assert not (tmp_path / "bin").exists()
+    assert distil(tmp_path / "one", data, tmp_path / "bin") == 0
+
+
 LONG = " ".join(f"p{i}" for i in range(151))
 
 
@@ -333,6 +375,11 @@ def test_filters(source: str, translation: str, limit: bool, reason: str | None)
     assert Filters().reason(source.split(), None, "<unk>") == "skipped"
 
 
+def test_reasons_of_the_command():
+    """The command names them without importing the filters, and torch with them."""
+    assert sequence_level.REASONS == SWITCHES
+
+
 def test_loops_of_many_pieces():
     run = list("abcdefgh")
     assert loops(["x", *run, *run, *run, "y"], 3)
@@ -346,11 +393,8 @@ def test_worst_scores():
 
 
 def test_backward_model(data: Path, path: Path, translated: Path, tmp_path: Path, capsys):
-    """The teacher itself, said to translate the other way: the dictionaries are the same ones."""
-    other = tmp_path / "backward.pt"
-    state = cl.load(path)
-    state["cfg"]["task"] |= {"source_lang": "en", "target_lang": "de"}
-    torch.save(state, other)
+    """The teacher itself, said to translate the other way. One that does not is refused before the work."""
+    other = backward_of(path, tmp_path)
     task, dataset = translated_data(str(data), translations.opened(str(translated)))
     model = BackwardModel(str(other), task, 100, cpu=True)
     ids = {one.number: distilled.ids_of(one.hypotheses[0].pieces, task.target_dictionary) for one in read(translated)}
@@ -368,7 +412,10 @@ def test_backward_model(data: Path, path: Path, translated: Path, tmp_path: Path
     others = [line for line in dropped if not line.endswith("\tbackward")]
     assert len(dropped) - len(others) == int(0.05 * (600 - len(others)))
     capsys.readouterr()
-    assert distil(translated, data, tmp_path / "other", "--backward-path", path) == 1
+    scores = tmp_path / "scores"  # of which the first pass would tell that it ends too early
+    scores.write_text("1\n")
+    more = ("--backward-path", path, "--select", f"scores:{scores}")
+    assert distil(translated, data, tmp_path / "other", *more) == 1
     assert "does not translate from en to de" in error(capsys)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import command_line as cl
 import pytest
+import torch
 from fairseq.data import Dictionary
 
 from hgkd_fairseq import cli, plugin
@@ -83,6 +84,24 @@ def generate(data: Path, path: Path, longest: int) -> cl.Result:
         *("generate", data, *cl.USER_DIR, *TASK, "--source-lang", "de", "--target-lang", "en", "--cpu"),
         *("--path", path, "--gen-subset", "test", "--beam", 2, "--max-len-b", longest),
     )
+
+
+def test_frequencies_of_targets(data: Path):
+    """The unigram teacher counts no language token, which is never a target of the teacher's."""
+    from fairseq import options, tasks
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+    given = (*cl.SIZE, *cl.TIED, *cl.STEPS, *cl.LOGS, *cl.USER_DIR, *TASK, "--criterion", "hard_gate_kd")
+    words = (data, *given, "--source-lang", "de", "--target-lang", "en", "--teacher-source", "unigram")
+    args = options.parse_args_and_arch(options.get_training_parser(), [str(one) for one in words])
+    task = tasks.setup_task(convert_namespace_to_omegaconf(args).task)
+    task.load_dataset("train", combine=True)
+    targets = [task.dataset("train")[index]["target"] for index in range(600)]
+    english = task.target_dictionary.index("[en]")
+    assert all(target[-1] == english for target in targets)
+    counts = torch.bincount(torch.cat([target[:-1] for target in targets]), minlength=len(task.target_dictionary))
+    counts = counts.clamp(min=1).double()
+    torch.testing.assert_close(task.load_teacher().logprobs, (counts / counts.sum()).log().float(), rtol=0, atol=0)
 
 
 def test_training(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from hgkd_fairseq import cli, plugin
 from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.evaluation import forced
 from hgkd_fairseq.gates import GATES, get_gate
 from hgkd_fairseq.loss.eager import mean_logprobs
 from hgkd_fairseq.report import runs
@@ -482,9 +483,40 @@ def test_a_teacher_of_each_pair(data: Path, teacher: Path, weak: Path):
     one, other = alone.fingerprint, task.teacher.fingerprint
     assert one in other
     assert other.endswith("for pairs 0 1")
-    for given, expected in ((f"de-en={teacher}", "name one for each"), (f"de-en={teacher},fr-en=gone.pt", "gone.pt")):
+    for given, expected in (
+        (f"de-en={teacher}", "name one for each"),
+        (f"de-en={teacher},fr-en=gone.pt", "gone.pt"),
+        (f"de-en={teacher},fr-en={weak},de-en={weak}", "of de-en, fr-en, de-en, and .* name one for each"),
+    ):
         with pytest.raises(UserError, match=expected):
             build(data, *distil(given))
+
+
+def test_a_teacher_that_was_not_trained_on_a_pair(data: Path, teacher: Path, tmp_path: Path):
+    """It is refused for that pair, and takes others; of extra data it was trained on pairs too."""
+    paths = {}
+    for name, pairs, extra in (("one", ["de-en"], None), ("both", "de-en", {"mined": "fr-en"})):
+        state = cl.load(teacher)
+        state["cfg"]["task"].lang_pairs, state["cfg"]["task"].extra_lang_pairs = pairs, extra
+        paths[name] = tmp_path / f"{name}.pt"
+        torch.save(state, paths[name])
+    for given in (paths["one"], f"{teacher}:{paths['one']}", f"de-en={teacher},fr-en={paths['one']}"):
+        with pytest.raises(UserError, match=r"the teacher .*one\.pt was trained on de-en and not on fr-en"):
+            build(data, *distil(given))
+    for given in (paths["both"], f"de-en={paths['one']},fr-en={teacher}"):
+        assert build(data, *distil(given))[0].teacher is not None
+    task, _, _ = build(data, *distil(teacher))
+    dictionaries = task.source_dictionary, task.target_dictionary
+    state = cl.load(paths["one"])  # a model that adds no tokens may teach a student of fairseq's plain task
+    state["cfg"]["task"].encoder_langtok = state["cfg"]["task"].langtoks = None
+    state["cfg"]["task"].decoder_langtok = False
+    torch.save(state, tmp_path / "plain.pt")
+    assert LiveTeacher([str(tmp_path / "plain.pt")], *dictionaries, languages=("de", "en")).models
+    with pytest.raises(UserError, match="was trained on de-en and not on fr-en"):
+        LiveTeacher([str(tmp_path / "plain.pt")], *dictionaries, languages=("fr", "en"))
+    with pytest.raises(UserError, match=r"one\.pt was trained on de-en and not on fr-en"):
+        forced.load(str(data), f"{teacher}:{paths['one']}", cpu=True, several=True)
+    assert len(forced.load(str(data), f"{teacher}:{paths['one']}", cpu=True, pair="de-en", several=True)[0]) == 2
 
 
 def test_gate_pair(data: Path, teacher: Path, weak: Path, tmp_path: Path):
@@ -508,3 +540,8 @@ def test_gate_pair(data: Path, teacher: Path, weak: Path, tmp_path: Path):
     assert cl.load(middle)["optimizer_history"][-1]["num_updates"] < one["optimizer_history"][-1]["num_updates"]
     assert cl.differences(one["model"], other["model"]) == {}
     assert cl.differences(one["last_optimizer_state"], other["last_optimizer_state"]) == {}
+    # The pairs' decisions are kept by their places.
+    swapped = (*options, "--lang-pairs", "fr-en,de-en", "--max-epoch", 3, "--save-dir", resumed.folder)
+    refused = cl.fairseq("train", data, *cl.SIZE, *cl.TIED, *cl.STEPS, *cl.LOGS, *swapped)
+    expected = "--lang-pairs fr-en,de-en is asked for, and --lang-pairs de-en,fr-en made it"
+    cl.one_error_message(refused, [expected])

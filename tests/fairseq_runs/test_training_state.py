@@ -67,6 +67,23 @@ def build(data: Path, *options):
         (("--gate", "instance", "--held-out", "nan"), "--held-out nan: a share"),
         (("--gate", "instance", "--held-out", "train1"), "--held-out train1: that is trained on"),
         (("--gate", "instance", "--held-out", "../bin/valid"), "--held-out ../bin/valid: there is no such subset in"),
+        (
+            ("--gate", "virtual-teacher", "--label-smoothing", 0.1),
+            "--label-smoothing: --gate virtual-teacher smooths the targets itself; drop the option",
+        ),
+        (("--gate", "beta", "--confidence-penalty", 0.1), "--confidence-penalty: --gate beta smooths the targets"),
+        (("--gate", "beta", "--divergence", "js"), "--divergence js: --gate beta has none; drop the option"),
+        (("--gate", "none", "--divergence", "js"), "--divergence js: --gate none has none; drop the option"),
+        (("--gate", "beta", "--gate-dropout", "off"), "--gate-dropout off: it is for gates that read the student's"),
+        *[
+            (("--gate", "random", "--gate-share", 0.5, *what), "--gate random --gate-share draws, and reads nothing")
+            for what in (("--gate-on", "argmax"), ("--untempered-gate",), ("--gate-dropout", "off"))
+        ],
+        (("--teacher-temperature-share", 0.5), "--teacher-temperature-share is of --teacher-temperature-start: add it"),
+        (
+            ("--teacher-temperature", "auto", "--disable-validation"),
+            "--teacher-temperature auto needs a validation set: drop --disable-validation, or give a number",
+        ),
         (("--distill-start-update", 9, "--max-update", 9), "--distill-start-update 9: the training ends before"),
         (("--fp16",), "--fp16 needs a GPU; on the CPU give --memory-efficient-fp16, --amp or --bf16"),
         (("--loss-impl", "triton"), "--loss-impl triton: Triton "),
@@ -107,6 +124,11 @@ def test_the_teacher_of_all_training_data(data: Path, tmp_path: Path):
     expected = (counts / counts.sum()).log().float()
     torch.testing.assert_close(task.load_teacher().logprobs, expected, rtol=0, atol=0)
     assert list(task.datasets) == ["train", "valid"]
+
+
+def test_training_data_that_are_not_there(data: Path):
+    with pytest.raises(UserError, match="unigram counts the training data: there is no subset gone in"):
+        build(data, "--teacher-source", "unigram", *SMOOTHING, "--train-subset", "gone")
 
 
 def test_log_frequencies():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import command_line as cl
 import pytest
-from making_stores import FROM_A_STORE, TranslationWithTeacherTask, make_task, write
+from making_stores import FROM_A_STORE, TranslationWithTeacherTask, make_task, of_kind, write
 
 
 @pytest.fixture(scope="session")
@@ -14,7 +14,7 @@ def stores(data: Path, teacher: cl.Run, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("stores")
     found = {kind: folder / kind for kind in ("hidden", "sampled", "topk", "gold")}
     for kind, one in found.items():
-        assert write(data, teacher, one, "--kind", kind, "--dtype", "fp32") == 0
+        assert write(data, teacher, one, *of_kind(kind)) == 0
     assert write(data, teacher, folder / "bf16") == 0
     return found | {"bf16": folder / "bf16"}
 

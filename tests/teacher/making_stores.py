@@ -25,6 +25,11 @@ def command(data: Path | str, teacher: Path | str, folder: Path, *options) -> li
     return [str(word) for word in words]
 
 
+def of_kind(kind: str) -> tuple[str, ...]:
+    """Options of a store of that kind, in fp32: the others than hidden states are so in any case."""
+    return ("--kind", kind, *(("--dtype", "fp32") if kind == "hidden" else ()))
+
+
 def write(data: Path | str, teacher: cl.Run, folder: Path, *options) -> int:
     return cli.main(command(data, teacher.path(), folder, *options))
 

@@ -1,12 +1,17 @@
 """--teacher-temperature auto, and what a run logs of its teacher."""
 
 import re
+from argparse import Namespace
 from pathlib import Path
 
 import command_line as cl
 import pytest
+from making_stores import make_task
 
+from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.evaluation import temperature
+from hgkd_fairseq.plugin.training_state import TrainingState
+from hgkd_fairseq.teacher import gauge
 
 GAUGE = re.compile(
     r"fits the teacher to the validation set is ([\d.]+): NLL ([\d.]+) bits there, ([\d.]+) at 1, and ([\d.]+) at 1"
@@ -63,6 +68,15 @@ def test_the_same_as_that_number(run: cl.Run, data: Path, teacher: cl.Run, tmp_p
     )  # fmt: skip
     assert kept(resumed) == kept(run)
     cl.one_error_message(refused, ["--teacher-temperature auto", "holds no fitted temperature"])
+
+
+def test_no_data_to_fit_it_to(data: Path):
+    """Told apart from data that no temperature fits."""
+    task = make_task(data)
+    task.load_dataset("train")
+    cfg = Namespace(valid_subset="valid", combine_valid_subsets=False, teacher_temperature="auto")
+    with pytest.raises(UserError, match=r"auto is fitted to subset valid, and that is not loaded, or .* --disable-val"):
+        gauge.begin(cfg, task, None, None, TrainingState())
 
 
 def test_a_far_temperature_is_warned_of(fitted: temperature.Fit, data: Path, teacher: cl.Run, tmp_path: Path):

@@ -1,12 +1,18 @@
 """A cross-fitted gauge: each training sentence is judged by a teacher that was trained without it."""
 
+import math
 from pathlib import Path
 
 import command_line as cl
 import pytest
 import torch
+from making_stores import CPU, FP32, TranslationWithTeacherTask, batches, make_task
 
 from hgkd_fairseq import cli
+from hgkd_fairseq.gates import get_gate
+from hgkd_fairseq.loss import gated_distillation
+from hgkd_fairseq.loss.eager import logits, mean_logprobs
+from hgkd_fairseq.plugin import checkpoints, features
 from hgkd_fairseq.teacher.store import Store
 
 OURS = ("--task", "translation_with_teacher", "--criterion", "hard_gate_kd", *cl.USER_DIR)
@@ -62,9 +68,9 @@ def test_each_sentence_is_judged_by_the_teacher_that_has_not_seen_it(
 
 @pytest.mark.parametrize("gate", ["token", "typical"])
 def test_the_gate_reads_the_gauge_and_learns_from_the_teacher(
-    gate: str, data: Path, teacher: cl.Run, gauge: Path, tmp_path: Path
+    gate: str, data: Path, teacher: cl.Run, gauge: Path, live: TranslationWithTeacherTask, tmp_path: Path
 ):
-    """Another gauge gives another share; the KL is that of the teacher."""
+    """Another gauge gives another share; the KL is that of the teacher, of the tokens that the gauge gives to it."""
     margin = ("--typical-margin", 0.1) if gate == "typical" else ()
     common = (
         "--gate",
@@ -79,7 +85,7 @@ def test_the_gate_reads_the_gauge_and_learns_from_the_teacher(
         "--teacher-temperature",
         1.2,
     )
-    live, gauged, native = cl.together(
+    usual, gauged, native = cl.together(
         lambda: cl.train(data, tmp_path / "live", *cl.distil(teacher.path(), *common)),
         lambda: cl.train(
             data,
@@ -88,10 +94,30 @@ def test_the_gate_reads_the_gauge_and_learns_from_the_teacher(
         ),
         lambda: cl.train(data, tmp_path / "native", *cl.distil(teacher.path(), *common, "--gauge-store", gauge)),
     )
-    rows = [run.result.logs("valid")[-1] for run in (live, gauged, native)]
+    rows = [run.result.logs("valid")[-1] for run in (usual, gauged, native)]
     assert rows[0]["teacher_share"] != rows[1]["teacher_share"]
     assert rows[1]["teacher_share"] == pytest.approx(rows[2]["teacher_share"], abs=1e-3)
     assert rows[1]["loss"] == pytest.approx(rows[2]["loss"], abs=2e-3)
+    task = make_task(data, teacher_path=str(teacher.path()), gauge_store=str(gauge))
+    task.load_teacher()
+    student = checkpoints.build(checkpoints.read(gauged.path()), task).eval()
+    how = get_gate(gate, **({"typical_margin": 0.1} if margin else {}))
+    total, tokens = 0.0, 0
+    for sample in batches(task, "valid"):
+        gold = task.teacher.gauge.signal(sample, CPU, FP32).gold
+        (head,) = live.teacher.signal(sample, CPU, FP32).heads
+        with torch.no_grad():
+            mine = features.head(student, sample["net_input"])
+            open_ = gated_distillation(
+                mine.hidden, mine.weight, head.hidden, head.weight, sample["target"], gate=how, teacher_temperature=1.2,
+                teacher_gold=gold.at(1.2), teacher_entropy=gold.entropy_at(1.2),
+            ).teacher_mask  # fmt: skip
+            logq, logp = mean_logprobs([head], 1.2), logits(mine).log_softmax(-1)
+        total += float((logq.exp() * (logq - logp)).sum(-1)[open_].sum()) / math.log(2)
+        tokens += int(open_.sum())
+    assert tokens > 0
+    for row in rows[1:]:
+        assert row["kd_loss"] == pytest.approx(total / tokens, abs=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +139,40 @@ def test_what_cannot_be_used(options, expected, data: Path, teacher: cl.Run, gau
     common = ("--gauge-store", gauge, "--teacher-temperature", 1.2)
     arguments = (data, *cl.SIZE, *cl.TIED, *cl.STEPS, *cl.LOGS, "--save-dir", tmp_path)
     cl.one_error_message(cl.fairseq("train", *arguments, *cl.distil(teacher.path(), *common, *words)), expected)
+
+
+def folded(capsys, data: Path, paths: list, folder: Path, *options) -> tuple[int, str]:
+    """Exit status and error of `hgkd store --folds`."""
+    words = ("store", data, "--teacher-path", ":".join(map(str, paths)), "--folds", "--kind", "gold", "--cpu")
+    capsys.readouterr()
+    return cli.main([*map(str, (*words, "--output", folder, *options))]), capsys.readouterr().err
+
+
+def test_folds_in_another_order(data: Path, teacher: cl.Run, folds: list[cl.Run], gauge: Path, tmp_path: Path, capsys):
+    """Each sentence would be judged by a teacher that was trained on it. Such a store is not written; nor is one
+    continued by teachers that are said to be of other folds."""
+    one, other = (run.path() for run in folds)
+    for paths, expected in (
+        ([other, one], f"asks {other} of fold 1/2, and it was trained with --leave-out-fold 2/2; name"),
+        ([one, teacher.path()], f"asks {teacher.path()} of fold 2/2, and it was trained without --leave-out-fold;"),
+        ([one, other, one], f"asks {one} of fold 1/3, and it was trained with --leave-out-fold 1/2; name"),
+    ):
+        status, error = folded(capsys, data, paths, tmp_path / "store")
+        assert status == 1
+        assert expected in error
+    status, error = folded(capsys, data, [one, other], tmp_path / "store", "--subset", "valid")
+    assert status == 1
+    assert "--folds is of the sentences of train, and --subset valid lacks it; add it" in error
+    assert not (tmp_path / "store").exists()
+    exchanged = []
+    for run, fold in ((folds[1], "1/2"), (folds[0], "2/2")):
+        state = run.state()
+        state["cfg"]["task"]["leave_out_fold"] = fold
+        exchanged.append(tmp_path / f"{fold[0]}.pt")
+        torch.save(state, exchanged[-1])
+    status, error = folded(capsys, data, exchanged, gauge, "--teacher-temperature", "1.2")
+    assert status == 1
+    assert "another teacher" in error
 
 
 def test_folds_need_several_teachers(data: Path, teacher: cl.Run, tmp_path: Path, capsys):

@@ -10,15 +10,26 @@ import pytest
 import torch
 from fairseq import utils
 from fairseq.data import ConcatDataset
-from making_stores import CPU, FP32, FROM_A_STORE, TranslationWithTeacherTask, batches, command, make_task, write
+from making_stores import (
+    CPU,
+    FP32,
+    FROM_A_STORE,
+    TranslationWithTeacherTask,
+    batches,
+    command,
+    make_task,
+    of_kind,
+    write,
+)
 
 from hgkd_fairseq import cli
 from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.files import mismatch
 from hgkd_fairseq.loss import gated_distillation
 from hgkd_fairseq.loss.eager import mean_logprobs
 from hgkd_fairseq.teacher import Dense, Sparse
 from hgkd_fairseq.teacher.live import LiveTeacher
-from hgkd_fairseq.teacher.store import Store
+from hgkd_fairseq.teacher.store import MANIFEST, Store
 from hgkd_fairseq.teacher.stored import BATCH, numbering
 
 
@@ -94,11 +105,9 @@ def test_gold_statistics(live: TranslationWithTeacherTask, stores: dict[str, Pat
     ):
         (head,) = live.teacher.signal(sample, CPU, FP32).heads
         kept, target = sample["target"] != 1, sample["target"][..., None]
-        logits = head.hidden @ head.weight.t()
         logq, tempered = (mean_logprobs([head], tau) for tau in (1.0, 1.5))
         wanted = (
             *(one.gather(2, target).squeeze(2) for one in (logq, tempered)),
-            logits.logsumexp(2),
             -(tempered.exp() * tempered).sum(2),
         )
         for task, other in zip(stored.values(), others, strict=True):
@@ -113,6 +122,18 @@ def test_gold_statistics(live: TranslationWithTeacherTask, stores: dict[str, Pat
             for got, one in zip(gold[1:], wanted, strict=True):
                 torch.testing.assert_close(got[kept], one[kept], atol=1e-5, rtol=1e-5)
                 assert not got[~kept].any()
+
+
+def test_gold_statistics_of_an_older_format(stores: dict[str, Path]):
+    """Format 2 had a third one, the log-sum-exp of the logits."""
+    store = Store(str(stores["gold"]))
+    assert mismatch({**store.manifest, "format": 2}, MANIFEST) is None
+    _, now = store.sentence(3)
+    older = {**now, "gold": np.insert(now["gold"], 2, 9.0, axis=1)}
+    kept = torch.ones(1, len(now["gold"]), dtype=torch.bool)
+    found = store.batch([older], kept)["gold"]
+    assert found.shape == (1, len(now["gold"]), 3)
+    assert torch.equal(found, store.batch([now], kept)["gold"])
 
 
 def test_half_precision(live: TranslationWithTeacherTask, stores: dict[str, Path], data: Path):
@@ -168,7 +189,7 @@ def test_an_ensemble(data: Path, teacher: cl.Run, student: cl.Run, tmp_path: Pat
     task = make_task(data)
     both = LiveTeacher(paths.split(":"), task.src_dict, task.tgt_dict)
     for kind in ("hidden", "topk"):
-        options = ("--kind", kind, "--subset", "valid", "--dtype", "fp32")
+        options = (*of_kind(kind), "--subset", "valid")
         assert cli.main(command(data, paths, tmp_path / kind, *options)) == 0
         stored = make_task(data, teacher_store=str(tmp_path / kind))
         stored.load_teacher()

@@ -1,5 +1,6 @@
 """A store that is damaged, unfinished, or of other data, another teacher or temperature: nobody trains on it."""
 
+import itertools
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -11,7 +12,8 @@ from fairseq.data import Dictionary
 from making_stores import CPU, FP32, FROM_A_STORE, TranslationWithTeacherTask, load, make_task, write
 from processes import content
 
-from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.errors import UserError, flag
+from hgkd_fairseq.plugin.training_state import differences
 from hgkd_fairseq.teacher.stored import BATCH, StoredTeacher
 
 
@@ -173,6 +175,14 @@ def test_overrides_of_a_checkpoint_that_is_not_read(stores: dict[str, Path], dat
         task.load_teacher()
 
 
+@pytest.mark.parametrize("source", ["loras", "previous-epoch", "unigram", "ema"])
+@pytest.mark.parametrize("given", [("teacher_model_overrides", "{'data': 'x'}"), ("teacher_dtype", "fp16")])
+def test_options_of_a_model_for_a_source_without_one(given: tuple[str, str], source: str, data: Path):
+    task = make_task(data, teacher_source=source, store_ema=True, **dict([given]))
+    with pytest.raises(UserError, match=f"{flag(given[0])} is for .* --teacher-source {source} has none; drop it"):
+        task.load_teacher()
+
+
 def test_other_data_are_refused(stores: dict[str, Path], data: Path):
     task = make_task(data, teacher_store=str(stores["hidden"]))
     task.load_teacher()
@@ -238,3 +248,7 @@ def test_a_store_resumes_its_teachers_run(stores: dict[str, Path], live: Transla
     }
     assert found["hidden"] == found["bf16"] == live.teacher.fingerprint
     assert len({found["hidden"], found["sampled"], found["topk"]}) == 3
+    # Also where the source is written out. Other sources are other methods.
+    methods = {name: {"gate": "token", "teacher_source": name} for name in ("checkpoint", "store", "ema")}
+    for one, other in itertools.permutations(methods, 2):
+        assert bool(differences(methods[one], methods[other])) == ("ema" in (one, other))

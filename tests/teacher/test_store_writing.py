@@ -6,8 +6,12 @@ from pathlib import Path
 
 import command_line as cl
 import pytest
-from making_stores import command, write
+import torch
+from making_stores import command, of_kind, write
 from processes import content, fill_and_kill, full_disk, start
+
+from hgkd_fairseq import cli
+from hgkd_fairseq.teacher.store import Store
 
 
 def error(capsys) -> str:
@@ -42,7 +46,7 @@ def test_what_was_interrupted_goes_on(kind: str, data: Path, teacher: cl.Run, st
     (folder / "shard-00002" / "gold.npy").write_bytes(b"")
     for name in ("member-0.weight.npy", "member-0.weight.npy.partial-0"):
         (folder / name).write_bytes(b"")
-    assert write(data, teacher, folder, "--kind", kind, "--dtype", "fp32") == 0
+    assert write(data, teacher, folder, *of_kind(kind)) == 0
     if kind != "hidden":
         (folder / "member-0.weight.npy").unlink()
     assert content(folder) == content(stores[kind])
@@ -82,6 +86,19 @@ def test_another_teachers_store_is_not_continued(
     ):
         assert write(data, run, stores["topk"], *options) == 1
         assert message in error(capsys)
+
+
+def test_a_teacher_whose_languages_have_other_names(data: Path, teacher: cl.Run, tmp_path: Path, capsys):
+    """The data have the student's names. It is written as --teacher-model-overrides, which the refusal of such a
+    teacher names, says."""
+    state = teacher.state()
+    state["cfg"]["task"] |= {"source_lang": "de_DE", "target_lang": "en_XX"}
+    torch.save(state, tmp_path / "a.pt")
+    words = command(data, tmp_path / "a.pt", tmp_path / "store", "--subset", "valid", "--kind", "gold")
+    assert cli.main(words) == 1
+    assert "is no data for" in error(capsys)
+    assert cli.main([*words, "--teacher-model-overrides", "{'source_lang': 'de', 'target_lang': 'en'}"]) == 0
+    assert Store(str(tmp_path / "store")).manifest["languages"] == ["de", "en"]
 
 
 def test_no_room_is_told_before_the_work(data: Path, teacher: cl.Run, tmp_path: Path, monkeypatch, capsys):
