@@ -5,8 +5,9 @@ BIN=$root/.venv/bin
 PYTHON=$BIN/python
 
 find_python() {
-    local candidate
-    for candidate in ${HGKD_PYTHON:-python3.11 python3.12 python3}; do
+    local candidate candidates=(python3.11 python3.12 python3)
+    [[ -z ${HGKD_PYTHON:-} ]] || candidates=("$HGKD_PYTHON")
+    for candidate in "${candidates[@]}"; do
         if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
             command -v "$candidate"
             return
@@ -22,7 +23,8 @@ make_environment() {
     [[ -f $stamp && $(<"$stamp") == "$wanted" ]] && return
     python=$(find_python)
     echo "setting up .venv with $("$python" --version) (about 2 minutes)" >&2
-    [[ -x $PYTHON ]] || "$python" -m venv "$root/.venv"
+    # An environment without pip is one whose making was killed.
+    "$PYTHON" -m pip --version &>/dev/null || "$python" -m venv "$root/.venv"
     "$PYTHON" -m pip install --quiet --quiet --disable-pip-version-check --no-compile \
         --constraint "$root/scripts/constraints.txt" --editable "$root[test,report,triton,recipes]" >&2
     # On all cores; pip takes one. Status 1: some packages have files for other versions of Python.

@@ -140,8 +140,11 @@ def table(folder: Path) -> str:
 
 def run(folder: Path, sample: int | None, seed: int) -> int:
     if not folder.exists():
-        folder.mkdir(parents=True)
-        prepare(folder)
+        partial = folder.with_name(f"{folder.name}.partial")  # a copy that was cut short is made anew
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        prepare(partial)
+        partial.rename(folder)
     # The first run makes the mutants, of which the others are drawn.
     if not (folder / "mutants").exists() and (
         code := mutmut(folder, "run", "hgkd_fairseq.gates.hard.x_token__mutmut_1")

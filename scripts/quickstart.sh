@@ -94,16 +94,23 @@ every=(--required-batch-size-multiple 1)
 
 # train NAME SEED DATA OPTIONS...: to DIR/NAME, with its log; resumes by itself.
 train() {
-    local name=$1 seed=$2 data=$3 run=$dir/$1
+    local name=$1 seed=$2 data=$3 run=$dir/$1 settings wanted
     shift 3
+    settings=(--arch transformer_iwslt_de_en "${size[@]}" --share-all-embeddings --max-tokens "$batch" "${every[@]}"
+        --seed "$seed" --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 1.0 --weight-decay 0.0001
+        --warmup-updates "$warmup" --max-update "$updates" --best-checkpoint-metric nll_loss "$@")
+    wanted=$(printf '%s\n' "${device[@]}" "${settings[@]}"
+        [[ " $* " != *" --teacher-path "* ]] || hashes "$dir/teacher/checkpoint_best.pt")
+    if begun_otherwise "$run" "$wanted"; then
+        echo "quickstart.sh: $run was begun with other settings, see $run/settings: remove it, or choose another --dir" >&2
+        exit 1
+    fi
     recorded "$run" checkpoint_best.pt checkpoint_last.pt && { say "$name: trained before"; return; }
     mkdir -p "$run"
+    printf '%s\n' "$wanted" >"$run/settings"
     say "$name: training (log: $run/train.log)"
     "$BIN/fairseq-train" "$data" --user-dir "$root/hgkd_fairseq" --save-dir "$run" "${device[@]}" \
-        --arch transformer_iwslt_de_en "${size[@]}" --share-all-embeddings --max-tokens "$batch" "${every[@]}" \
-        --seed "$seed" --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 1.0 --weight-decay 0.0001 \
-        --warmup-updates "$warmup" --max-update "$updates" \
-        --best-checkpoint-metric nll_loss --no-progress-bar --log-format simple --log-interval 50 "$@" 2>&1 |
+        --no-progress-bar --log-format simple --log-interval 50 "${settings[@]}" 2>&1 |
         tee -a "$run/train.log" | progress "$name"
     record "$run" checkpoint_best.pt checkpoint_last.pt
 }

@@ -33,6 +33,12 @@ recorded() {
     done
 }
 
+# hashes PATH[:PATH]: SHA-256 of checkpoints, a line each; nothing of those that are not there.
+hashes() { tr ':' '\n' <<<"$1" | while IFS= read -r path; do sha256sum <"$path" 2>/dev/null || true; done; }
+
+# begun_otherwise FOLDER TEXT: whether a run was begun in the folder with other settings, which FOLDER/settings holds.
+begun_otherwise() { [[ -f $1/settings && $(<"$1/settings") != "$2" ]]; }
+
 # lock FOLDER [wait]: status 1, and one line that names the owner, where another run works in the folder, or what it has
 # left running; with `wait`, the line and then the lock, once that has ended. The lock is this script's and that of all it
 # starts from now on: it ends with the last of them, or by unlock.

@@ -247,7 +247,7 @@ summary() {
     local run line
     for run in "$recipe"/*/train.log; do
         [[ -f $run ]] || continue
-        line=$(grep -aoE 'valid \| epoch [0-9]+ .*num_updates [0-9]+' "$run" | tail -n 1)
+        line=$(grep -aoE 'valid \| epoch [0-9]+ .*num_updates [0-9]+' "$run" | tail -n 1) || true
         printf -- '- `%s`: %s\n' "$(basename "$(dirname "$run")")" "${line:-no epoch yet}"
     done
     echo
@@ -255,8 +255,8 @@ summary() {
     for run in "$recipe"/* "$recipe"/*/average*; do
         [[ -f $run/scores.json ]] || continue
         printf '%s\n' "${run#"$recipe"/}"
-        grep '^BLEU' "$run/bleu"
-        grep '^ECE.*mode:forced' "$run/scores"
+        grep -hs '^BLEU' "$run/bleu" || true # one that is being scored lacks some
+        grep -hs '^ECE.*mode:forced' "$run/scores" || true
     done
     echo '```'
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What the loss head should cost on a GPU, on paper: flops, bytes moved, what binds, which chunk size; needs no GPU.
 
-    python scripts/benchmarks/roofline.py                       A100 and H100 at three shapes, every chunk size
+    python scripts/benchmarks/roofline.py                       A100, H100 and H200 at four shapes, every chunk size
     python scripts/benchmarks/roofline.py --phases              and each phase at the best and the default chunk size
 
 For N tokens, hidden size d (student and teacher), vocabulary V and chunks of C tokens, in logits of b = 2 bytes, each
@@ -41,7 +41,7 @@ HALF, FULL = 2, 4  # bytes of a bf16 and of an fp32 number
 CHUNKS = tuple(2**i for i in range(6, 15))
 TILES = ((128, 256), (128, 128), (64, 128))  # rows and columns of a product that one multiprocessor makes at a time
 MOST_SPLITS = 16  # parts into which a product may cut its inner dimension where tiles are few
-ROWS_A_PROCESSOR = 2  # of the row kernel in flight on a multiprocessor: triton_rows.launch_shape at V >= 16384
+ROWS_A_PROCESSOR = 2  # of the row kernel in flight on a multiprocessor: loss/triton/rows.launch_shape at V >= 16384
 # About 15 torch operations and a Triton launch from Python. An assumption, to be replaced by a measurement.
 HOST_SECONDS = 100e-6
 

@@ -359,7 +359,7 @@ distil_data() {
     local translations=$dir/translations made device=() wanted
     ((gpus > 0)) || device=(--cpu)
     data=$dir/data-bin-$select
-    made=$data.made wanted=$(printf '%s\n' "$1" "${distil[@]}")
+    made=$data.made wanted=$(printf '%s\n' "$1" "${distil[@]}" && hashes "$1")
     if [[ -d $data ]]; then
         [[ $(<"$made") == "$wanted" ]] ||
             fail 1 "$data was made by $(paste -sd' ' "$made"): remove it, or choose another --dir"
@@ -374,20 +374,25 @@ distil_data() {
 
 # ---------------------------------------------------------------------------------------------------------- training
 
-# set_settings SEED [OPTIONS]: the array `settings`, all that decides what the model becomes.
+# set_settings SEED [OPTIONS]: the array `settings`, what fairseq-train's options say of the model.
 set_settings() {
     settings=("${model[@]}" "${training[@]}" --max-update "$updates" --seed "$1"
         # The gated loss changes its meaning as the gate opens; plain cross-entropy is comparable over all methods.
         --best-checkpoint-metric nll_loss --keep-last-epochs "$keep" "${@:2}")
 }
 
+# settings_of RUN: all that decides what its model becomes, a line each.
+settings_of() {
+    printf '%s\n' "${settings[@]}" "${extra[@]}" "precision $precision"
+    [[ $1 == teacher ]] || [[ -z $select && " ${settings[*]} " != *" --teacher-path "* ]] || hashes "$teacher"
+}
+
 # train RUN: `settings` and the options in `extra`; resumes by itself.
 train() {
     local run=$dir/$1 wanted
-    wanted=$(printf '%s\n' "${settings[@]}" "${extra[@]}")
-    if [[ -f $run/settings && $(<"$run/settings") != "$wanted" ]]; then
+    wanted=$(settings_of "$1")
+    ! begun_otherwise "$run" "$wanted" ||
         fail 1 "$run was begun with other settings, see $run/settings: remove it, or choose another --dir"
-    fi
     ((dry_run)) || { mkdir -p "$run" && lock "$run"; } || exit 1
     if recorded "$run" checkpoint_best.pt checkpoint_last.pt; then
         say "$1: trained before"
@@ -495,10 +500,11 @@ evaluate() {
 summary() {
     local folder
     for folder in "$dir"/* "$dir"/*/average*; do
-        [[ -f $folder/scores.json ]] || continue
+        # One that another recipe is scoring lacks some of them.
+        [[ -f $folder/scores.json && -f $folder/bleu && -f $folder/scores ]] || continue
         printf '%s\n' "${folder#"$dir"/}"
-        grep -h '^BLEU' "$folder/bleu"
-        grep '^ECE.*mode:forced' "$folder/scores"
+        grep -h '^BLEU' "$folder/bleu" || true
+        grep '^ECE.*mode:forced' "$folder/scores" || true
     done
 }
 

@@ -266,6 +266,8 @@ class Runner:
         folder = self.folder / cell.folder
         files.write_json(folder / "cell.json", cell.description())
         self.distil(cell)
+        if self.stopped.is_set():
+            return
         place = f"cell {self.cells.index(cell) + 1} of {len(self.cells)}"
         if not trained(folder / "checkpoint_last.pt", cell.updates):
             say(f"{cell.folder}: training ({place}; log: {folder / 'train.log'})")
@@ -300,6 +302,8 @@ class Runner:
             if (self.folder / cell.train[0]).exists():
                 return
             for words in ([*cell.translate, *self.device], cell.distil):
+                if self.stopped.is_set():
+                    return
                 child = subprocess.Popen(
                     [str(BIN / "hgkd"), *words], cwd=self.folder, env=self.environment, stdin=subprocess.DEVNULL,
                     stdout=output, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()],
@@ -307,12 +311,15 @@ class Runner:
                 self.children.add(child)
                 status = child.wait()
                 self.children.discard(child)
-                if status:
+                if status and not self.stopped.is_set():
                     told = log.read_text(errors="replace").splitlines()
                     raise UserError(f"hgkd {words[0]} ended with status {status}: {told[-1] if told else ''}")
 
     def call(self, cell: Cell, command: list, log: str, lock: IO) -> bool:
-        """Run a command of a cell, which keeps the cell's lock; False where it failed, which is said."""
+        """Run a command of a cell, which keeps the cell's lock; False where it failed, which is said, or the run is
+        interrupted."""
+        if self.stopped.is_set():
+            return False
         file = self.folder / cell.folder / log
         with files.appending(file) as output:
             child = subprocess.Popen(

@@ -99,7 +99,8 @@ ABOUT = {
 SCORES = {
     **dict.fromkeys(("bleu", "brevity_penalty", "chrf", "lenpen", "lenpen_bleu", "lenpen_brevity_penalty"), NUMBER),
     **dict.fromkeys(("nll", "temperature", "scaled_nll", "valid_nll_best", "valid_nll_last", "minutes"), NUMBER),
-    **dict.fromkeys(("ece", "inference_ece", "scaled_ece", "teacher_share"), SHARE),
+    **dict.fromkeys(("ece", "inference_ece", "scaled_ece"), SHARE),
+    "teacher_share": (SHARE, None),
     **dict.fromkeys(("best_updates", "last_updates", "parameters"), Within(0)),
     "curve": curve_points,
     "signatures": dict.fromkeys(("bleu", "chrf", "ece", "inference_ece"), str),

@@ -27,8 +27,9 @@ from hgkd_fairseq.evaluation.generated import read_references
 
 TEACHER = "teacher"  # the setting of the teachers' cells
 ABSENT = ""
-GATED = ("hkd-t", "hkd-s")
-CONTROLS = ("ls-uniform", "word-kd", "always", "hkd-t-reversed", "hkd-s-reversed", "random", "selective-batch")
+GATED, GATED_BY_NAME = ("hkd-t", "hkd-s"), "typical"  # gates, and with what the names of others begin
+CONTROLS = ("ls-uniform", "always", "hkd-t-reversed", "hkd-s-reversed", "random", "selective-batch")
+CONSTANTS = "word-kd"  # with what the names of constant weights begin, controls too
 
 
 # Which translations of a cell the score is of: those of the grid's search, or those at a length penalty of its own.
@@ -105,9 +106,9 @@ class Study:
         return sorted(groups.items(), key=place)
 
     def teacher(self, cells: Sequence[Scored]) -> Scored | None:
-        """The teacher that one of these cells names."""
+        """The teacher that one of these cells names; None: several that are averaged, or one that is no cell."""
         names = [cell.about["teacher"] for cell in cells if cell.about["teacher"]]
-        return self.cells.get(names[0].split(":")[0]) if names else None
+        return self.cells.get(names[0]) if names else None
 
     def p_value(self, cell: Scored, base: Scored, key: str) -> float:
         if cell.translations[key] == base.translations[key]:
@@ -129,7 +130,13 @@ def spread(values: Sequence[float], digits: int, scale: float = 1) -> str:
 
 
 def column(key: str, digits: int, scale: float = 1) -> Callable[[Sequence[Scored]], str]:
-    return lambda cells: spread([cell.scores[key] for cell in cells], digits, scale)
+    """Of all cells; empty where one of them has no such number."""
+
+    def show(cells: Sequence[Scored]) -> str:
+        values = [cell.scores[key] for cell in cells]
+        return ABSENT if None in values else spread(values, digits, scale)
+
+    return show
 
 
 def seeds(cells: Sequence[Scored]) -> str:
@@ -216,6 +223,17 @@ def main_rows(study: Study, setting: str) -> list[list[Scored]]:
     return [cells for (method, temperature), cells in rows if shown[method] == temperature]
 
 
+def titles(rows: Sequence[Sequence[Scored]]) -> list[str]:
+    """Of each row; with the teacher's temperature where not all rows that have one have the same."""
+    several = len({cells[0].about["temperature"] for cells in rows} - {None}) > 1
+
+    def title(about: dict) -> str:
+        temperature = about["temperature"]
+        return f"{about['title']}; {degree_text(temperature)}" if several and temperature else about["title"]
+
+    return [title(cells[0].about) for cells in rows]
+
+
 def setting_tables(study: Study, setting: str) -> list[str]:
     """Scores, training, BLEU at a length penalty of each cell's own, and where there are several the teacher's
     temperatures."""
@@ -224,7 +242,7 @@ def setting_tables(study: Study, setting: str) -> list[str]:
     bases = by_seed([cell for cell in every if cell.about["method"] == "base"])
     teacher = study.teacher(every)
     above = [("teacher", [teacher])] if teacher else []
-    named = [(cells[0].about["title"], cells) for cells in rows]
+    named = list(zip(titles(rows), rows, strict=True))
 
     def over_base(title: str, cells: Sequence[Scored], key: str) -> list[str]:
         compared = title != "teacher" and cells[0].about["method"] != "base"
@@ -259,17 +277,25 @@ def setting_tables(study: Study, setting: str) -> list[str]:
 
 
 def against_controls(study: Study, rows: Sequence[Sequence[Scored]], corner: str, key: str) -> list[str]:
-    """What the hard gates have over their controls, in BLEU (`key` of TRANSLATIONS), on the seeds that both have."""
+    """What the gates have over their controls, in BLEU (`key` of TRANSLATIONS), on the seeds that both have, with a
+    teacher of the same temperature."""
     by_method = {cells[0].about["method"]: cells for cells in rows}
-    gated = [method for method in GATED if method in by_method]
-    controls = [method for method in CONTROLS if method in by_method]
+    named = dict(zip(by_method, titles(rows), strict=True))
+    gated = [method for method in by_method if method in GATED or method.startswith(GATED_BY_NAME)]
+    controls = [method for method in by_method if method in CONTROLS or method.startswith(CONSTANTS)]
     header, lines = [corner], []
     for method in gated:
-        header += [by_method[method][0].about["title"], "p, each seed"]
+        header += [named[method], "p, each seed"]
     for control in controls:
-        compared = [over(study, by_method[method], by_seed(by_method[control]), key) for method in gated]
-        lines.append([by_method[control][0].about["title"], *[text for pair in compared for text in pair]])
+        compared = [alike(study, by_method[method], by_method[control], key) for method in gated]
+        lines.append([named[control], *[text for pair in compared for text in pair]])
     return markdown(header, lines) if gated and controls else []
+
+
+def alike(study: Study, cells: Sequence[Scored], control: Sequence[Scored], key: str) -> list[str]:
+    """As `over`; nothing where the two have teachers of two temperatures."""
+    degrees = {one[0].about["temperature"] for one in (cells, control)} - {None}
+    return [ABSENT, ABSENT] if len(degrees) > 1 else over(study, cells, by_seed(control), key)
 
 
 def temperatures(study: Study, setting: str) -> list[str]:
@@ -313,7 +339,8 @@ def how(study: Study) -> list[str]:
         chosen = "translations by the checkpoint with the highest validation BLEU, the rest by that with the least NLL"
     lines = [
         f"Mean ± standard deviation over seeds; {chosen}; scores on the test set. "
-        "Length penalties chosen: of each seed, fairseq's --lenpen that has the highest BLEU on the validation set. "
+        "A teacher is scored at its checkpoint with the least NLL. Length penalties chosen: of each seed, fairseq's "
+        "--lenpen that has the highest BLEU on the validation set. "
         + "; ".join(text)
         + f". All cells and their teachers: {signature(cells)}.",
     ]

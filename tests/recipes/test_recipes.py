@@ -207,6 +207,7 @@ def test_goes_on_where_it_was(trials: dict[str, Trial]):
     assert (run.folder / "hkd-t-1" / "scores").read_text().splitlines()[0] == str(run.folder / "hkd-t-1")  # from files
     for arguments, refused in (
         ((*where, *TRIAL), "hkd-t-1 was begun with other settings"),
+        ((*where, *TRIAL, "--precision", "bf16", "--", *SMALL), "hkd-t-1 was begun with other settings"),
         ((*where, "--gpus", 0, "--max-update", 30, "--", *SMALL), "teacher was trained with other settings"),
         ((*where, "--style", "cased"), "holds multi30k-de-en --style paper: choose another --dir"),
     ):

@@ -43,6 +43,21 @@ def test_a_record_is_of_the_content(tmp_path):
     assert not recorded("scaled_forced.json")
 
 
+def test_settings_are_compared_with_those_of_the_run(tmp_path):
+    """A teacher by what it is, and not by its path; one that is not there yet says nothing."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "a b.pt").write_text("one")
+    asked = "begun_otherwise run \"$(echo --lr 1; hashes 'a b.pt:gone.pt')\""
+    assert bash(asked, tmp_path).returncode == 1  # none was begun
+    code = "printf '%s\\n' \"$(echo --lr 1; hashes 'a b.pt:gone.pt')\" >run/settings"
+    assert bash(code, tmp_path).returncode == 0
+    assert len((tmp_path / "run/settings").read_text().splitlines()) == 2
+    assert bash(asked, tmp_path).returncode == 1
+    assert bash(asked.replace("--lr 1", "--lr 2"), tmp_path).returncode == 0
+    (tmp_path / "a b.pt").write_text("another")
+    assert bash(asked, tmp_path).returncode == 0
+
+
 def test_a_lock_is_that_of_what_was_left_running(tmp_path):
     """And names its owner; it ends with the last of them."""
     left = bash("lock .; sleep 60 >/dev/null 2>&1 & echo $!", tmp_path)
