@@ -27,6 +27,7 @@ setup(
         "torch>=2.6",
         "ve-fairseq>=0.12.3,<0.13",
         "numpy>=1.26",
+        "scipy>=1.12",
         "sacrebleu>=2.4",
         "sentencepiece>=0.2",
     ],

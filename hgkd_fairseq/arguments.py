@@ -13,6 +13,7 @@ from hgkd_fairseq import files
 from hgkd_fairseq.errors import UserError, printable
 
 COMPUTED = ("bleu", "chrf", "ter")  # metrics that no file gives
+TOKENIZERS = ("13a", "none", "intl", "zh", "char")  # some of sacreBLEU's for BLEU, its default first
 
 
 class Parser(argparse.ArgumentParser):
@@ -155,12 +156,18 @@ def add_running(option) -> None:
     option("--user-dir", type=Input, metavar="DIR", help=plugin)
 
 
-def add_search(option) -> None:
-    option("--beam", type=number(1, 1000), default=5, metavar="N", help="width of the beam (default: 5)")
+def add_search(option, beam: int | None = 5) -> None:
+    """`beam`: what stands where none is given."""
+    option("--beam", type=number(1, 1000), default=beam, metavar="N", help="width of the beam (default: 5)")
     option("--lenpen", type=number(-10, 10, float), default=1.0, metavar="P", help="length penalty (default: 1)")
     longest = "translations have at most A x + B pieces, x those of the longest source in the batch (default: 0)"
     option("--max-len-a", type=number(0, 1000, float), default=0.0, metavar="A", help=longest)
     option("--max-len-b", type=number(0, 10**6), default=200, metavar="B", help="see --max-len-a (default: 200)")
+
+
+def add_tokenize(option) -> None:
+    by = "by sacreBLEU, for BLEU; none where texts are tokens already (default: 13a)"
+    option("--tokenize", choices=TOKENIZERS, default=TOKENIZERS[0], help=by)
 
 
 def add_segment_scores(option, what: str) -> None:

@@ -28,12 +28,11 @@ from hgkd_fairseq.arguments import (
     add_running,
     add_search,
     add_segment_scores,
+    add_tokenize,
     number,
     refuse_overwriting,
 )  # fmt: skip
-from hgkd_fairseq.errors import UserError, guarded
-
-TOKENIZERS = ("13a", "none", "intl", "zh", "char")  # some of sacreBLEU's
+from hgkd_fairseq.errors import UserError, flag, guarded
 
 
 def add_user_dir(commands) -> None:
@@ -67,14 +66,20 @@ def add_methods(commands) -> None:
     def run(args) -> None:
         from hgkd_fairseq import methods
 
+        if not args.name and (args.teacher or args.data):
+            option = "--data" if args.data else "--teacher CKPT"
+            raise UserError(f"{option} is of one method; name it: hgkd methods NAME {option}")
+        if args.teacher and args.data:
+            raise UserError("--teacher is for the options, which --data does not print; drop one of them")
         if args.data:
-            print(methods.data(args.name or ""))
+            print(methods.data(args.name))
         else:
-            print("\n".join(methods.options(args.name, args.teacher)) if args.name else methods.text())
+            teacher = args.teacher or methods.TEACHER
+            print("\n".join(methods.options(args.name, teacher)) if args.name else methods.text())
 
     option = add(commands, "methods", run, "the options of fairseq-train that make each method, or those of one")
     option("name", nargs="?", metavar="NAME", help="print this one's options, one a line")
-    option("--teacher", default="TEACHER", metavar="CKPT", help="the teacher's checkpoint in them (default: TEACHER)")
+    option("--teacher", metavar="CKPT", help="the teacher's checkpoint in them (default: TEACHER)")
     which = "print which of the teacher's translations NAME is trained on, in place of the references"
     option("--data", action="store_true", help=which)
 
@@ -119,7 +124,7 @@ def add_inference(kinds) -> None:
     def run(args) -> None:
         from hgkd_fairseq.evaluation.inference import Labelling, evaluate
 
-        options = Labelling(args.labels, args.words, args.language_token)
+        options = Labelling(args.labels, args.words, args.language_token, args.tokenize)
         found = evaluate(args.file, args.reference, options, settings_of(args), args.tokens, args.segment_scores)
         show(found, args)
 
@@ -139,6 +144,7 @@ def add_inference(kinds) -> None:
         "translation_multi_simple_epoch, or the last, of translation_from_pretrained_bart (default: none)"
     )
     option("--language-token", choices=["first", "last"], help=token)
+    add_tokenize(option)
     add_segment_scores(option, "their rank correlation with the log-probability")
     add_scoring(option)
 
@@ -227,12 +233,11 @@ def add_score(commands) -> None:
         "RUN/NAME)"
     )
     option("--checkpoint", action="append", type=Input, metavar="NAME", help=which)
-    search = "of fairseq-generate, in one word (default: --beam 5)"
+    search = "of fairseq-generate's search, in one word (default: --beam 5)"
     option("--generate", default="--beam 5", metavar="OPTIONS", help=search)
     text = "text, one reference a line (default: the data's, in words)"
     option("--reference", type=Input, metavar="FILE", help=text)
-    by = "by sacreBLEU, for BLEU; none where texts are tokens already (default: 13a)"
-    option("--tokenize", choices=TOKENIZERS, default="13a", help=by)
+    add_tokenize(option)
     own = "also BLEU at the length penalty with the best one on the validation set: 6 more translations"
     option("--own-lenpen", action="store_true", help=own)
     several = "of a model of several language pairs, which; may be given again; all of its files are in RUN/SRC-TGT"
@@ -262,13 +267,14 @@ def add_store(commands) -> None:
     def run(args) -> None:
         from hgkd_fairseq.teacher.storing import StoreOptions, write
 
-        for name, kind in (("draws", "sampled"), ("k", "topk")):
+        for name, kind in (("draws", "sampled"), ("k", "topk"), ("dtype", "hidden")):
             if getattr(args, name) is not None and args.kind != kind:
                 raise UserError(f"--{name} is for --kind {kind}, and this is {args.kind}; drop it")
         subsets = tuple(args.subset.split(","))
         sizes = (args.draws or StoreOptions.draws, args.k or StoreOptions.tokens, args.max_tokens)
         more = (args.cpu, args.teacher_model_overrides, args.folds, args.shard_size)
-        how = StoreOptions(args.kind, subsets, args.dtype, args.teacher_temperature, *sizes, *more)
+        dtype = args.dtype or StoreOptions.dtype
+        how = StoreOptions(args.kind, subsets, dtype, args.teacher_temperature, *sizes, *more)
         print(write(args.data, args.teacher_path, args.output, how))
 
     about = "run a teacher once over data and keep what it says, for fairseq-train --teacher-store"
@@ -288,7 +294,7 @@ def add_store(commands) -> None:
     each = "of N teachers the i-th is asked of the training sentences i, i + N, ... alone, with --kind gold"
     option("--folds", action="store_true", help=each)
     option("--subset", default="train,valid", metavar="SPLITS", help="with ',' between (default: train,valid)")
-    option("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16", help="of hidden states (default: bf16)")
+    option("--dtype", choices=["bf16", "fp16", "fp32"], help="of hidden states (default: bf16)")
     degree = "of what is drawn and compared (default: 1.5)"
     option("--teacher-temperature", type=number(0.01, 1000, float), default=1.5, metavar="T", help=degree)
     option("--draws", type=number(1, 255), metavar="N", help="a token, of sampled (default: 32)")
@@ -303,6 +309,7 @@ def add_export(commands) -> None:
     def run(args) -> None:
         from hgkd_fairseq.export import export_all
 
+        refuse_unused(args)
         comparison = None if args.no_comparison else comparison_of(args)
         export_all(args.path, args.output, args.ema, args.ctranslate2, args.quantization, args.data, comparison)
 
@@ -321,6 +328,17 @@ def add_export(commands) -> None:
     add_comparison(option)
 
 
+def refuse_unused(args) -> None:
+    """Options of `hgkd export` that what is asked for does not look at, unless they have their defaults."""
+    plain = vars(parser().parse_args(["export", args.path, args.output]))
+    options = ("quantization", "data", "no_comparison", *COMPARED)
+    given = [name for name in options if getattr(args, name) != plain[name]]
+    if given and not args.ctranslate2:
+        raise UserError(f"{flag(given[0])} is of the CTranslate2 model, or of its comparison: add --ctranslate2 DIR")
+    if args.no_comparison and given[-1] in COMPARED:
+        raise UserError(f"{flag(given[-1])} is of the comparison, and --no-comparison leaves it out; drop one of them")
+
+
 def add_compare(commands) -> None:
     def run(args) -> None:
         from hgkd_fairseq.evaluation.compare import compare
@@ -335,10 +353,18 @@ def add_compare(commands) -> None:
     add_segment_scores(option, "give it once for each model, in the order of the models")
 
 
+# Options of :func:`add_comparison`, but for --user-dir, which any model may need.
+COMPARED = (
+    *("reference", "tokenize", "beam", "lenpen", "max_len_a", "max_len_b"),
+    *("repeats", "gen_subset", "max_tokens", "cpu"),
+)
+
+
 def add_comparison(option) -> None:
     """Options of translating a subset with several models; :func:`comparison_of` makes arguments of them."""
     text = "text, one reference a line, for BLEU (default: the data's)"
     option("--reference", type=Input, metavar="FILE", help=text)
+    add_tokenize(option)
     add_search(option)
     option("--repeats", type=number(1, 10_000), default=5, metavar="N", help="timed passes (default: 5)")
     add_batches(option, "test")
@@ -348,8 +374,8 @@ def comparison_of(args) -> dict:
     from hgkd_fairseq.evaluation.compare import Search
 
     search = Search(args.beam, args.lenpen, args.max_len_a, args.max_len_b)
-    names = {"max_tokens": "max_tokens", "repeats": "repeats", "cpu": "cpu", "reference_file": "reference"}
-    return {name: getattr(args, own) for name, own in names.items()} | {"subset": args.gen_subset, "search": search}
+    found = {name: getattr(args, name) for name in ("max_tokens", "repeats", "cpu", "tokenize")}
+    return found | {"subset": args.gen_subset, "search": search, "reference_file": args.reference}
 
 
 def parser() -> Parser:

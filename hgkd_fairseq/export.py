@@ -65,11 +65,7 @@ def export_all(
         comparison: arguments of :func:`compare.compare` after its models; None: no comparison.
     """
     note = ""
-    if not ctranslate2:
-        if quantization:
-            raise UserError("--quantization is of the CTranslate2 model: add --ctranslate2 DIR")
-        comparison = None
-    else:
+    if ctranslate2:
         if check_conversion(path, ctranslate2, data) in inputs.ADDS_TOKENS:
             note = ", given language tokens"
         if comparison and note:

@@ -148,6 +148,8 @@ HUGE = "9" * 5000
         (SCORE, "--reference", ("",)),
         (SCORE, "--checkpoint", ("",)),
         (SCORE, "--tokenize", ("", "x")),
+        (COMPARE, "--tokenize", ("", "x")),
+        (("calibration", "inference", "x"), "--tokenize", ("", "x")),
         (SCORE, "--generate", ("--beam '5", "--beam x", "--beams 5")),
         (COMPARE, "--beam", ("0", "-1", "100000", "x")),
         (COMPARE, "--lenpen", ("nan", "inf", "1e308", "-1e308", "x")),
@@ -165,6 +167,45 @@ def test_every_option_is_checked(command, option, values, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     for value in values:
         assert option in refused(capsys, *command, f"{option}={value}"), value
+    assert not list(tmp_path.iterdir())
+
+
+EXPORT = ("export", "x", "y")
+TO_CTRANSLATE2 = (*EXPORT, "--ctranslate2", "z")
+STORE = ("store", "data", "--teacher-path", "x", "--output", "y", "--kind")
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "expected"),
+    [
+        (
+            ("methods",),
+            ["--teacher", "x"],
+            "--teacher CKPT is of one method; name it: hgkd methods NAME --teacher CKPT",
+        ),
+        (("methods",), ["--data"], "--data is of one method; name it: hgkd methods NAME --data"),
+        (
+            ("methods", "hkd-t"),
+            ["--teacher", "x", "--data"],
+            "--teacher is for the options, which --data does not print",
+        ),
+        ((*STORE, "gold"), ["--dtype", "bf16"], "--dtype is for --kind hidden, and this is gold; drop it"),
+        ((*STORE, "topk"), ["--draws", "3"], "--draws is for --kind sampled, and this is topk; drop it"),
+        *(
+            (EXPORT, words, f"{words[0]} is of the CTranslate2 model, or of its comparison: add --ctranslate2 DIR")
+            for words in (
+                *(["--quantization", "int8"], ["--data", "x"], ["--no-comparison"], ["--reference", "x"]),
+                *(["--tokenize", "zh"], ["--beam", "3"], ["--lenpen", "2"], ["--max-len-a", "2"], ["--max-len-b", "9"]),
+                *(["--repeats", "2"], ["--gen-subset", "valid"], ["--max-tokens", "9"], ["--cpu"]),
+            )
+        ),
+        (TO_CTRANSLATE2, ["--no-comparison", "--beam", "3"], "--beam is of the comparison, and --no-comparison leaves"),
+        (TO_CTRANSLATE2, ["--no-comparison", "--cpu"], "--cpu is of the comparison, and --no-comparison leaves it out"),
+    ],
+)
+def test_options_that_nothing_would_look_at(command, options, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert expected in refused(capsys, *command, *options)
     assert not list(tmp_path.iterdir())
 
 

@@ -46,6 +46,12 @@ def test_sentencepiece_is_undone():
         (["og ▁a"], ["og a"]),  # a sentence that begins within a word
         (["a dog", "e-mail @ home"], ["a dog", "e-mail @ home"]),  # in words already
         (["▁a ▁<unk> ▁b", ""], ["a <unk> b", ""]),
+        (
+            ["a dog", "press ▁ twice", "a cat"],
+            ["a dog", "press ▁ twice", "a cat"],
+        ),  # a text of its own
+        (["a d@@ og", "press ▁ ▁ ▁", "a cat"], ["a dog", "press ▁ ▁ ▁", "a cat"]),
+        (["▁a ▁d og", "og", "▁a"], ["a dog", "og", "a"]),
     ],
 )
 def test_texts(lines: list[str], expected: list[str]):

@@ -19,7 +19,7 @@ from hgkd_fairseq import cli
 from hgkd_fairseq.calibration import temperature as calibration_temperature
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.evaluation import steps
-from hgkd_fairseq.evaluation.score import GENERATED
+from hgkd_fairseq.evaluation.score import GENERATED, ScoreOptions, Scoring
 from hgkd_fairseq.report import runs, tables
 
 GENERATE = "--beam 2 --max-len-b 12"
@@ -155,6 +155,9 @@ def test_checkpoints_of_one_run(data, run, capsys):
     assert cli.main(["report", *map(str, folders), "--output", str(run / "report.html")]) == 0
 
 
+DECIDED = "which hgkd score decides itself; drop it"
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -163,17 +166,109 @@ def test_checkpoints_of_one_run(data, run, capsys):
             "--generate '--beams 5' is not for fairseq-generate: unrecognized arguments: --beams 5",
         ),
         (["--generate=--beam '5"], "--generate '--beam '5' is not for fairseq-generate: No closing quotation"),
+        (["--generate=--path x"], f"--generate '--path x' sets --path, {DECIDED}"),
+        (["--generate=--beam 2 --gen-subset=valid"], f"sets --gen-subset, {DECIDED}"),
+        (["--generate=--results-path x"], f"sets --results-path, {DECIDED}"),
+        (["--generate=--temperature 2"], f"sets --temperature, {DECIDED}"),
+        (["--generate=--nbest 2"], f"sets --nbest, {DECIDED}"),
+        (["--generate=--sacrebleu"], f"sets --sacrebleu, {DECIDED}"),
+        (["--generate=--remove-bpe"], f"sets --post-process, {DECIDED}"),
+        (["--generate=-s en -t de"], f"sets --source-lang, {DECIDED}"),
+        (["--generate=--num-shards 2"], f"sets --num-shards, {DECIDED}"),
         (
-            ["--checkpoint", "worst"],
-            "worst does not exist; --checkpoint is best, best-bleu, last or a file in",
+            ["--checkpoint", "best", "--checkpoint", "worst"],
+            "worst does not exist; --checkpoint is best, best-bleu, last",
         ),
-        (["--reference", "{short}"], r"64 translations for 1 references; name the text .* with --reference"),
+        (["--checkpoint", "checkpoint.pt"], "--checkpoint checkpoint.pt: its scores would be written over others in"),
+        (["--checkpoint", "checkpoint_scaled.pt"], "would be written over others in .*scaled; rename it"),
+        (["--checkpoint", "checkpoint.lenpen.pt"], "would be written over others in .*lenpen; rename it"),
+        (["--checkpoint", "best-bleu.pt"], "would be written over others in .*best-bleu; rename it"),
+        (["--checkpoint", "scaled/checkpoint.pt"], "would be written over others in .*scaled; rename it"),
+        (
+            ["--reference", "{tmp}/short"],
+            "short has 1 lines and the test set in .* 64 sentences; name the text .* with --reference",
+        ),
     ],
 )
-def test_what_is_refused(options, expected, data, run, tmp_path, capsys):
+def test_what_is_refused(options, expected, data, run, tmp_path, capsys, monkeypatch):
+    """Before the first checkpoint is scored."""
+    monkeypatch.setattr(Scoring, "score", lambda *_: pytest.fail("scored"))
     (tmp_path / "short").write_text("one line\n")
-    assert scored(data, run, *(word.format(short=tmp_path / "short") for word in options)) == 1
+    assert scored(data, run, *(word.format(tmp=tmp_path) for word in options)) == 1
     assert re.search(f"^hgkd: error: .*{expected}", capsys.readouterr().err, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("name", "checkpoint", "expected"),
+    [
+        ("gone", "best", "gone/checkpoint_best.pt does not exist"),
+        ("gone", "best-bleu", "gone holds no checkpoint of fairseq-train"),
+        ("bytes", "best", "train.log is no text"),
+    ],
+)
+def test_the_second_run_is_refused(name, checkpoint, expected, data, run, tmp_path, capsys, monkeypatch):
+    """Before the first one is scored."""
+    monkeypatch.setattr(Scoring, "score", lambda *_: pytest.fail("scored"))
+    (tmp_path / "bytes").mkdir()
+    shutil.copy(run / "checkpoint_best.pt", tmp_path / "bytes")
+    (tmp_path / "bytes" / "train.log").write_bytes(b"\xff\xfe")
+    words = ["score", str(data), str(run), str(tmp_path / name), "--cpu", "--checkpoint", checkpoint]
+    assert cli.main(words) == 1
+    assert re.search(f"^hgkd: error: .*{expected}", capsys.readouterr().err, re.MULTILINE)
+
+
+def test_folders_of_checkpoints(data, run, tmp_path):
+    """Those of averaged checkpoints, each in a folder of its own, keep their scores there."""
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run/average3").mkdir()
+    for name, folder in {"average3/checkpoint.pt": "average3", "checkpoint_7_100.pt": "7_100", "x.pt": "x"}.items():
+        shutil.copy(run / "checkpoint_best.pt", tmp_path / "run" / name)
+        assert Scoring(str(data), tmp_path / "run", name, ScoreOptions()).folder == tmp_path / "run" / folder
+
+
+def test_the_choice_by_bleu_is_made_again(data, run, tmp_path, monkeypatch):
+    """Where it would be made by other options of fairseq-generate, or by BLEU of another tokenizer."""
+    shutil.copytree(run, tmp_path / "run")
+    asked = []
+    monkeypatch.setattr(Scoring, "valid_bleu", lambda one, *_: asked.append(one.path.name) or float(len(asked)))
+    plain = ScoreOptions()
+    others = [ScoreOptions(generate="--beam 5 --lenpen 2"), ScoreOptions(tokenize="none")]
+    for how, made in ((plain, True), (plain, False), (others[0], True), (others[1], True)):
+        asked.clear()
+        one = Scoring(str(data), tmp_path / "run", "best-bleu", how)
+        one.once = steps.Steps(one.folder, *one.known).once
+        assert one.best_by_bleu().name == one.candidates[-1].name
+        assert asked == [path.name for path in one.candidates if made]
+
+
+def test_the_share_of_the_teacher_is_the_last_that_is_known(data, run, tmp_path):
+    """None where none is logged; of a run that was stopped before its last line that of the epoch before."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    lines = (run / "train.log").read_text().splitlines(keepends=True)
+    shares = [point["teacher_share"] for point in Scoring(str(data), folder, "best", ScoreOptions()).curve]
+    of_training = [place for place, line in enumerate(lines) if " | train | " in line]
+    for left_out, expected in ((of_training[-1:], shares[-2]), (of_training, None)):
+        kept = [line for place, line in enumerate(lines) if place not in left_out]
+        (folder / "train.log").write_text("".join(kept))
+        one = Scoring(str(data), folder, "best", ScoreOptions())
+        assert len(one.curve) == len(shares)
+        assert one.training()["teacher_share"] == expected
+
+
+def test_another_tokenizer(data, run, tmp_path, capsys):
+    """Of BLEU, of the sentences' BLEU, and of the report; what is measured again is that alone."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    assert scored(data, folder) == 0
+    before = written(folder)
+    assert scored(data, folder, "--tokenize", "char") == 0
+    assert done_again(before, folder) == {"inference.json", "inference_scaled.json", "scored.json"}
+    found = json.loads((folder / "scores.json").read_text())
+    report = tables.measure([runs.read(folder, "student")])
+    assert "|tok:char|" in found["signatures"]["bleu"]
+    assert (report.quality.rows[0][1].text, "|tok:char|" in report.quality.notes[0]) == (f"{found['bleu']:.1f}", True)
+    assert "|quality:bleu|tok:char|version:" in (folder / "inference.json").read_text()
 
 
 def test_a_model_that_has_no_best_temperature(data, run, monkeypatch, capsys):

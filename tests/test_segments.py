@@ -60,7 +60,7 @@ def test_the_bootstrap_is_sacrebleus():
         assert one.p == other.p_value
     assert found[0].p is None
     assert found[2].p < 0.05 < found[1].p
-    assert [one.p for one in segments.paired_bootstrap([systems[0]] * 2)] == [None, 1 / 1001]  # as sacreBLEU has it
+    assert [one.p for one in segments.paired_bootstrap([systems[0]] * 2)] == [None, 1]  # sacreBLEU has 1 / 1001
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_report(tmp_path, capsys):
         f"| other | {found[1].mean:.4f} ± {found[1].interval:.4f} | **+{difference:.4f}** p = {found[1].p:.3f} |"
         in printed
     )
-    assert "`mean|bs:1000|seed:12345`" in printed
+    assert f"`mean|bs:1000|seed:12345`, with BLEU's resamples. {segments.ONE_TAIL}." in printed
     assert "| model | Spearman, BLEU | Spearman, chrF | Spearman, COMET |" in printed
     page = (tmp_path / "report.html").read_text()
     assert f"<b>{found[0].mean:.4f}</b>" in page
@@ -174,13 +174,14 @@ def test_compare(data, plain: cl.Run, tmp_path, capsys, monkeypatch):
         (tmp_path / f"{seed}.txt").write_text("".join(f"{value}\n" for value in values[-1]))
         given += ["--segment-scores", f"COMET={tmp_path / f'{seed}.txt'}"]
     arguments = ["compare", str(data), model, model, "--cpu", "--repeats", "1", "--max-len-b", "5", "--beam", "1"]
-    assert cli.main([*arguments, *given]) == 0
+    assert cli.main([*arguments, *given, "--tokenize", "char"]) == 0
     printed = capsys.readouterr().out
+    assert "|tok:char|" in printed
     found = segments.paired_bootstrap(values)
     assert "| model | BLEU | COMET | ECE, % |" in printed
     assert f"| {found[0].mean:.4f} ± {found[0].interval:.4f} | " in printed
     assert f"| {found[1].mean:.4f} ± {found[1].interval:.4f}, p = {found[1].p:.3f} | " in printed
-    assert "COMET `mean|bs:1000|seed:12345`, p of the difference from the first model." in printed
+    assert "COMET `mean|bs:1000|seed:12345`, p of the difference from the first model. sacreBLEU's paired" in printed
 
     monkeypatch.setattr(compare, "translate_all", lambda *_: pytest.fail("translated"))
     (tmp_path / "2.txt").write_text("1\n" * 63)

@@ -86,7 +86,7 @@ def split(table: Tensor, brier: float, nll: float) -> dict[str, Split]:
 def isotonic(outcome: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """(C,) the values that rise and have the least weighted squares from the outcomes (C,), which are in the order of
     their forecasts. Each is the mean outcome of the neighbours that share it."""
-    from scipy.optimize import isotonic_regression  # fairseq brings SciPy, by scikit-learn; nothing else here needs it
+    from scipy.optimize import isotonic_regression  # of SciPy 1.12 on; nothing else here needs it
 
     return isotonic_regression(outcome, weights=weight).x
 

@@ -16,15 +16,18 @@ def gold(dictionary, index: int) -> str:
 
 def mark(sentences: Iterable[Sequence[str]]) -> str:
     """The mark that pieces of these sentences bear, the more frequent one where both are there; "" where they bear
-    none."""
+    none. Sentencepiece marks nearly every sentence: where most do not bear it, it is a character of a text."""
     found: Counter[str] = Counter()
+    count = bearing = 0  # sentences
     for tokens in sentences:
-        for token in tokens:
-            if SENTENCEPIECE in token:
-                found[SENTENCEPIECE] += 1
-            elif token.endswith(SUBWORD_NMT):
-                found[SUBWORD_NMT] += 1
-    return max(found, key=lambda mark: found[mark], default="")
+        marked = sum(SENTENCEPIECE in token for token in tokens)
+        found[SENTENCEPIECE] += marked
+        found[SUBWORD_NMT] += sum(token.endswith(SUBWORD_NMT) and SENTENCEPIECE not in token for token in tokens)
+        count += bool(tokens)
+        bearing += bool(marked)
+    if 2 * bearing < count:
+        del found[SENTENCEPIECE]
+    return max(+found, key=lambda mark: found[mark], default="")
 
 
 def spans_words(token: str) -> bool:

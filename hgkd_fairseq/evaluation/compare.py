@@ -17,6 +17,7 @@ from fairseq import utils
 from fairseq.dataclass.configs import GenerationConfig
 from sacrebleu.metrics import BLEU
 
+from hgkd_fairseq.arguments import TOKENIZERS
 from hgkd_fairseq.calibration.scores import Score, Settings
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.evaluation import forced, generated, inference, segments
@@ -167,6 +168,7 @@ def compare(
     cpu: bool = False,
     reference_file: str | None = None,
     segment_scores: Sequence[segments.Named] = (),
+    tokenize: str = TOKENIZERS[0],
 ) -> Comparison:
     """Translate a subset with each model and measure.
 
@@ -184,6 +186,7 @@ def compare(
         cpu: stay on the CPU where there is a GPU.
         reference_file: text, one reference a line, for BLEU, instead of the subset's own with its pieces joined.
         segment_scores: files of other metrics' scores of these translations, once for each of `paths`, in their order.
+        tokenize: by sacreBLEU, for BLEU.
 
     Raises:
         UserError: a model that cannot be loaded, no checkpoint of fairseq among them, a subset that is missing,
@@ -219,7 +222,7 @@ def compare(
 
     if references is None:
         references = generated.joined([row.reference for row in found[0]])
-    bleu = BLEU()
+    bleu = BLEU(tokenize=tokenize, force=True)  # without a warning that texts are tokenised
     rows = []
     for place, (path, model) in enumerate(zip(paths, models, strict=True)):
         translations, times = found[place], seconds[place]
@@ -242,6 +245,7 @@ def compare(
     )
     if quality:
         about += f" {', '.join(quality)} `{segments.signature()}`, p of the difference from the first model."
+        about += f" {segments.ONE_TAIL}."
     return Comparison(rows, sentences, about)
 
 

@@ -14,6 +14,7 @@ import torch
 from sacrebleu.metrics import BLEU, CHRF
 from tqdm import tqdm
 
+from hgkd_fairseq.arguments import TOKENIZERS
 from hgkd_fairseq.calibration.correlation import spearman, spearman_interval
 from hgkd_fairseq.calibration.labels import ter_labels
 from hgkd_fairseq.calibration.pieces import join, mark, spans_words, text, words
@@ -44,7 +45,7 @@ class Translation(NamedTuple):
 
 @dataclass(frozen=True)
 class Labelling:
-    """How tokens are labelled.
+    """How tokens and sentences are labelled.
 
     Attributes:
         labels: "wang2020" or "ter".
@@ -52,11 +53,13 @@ class Labelling:
         language_token: whether the "first" score of each sentence is that of a language token, which is not printed,
             or the "last" one, after that of the end of sentence (or in its place, where the limit of the length cuts a
             translation); None: there is none.
+        tokenize: by sacreBLEU, for the BLEU of sentences.
     """
 
     labels: str = "wang2020"
     words: bool = False
     language_token: str | None = None
+    tokenize: str = TOKENIZERS[0]
 
 
 def read(file: str, reference_file: str | None = None, language_token: str | None = None) -> list[Translation]:
@@ -194,7 +197,7 @@ def score(
         scores=[
             *whole.scores(),
             *without_eos.scores(),
-            *sentence_scores(translations, marked, settings, quality or {}),
+            *sentence_scores(translations, marked, settings, quality or {}, options.tokenize),
         ],
         histograms={"eos:yes": whole.bars(), "eos:no": without_eos.bars()},
         resampled_ece={"eos:yes": whole.resampled_ece(), "eos:no": without_eos.resampled_ece()},
@@ -202,7 +205,11 @@ def score(
 
 
 def sentence_scores(
-    translations: Sequence[Translation], marked: str, settings: Settings, quality: Mapping[str, np.ndarray]
+    translations: Sequence[Translation],
+    marked: str,
+    settings: Settings,
+    quality: Mapping[str, np.ndarray],
+    tokenize: str,
 ) -> Iterable[Score]:
     """ECE of whole sentences, two confidences against three ways to be right, and rank correlations of the
     log-probability, summed or its mean per token, with quality."""
@@ -211,7 +218,8 @@ def sentence_scores(
     lengths = torch.tensor([len(row.logprobs) for row in translations])
     confidences = {"product": bits.exp2(), "geomean": (bits / lengths).exp2()}
     texts = [(text(row.tokens, marked), text(row.reference, marked)) for row in translations]
-    bleu, chrf = BLEU(effective_order=True), CHRF()
+    bleu, chrf = BLEU(effective_order=True, tokenize=tokenize), CHRF()
+    named = {} if tokenize == TOKENIZERS[0] else {"bleu": {"tok": tokenize}}  # the metrics that signatures say more of
     right = {
         "exact": [float(row.tokens == row.reference) for row in translations],
         "bleu": [bleu.sentence_score(ours, [theirs]).score / 100 for ours, theirs in texts],
@@ -219,7 +227,7 @@ def sentence_scores(
     }
     for conf, confidence in confidences.items():
         for name, correct in right.items():
-            parts = {"mode": "inference", "unit": "sentence", "conf": conf, "right": name}
+            parts = {"mode": "inference", "unit": "sentence", "conf": conf, "right": name, **named.get(name, {})}
             sentences = Predictions(settings, f"_sentence_{conf}_{name}", parts)
             # sacreBLEU's scores of a perfect match pass 100 by a rounding.
             sentences.update(index, confidence, torch.tensor(correct, dtype=torch.float64).clamp(max=1))
@@ -231,5 +239,6 @@ def sentence_scores(
             low = high = None
             if settings.replicates:
                 low, high = spearman_interval(*pair, index.tolist(), settings.replicates, settings.seed)
-            how_computed = signature("Spearman", mode="inference", unit="sentence", logprob=how, quality=name)
+            parts = {"mode": "inference", "unit": "sentence", "logprob": how, "quality": name, **named.get(name, {})}
+            how_computed = signature("Spearman", **parts)
             yield Score(f"spearman_{how}_{name}", how_computed, float(spearman(*pair)), low, high, unit="")

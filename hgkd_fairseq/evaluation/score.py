@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import math
 import re
 import shlex
@@ -29,8 +30,9 @@ from sacrebleu.metrics import BLEU, CHRF
 
 import hgkd_fairseq
 from hgkd_fairseq import files
+from hgkd_fairseq.arguments import TOKENIZERS
 from hgkd_fairseq.calibration.scores import Results, Score
-from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.errors import UserError, flag
 from hgkd_fairseq.evaluation import forced, generated, inference, languages, logs, results, temperature
 from hgkd_fairseq.evaluation.steps import Steps
 from hgkd_fairseq.plugin import binarised, checkpoints
@@ -44,6 +46,14 @@ PACKAGES = ("torch", "ve-fairseq", "sacrebleu")
 CPU_TOKENS, GPU_TOKENS = 4000, 12_000  # a batch of fairseq-generate
 GENERATED, LOG = "generate-test.txt", "generate.log"
 SHOWN = ("nll", "ece", "ece_without_eos")
+TAKEN = ("scaled", "lenpen", BEST_BLEU)  # folders that hold other things than the scores of a checkpoint of that name
+# Options of fairseq-generate that are decided here: which model translates what, and what is read of the output.
+DECIDED = (
+    *("path", "user_dir", "gen_subset", "results_path", "required_batch_size_multiple", "temperature", "nbest"),
+    *("quiet", "score_reference", "sacrebleu", "scoring", "post_process", "bpe", "tokenizer"),
+    *("task", "source_lang", "target_lang", "dataset_impl", "num_shards", "shard_id"),
+    *("truncate_source", "skip_invalid_size_inputs_valid_test"),
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,7 @@ class ScoreOptions:
 
     generate: str = "--beam 5"  # options of fairseq-generate
     reference: str | None = None  # text, one reference a line; None: those in the data, with their pieces joined
-    tokenize: str = "13a"  # of sacreBLEU's BLEU; "none" where texts are tokenised
+    tokenize: str = TOKENIZERS[0]  # of sacreBLEU's BLEU; "none" where texts are tokenised
     own_lenpen: bool = False
     cpu: bool = False
     pairs: tuple[str, ...] = ()  # of models of several language pairs
@@ -72,16 +82,26 @@ def score_all(data: str, runs: Sequence[str], names: Sequence[str], how: ScoreOp
         how: see there.
 
     Raises:
-        UserError: something that is missing or cannot be used.
+        UserError: something that is missing or cannot be used, told before the work as far as it can be.
     """
     if how.reference and len(how.pairs) > 1:
         raise UserError("--reference is the text of one language pair: give one --lang-pair")
-    generation(how.generate, data, "--path", "PATH")  # what it refuses is told before the work
+    check_generation(how.generate, data)
     references = generated.read_references(how.reference) if how.reference else None
-    for run in runs:
-        for name in names:
-            for pair in how.pairs or [None]:
-                print(*Scoring(data, Path(run), name, how, pair).score(references), sep="\n", flush=True)
+    asked = itertools.product(map(Path, runs), names, how.pairs or [None])
+    found = [Scoring(data, run, name, how, pair) for run, name, pair in asked]
+    for one in found:
+        one.check_references(references)
+    for one in found:
+        print(*one.score(references), sep="\n", flush=True)
+
+
+def check_generation(how: str, data: str) -> None:
+    """Raises UserError where fairseq-generate does not know the options in `how`, or one of them is DECIDED here."""
+    given, plain = (vars(generation(text, data, "--path", "PATH")) for text in (how, ""))
+    for name in DECIDED:
+        if given.get(name) != plain.get(name):
+            raise UserError(f"--generate '{how}' sets {flag(name)}, which hgkd score decides itself; drop it")
 
 
 def generation(how: str, *words: str) -> argparse.Namespace:
@@ -107,23 +127,28 @@ class Scoring:
         place = run / pair if pair else run
         corpus = Path(binarised.first_shard(data))
         subsets = [file for split in ("dict", "valid", "test") for file in sorted(corpus.glob(f"{split}.*"))]
-        known = (hgkd_fairseq.__version__, *subsets, *filter(None, [pair]))
-        self.folder = place / name
-        if name == BEST_BLEU:
-            self.once = Steps(self.folder, *known).once
-            self.path = self.best_by_bleu()
+        self.known = (hgkd_fairseq.__version__, *subsets, *filter(None, [pair]))
+        log = run / "train.log"
+        self.curve = logs.read(log).epochs if log.exists() else []
+        self.candidates = self.all_candidates() if name == BEST_BLEU else []
+        if self.candidates:
+            self.path, self.folder = self.candidates[0], place / name
+        elif name == "best":
+            self.path, self.folder = run / CHECKPOINTS[name], place
         else:
             self.path = run / CHECKPOINTS.get(name, name)
             named = self.path.stem.removeprefix("checkpoint").lstrip("_.")
             self.folder = (place if pair else self.path.parent) / named
-        if name == "best":
-            self.folder = place
+            if self.folder.name in TAKEN or self.folder.resolve() == place.resolve():
+                raise UserError(
+                    f"--checkpoint {name}: its scores would be written over others in {self.folder}; rename it to "
+                    "checkpoint_NAME.pt, with another NAME"
+                )
         if not self.path.is_file():
             raise UserError(
                 f"{self.path} does not exist; --checkpoint is best, {BEST_BLEU}, last or a file in the run's folder"
             )
         self.ask(checkpoints.read(self.path, model=False))
-        self.once = Steps(self.folder, *known, self.path).once
 
     def ask(self, checkpoint: checkpoints.Checkpoint) -> None:
         """What the model's task has to be told of, and what it prints. All pairs are looked at, before the first one
@@ -131,26 +156,45 @@ class Scoring:
         for pair in self.how.pairs:
             languages.check_pair(checkpoint.path, checkpoint.options("task"), pair)
         self.task = languages.generation(checkpoint, self.pair)
-        self.labelling = inference.Labelling(language_token=languages.unprinted_token(checkpoint.options("task")))
+        token = languages.unprinted_token(checkpoint.options("task"))
+        self.labelling = inference.Labelling(language_token=token, tokenize=self.how.tokenize)
 
-    def best_by_bleu(self) -> Path:
-        """Of the epochs' checkpoints, the best and the last one, that with the highest BLEU on the validation set."""
-        epochs = {int(found[1]): file for file in self.run.iterdir() if (found := EPOCH.fullmatch(file.name))}
+    def check_references(self, references: list[str] | None) -> None:
+        """Raises UserError where they are not as many as the test set has sentences."""
+        if references is None:
+            return
+        model = checkpoints.read(self.path, model=False)
+        task = languages.make_task(binarised.first_shard(self.data), str(self.path), model, self.pair)
+        sentences = len(binarised.subset(task, "test"))
+        if len(references) != sentences:
+            raise UserError(
+                f"{self.how.reference} has {len(references)} lines and the test set in {self.data} {sentences} "
+                "sentences; name the text that the data was made from with --reference"
+            )
+
+    def all_candidates(self) -> list[Path]:
+        """Those of :meth:`best_by_bleu`."""
+        epochs = {int(found[1]): file for file in self.run.glob("*.pt") if (found := EPOCH.fullmatch(file.name))}
         numbers = sorted(epochs)
         step = max(len(numbers) / CANDIDATES, 1)  # from the last one back
         candidates = [epochs[numbers[-1 - int(i * step)]] for i in range(min(CANDIDATES, len(numbers)))]
         candidates += [file for name in CHECKPOINTS.values() if (file := self.run / name).is_file()]
         if not candidates:
             raise UserError(f"{self.run} holds no checkpoint of fairseq-train")
-        self.ask(checkpoints.read(candidates[0], model=False))
+        return candidates
+
+    def best_by_bleu(self) -> Path:
+        """Of the epochs' checkpoints, the best and the last one, that with the highest BLEU on the validation set."""
 
         def choose(output: Path) -> None:
             found = {}
-            for self.path in candidates:
+            for path in self.candidates:
+                self.path = path
                 found[self.path.name] = self.valid_bleu("--beam", "1")
             files.write_json(output, {"best": max(found, key=lambda name: found[name]), "bleu": found})
 
-        table = files.read_json(self.once("candidates.json", choose, self.how.cpu, *candidates), {"best": str})
+        how = (self.how.generate, self.how.cpu, self.how.tokenize)
+        table = files.read_json(self.once("candidates.json", choose, *how, *self.candidates), {"best": str})
         return self.run / Path(table["best"]).name
 
     def valid_bleu(self, *more: str) -> float:
@@ -207,9 +251,10 @@ class Scoring:
 
     def inference(self, name: str, translations: Path) -> dict[str, Any]:
         """Empty where a translation of a model that begins as mBART goes on after its end of sentence."""
+        another = [] if self.how.tokenize == TOKENIZERS[0] else [self.how.tokenize]
         try:
             return self.measured(
-                name, lambda: inference.evaluate(str(translations), options=self.labelling), translations
+                name, lambda: inference.evaluate(str(translations), options=self.labelling), translations, *another
             )
         except inference.Uneven as error:
             if self.labelling.language_token != "last":
@@ -235,6 +280,10 @@ class Scoring:
 
     def score(self, references: list[str] | None) -> list[str]:
         """Measure, and write scores.json; the lines to print."""
+        if self.candidates:
+            self.once = Steps(self.folder, *self.known).once
+            self.path = self.best_by_bleu()
+        self.once = Steps(self.folder, *self.known, self.path).once
         found = {"": self.forced("forced.json")}
         found["inference_"] = self.inference("inference.json", self.translated(GENERATED))
         degree = self.temperature()
@@ -302,17 +351,16 @@ class Scoring:
 
     def training(self) -> dict[str, Any]:
         """What the run's log and its last checkpoint tell."""
-        log = self.run / "train.log"
-        curve = logs.read(log).epochs if log.exists() else []
-        lowest = min(curve, key=lambda point: point.get("valid_nll", math.inf), default={})
-        latest = curve[-1] if curve else {}
+        lowest = min(self.curve, key=lambda point: point.get("valid_nll", math.inf), default={})
+        latest = self.curve[-1] if self.curve else {}
+        shares = [point["teacher_share"] for point in self.curve if "teacher_share" in point]
         last = self.run / CHECKPOINTS["last"]
         return {
             "valid_nll_best": lowest.get("valid_nll"),
             "valid_nll_last": latest.get("valid_nll"),
             "best_updates": lowest.get("updates"),
             "last_updates": latest.get("updates"),
-            "teacher_share": latest.get("teacher_share", 0.0),
+            "teacher_share": shares[-1] if shares else None,  # None: none is logged, as of fairseq's cross_entropy
             "minutes": checkpoints.read(last if last.exists() else self.path, model=False).seconds / 60,
-            "curve": curve,
+            "curve": self.curve,
         }

@@ -17,6 +17,7 @@ from hgkd_fairseq.errors import UserError
 RESAMPLES = 1000  # of sacreBLEU's paired bootstrap
 SEED = "12345"  # likewise, where SACREBLEU_SEED gives no other
 OPTION = "--segment-scores"
+ONE_TAIL = "sacreBLEU's paired bootstrap counts one tail: its p is about half of a two-sided one"
 
 
 class Named(Protocol):
@@ -80,15 +81,17 @@ class Tested:
 
     mean: float
     interval: float  # half of the 95 % interval
-    p: float | None  # of its difference from the first system, two-sided; None for that one
+    p: float | None  # of its difference from the first system, of one tail; None for that one
 
 
 def paired_bootstrap(scores: Sequence[np.ndarray]) -> list[Tested]:
     """Of each system, whose scores are (N,): what sacreBLEU says of BLEU, under the same resamples.
 
     These are N draws with replacement each, from numpy's default generator with sacreBLEU's seed; the interval is that
-    of the resampled means; p is how often the size of a resampled difference, less its mean, is above that of the
-    sample, the sample itself counted as one (Koehn 2004, as Moses' script and sacrebleu.significance have it).
+    of the resampled means; p is how often the size of a resampled difference, less the mean size, is above that of the
+    sample, the sample itself counted as one (Koehn 2004, as Moses' script and sacrebleu.significance have it). In
+    effect that counts one tail: about half of a two-sided p, such as :func:`bootstrap.paired` gives. Of systems that
+    differ in no resample p is 1, where sacreBLEU has its least one.
     """
     seed = os.environ.get("SACREBLEU_SEED", SEED)
     generator = np.random.default_rng(None if seed.lower() == "none" else int(seed))
@@ -104,7 +107,7 @@ def paired_bootstrap(scores: Sequence[np.ndarray]) -> list[Tested]:
         if place:
             sizes = np.abs(resampled - means[0])
             above = sizes - sizes.mean() > abs(values.mean() - scores[0].mean())
-            p = (int(above.sum()) + 1) / (RESAMPLES + 1)
+            p = (int(above.sum()) + 1) / (RESAMPLES + 1) if sizes.any() else 1.0
         found.append(Tested(float(values.mean()), interval, p))
     return found
 

@@ -72,6 +72,8 @@ def other_measures(runs: Sequence[Run]) -> Table | None:
         )
         for key in ranked
     ]
+    for one in correlations:
+        check_one_way(runs, one)
     shown = [one for one in (*MEASURES, *correlations) if any(one.cell(run).text for run in runs)]
     if not shown:
         return None
@@ -84,6 +86,14 @@ def other_measures(runs: Sequence[Run]) -> Table | None:
         [[Entry(run.name), *(one.cell(run) for one in shown)] for run in runs],
         [*notes, ", ".join(f"`{one}`" for one in signatures)],
     )
+
+
+def check_one_way(runs: Sequence[Run], measure: Measure) -> None:
+    """Raises UserError where runs have it with different signatures, as of two tokenizers."""
+    files = [(f"{run.folder / measure.file}.json", row["signature"]) for run in runs if (row := measure.row(run))]
+    for file, signature in files[1:]:
+        if signature != files[0][1]:
+            raise UserError(f"{file} holds {signature} and {files[0][0]} {files[0][1]}; measure both in one way")
 
 
 def other_metrics(runs: Sequence[Run], given: Sequence[segments.Named]) -> Table | None:
@@ -104,11 +114,9 @@ def other_metrics(runs: Sequence[Run], given: Sequence[segments.Named]) -> Table
             rows[place].append(Entry(f"{found.mean:.4f}", f"± {found.interval:.4f}"))
             if len(runs) > 1:
                 difference = found.mean - float(scores[0].mean())
-                rows[place].append(
-                    EMPTY if found.p is None else compared(signed(difference, 4), "", found.p, difference)
-                )
+                rows[place].append(EMPTY if found.p is None else compared(signed(difference, 4), "", found.p))
     about = (
-        f"Means over the sentences, of files that {segments.OPTION} names: `{segments.signature()}`. A paired "
-        "bootstrap over the sentences, with the resamples of BLEU's, gives the two-sided p. Bold: p below 0.05."
+        f"Means over the sentences, of files that {segments.OPTION} names: `{segments.signature()}`, with BLEU's "
+        f"resamples. {segments.ONE_TAIL}. Bold: p below 0.05."
     )
     return Table("Scores of other metrics", header, rows, [about])

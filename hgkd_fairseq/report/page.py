@@ -246,9 +246,12 @@ def how(runs: Sequence[Run]) -> str:
 def commands_of(run: Run) -> list[str]:
     lines = []
     for program, log in (("fairseq-train", run.log), ("fairseq-generate", run.generation)):
-        if log.settings:
-            made = commands.command(program, log.settings)
-            lines.append(made or f"# {program}, with options unknown here: {log.settings}")
+        settings = dict(log.settings)
+        if str(settings.get("results_path")).endswith(".partial"):  # where hgkd score keeps it until it is whole
+            del settings["results_path"]
+        if settings:
+            made = commands.command(program, settings)
+            lines.append(made or f"# {program}, with options unknown here: {settings}")
     for file in FILES:
         found = getattr(run, file.removesuffix(".json"), None) if file.endswith(".json") else None
         lines.append((found or {}).get("command", ""))

@@ -3,12 +3,14 @@ reads a run is here."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hgkd_fairseq import files
+from hgkd_fairseq.arguments import TOKENIZERS
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.evaluation import generated, logs, results, temperature
 from hgkd_fairseq.report.names import short_names
@@ -40,6 +42,8 @@ class Run:
     missing: list[str] = field(default_factory=list)  # of FILES
     translations: list[str] | None = None  # text, in the order of the subset
     references: list[str] | None = None  # likewise
+    translated: str = ""  # the folder in its own that they are of, where they are another checkpoint's
+    tokenize: str | None = None  # what `hgkd score` scored them with, by its --tokenize; None: it did not
     best_update: int | None = None
     last_update: int | None = None
     minutes: float | None = None  # of training, over all resumptions
@@ -61,7 +65,8 @@ def read_all(folders: Sequence[Path], reference: Path | None = None, translation
         translations: folder in each run's that holds its translations, as `hgkd score --checkpoint NAME` leaves them.
 
     Raises:
-        UserError: a folder that is no run, a file in it that cannot be used, translations of different test sets.
+        UserError: a folder that is no run, a file in it that cannot be used, translations of different test sets, or
+            that were scored with different tokenizers.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError("a run is named twice; name each once")
@@ -85,6 +90,13 @@ def read_all(folders: Sequence[Path], reference: Path | None = None, translation
                 f"{run.folder} and {referenced[0].folder} were translated from different test sets; generate both "
                 "from one"
             )
+    tokenized = [run for run in translated if run.tokenize is not None]
+    for run in tokenized[1:]:
+        if run.tokenize != tokenized[0].tokenize:
+            raise UserError(
+                f"{run.folder} was scored with --tokenize {run.tokenize} and {tokenized[0].folder} with --tokenize "
+                f"{tokenized[0].tokenize}; score both with one: hgkd score --tokenize NAME"
+            )
     return runs
 
 
@@ -99,7 +111,8 @@ def read(folder: Path, name: str, translations: str = "") -> Run:
             f"{folder} --checkpoint {translations}"
         )
     places = {**dict.fromkeys(FILES, folder), GENERATED: generation, **dict.fromkeys(TRAINING, trained(folder))}
-    run = Run(folder, name, missing=[file for file in FILES if not (places[file] / file).exists()])
+    missing = [file for file in FILES if not (places[file] / file).exists()]
+    run = Run(folder, name, missing, translated=translations)
     if len(run.missing) == len(FILES):
         raise UserError(
             f"{folder} is no run: it holds none of {', '.join(FILES)}; name the --save-dir of a run of fairseq-train"
@@ -109,6 +122,7 @@ def read(folder: Path, name: str, translations: str = "") -> Run:
             files.refuse_irregular(place, "remove it")
     if GENERATED not in run.missing:
         run.translations, run.references = generated.read_texts(generation / GENERATED)
+        run.tokenize = tokenizer(generation / "scores.json")
     run.best_update, _ = progress(run, places["checkpoint_best.pt"] / "checkpoint_best.pt")
     run.last_update, run.minutes = progress(run, places["checkpoint_last.pt"] / "checkpoint_last.pt")
     if "train.log" not in run.missing:
@@ -128,6 +142,18 @@ def read(folder: Path, name: str, translations: str = "") -> Run:
                 f"says {fitted:.4g}; write scaled.json again"
             )
     return run
+
+
+def tokenizer(file: Path) -> str | None:
+    """The one that the signature of BLEU in a scores.json of `hgkd score` names; None where there is no such file."""
+    if not file.exists():
+        return None
+    files.refuse_irregular(file, "remove it")
+    found = files.read_json(file, {"signatures?": {"bleu?": str}}, "file of `hgkd score`")
+    named = re.search(r"\btok:([^|]*)", found.get("signatures", {}).get("bleu", ""))
+    if named and named[1] not in TOKENIZERS:
+        raise UserError(f"{file} names the tokenizer {named[1]}, which hgkd score has not; score the run again")
+    return named[1] if named else None
 
 
 def trained(folder: Path) -> Path:

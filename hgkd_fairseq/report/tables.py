@@ -10,8 +10,10 @@ import torch
 from sacrebleu.metrics import BLEU, CHRF, TER
 from sacrebleu.significance import PairedTest, Result
 
+from hgkd_fairseq.arguments import TOKENIZERS
 from hgkd_fairseq.calibration.bootstrap import Difference, paired
 from hgkd_fairseq.errors import UserError, printable
+from hgkd_fairseq.evaluation import segments
 from hgkd_fairseq.report.runs import FILES, GENERATED, Run
 
 METRICS: dict[str, Callable] = {"BLEU": BLEU, "chrF": CHRF, "TER": TER}
@@ -131,19 +133,16 @@ def difference_table(
     filled = [place for place in range(len(columns)) if any(row[place].text for row in rows.values())]
     if not filled:
         return None
-    what = (
-        "BLEU, chrF and TER; sacreBLEU's"
-        if of == "translation"
-        else "ECE, in percentage points with a 95 % interval; a"
-    )
+    two_sided = "A paired bootstrap over the sentences gives the two-sided p."
+    what = {
+        "translation": f"BLEU, chrF and TER. {segments.ONE_TAIL}.",
+        "calibration": f"ECE, in percentage points with a 95 % interval. {two_sided}",
+    }
     return Table(
         f"Differences from {first.name}: {of}",
         [f"model − {first.name}", *(columns[place] for place in filled)],
         [[Entry(name), *(row[place] for place in filled)] for name, row in rows.items()],
-        [
-            f"Of {what} paired bootstrap over the sentences gives the two-sided p. Bold: p below 0.05, for each number "
-            "by itself."
-        ],
+        [f"Of {what[of]} Bold: p below 0.05, for each number by itself."],
     )
 
 
@@ -171,12 +170,16 @@ def score(found: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def text_scores(runs: Sequence[Run]) -> tuple[dict[str, str], dict[str, dict[str, Result]]]:
-    """(signature by metric, result by run and metric) of sacreBLEU."""
+    """(signature by metric, result by run and metric) of sacreBLEU; its paired bootstrap's p counts one tail: about
+    half of a two-sided one."""
     scored = [run for run in runs if run.translations is not None and run.references is not None]
     if not scored:
         return {}, {}
     # The references go to the metrics, which keep what they extract from them.
-    metrics = {name: metric(references=[scored[0].references]) for name, metric in METRICS.items()}
+    tokenize = next((run.tokenize for run in scored if run.tokenize), TOKENIZERS[0])
+    options = {"BLEU": {"tokenize": tokenize, "force": True}}  # without a warning that texts are tokenised
+    references = [scored[0].references]
+    metrics = {name: make(references=references, **options.get(name, {})) for name, make in METRICS.items()}
     systems: list[tuple[str, Sequence[str]]] = [(run.name, run.translations or []) for run in scored]
     signatures, found = PairedTest(systems, metrics, references=None, test_type="bs")()
     del found["System"]
@@ -185,6 +188,9 @@ def text_scores(runs: Sequence[Run]) -> tuple[dict[str, str], dict[str, dict[str
         for run, result in zip(scored, column, strict=True):
             assert isinstance(result, Result)
             results[run.name][name] = result
+            # Of systems whose resamples are alike sacreBLEU counts none above their difference, and gives its least p.
+            if result.score == results[scored[0].name][name].score and result.p_value == 1 / (segments.RESAMPLES + 1):
+                result.p_value = 1.0
             if scored[0] is not runs[0]:  # it was compared with another run
                 result.p_value = None
     return {name: each.format() for name, each in zip(METRICS, signatures.values(), strict=True)}, results
@@ -229,7 +235,7 @@ def text_differences(first: Run, run: Run, results: dict[str, dict[str, Result]]
             cells.append(EMPTY)
         else:
             value = ours.score - theirs.score
-            cells.append(compared(signed(value, 1), "", ours.p_value, value))
+            cells.append(compared(signed(value, 1), "", ours.p_value))
     return cells
 
 
@@ -241,13 +247,12 @@ def ece_differences(first: Run, run: Run) -> list[Entry]:
             cells.append(EMPTY)
         else:
             ends = f"[{signed(100 * found.low, 2)}, {signed(100 * found.high, 2)}]"
-            cells.append(compared(signed(100 * found.value, 2), ends, found.p, found.value))
+            cells.append(compared(signed(100 * found.value, 2), ends, found.p))
     return cells
 
 
-def compared(text: str, interval: str, p: float, value: float) -> Entry:
-    # sacreBLEU gives the least p to a system that is compared with itself.
-    return Entry(text, interval, f"p = {p:.3f}", p < SIGNIFICANT and value != 0)
+def compared(text: str, interval: str, p: float) -> Entry:
+    return Entry(text, interval, f"p = {p:.3f}", p < SIGNIFICANT)
 
 
 def difference(first: dict[str, Any] | None, second: dict[str, Any] | None, kind: Kind) -> Difference | None:
@@ -280,6 +285,11 @@ def quality_notes(runs: Sequence[Run], signatures: dict[str, str]) -> list[str]:
     notes = [f"{name}: `{signature}`" for name, signature in signatures.items()]
     forced = next((run.forced for run in runs if run.forced), None)
     notes += [f"NLL: `{score(forced, 'nll')['signature']}`"] if forced else []
+    if runs[0].translated:
+        other = f"RUN/{runs[0].translated}"
+        notes.append(
+            f"BLEU, chrF, TER: of the translations in {other}; all else of RUN, which may be another checkpoint."
+        )
     without = [run.name for run in runs if run.translations is not None and run.references is None]
     if without:
         notes.append(f"No references in the translations of {', '.join(without)}: give them with `--reference FILE`.")

@@ -1,6 +1,7 @@
 """Reading what fairseq-generate writes, and the scores of it, on sentences that can be checked by hand."""
 
 import itertools
+import math
 import sys
 from pathlib import Path
 
@@ -92,6 +93,28 @@ def test_sentences_by_hand(tmp_path):
     assert found["ece_sentence_geomean_exact"].value == pytest.approx(((1 - 2**-0.5) + 0.5) / 2)
     # Both metrics give the reference itself 100, so the first sentence's error is the same.
     assert found["ece_sentence_product_chrf"].value > 0.25
+
+
+def test_sentences_without_blanks(tmp_path):
+    """In Chinese, by the tokenizer that is asked for: 13a takes a sentence for one word."""
+    pairs = [
+        ("▁猫 坐 在 垫 子", "▁猫 坐 在 垫 子 上", -1),
+        ("▁鸟 站 在 树 里", "▁鸟 站 在 树 枝", -2),
+        ("▁它", "▁他", -3),
+    ]
+    output = "".join(
+        f"T-{i}\t{theirs}\nH-{i}\t-1\t{ours}\nP-{i}\t{' '.join([str(bits)] * (1 + len(ours.split())))}\n"
+        for i, (ours, theirs, bits) in enumerate(pairs)
+    )
+    found = {how: evaluate(written(tmp_path, output), options=Labelling(tokenize=how)) for how in ("13a", "zh", "char")}
+    assert math.isnan(found["13a"]["spearman_mean_bleu"].value)  # all 0
+    assert found["zh"]["spearman_mean_bleu"].value == found["char"]["spearman_mean_bleu"].value == 1
+    for how, scores in found.items():
+        tok = "" if how == "13a" else f"|tok:{how}"
+        assert f"|right:bleu{tok}|version:" in scores["ece_sentence_geomean_bleu"].signature
+        assert f"|quality:bleu{tok}|version:" in scores["spearman_mean_bleu"].signature
+        assert "tok:" not in scores["spearman_mean_chrf"].signature
+        assert "|tok:bpe|" in scores["ece"].signature
 
 
 def test_references_from_a_file(tmp_path):

@@ -391,6 +391,13 @@ def test_report_on_weights_of_sentences(tmp_path: Path, capsys: pytest.CaptureFi
     assert weight_table.read(str(file)).sentence.tolist() == [1, 2, 3]
 
 
+def test_sentences_in_a_file_named_as_the_others_are(tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "others.txt").write_text("1\n3\n")
+    weight_table.report(of_sentences(tmp_path / "a.pt"), None, str(tmp_path / "others.txt"), None)
+    found = [line.partition(",")[0] for line in capsys.readouterr().out.splitlines()]
+    assert found == ["others: 2 sentences", "the others: 1 sentences"]
+
+
 @pytest.mark.parametrize("words", ["1 two 3", "1 -2", "1 2.0", "1 " + "9" * 19])
 def test_numbers_of_sentences_that_are_none(words: str, tmp_path: Path):
     (tmp_path / "listed.txt").write_text(words)

@@ -116,6 +116,9 @@ def test_differences(folders, found):
     bleu = translation["BLEU"]
     assert bleu.text.startswith("−")
     assert (bleu.p, bleu.significant) == ("p = 0.001", True)
+    (of_texts,), (of_errors,) = (table.notes for table in found.differences)
+    assert ("counts one tail" in of_texts, "the two-sided p" in of_texts) == (True, False)
+    assert ("counts one tail" in of_errors, "the two-sided p" in of_errors) == (False, True)
 
 
 def sentence_tables(file: Path) -> torch.Tensor:
@@ -137,6 +140,7 @@ def test_a_run_does_not_differ_from_itself(folders, tmp_path):
     assert not any(cell.significant for cell in [*texts, *errors])
     for cell in errors:
         assert (cell.text, cell.interval, cell.p) == ("0.00", "[0.00, 0.00]", "p = 1.000")
+    assert [(cell.text, cell.p) for cell in texts] == [("0.0", "p = 1.000")] * 3
 
 
 class Page(html.parser.HTMLParser):
@@ -202,6 +206,7 @@ def test_the_page_holds_all(written, found):
         "Teacher&#x27;s share of training tokens",
     ]
     assert "<b>student" not in written.replace("<b>&lt;b&gt;student", "")
+    assert ".partial" not in written  # the folder of fairseq-generate, until its files are whole
     commands = re.findall(r"^(fairseq-\w+|hgkd \w+) ", re.sub("<pre>", "\n", written), flags=re.MULTILINE)
     assert commands == 2 * ["fairseq-train", "fairseq-generate", "hgkd score"]
     assert f"torch {metadata.version('torch')}" in written  # whose own __version__ may name a CUDA as well
@@ -284,10 +289,26 @@ def test_translations_of_another_checkpoint(folders, tmp_path):
     assert [[cell.text for cell in row[1:4]] for row in there.quality.rows] == scores[::-1] != scores
     assert [row[1:] for row in there.calibration.rows] == [row[1:] for row in plain.calibration.rows]
     assert not any("generate-test.txt" in note for note in there.quality.notes)
+    mixed = "BLEU, chrF, TER: of the translations in RUN/best-bleu; all else of RUN, which may be another checkpoint."
+    assert (mixed in there.quality.notes, mixed in plain.quality.notes) == (True, False)
     with pytest.raises(
         UserError, match=r"generate-test.txt does not exist; write it: hgkd score DATA \S+ --checkpoint last"
     ):
         runs.read_all(copies, translations="last")
+
+
+def test_the_tokenizer_of_the_scores(folders, tmp_path):
+    """That of `hgkd score`, where it scored them: also of runs whose translations were made by hand."""
+    copies = [tmp_path / "one", tmp_path / "two"]
+    for folder, copy in zip(folders, copies, strict=True):
+        shutil.copytree(folder, copy, symlinks=True)
+    change(copies[0], "scores.json", "|tok:13a|", "|tok:char|")
+    (copies[1] / "scores.json").unlink()
+    report = tables.measure(runs.read_all(copies))
+    for folder, row in zip(folders, report.quality.rows, strict=True):
+        translations, references = texts(folder)
+        assert row[1].text == f"{BLEU(tokenize='char').corpus_score(translations, [references]).score:.1f}"
+    assert "|tok:char|" in report.quality.notes[0]
 
 
 def change(folder: Path, file: str, old: str, new: str) -> None:
@@ -330,6 +351,18 @@ REFUSED = {
     "scores at a temperature": (
         lambda run: change(run, "forced.json", "|tok:bpe|version", "|tok:bpe|temp:2|version"),
         r"holds ECE\|.*\|temp:2\|.*; measure both in one way",
+    ),
+    "other tokenizer": (
+        lambda run: change(run, "scores.json", "|tok:13a|", "|tok:char|"),
+        "run was scored with --tokenize char and .*base with --tokenize 13a; score both with one",
+    ),
+    "no tokenizer": (
+        lambda run: change(run, "scores.json", "|tok:13a|", "|tok:flores200|"),
+        "tokenizer flores200, which",
+    ),
+    "sentences of another tokenizer": (
+        lambda run: change(run, "inference.json", "quality:bleu|version", "quality:bleu|tok:char|version"),
+        r"holds Spearman\|.*\|tok:char\|.*; measure both in one way",
     ),
     "other subset": (
         lambda run: change(run, "forced.json", '"subset": "test"', '"subset": "valid"'),

@@ -437,6 +437,21 @@ def test_a_cell_that_fails_somehow(tmp_path, capsys):
     assert "same/hkd-t/seed-1: cannot be trained without teacher/big/seed-0" in said
 
 
+def test_an_interrupted_run_begins_nothing_more(tmp_path, capsys):
+    """Neither a training nor its scores, nor the data that it needs."""
+    cells = Grid(write_grid(tmp_path, block(["same"], ["seq-kd"], [1]))).cells()
+    stopped = runner.Runner(cells, tmp_path, jobs=1)
+    stopped.stopped.set()
+    for cell in cells:
+        (tmp_path / cell.folder).mkdir(parents=True)
+        with runner.claim(tmp_path / cell.folder) as lock:
+            stopped.make(cell, lock)
+    assert "training (cell" not in capsys.readouterr().out
+    assert not stopped.failed
+    assert {file.name for file in tmp_path.rglob("*.log")} == {"translate.log"}
+    assert not (tmp_path / "teacher/big/seed-0/translate.log").read_text()
+
+
 def test_a_half_finished_study(tmp_path, monkeypatch, capsys):
     """Of the teacher alone there are tables without figures; what is cut short is named."""
     study = tmp_path / "study"
@@ -639,6 +654,25 @@ def test_tables_by_hand(tmp_path, monkeypatch, capsys):
     assert ("<!-- HKD-T -->" in nll, "<!-- Base -->" in nll) == (True, True)
 
 
+def test_rows_of_two_temperatures(tmp_path, monkeypatch):
+    """Each title says which, and only rows of one temperature are compared; an ensemble has no row of a teacher."""
+    study = tmp_path / "study"
+    write_cell(study, "teacher/big/seed-0", 26, 0.08)
+    write_cell(study, "same/base/seed-1", 20, 0.10)
+    write_cell(study, "same/hkd-t/seed-1", 23, 0.06, temperature=1.5)
+    write_cell(study, "same/random/seed-1", 22, 0.06, temperature=1.5)
+    write_cell(study, "same/word-kd-tau-2/seed-1", 24, 0.06, temperature=2.0)
+    for folder in (study / "same").glob("*/seed-1"):
+        about = json.loads((folder / "cell.json").read_text())
+        if about["teacher"]:
+            (folder / "cell.json").write_text(json.dumps(about | {"teacher": f"{about['teacher']}:teacher/big/seed-9"}))
+    lines = (make_tables(tmp_path, study, monkeypatch) / "tables.md").read_text().splitlines()
+    first = [line.split(" | ")[0][2:] for line in lines[4:] if line.startswith("| ")][:5]
+    assert first == ["method", "Base", "Base + temperature", "Word-KD, 0.5; 2", "HKD-T; 1.5"]
+    start = lines.index("| BLEU over | HKD-T; 1.5 | p, each seed |")
+    assert lines[start + 2 : start + 4] == ["| Word-KD, 0.5; 2 |  |  |", "| random gate; 1.5 | +1.0 | 1.000 |"]
+
+
 def test_tables_of_two_checkpoints(tmp_path, monkeypatch):
     """BLEU of the checkpoint with the highest validation BLEU, NLL and ECE of the one with the least NLL."""
     study = tmp_path / "study"
@@ -651,6 +685,18 @@ def test_tables_of_two_checkpoints(tmp_path, monkeypatch):
     rule = "translations by the checkpoint with the highest validation BLEU, the rest by that with the least NLL"
     assert f"Mean ± standard deviation over seeds; {rule}; scores on the test set. " in tables
     assert "\n| Base | 20.0 | 21.5 |  | 3.000 | 3.250 |  | 10.00 | 14.00 |  |\n" in tables
+
+
+def test_a_share_that_no_log_tells(tmp_path, monkeypatch):
+    """An empty cell, not one that says 0."""
+    study = tmp_path / "study"
+    write_cell(study, "same/base/seed-1", 20, 0.10)
+    file = study / "same/base/seed-1/scores.json"
+    scores = json.loads(file.read_text())
+    curve = [{key: value for key, value in point.items() if key != "teacher_share"} for point in scores["curve"]]
+    file.write_text(json.dumps({**scores, "teacher_share": None, "curve": curve}))
+    tables = (make_tables(tmp_path, study, monkeypatch) / "tables.md").read_text()
+    assert "\n| Base | 3.500 | 20 | 4.000 | 10.00 |  | 1.25 | 1,234 | 2.0 |\n" in tables
 
 
 def test_figures_of_a_single_epoch(tmp_path, monkeypatch):
