@@ -333,7 +333,8 @@ def how(study: Study) -> list[str]:
     text = []
     for key, name in names.items():
         text += [f"{name} `{one}`" for one in sorted({cell.scores["signatures"][key] for cell in cells})]
-    text.append(f"p: paired bootstrap between cells of one seed, which counts one tail, `{study.bootstrap_signature(cells[0])}`")
+    signed = study.bootstrap_signature(cells[0])
+    text.append(f"p: one tail of the paired bootstrap between cells of one seed, `{signed}`")
     chosen = "checkpoints chosen by validation NLL"
     if any(BEST_BLEU in cell.checkpoints for cell in cells):
         chosen = "translations by the checkpoint with the highest validation BLEU, the rest by that with the least NLL"
