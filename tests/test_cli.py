@@ -36,6 +36,8 @@ def by_hand(data: Path, model_paths: list[Path], subset: str) -> dict:
     """Teacher-forced scores straight from fairseq's own probabilities, one sentence at a time."""
     from fairseq import checkpoint_utils
 
+    import hgkd_fairseq.tasks  # noqa: F401  fairseq reads its checkpoints with a new torch then
+
     models, _, task = checkpoint_utils.load_model_ensemble_and_task(
         [str(path) for path in model_paths], arg_overrides={"data": str(data)}
     )
