@@ -90,8 +90,7 @@ def score_all(data: str, runs: Sequence[str], names: Sequence[str], how: ScoreOp
     references = generated.read_references(how.reference) if how.reference else None
     asked = itertools.product(map(Path, runs), names, how.pairs or [None])
     found = [Scoring(data, run, name, how, pair) for run, name, pair in asked]
-    for one in found:
-        one.check_references(references)
+    found[0].check_references(references)  # of one pair: the test set of all of them
     for one in found:
         print(*one.score(references), sep="\n", flush=True)
 
