@@ -160,6 +160,17 @@ def kill(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
     for one in stopped - {pid}:
         send(one, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while any(map(holds_files, stopped - {pid})) and time.monotonic() < deadline:  # and locks, which the next run needs
+        time.sleep(0.002)
+
+
+def holds_files(pid: int) -> bool:
+    """Whether the process exists and is not a zombie: one that is killed may need seconds for this on a busy machine."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def send(pid: int, number: signal.Signals) -> None:
