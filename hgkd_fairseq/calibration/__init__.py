@@ -1,4 +1,4 @@
-"""How well a model knows what it knows: streaming calibration scores. Importing it needs no fairseq."""
+"""Streaming calibration scores of a model's predictions. The package can be imported without fairseq."""
 
 from hgkd_fairseq.calibration.bootstrap import SentenceBootstrap
 from hgkd_fairseq.calibration.fine import FineHistogram, adaptive_ece

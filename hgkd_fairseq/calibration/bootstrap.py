@@ -1,4 +1,4 @@
-"""Confidence intervals by resampling sentences, streaming: the tokens of one sentence are not independent."""
+"""Streaming confidence intervals by bootstrap over sentences, as the tokens of one sentence are not independent."""
 
 from __future__ import annotations
 
@@ -9,30 +9,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LEVEL = 0.95
-SENTENCES = 1000  # whose draws are alive at a time
+LEVEL = 0.95  # of confidence intervals
+SENTENCES = 1000  # number of sentences whose draws are in memory at a time
 
 
 def poisson_draws(sentences: Sequence[int], replicates: int, seed: int) -> np.ndarray:
-    """(S, R) uint8, how often each of S sentences counts in each resample; see :class:`SentenceBootstrap`."""
-    found = np.empty((len(sentences), replicates), np.uint8)  # more than 255 times has a probability of 1e-508
+    """Draw how often each sentence counts in each resample; see :class:`SentenceBootstrap`.
+
+    Args:
+        sentences: S sentence numbers, at least 0.
+        replicates: R, number of resamples.
+        seed: random seed, at least 0.
+
+    Returns:
+        (S, R) uint8 counts.
+    """
+    found = np.empty((len(sentences), replicates), np.uint8)  # a count above 255 has a probability of 1e-508
     for row, number in zip(found, sentences, strict=True):
         row[:] = np.random.default_rng([seed, number]).poisson(1.0, replicates)
     return found
 
 
 class SentenceBootstrap:
-    """Sums of per-sentence statistics under `replicates` resamples of the sentences, in (replicates, K) numbers.
+    """Streaming Poisson bootstrap over sentences: sums of per-sentence statistics in each resample.
 
-    In each replicate a sentence counts as often as a Poisson variable of mean 1 says, which for many sentences is the
-    bootstrap's drawing with replacement (Hanley and MacGibbon 2006; Chamandy et al. 2012). The draws of a sentence
-    depend on the seed and its number alone: not on order, batches or workers, and two models scored on one test set are
-    resampled alike, so that the difference of their replicates is a paired bootstrap.
+    In each replicate the weight of a sentence is drawn from a Poisson distribution of mean 1, which for many sentences
+    approximates drawing with replacement (Hanley and MacGibbon 2006; Chamandy et al. 2012). The weights of a sentence
+    depend only on the seed and the sentence's number, not on order, batches or workers. Two models scored on the same
+    test set are therefore resampled alike, and the differences of their replicates form a paired bootstrap.
 
     Args:
-        statistics: K, numbers a sentence.
-        replicates: resamples.
-        seed: at least 0.
+        statistics: K, number of statistics per sentence.
+        replicates: R, number of resamples.
+        seed: random seed, at least 0.
+
+    Attributes:
+        sums: (R, K) fp64, weighted sums of the statistics.
     """
 
     def __init__(self, statistics: int, replicates: int = 1000, seed: int = 1):
@@ -40,7 +52,12 @@ class SentenceBootstrap:
         self.sums = torch.zeros(replicates, statistics, dtype=torch.float64)
 
     def update(self, sentences: Sequence[int], statistics: Tensor) -> None:
-        """Add S sentences: their numbers (each to be given once, at least 0) and statistics (S, K)."""
+        """Add sentences.
+
+        Args:
+            sentences: S sentence numbers, at least 0; equal numbers get equal weights.
+            statistics: (S, K), statistics of each sentence.
+        """
         statistics = statistics.cpu().double()
         for start in range(0, len(sentences), SENTENCES):
             some = slice(start, start + SENTENCES)
@@ -48,24 +65,28 @@ class SentenceBootstrap:
             self.sums += torch.from_numpy(draws).double().T @ statistics[some]
 
     def merge(self, other: SentenceBootstrap) -> None:
-        """Add the sentences of another one. Raises ValueError where seeds or shapes differ."""
+        """Add the sentences of another instance.
+
+        Raises:
+            ValueError: seeds, replicates or numbers of statistics differ.
+        """
         if (other.seed, other.sums.shape) != (self.seed, self.sums.shape):
             raise ValueError("cannot merge bootstraps of different seeds, replicates or statistics")
         self.sums = self.sums + other.sums
 
     def interval(self, score: Callable[[Tensor], Tensor], level: float = LEVEL) -> tuple[Tensor, Tensor]:
-        """Percentile interval (Efron and Tibshirani 1993, chapter 13) of a score.
+        """Return the percentile interval (Efron and Tibshirani 1993, chapter 13) of a score.
 
-        Noise makes an ECE larger, in a resample more than in the sample: where a model is all but calibrated, the
-        interval lies above the true ECE, and may lie above the sample's. In a simulation with 1,000 sentences it held a
-        true ECE of 8.5 % in 90 of 100 draws and one of 0.7 % (1.3 % in the sample) in none.
+        An ECE is biased upwards, in a resample more than in the sample: for an almost calibrated model the interval
+        lies above the true ECE, and may lie above that of the sample. In a simulation with 1,000 sentences it contained
+        a true ECE of 8.5 % in 90 of 100 draws, and one of 0.7 % (1.3 % in the sample) in none.
 
         Args:
-            score: of sums (R, K) the scores (R, ...); NaN where a replicate has none, which is left out.
-            level: share of the replicates between the ends.
+            score: function from sums (R, K) to scores (R, ...); replicates whose score is NaN are left out.
+            level: fraction of the replicates between the two ends.
 
         Returns:
-            The lower and the upper end, (...) each; NaN without replicates.
+            The lower and the upper end, (...) each; NaN where no replicate has a score.
         """
         values = score(self.sums)
         if not values.size(0):
@@ -77,7 +98,7 @@ class SentenceBootstrap:
 
 
 class Difference(NamedTuple):
-    """Of a score of two systems: the second's less the first's."""
+    """Difference of a score between two systems, second minus first, with its interval and p-value."""
 
     value: float
     low: float  # ends of the interval
@@ -86,17 +107,20 @@ class Difference(NamedTuple):
 
 
 def paired(
-    first: Tensor,  # (R,) a score of the first system under R resamples, NaN where one has none
-    second: Tensor,  # (R,) of the second under the same
-    value: float,
+    first: Tensor,  # (R,) score of the first system in each of R resamples; NaN where it has none
+    second: Tensor,  # (R,) score of the second system in the same resamples
+    value: float,  # the difference on the sample itself
     level: float = LEVEL,
 ) -> Difference:
-    """Paired bootstrap of a difference whose value on the sample is `value` (Koehn 2004; Efron and Tibshirani 1993,
+    """Test the difference of a score between two systems by paired bootstrap (Koehn 2004; Efron and Tibshirani 1993,
     section 16.4).
 
-    The resampled differences, moved to mean 0, show what chance alone would make of systems that do not differ; p is
-    how often it makes a difference as large as `value`, counting the sample itself as one resample, so it is never
-    below 1 / (R + 1). Resampling makes an ECE larger, but both systems' alike: much of it cancels in a difference.
+    The resampled differences, shifted to mean 0, are the distribution under the null hypothesis of equal systems. The
+    two-sided p is the fraction of them that are at least as large as `value` in absolute value, with the sample counted
+    as one more resample, so that it is never below 1 / (R + 1). Resampling biases an ECE upwards, but for both systems
+    alike: much of the bias cancels in a difference.
+
+    At least one resample must have a score of both systems; resamples without one are left out.
     """
     differences = second - first
     differences = differences[~differences.isnan()]

@@ -1,12 +1,12 @@
-"""Calibration without fixed bins, streaming: a fine table that equal-mass bins are cut from, and smooth ECE.
+"""Streaming calibration scores without fixed bins: adaptive and smooth ECE, from a fine table of confidences.
 
-adaptive ECE   the ECE over bins of equal mass (Nguyen and O'Connor 2015, section 3): edges at the quantiles of the
-               confidence. As netcal defines it (`ECE(bins, equal_intervals=False)`): edges by linear interpolation
-               between order statistics, a bin holds its lower edge, equal confidences are never parted.
+adaptive ECE   the ECE over bins of equal mass (Nguyen and O'Connor 2015, section 3), whose edges are quantiles of the
+               confidence. As in netcal (`ECE(bins, equal_intervals=False)`), quantiles are interpolated linearly
+               between order statistics, a bin includes its lower edge, and equal confidences share a bin.
 smooth ECE     Blasiok and Nakkiran 2024 (ICLR; arXiv:2309.12236), definitions 4 and 5: with the Gaussian kernel
                K of bandwidth s, reflected at 0 and 1,
                    smECE_s = integral over t in [0, 1] of |1/N sum_i K_s(t, f_i) (f_i - y_i)|
-               and smECE = the s with smECE_s = s.
+               and smECE is the s for which smECE_s = s.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor
 
 from hgkd_fairseq.calibration.histogram import CONFIDENCE, COUNT, check, count, ece, surplus
 
-# The top-1 confidences of a translation model crowd below 1, so cells halve in width with every halving of 1 - p.
+# Most top-1 confidences of a translation model are close to 1, so cells halve in width with every halving of 1 - p.
 OCTAVES = 32
-CELLS = 2048  # an octave; the widest cell is 1 / (2 * CELLS) = 0.00024
-MESH = 4096  # points of [0, 1] that smooth ECE is integrated over
+CELLS = 2048  # number of cells per octave; the widest is 1 / (2 * CELLS) = 0.00024
+MESH = 4096  # number of points in [0, 1] for the integral of smooth ECE
 
 
 def cell(confidence: Tensor) -> Tensor:
-    """(N,) index of the cell of each confidence, rising with it, in [0, OCTAVES * CELLS)."""
+    """Return the index of the cell of each confidence, (N,) int64 in [0, OCTAVES * CELLS), increasing with it."""
     distance = (1 - confidence.double()).nan_to_num().clamp(2.0**-OCTAVES, 1)
     mantissa, exponent = torch.frexp(distance)  # distance = mantissa * 2^exponent, mantissa in [1/2, 1)
     position = 2 * (1 - mantissa) - exponent  # 0 at distance 1, 1 at 1/2, 2 at 1/4
@@ -33,14 +33,19 @@ def cell(confidence: Tensor) -> Tensor:
 
 
 def equal_mass_bins(counts: Tensor, bins: int) -> Tensor:
-    """(C,) the equal-mass bin of each of C cells, or distinct confidences, that rise: how many of the quantiles 1/bins,
-    2/bins, ... of the predictions are at or below its last one."""
-    last = counts.cumsum(0) - 1  # rank of the last prediction of each cell
+    """Return the equal-mass bin, (C,) int64 in [0, bins), of each of C cells (or distinct confidences) in ascending
+    order: the number of quantiles 1/bins, 2/bins, ... of all predictions at or below the last prediction in the cell.
+
+    Args:
+        counts: (C,) number of predictions in each cell.
+        bins: number of bins.
+    """
+    last = counts.cumsum(0) - 1  # rank, from 0, of the last prediction in each cell
     return (last * bins / (counts.sum() - 1).clamp(min=1)).floor().long().clamp(0, bins - 1)
 
 
 def adaptive_ece(confidence, correct, bins: int = 20) -> float:
-    """Adaptive ECE of arrays, a fraction, exact: for N predictions that fit into memory.
+    """Return the exact adaptive ECE, a fraction, of N predictions in memory. NaN without predictions.
 
     Args:
         confidence: (N,) in [0, 1]; tensor or array.
@@ -48,7 +53,7 @@ def adaptive_ece(confidence, correct, bins: int = 20) -> float:
         bins: number of bins of equal mass.
 
     Raises:
-        ValueError: lengths differ, or a confidence is NaN or outside [0, 1].
+        ValueError: the arrays are not 1-d or differ in length, or a confidence is NaN or outside [0, 1].
     """
     confidence, correct = torch.as_tensor(confidence), torch.as_tensor(correct)
     check(confidence, correct)
@@ -60,8 +65,13 @@ def adaptive_ece(confidence, correct, bins: int = 20) -> float:
 
 
 class FineHistogram:
-    """Counts, summed confidence and summed correctness in 65,536 cells of confidence; 1.5 MB whatever the number of
-    predictions. Tables can be added up over batches and workers."""
+    """Counts, summed confidence and summed correctness in 65,536 cells of confidence.
+
+    It takes 1.5 MB whatever the number of predictions. Tables can be summed over batches and workers.
+
+    Attributes:
+        sums: (3, 65536) fp64, count, summed confidence and summed correctness of each cell.
+    """
 
     def __init__(self) -> None:
         self.sums = torch.zeros(3, OCTAVES * CELLS, dtype=torch.float64)
@@ -70,7 +80,7 @@ class FineHistogram:
         """Add N predictions: `confidence` (N,) in [0, 1], `correct` (N,) booleans or numbers in [0, 1].
 
         Raises:
-            ValueError: as of :meth:`CalibrationHistogram.update`.
+            ValueError: for the reasons of :meth:`CalibrationHistogram.update`.
         """
         confidence, correct = torch.as_tensor(confidence), torch.as_tensor(correct)
         check(confidence, correct)
@@ -82,19 +92,20 @@ class FineHistogram:
         self.sums = self.sums + other.sums.to(self.sums.device)
 
     def adaptive_ece(self, bins: int = 20) -> float:
-        """Adaptive ECE, a fraction. NaN without predictions.
+        """Return the adaptive ECE, a fraction. NaN without predictions.
 
-        It differs from the exact :func:`adaptive_ece` only by the predictions that share a cell with an edge: by at
-        most twice their share.
+        It differs from the exact :func:`adaptive_ece` by at most twice the fraction of predictions that share a cell
+        with the edge of a bin.
         """
         table = torch.zeros(3, bins, dtype=torch.float64, device=self.sums.device)
         table.index_add_(1, equal_mass_bins(self.sums[COUNT], bins), self.sums)
         return float(ece(table))
 
     def smooth_ece(self) -> float:
-        """Smooth ECE, a fraction, with the bandwidth that equals it. NaN without predictions.
+        """Return the smooth ECE, a fraction, at the bandwidth that equals it. NaN without predictions.
 
-        Within 1e-4 of the integral where it is above 0.001; the mesh is too coarse for smaller bandwidths.
+        The value is within 1e-4 of the exact one where it is above 0.001; the mesh is too coarse for smaller
+        bandwidths.
         """
         if not count(self.sums) > 0:
             return math.nan
@@ -102,30 +113,34 @@ class FineHistogram:
         low, high = 0.0, 1.0
         if smoothed_error(spectrum, high) >= high:
             return high
-        for _ in range(30):  # smECE_s falls as s rises, so it crosses s once
+        for _ in range(30):  # smECE_s decreases in s, so it crosses s once
             middle = (low + high) / 2
             low, high = (middle, high) if smoothed_error(spectrum, middle) > middle else (low, middle)
         return (low + high) / 2
 
     def spectrum(self) -> Tensor:
-        """(MESH + 1,) Fourier coefficients of the mean surplus of confidence over [0, 1] and its mirror image."""
+        """Return the (MESH + 1,) Fourier coefficients of the surplus of confidence, divided by the number of
+        predictions, as a function on [0, 1] followed by its mirror image."""
         filled = self.sums[COUNT] > 0
         sums = self.sums[:, filled]
-        # Each cell's surplus goes to the two points of the mesh, (j + 1/2) / MESH, on either side of its mean.
+        # The surplus of a cell is divided between the two mesh points, (j + 1/2) / MESH, on either side of its mean.
         position = sums[CONFIDENCE] / sums[COUNT] * MESH - 0.5
         below = position.floor()
         share = position - below
         mass = surplus(sums) / sums[COUNT].sum()
         mesh = torch.zeros(MESH, dtype=torch.float64, device=sums.device)
-        # Beyond the first and the last point lie their own mirror images.
+        # The neighbour beyond the first or the last point is that point's own mirror image.
         mesh.index_add_(0, below.long().clamp(0, MESH - 1), mass * (1 - share))
         mesh.index_add_(0, (below.long() + 1).clamp(0, MESH - 1), mass * share)
         return torch.fft.rfft(torch.cat([mesh, mesh.flip(0)]))
 
 
 def smoothed_error(spectrum: Tensor, bandwidth: float) -> float:
-    """smECE_s at bandwidth s. On the circle of [0, 1] and its mirror image a Gaussian is reflected by itself, and damps
-    the k-th wave, cos(pi k t), by exp(-(pi k s)^2 / 2)."""
+    """Return smECE_s at bandwidth s, from the coefficients of :meth:`FineHistogram.spectrum`.
+
+    On the circle made of [0, 1] and its mirror image, convolution with a Gaussian includes its reflections, and
+    multiplies the k-th component, cos(pi k t), by exp(-(pi k s)^2 / 2).
+    """
     wave = torch.arange(spectrum.numel(), dtype=torch.float64, device=spectrum.device)
     smooth = torch.fft.irfft(spectrum * torch.exp(-0.5 * (math.pi * bandwidth * wave).square()), n=2 * MESH)
     return float(smooth[:MESH].abs().sum())

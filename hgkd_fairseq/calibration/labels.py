@@ -1,29 +1,36 @@
-"""Which tokens of a translation are right: labels from the alignment of TER, as Wang et al. 2020 take them (ACL, "On
-the Inference Calibration of NMT", section 3; their published scripts). The alignment is sacreBLEU's."""
+"""Labels that say which tokens of a translation are right, from the TER alignment with the reference, as in Wang et al.
+2020 (ACL, "On the Inference Calibration of NMT", section 3) and their published scripts. The alignment is sacreBLEU's.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-# translation_edit_rate() tells the number of edits only; these are the parts that it is made of.
+# translation_edit_rate() returns only the number of edits, so the functions that it is made of are used directly.
 from sacrebleu.metrics.lib_ter import _MAX_SHIFT_CANDIDATES, BeamEditDistance, _shift
 
-MATCH, MISSING, EXTRA = " ", "i", "d"  # in a trace; what is left is a substitution
+MATCH, MISSING, EXTRA = " ", "i", "d"  # operations of a trace; the remaining one, "s", is a substitution
 
 
 class _Placed(str):
-    """A token that remembers its place while TER shifts it about."""
+    """A token with its position in the hypothesis, which stays the same when TER shifts the token."""
 
     place: int
 
 
 def alignment(hypothesis: Sequence[str], reference: Sequence[str]) -> tuple[list[int], str, int]:
-    """TER's alignment: shifts of the hypothesis as long as they save edits, then the least edits.
+    """Align a hypothesis with a reference as TER does: shift parts of the hypothesis as long as that saves edits, then
+    compute the edits.
+
+    Args:
+        hypothesis: n tokens.
+        reference: m tokens.
 
     Returns:
-        The places (0-based, in the hypothesis) of the tokens in shifted order; the trace, one character an edit in that
-        order: MATCH, "s" for a substitution, MISSING for a reference token without a counterpart (TER's deletion),
-        EXTRA for a hypothesis token without one (its insertion); the number of shifts.
+        The positions (from 0, in the hypothesis) of the n tokens in shifted order.
+        The trace, one character per operation, in that order: MATCH, "s" for a substitution, MISSING for a reference
+        token without a counterpart (a deletion in TER), EXTRA for a hypothesis token without one (an insertion in TER).
+        The number of shifts.
     """
     words: list[str] = []
     for place, token in enumerate(hypothesis):
@@ -42,20 +49,20 @@ def alignment(hypothesis: Sequence[str], reference: Sequence[str]) -> tuple[list
 
 
 def ter_labels(hypothesis: Sequence[str], reference: Sequence[str], deletion_rule: bool = True) -> list[bool]:
-    """Whether each token of the hypothesis, and then its end of sentence, is right.
+    """Return whether each token of a hypothesis, and its end of sentence, is right.
 
-    A token is right where TER's alignment matches it with the reference, in place or after a shift. The end of sentence
-    stands behind both sides, where it always matches.
+    A token is right if the TER alignment matches it with an equal token of the reference, in place or after a shift.
+    The end of sentence is appended to both sides after the alignment, so that it always matches.
 
     Args:
         hypothesis: n tokens.
-        reference: m tokens, of the same segmentation.
-        deletion_rule: the published rule: the token right after a deletion (in the alignment, so after the shifts) is
-            wrong even where it matches. With it an end of sentence that comes too early is wrong; without it, it never
-            is.
+        reference: m tokens in the same segmentation.
+        deletion_rule: whether to apply the published rule that a token directly after a deletion (in the alignment,
+            that is after the shifts) is wrong even if it matches. With the rule, an end of sentence that comes too
+            early is wrong; without it, an end of sentence is always right.
 
     Returns:
-        n + 1 booleans.
+        n + 1 booleans, in the order of the hypothesis; the last one is that of the end of sentence.
     """
     places, trace, _ = alignment(hypothesis, reference)
     labels = [False] * (len(hypothesis) + 1)

@@ -1,24 +1,29 @@
-"""Subword pieces and the words they make."""
+"""Conversion of subword pieces to words, for sentencepiece and subword-nmt."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-SENTENCEPIECE, SUBWORD_NMT = "▁", "@@"  # the marks of a blank and of a word that goes on
+SENTENCEPIECE, SUBWORD_NMT = "▁", "@@"  # marks of a blank, and of a piece that does not end its word
 
 
 def gold(dictionary, index: int) -> str:
-    """The piece of a reference that is known by its number in fairseq's dictionary, as fairseq-generate writes it: an
-    unknown one is <<unk>>, which no model can say, so that the unknown is never taken for right."""
+    """Return the piece with an index in fairseq's dictionary, as fairseq-generate writes it in references.
+
+    The unknown piece is <<unk>>, which no model can produce, so that it is never counted as right.
+    """
     return dictionary.unk_string(escape=True) if index == dictionary.unk() else dictionary[index]
 
 
 def mark(sentences: Iterable[Sequence[str]]) -> str:
-    """The mark that pieces of these sentences bear, the more frequent one where both are there; "" where they bear
-    none. Sentencepiece marks nearly every sentence: where most do not bear it, it is a character of a text."""
+    """Detect the mark of the pieces in some sentences: SENTENCEPIECE, SUBWORD_NMT, or "" if there is neither.
+
+    If both occur, the more frequent one is returned. As sentencepiece marks nearly every sentence, its mark is taken
+    for an ordinary character if fewer than half of the non-empty sentences contain it.
+    """
     found: Counter[str] = Counter()
-    count = bearing = 0  # sentences
+    count = bearing = 0  # non-empty sentences, and those with the mark of sentencepiece
     for tokens in sentences:
         marked = sum(SENTENCEPIECE in token for token in tokens)
         found[SENTENCEPIECE] += marked
@@ -31,17 +36,21 @@ def mark(sentences: Iterable[Sequence[str]]) -> str:
 
 
 def spans_words(token: str) -> bool:
-    """Whether a piece of sentencepiece holds the end of one word and the beginning of another: ▁of▁the."""
+    """Return whether a sentencepiece piece spans the boundary of two words, as ▁of▁the does."""
     return SENTENCEPIECE in token.strip(SENTENCEPIECE)
 
 
 def words(tokens: Sequence[str], mark: str) -> list[list[int]]:
-    """The indices of the pieces of each word; of each run of words that a piece holds together, where a piece spans
-    words."""
+    """Return the indices of the pieces of each word; words that are joined by a piece that spans them form one group.
+
+    Args:
+        tokens: pieces of a sentence.
+        mark: their mark, as :func:`mark` returns it.
+    """
     groups: list[list[int]] = []
     for index, token in enumerate(tokens):
         before = tokens[index - 1] if index else ""
-        if mark == SENTENCEPIECE:  # a mark ends a piece where sentencepiece was trained with treat_whitespace_as_suffix
+        if mark == SENTENCEPIECE:  # with treat_whitespace_as_suffix, sentencepiece puts the mark at the end of pieces
             begins = token.startswith(SENTENCEPIECE) or (before.endswith(SENTENCEPIECE) and before != SENTENCEPIECE)
         else:
             begins = not (mark and before.endswith(mark))
@@ -52,13 +61,16 @@ def words(tokens: Sequence[str], mark: str) -> list[list[int]]:
 
 
 def join(tokens: Sequence[str], mark: str) -> list[str]:
-    """The words of :func:`words` without marks."""
+    """Return the words of a sentence (the groups of :func:`words`) as text without marks."""
     return [text([tokens[index] for index in group], mark) for group in words(tokens, mark)]
 
 
 def text(tokens: Sequence[str], mark: str) -> str:
-    """The sentence that the pieces make, as fairseq's post_process has it: joined, and then each mark of sentencepiece
-    is a blank, wherever in a piece it stands."""
+    """Return the text of a sentence in pieces, as fairseq's post_process makes it.
+
+    With sentencepiece, the pieces are concatenated and every mark, wherever it is in a piece, becomes a blank. With
+    subword-nmt, the marks and the blanks after them are removed. Without a mark, the pieces are joined by blanks.
+    """
     if mark == SENTENCEPIECE:
         return "".join(tokens).replace(SENTENCEPIECE, " ").strip()
     line = " ".join(tokens)

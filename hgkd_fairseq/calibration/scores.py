@@ -1,4 +1,4 @@
-"""Scores with their signatures and intervals, and the accumulators that they are read from."""
+"""Scores with their signatures and intervals, and the accumulators that compute them from predictions."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ from hgkd_fairseq.calibration.bootstrap import LEVEL, SentenceBootstrap
 from hgkd_fairseq.calibration.fine import FineHistogram
 from hgkd_fairseq.errors import UserError
 
-MOST_RESAMPLED = 20_000_000  # bins x replicates: 1.5 GB of sums
+MOST_RESAMPLED = 20_000_000  # bins x replicates; a Predictions then has 0.5 GB of sums, and about three exist at a time
 
 
 @dataclass(frozen=True)
 class Score:
-    """One number, how it was computed, and its interval. Fractions, but for what has another unit."""
+    """A score with its signature and its interval.
 
-    key: str  # "ece"; "ece_without_eos"
-    signature: str  # ECE|bins:20|mode:forced|eos:yes|tok:bpe|version:0.1.0
+    Value and interval are fractions if the unit is "%" (they are multiplied by 100 for display only), and in the given
+    unit otherwise.
+    """
+
+    key: str  # such as "ece" or "ece_without_eos"
+    signature: str  # such as ECE|bins:20|mode:forced|eos:yes|tok:bpe|version:0.1.0
     value: float
-    low: float | None = None  # ends of the interval; None where none is computed
+    low: float | None = None  # lower and upper end of the interval; None if there is no interval
     high: float | None = None
     unit: str = "%"
 
@@ -40,18 +44,25 @@ class Score:
 
 
 def signature(name: str, **parts: Any) -> str:
-    """How a number was computed, in sacreBLEU's manner: signature("ECE", bins=20) is ECE|bins:20|version:0.1.0."""
+    """Return a signature in the style of sacreBLEU, which says how a score is computed.
+
+    For example, signature("ECE", bins=20) is "ECE|bins:20|version:0.1.0".
+    """
     return "|".join([name, *(f"{key}:{value}" for key, value in parts.items()), f"version:{hgkd_fairseq.__version__}"])
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How scores are computed, whatever the predictions."""
+    """Settings for the computation of scores.
+
+    Raises:
+        UserError: `bins` x `replicates` is more than MOST_RESAMPLED.
+    """
 
     bins: int = 20
-    min_count: int = 1  # predictions that a bin needs to count for the MCE
-    replicates: int = 1000  # of the bootstrap; 0: no intervals
-    seed: int = 1
+    min_count: int = 1  # least number of predictions in a bin that is considered for the MCE
+    replicates: int = 1000  # number of bootstrap resamples; 0: no intervals
+    seed: int = 1  # random seed of the bootstrap
 
     def __post_init__(self):
         if self.bins * self.replicates > MOST_RESAMPLED:
@@ -59,7 +70,7 @@ class Settings:
 
 
 class Mean(NamedTuple):
-    """A score that is the mean of a number per prediction."""
+    """Description of a score that is the mean of one number per prediction: key, name in signatures, and unit."""
 
     key: str
     name: str
@@ -67,17 +78,20 @@ class Mean(NamedTuple):
 
 
 BRIER_TOP1 = Mean("brier_top1", "BrierTop1")
-NLL_TOP1 = Mean("nll_top1", "NLLTop1", "bits")  # of the event that the top-1 prediction is right
+NLL_TOP1 = Mean("nll_top1", "NLLTop1", "bits")  # NLL of the event that the top-1 prediction is right
 
 
 class Predictions:
-    """Accumulators of one kind of predictions (tokens with EOS, tokens without, sentences); constant memory.
+    """Accumulator of one kind of predictions (tokens with EOS, tokens without EOS, or sentences), in constant memory.
 
     Args:
-        settings: see there.
-        suffix: of the scores' keys.
-        parts: of the signatures, after the number of bins.
-        means: further numbers per prediction, given to :meth:`update` by their key.
+        settings: settings of the scores.
+        suffix: suffix of the keys of all scores.
+        parts: parts of all signatures, after the number of bins.
+        means: further scores, the numbers for which are passed to :meth:`update` by their keys.
+
+    Attributes:
+        sums: (K,) fp64, K = 3 * bins + number of means: the flattened (3, bins) table, and the sum for each mean.
     """
 
     def __init__(self, settings: Settings, suffix: str = "", parts: dict[str, Any] | None = None, means=()):
@@ -86,19 +100,21 @@ class Predictions:
         self.fine = FineHistogram()
         self.sums = torch.zeros(3 * settings.bins + len(self.means), dtype=torch.float64)
         self.bootstrap = SentenceBootstrap(self.sums.numel(), settings.replicates, settings.seed)
-        self.distributions: Tensor | None = None  # (2, 3, bins), where they are known: for weighted ECE and Full-ECE
+        self.distributions: Tensor | None = None  # (2, 3, bins), for weighted ECE and Full-ECE; None if unknown
 
     def update(self, sentence: Tensor, confidence: Tensor, correct: Tensor, **means: Tensor) -> None:
-        """Add N predictions of whole sentences: each sentence's in one call.
+        """Add N predictions.
 
         Args:
-            sentence: (N,) int64, number of the sentence.
+            sentence: (N,) int64, number of the sentence of each prediction, at least 0.
             confidence: (N,) in [0, 1].
             correct: (N,) booleans or numbers in [0, 1].
-            means: (N,) each, by key.
+            means: (N,) numbers for each of the further means, by key.
 
         Raises:
-            ValueError: a confidence is NaN or outside [0, 1].
+            ValueError: `confidence` and `correct` are not 1-d or differ in length, or a confidence is NaN or outside
+                [0, 1].
+            KeyError: the numbers for one of the means are missing.
         """
         sentence, confidence, correct = sentence.cpu(), confidence.cpu().double(), correct.cpu().double()
         self.fine.update(confidence, correct)  # checks them
@@ -116,7 +132,11 @@ class Predictions:
             self.bootstrap.update(numbers.tolist(), statistics)
 
     def merge(self, other: Predictions) -> None:
-        """Add the predictions of other sentences, of another worker say."""
+        """Add the predictions of another accumulator, for example of another worker.
+
+        Raises:
+            ValueError: seeds, numbers of replicates or numbers of statistics differ.
+        """
         self.fine.merge(other.fine)
         self.bootstrap.merge(other.bootstrap)
         self.sums = self.sums + other.sums
@@ -124,12 +144,12 @@ class Predictions:
             self.add_distributions(other.distributions)
 
     def add_distributions(self, tables: Tensor) -> None:
-        """Add the (2, 3, bins) tables of :func:`distribution.distribution_tables`, of one group."""
+        """Add the tables (2, 3, bins) of one group, as :func:`distribution.distribution_tables` returns them."""
         tables = tables.cpu()
         self.distributions = tables if self.distributions is None else self.distributions + tables
 
     def table(self, sums: Tensor) -> Tensor:
-        """(..., 3, bins) of sums (..., K)."""
+        """Return the tables (..., 3, bins) in sums (..., K)."""
         return sums[..., : 3 * self.settings.bins].unflatten(-1, (3, self.settings.bins))
 
     @property
@@ -140,7 +160,15 @@ class Predictions:
         return [*self.binned_scores(), *self.fine_scores(), *self.mean_scores(), *self.corp_scores()]
 
     def score(self, key: str, name: str, function: Callable[[Tensor], Tensor], unit: str = "%", **first: Any) -> Score:
-        """A score of sums (..., K), with its interval; `first` opens its signature."""
+        """Compute a score and its interval.
+
+        Args:
+            key: key, without the suffix.
+            name: name in the signature.
+            function: function from sums (..., K) to the score (...).
+            unit: unit of the score.
+            first: first parts of the signature, before those of all scores.
+        """
         low = high = None
         if self.settings.replicates:
             low, high = (float(end) for end in self.bootstrap.interval(function))
@@ -148,7 +176,7 @@ class Predictions:
         return Score(key + self.suffix, text, float(function(self.sums)), low, high, unit)
 
     def binned_scores(self) -> list[Score]:
-        """ECE, MCE, RMS, and the two parts of the ECE."""
+        """Compute ECE, MCE, root mean square calibration error, and the two parts of the ECE, with intervals."""
         bins, least = self.settings.bins, self.settings.min_count
 
         def of_table(function):
@@ -163,8 +191,11 @@ class Predictions:
         ]
 
     def fine_scores(self) -> list[Score]:
-        """Debiased, adaptive, smooth and, where whole distributions are known, weighted and full ECE; without
-        intervals: a resample would bring back the bias that was taken out."""
+        """Compute debiased, adaptive, smooth and, if whole distributions are known, weighted and full ECE.
+
+        They have no intervals: resampling would add the bias that debiasing removes, and only the table of equal-width
+        bins is resampled.
+        """
         bins, table = self.settings.bins, self.table(self.sums)
         found = [
             ("debiased_ece", signature("DebiasedECE", bins=bins, **self.parts), float(histogram.debiased_ece(table))),
@@ -180,8 +211,8 @@ class Predictions:
         return [Score(key + self.suffix, text, value) for key, text, value in found]
 
     def corp_scores(self) -> list[Score]:
-        """Miscalibration, discrimination and uncertainty of the top-1 prediction's Brier score and NLL; without
-        intervals."""
+        """Compute miscalibration, discrimination and uncertainty of the Brier score and the NLL of the top-1
+        prediction, without intervals."""
         brier, nll = (float(self.average(self.sums, mean)) for mean in (BRIER_TOP1, NLL_TOP1))
         splits = corp.split(self.fine.sums, brier, nll)
         return [
@@ -193,7 +224,7 @@ class Predictions:
         ]
 
     def mean_scores(self) -> list[Score]:
-        """Accuracy, mean confidence, and the means of what else was given."""
+        """Compute accuracy, mean confidence and all further means, with intervals."""
         found = [
             self.score("accuracy", "Accuracy", lambda sums: histogram.accuracy(self.table(sums))),
             self.score("confidence", "Confidence", lambda sums: histogram.mean_confidence(self.table(sums))),
@@ -203,11 +234,15 @@ class Predictions:
         return found
 
     def average(self, sums: Tensor, mean: Mean) -> Tensor:
-        """(...) of sums (..., K). NaN without predictions."""
+        """Return the mean of the numbers for `mean`, (...), from sums (..., K). NaN without predictions."""
         return sums[..., 3 * self.settings.bins + self.means.index(mean)] / histogram.count(self.table(sums))
 
     def bars(self) -> dict[str, list[float]]:
-        """Per bin: count, summed confidence and correctness, and the ends of the accuracy's interval."""
+        """Return count, summed confidence and summed correctness of each bin, in lists of length bins.
+
+        With replicates, "low" and "high" are the ends of the intervals of the accuracies; 0 and 1 in bins that are
+        empty in all resamples.
+        """
         names = ("count", "confidence", "correct")
         result = {name: row.tolist() for name, row in zip(names, self.table(self.sums), strict=True)}
         if self.settings.replicates:
@@ -221,20 +256,23 @@ class Predictions:
         return result
 
     def resampled_ece(self) -> list[float]:
-        """The ECE of each resample. Two models scored on one test set with one seed are resampled alike: differences of
-        these make a paired bootstrap (:func:`bootstrap.paired`)."""
+        """Return the ECE of each resample, a list of length replicates.
+
+        Two models scored on the same test set with the same seed are resampled alike, so the differences of their ECEs
+        form a paired bootstrap (:func:`bootstrap.paired`).
+        """
         return histogram.ece(self.table(self.bootstrap.sums)).tolist()
 
 
 @dataclass(frozen=True)
 class Results:
-    """What one command measured."""
+    """Result of one evaluation command, with all scores and histograms."""
 
-    about: dict[str, Any]  # mode, files, counts
+    about: dict[str, Any]  # mode, files and counts
     settings: Settings
     scores: list[Score]
-    histograms: dict[str, dict[str, list[float]]]  # by "eos:yes", "eos:no": Predictions.bars()
-    resampled_ece: dict[str, list[float]]  # likewise: Predictions.resampled_ece()
+    histograms: dict[str, dict[str, list[float]]]  # Predictions.bars() by "eos:yes" and "eos:no"
+    resampled_ece: dict[str, list[float]]  # Predictions.resampled_ece() by the same keys
 
     def __getitem__(self, key: str) -> Score:
         return next(score for score in self.scores if score.key == key)
@@ -249,8 +287,8 @@ class Results:
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        """Values by key at the top, for reading by eye and by scripts; the scores with all they have below. NaN, which
-        JSON does not have, is null."""
+        """Return the content of the JSON file: the value of each score by its key at the top level, and all fields of
+        the scores in the list "scores". NaN, which JSON does not support, becomes None."""
         rows = [asdict(score) for score in self.scores]
         for row in rows:
             row |= {key: None for key in ("value", "low", "high") if row[key] is not None and math.isnan(row[key])}

@@ -1,4 +1,4 @@
-"""Temperature scaling (Guo et al., ICML 2017, section 4.2): the one number that divides the logits, fitted by NLL."""
+"""Temperature scaling (Guo et al., ICML 2017, section 4.2): a scalar that divides the logits, fitted by NLL."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-HIGHEST = 20.0  # temperatures from 1 / HIGHEST to HIGHEST are tried
-TOLERANCE = 1e-4  # of the temperature, relative
-MOST_PASSES = 30
+HIGHEST = 20.0  # the search covers temperatures from 1 / HIGHEST to HIGHEST
+TOLERANCE = 1e-4  # relative change of the inverse temperature at which the search stops
+MOST_PASSES = 30  # evaluations of the derivatives, each of which usually is a pass over the data
 
 
 def nll_slopes(logprobs: Callable[[Tensor], Tensor], gold: Tensor, inverse: float) -> tuple[float, float]:
-    """First and second derivative of the summed NLL (nats) by the inverse temperature.
+    """Return the first and second derivative of the summed NLL (nats) with respect to the inverse temperature.
 
     Args:
-        logprobs: temperature (0-d) -> (N, V) log-probabilities, differentiable twice.
-        gold: (N,) int64.
+        logprobs: function from a temperature (0-d tensor) to log-probabilities (N, V), twice differentiable.
+        gold: (N,) int64, gold tokens.
+        inverse: inverse temperature at which the derivatives are evaluated.
     """
     with torch.enable_grad():
         beta = torch.tensor(inverse, dtype=torch.float64, device=gold.device, requires_grad=True)
@@ -29,9 +30,18 @@ def nll_slopes(logprobs: Callable[[Tensor], Tensor], gold: Tensor, inverse: floa
 
 
 def fit(slopes: Callable[[float], tuple[float, float]]) -> float | None:
-    """The temperature of least NLL, from the two derivatives that `slopes` gives at an inverse temperature: Newton's
-    method from 1, with bisection where it leaves the bracket. The NLL of one model is convex in the inverse
-    temperature, so there is one such place. None where there is none between 1 / HIGHEST and HIGHEST.
+    """Return the temperature that minimises the NLL, by Newton's method in the inverse temperature, starting at 1.
+
+    A step that leaves the bracket is replaced by bisection. The NLL of a single model is convex in the inverse
+    temperature, so it has at most one minimum.
+
+    Args:
+        slopes: function from an inverse temperature to the first and second derivative of the NLL, such as
+            :func:`nll_slopes`.
+
+    Returns:
+        The temperature; None if there is no minimum between 1 / HIGHEST and HIGHEST, or if the search has not converged
+        after MOST_PASSES evaluations.
     """
     low, high = 1 / HIGHEST, HIGHEST
     inverse = 1.0

@@ -1,3 +1,4 @@
-"""fairseq's criterions of this plugin. A worker that is sent the options of one imports it: all of it is registered."""
+"""The criterion of this plugin. A worker that unpickles its options imports this package, which registers all that the
+plugin adds to fairseq."""
 
 import hgkd_fairseq.tasks  # noqa: F401

@@ -1,4 +1,4 @@
-"""What is logged of each language pair of a task of several, and what the gate `pair` decides by it."""
+"""Metrics for each language pair of a multilingual task, and the decisions of gate `pair` that depend on them."""
 
 from __future__ import annotations
 
@@ -22,19 +22,29 @@ from hgkd_fairseq.teacher import Signal
 
 logger = logging.getLogger(__name__)
 
-# Beginnings of the keys of log outputs, before the pair's name.
+# Prefixes of keys of the logging outputs; the name of the pair follows.
 SUMS, TABLE, TEACHER = "pair ", "calibration of pair ", "teacher of pair "
-ROWS = 256  # of the vocabulary's width that are alive at a time
+ROWS = 256  # tokens whose logits are in memory at a time
 
 
 def of_tokens(out: DistillationOutput, sample: dict) -> Tensor:
-    """(N,) the pair of each token."""
+    """Return the index (N,) of the language pair of each non-pad token."""
     return sample["pair"].to(out.rows.device)[out.rows // max(out.tokens_mask.size(1), 1)]
 
 
 def sums(out: DistillationOutput, sample: dict, names: Sequence[str]) -> dict[str, Tensor]:
-    """Of a batch by pair: tokens, NLL (nats) and the teacher's share, (3,), and in validation its table of confidences.
-    All pairs are in it, whichever the batch has."""
+    """Return the sums that are logged for each pair of a batch; those of several batches may be added.
+
+    Args:
+        out: output of the loss for the batch.
+        sample: batch of fairseq, with "pair" (B,), the index of each sentence's pair.
+        names: names of all pairs; if empty, the result is too.
+
+    Returns:
+        For each pair, also one that the batch does not contain, by prefix: `SUMS`, a tensor (3,) of the number of
+        tokens, their summed NLL (nats) and their summed teacher share; `TABLE`, in validation only, the calibration
+        table (3, bins).
+    """
     if not names:
         return {}
     of_token, results = of_tokens(out, sample), out.results
@@ -55,7 +65,15 @@ def sums(out: DistillationOutput, sample: dict, names: Sequence[str]) -> dict[st
 def teacher_sums(
     signal: Signal, out: DistillationOutput, sample: dict, target: Tensor, names: Sequence[str]
 ) -> dict[str, Tensor]:
-    """By pair: tokens, and those of which the teacher's top-1 prediction is right, (2,)."""
+    """Return for each pair, by prefix `TEACHER`, its tokens and the number that the teacher predicts right, (2,).
+
+    Args:
+        signal: the teacher's view of the batch, with features (B, T, D).
+        out: output of the loss for the batch.
+        sample: batch of fairseq, with "pair" (B,).
+        target: gold tokens (B, T), which are compared with the teacher's top-1 predictions.
+        names: names of all pairs.
+    """
     heads = [head._replace(hidden=head.hidden.flatten(0, 1)[out.rows]) for head in signal.heads]  # (N, D)
     gold, correct = target.flatten()[out.rows], []
     for start in range(0, len(gold), ROWS):
@@ -69,7 +87,12 @@ def teacher_sums(
 
 
 def reduce(key: str, total: Callable[[str], Tensor]) -> None:
-    """Log what stands under a key of the log outputs, where it is one of these."""
+    """Log the metrics of a key of the logging outputs if it has one of the prefixes above.
+
+    Args:
+        key: key of the logging outputs.
+        total: returns the sum of all workers' values of a key.
+    """
     if key.startswith(SUMS):
         name = key.removeprefix(SUMS)
         tokens, nll, share = total(key)
@@ -93,8 +116,14 @@ def ece(table: str, meters: Any) -> float:
 
 
 def check(cfg: Any, names: Sequence[str]) -> None:
-    """Raises:
-    UserError: gate `pair` cannot be used.
+    """Check that gate `pair` can be used.
+
+    Args:
+        cfg: options of the criterion.
+        names: names of the task's language pairs.
+
+    Raises:
+        UserError: if there are no language pairs or no validation.
     """
     if not names:
         raise UserError(
@@ -105,7 +134,14 @@ def check(cfg: Any, names: Sequence[str]) -> None:
 
 
 def compare(pair: Pair, names: Sequence[str], subset: str, meters: Any) -> None:
-    """Called after a subset has been validated: which pairs go on to learn from their teachers."""
+    """Let the gate decide, after a validation, which pairs continue to learn from their teachers, and log it.
+
+    Args:
+        pair: the gate.
+        names: names of the pairs, in the order of their indices.
+        subset: name of the validated subset.
+        meters: its meters, with the accuracies of student and teacher for each pair.
+    """
     student, teacher = (
         torch.tensor([float(meters[f"{name}_{whose}accuracy"].avg) for name in names]) for whose in ("", "teacher_")
     )

@@ -1,4 +1,4 @@
-"""A batch in, its loss and log lines out. The mathematics is in gates/ and loss/."""
+"""The loss and the logging outputs of a batch. The equations are in gates/ and loss/."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 
 
 def teaching(criterion: HardGateKDCriterion) -> TeacherSource | None:
-    """The teacher; None before --distill-start-update, for a gate that needs none, and where a teacher that is the
-    student's own past has not come into being."""
+    """Return the teacher, or None if it is not used yet or at all.
+
+    None for a gate that needs no teacher, in training before --distill-start-update, and while a teacher that is a
+    previous state of the student does not exist.
+    """
     teacher, updates = criterion.teacher(), criterion.state.updates
     training = torch.is_grad_enabled() and updates is not None
     if teacher is None or not teacher.ready or (training and updates < criterion.cfg.distill_start_update):
@@ -32,7 +35,15 @@ def teaching(criterion: HardGateKDCriterion) -> TeacherSource | None:
 
 
 def forward(criterion: HardGateKDCriterion, model: torch.nn.Module, sample: dict) -> tuple[Tensor, int, dict[str, Any]]:
-    """The summed loss, the sample size that divides its gradient, and log outputs that can be summed."""
+    """Return the summed loss of a batch (scalar, nats), the sample size that divides its gradient, and logging outputs.
+
+    Args:
+        criterion: the criterion, with its options, gate and teacher.
+        model: the student, which may be wrapped.
+        sample: batch of fairseq, with targets (B, T).
+
+    The logging outputs are sums, which may be added over batches and workers.
+    """
     cfg, state, pad = criterion.cfg, criterion.state, criterion.padding_idx
     skip, validating, teacher = cfg.ignore_prefix_size, not torch.is_grad_enabled(), teaching(criterion)
     own: list[bool] | None = None
@@ -93,7 +104,8 @@ def forward(criterion: HardGateKDCriterion, model: torch.nn.Module, sample: dict
             kept = target != pad
             seen = student._replace(hidden=student.hidden[kept])
             loss = loss + criterion.learned_teacher.objective(seen, target[kept])
-        if "language_tokens" in sample:  # generation is given them, and yet counts their probabilities
+        # Generation is given the language tokens but adds their log-probabilities to the score, so they are learned.
+        if "language_tokens" in sample:
             given = sample["language_tokens"][:, skip:]
             loss = loss + from_data(student, given, padding_idx=pad, implementation=cfg.loss_impl).loss
         workers.show(out, criterion.gate, state.idle)

@@ -1,4 +1,4 @@
-"""The student beside the data alone: language tokens, and what a gate reads with --gate-dropout off."""
+"""Losses from the data alone: of language tokens, and what a gate reads of the student with --gate-dropout off."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from hgkd_fairseq.plugin import features
 
 
 def from_data(student: Head, target: Tensor, **options: Any) -> DistillationOutput:
-    """Cross-entropy.
+    """Return the cross-entropy of the student on the targets, as :func:`gated_distillation` with gate "none".
 
     Args:
-        student: hidden (B, T, D).
-        target: (B, T).
-        options: of :func:`gated_distillation`.
+        student: features (B, T, D) and output layer.
+        target: gold tokens (B, T).
+        options: further options of :func:`gated_distillation`.
     """
     return gated_distillation(
         student.hidden, student.weight, None, None, target, gate="none", student_bias=student.bias, **options
@@ -26,12 +26,15 @@ def from_data(student: Head, target: Tensor, **options: Any) -> DistillationOutp
 
 @torch.no_grad()
 def gold_logprob(model: torch.nn.Module, sample: dict, target: Tensor, **options) -> Tensor:
-    """(B, T) log-probabilities (nats) of the gold tokens under a model without dropout, by another forward pass.
+    """Return the log-probabilities (B, T), in nats, of the gold tokens under a model without dropout; 0 at pads.
+
+    This takes another forward pass.
 
     Args:
-        sample: a batch of fairseq's.
-        target: (B, T), the last T tokens of the batch's targets.
-        options: of :func:`gated_distillation`.
+        model: the student.
+        sample: batch of fairseq.
+        target: gold tokens (B, T), the last T columns of the batch's targets.
+        options: options of :func:`gated_distillation`.
     """
     with features.without_dropout(model):
         student = features.head(model, sample["net_input"])

@@ -1,4 +1,4 @@
-"""Criterion ``hard_gate_kd``: its options, gate and teacher. What a batch costs is in forward.py."""
+"""Criterion ``hard_gate_kd``: its options, gate and teacher. The loss of a batch is computed in forward.py."""
 
 from __future__ import annotations
 
@@ -24,7 +24,16 @@ HardGateKDConfig = criterion_config(__name__)
 
 @register_criterion("hard_gate_kd", dataclass=HardGateKDConfig)
 class HardGateKDCriterion(FairseqCriterion):
-    """Hard-gate knowledge distillation (arXiv:2210.12427) with a teacher from a task that has one."""
+    """Distillation in which a gate chooses between data and teacher (hard-gate KD: Lee et al., EMNLP 2022,
+    arXiv:2210.12427, and other gates). The teacher is that of the task.
+
+    Args:
+        cfg: options of the criterion, a `HardGateKDConfig`.
+        task: task of fairseq; one with a teacher if the gate needs it.
+
+    Raises:
+        UserError: if the options, the teacher and the task cannot be used together.
+    """
 
     def __init__(self, cfg: Any, task: Any):
         super().__init__(task)
@@ -33,13 +42,13 @@ class HardGateKDCriterion(FairseqCriterion):
         self.on_policy: OnPolicy | None = None
         self.gate = checks.make_gate(cfg)
         if self.gate.learned:
-            self.learned_gate = self.gate.weights  # a child, so that its parameters are trained and saved
+            self.learned_gate = self.gate.weights  # a child module, so that its parameters are trained and saved
         checks.check_options(cfg, self.gate, self.state)
         self.pairs, self.of_pair = getattr(task, "pair_names", ()), isinstance(self.gate.weights, Pair)
         if self.of_pair:
             by_pair.check(cfg, self.pairs)
             self.state.at_validated.append(self.compare_pairs)
-        if self.state.loaded is None:  # else the task was made from a checkpoint, and validates
+        if self.state.loaded is None:  # otherwise the task was created from a checkpoint and only validates
             checks.check_training(cfg, self.gate, task)
             self.state.at_training_begin.append(self.fit_temperature)
             if isinstance(self.gate.weights, Instance):
@@ -47,7 +56,7 @@ class HardGateKDCriterion(FairseqCriterion):
         if self.gate.needs_teacher:
             teacher = checks.load_teacher(cfg, task)
             if isinstance(teacher, Loras):
-                self.learned_teacher = teacher  # a child, so that its parameters are trained and saved
+                self.learned_teacher = teacher  # a child module, so that its parameters are trained and saved
             if self.state.loaded is not None:
                 checks.check_fitted(cfg, self.state)
         if cfg.on_policy_share and self.state.loaded is None:
@@ -55,36 +64,52 @@ class HardGateKDCriterion(FairseqCriterion):
         self.method = training_state.method(cfg, str(getattr(task.cfg, "teacher_source", "none")))
         if getattr(task.cfg, "leave_out_fold", None):
             self.method["leave_out_fold"] = task.cfg.leave_out_fold
-        if self.of_pair:  # it remembers them by their places
+        if self.of_pair:  # the gate's memory refers to the pairs by their indices
             self.method["lang_pairs"] = ",".join(self.pairs)
         self.state.method = self.method  # kept in the checkpoints
 
     def teacher(self) -> TeacherSource | None:
-        """None for a gate that needs none."""
+        """Return the task's teacher; None if the gate needs none."""
         return self.task.load_teacher() if self.gate.needs_teacher else None
 
     @property
     def remembers(self) -> str | None:
-        """What of the training validation depends on, by its name in the task's memory or in the checkpoint."""
+        """Key, in the task's memory or the checkpoint, of what validation needs of the training; None if nothing."""
         if self.gate.remembering and not isinstance(self.gate.weights, Instance):
             return "gate"
         teacher = self.teacher()
         return teacher.remembers if teacher else None
 
     def check_model(self, model: torch.nn.Module) -> None:
-        """Called before training, with the student."""
+        """Check the architectures of student and teacher before training.
+
+        Args:
+            model: the student, which may be wrapped.
+
+        Raises:
+            UserError: if the criterion cannot use one of them.
+        """
         teacher = self.teacher()
         checks.check_model(self.cfg, model, teacher.models if teacher else [])
 
     def fit_temperature(self, epoch: int, model: torch.nn.Module) -> None:
-        """Called when data and checkpoint are loaded: log how a frozen teacher fits the data, and where
-        --teacher-temperature is auto take the temperature that fits it, once for a run."""
+        """Log how well a frozen teacher fits the data and, if --teacher-temperature is auto, fit its temperature.
+
+        Called once data and checkpoint are loaded. A fitted temperature in the checkpoint is kept.
+
+        Args:
+            epoch: next epoch; not used.
+            model: the student, whose device and precision the teacher is to have.
+
+        Raises:
+            UserError: if no temperature can be fitted.
+        """
         teacher = self.teacher()
         if teacher is not None and teacher.frozen:
             gauge.begin(self.cfg, self.task, teacher, model, self.state)
 
     def compare_pairs(self, subset: str, meters: Any) -> None:
-        """Called when a subset has been validated."""
+        """Update gate `pair` after the validation of the first subset of --valid-subset; others are ignored."""
         if subset == self.cfg.valid_subset.split(",")[0]:
             pair = self.gate_in_use().weights
             assert isinstance(pair, Pair)
@@ -92,17 +117,23 @@ class HardGateKDCriterion(FairseqCriterion):
 
     @property
     def teacher_temperature(self) -> float:
-        """The number that is given, or the fitted one; 1 without a teacher."""
+        """The number given as --teacher-temperature, or the fitted temperature; 1 if none has been fitted."""
         return given_temperature(self.cfg) or self.state.fitted_temperature or 1.0
 
     def gate_in_use(self) -> Gate:
-        """The gate; one that remembers finds its memory, which comes with the checkpoint, in the training's state."""
+        """Return the gate. The state of one that remembers is that in the task's memory, which checkpoints restore."""
         if self.gate.remembering:
             self.gate.remembering.state = self.state.memory.setdefault("gate", self.gate.remembering.state)
         return self.gate
 
     def forward(self, model, sample, reduce=True):
-        """Returns the summed loss, the sample size that divides its gradient, and log outputs that can be summed."""
+        """Return the summed loss (scalar, nats), the sample size that divides its gradient, and the logging outputs.
+
+        Args:
+            model: the student, which may be wrapped.
+            sample: batch of fairseq.
+            reduce: ignored; the loss is always summed.
+        """
         return forward(self, model, sample)
 
     @classmethod

@@ -1,18 +1,19 @@
-"""What the criterion logs, in bits where fairseq's own losses are.
+"""The metrics that the criterion logs; losses and log-probabilities are in bits, as fairseq's are.
 
-loss            the gated objective
-nll_loss, ppl   the student's plain cross-entropy, comparable across methods
-kd_loss         the divergence per token that has a teacher weight above 0
-teacher_share   the teacher's weight of both weights, mean over the tokens: of a hard gate the share of its tokens
-gap             student over teacher, log-probability of the token that the gate reads
-on_policy_loss  the divergence per token of the student's own translations, which the four above leave out
-on_policy_share  their share of the tokens
-accuracy        with --report-accuracy, per cent
-ece             in validation: top-1, teacher-forced, with EOS, a fraction
-teacher_lost_mass  in validation, of a teacher with symbols that the student lacks: their mean probability
+loss            the objective, per unit of the sample size
+nll_loss, ppl   plain cross-entropy of the student per token, comparable between methods, and its perplexity
+kd_loss         mean divergence of the tokens with a teacher weight above 0
+teacher_share   mean over the tokens of teacher weight / (data weight + teacher weight): with a hard gate, the share of
+                the tokens that learn from the teacher
+gap             mean log-probability of the token that the gate reads, under the student minus under the teacher
+on_policy_loss  mean divergence of the tokens of the student's own translations, which only "loss" includes otherwise
+on_policy_share  share of the tokens that are in these translations
+accuracy        top-1 accuracy, in per cent, with --report-accuracy
+ece             in validation: expected calibration error, a fraction (top-1, teacher-forced, including EOS)
+teacher_lost_mass  in validation, if the teacher has symbols that the student lacks: their mean total probability
 
-Of a task of several language pairs also PAIR_nll_loss, PAIR_teacher_share and, in validation, PAIR_ece and
-PAIR_accuracy of each.
+For each pair of a task with several language pairs: PAIR_nll_loss, PAIR_teacher_share and, in validation, PAIR_ece and
+PAIR_accuracy; with gate `pair` also PAIR_teacher_accuracy.
 """
 
 from __future__ import annotations
@@ -33,7 +34,14 @@ from hgkd_fairseq.loss import DistillationOutput
 
 
 def sums(out: DistillationOutput, sample: dict, sample_size: int, accuracy: bool) -> dict[str, Any]:
-    """Of a worker's batch; those of several may be added."""
+    """Return the sums that a worker logs for a batch; those of several batches may be added.
+
+    Args:
+        out: output of the loss for the batch.
+        sample: batch of fairseq.
+        sample_size: number that divides the gradient.
+        accuracy: whether to include the number of correct top-1 predictions.
+    """
     found = {
         "loss": out.loss.detach(),
         "nll_loss": out.nll,
@@ -52,18 +60,18 @@ def sums(out: DistillationOutput, sample: dict, sample_size: int, accuracy: bool
     if not torch.is_grad_enabled():
         assert out.confidence is not None
         assert out.correct is not None
-        # Unlike the histogram's update, this takes NaN: of a run that has diverged fairseq logs nan and goes on.
+        # Unlike CalibrationHistogram.update, tabulate accepts NaN: fairseq logs nan for a diverged run and continues.
         rows, bins = out.tokens_mask, CalibrationHistogram().bins
         found["calibration"] = tabulate(out.confidence[rows], out.correct[rows], bins)[0]
     return found
 
 
 def own_sums(out: DistillationOutput, alone: DistillationOutput | None) -> dict[str, Any]:
-    """What is added, or is another, where the student's own translations may be trained on.
+    """Return the entries that on-policy distillation adds to :func:`sums`, or replaces in it.
 
     Args:
-        out: of the other sentences.
-        alone: of those; None where there is none in the batch.
+        out: output of the loss for the sentences with targets from the data.
+        alone: the same for the student's own translations; None if the batch contains none.
     """
     if alone is None:
         return {"own_loss": torch.zeros_like(out.kd), "own_tokens": torch.zeros_like(out.tokens)}
@@ -71,7 +79,7 @@ def own_sums(out: DistillationOutput, alone: DistillationOutput | None) -> dict[
 
 
 def reduce(logging_outputs: Sequence[dict[str, Any]]) -> None:
-    """Aggregate what workers and update_freq have summed."""
+    """Log the metrics of the summed logging outputs of all workers and, with --update-freq, of several batches."""
 
     def total(key):
         return sum(log.get(key, 0) for log in logging_outputs)
@@ -95,6 +103,6 @@ def reduce(logging_outputs: Sequence[dict[str, Any]]) -> None:
     if any("teacher_lost_mass" in log for log in logging_outputs):
         metrics.log_scalar("teacher_lost_mass", total("teacher_lost_mass") / max(tokens, 1), tokens, round=4)
     if any("calibration" in log for log in logging_outputs):
-        # Sums per bin, added up by the meter; ECE is derived from them when it is printed.
+        # The meter adds up the table; the ECE is derived from it when it is printed.
         metrics.log_scalar("_calibration", total("calibration").cpu())
         metrics.log_derived("ece", functools.partial(by_pair.ece, "_calibration"))

@@ -1,4 +1,5 @@
-"""When the student translates, and what is learnt of its own translations."""
+"""On-policy distillation (GKD, Agarwal et al., ICLR 2024, arXiv:2306.13649): the student translates training sentences
+during the training and learns from the teacher on its own translations."""
 
 from __future__ import annotations
 
@@ -22,22 +23,22 @@ from hgkd_fairseq.plugin import features, training_state
 
 logger = logging.getLogger(__name__)
 
-MEMORY = "on_policy"  # of the training
-MAX_TOKENS = 4000  # of a batch of sources, where --max-tokens does not say it
-TEACHER_ALONE = get_gate("always", kd_weight=1.0)  # nothing is learnt from one's own tokens but what the teacher says
+MEMORY = "on_policy"  # key in the memory of the training's state
+MAX_TOKENS = 4000  # of a batch of sources, if --max-tokens is not set
+TEACHER_ALONE = get_gate("always", kd_weight=1.0)  # own translations have no data term
 
 
 class OnPolicy:
-    """Calls `begin_epoch` at the beginning of each epoch; in every --on-policy-every-th the student translates.
+    """Lets the student translate at the beginning of every --on-policy-every-th epoch, and keeps the translations.
 
-    Batches are translated by one worker each, and all workers get all translations. A batch is the same whatever the
-    number of workers is, and so are its translations.
+    Each batch is translated by one worker, and all workers receive all translations. The batches, and thus the
+    translations, do not depend on the number of workers.
 
     Args:
-        criterion: its options, task and teacher.
+        criterion: criterion whose options, task and teacher are used.
 
     Raises:
-        UserError: options or a teacher that on-policy distillation cannot use.
+        UserError: if on-policy distillation cannot be used with the options or the teacher.
     """
 
     def __init__(self, criterion: Any):
@@ -48,19 +49,27 @@ class OnPolicy:
         self.state.at_epoch_begin.append(self.begin_epoch)
 
     def own(self) -> on_policy.OwnTranslations:
-        """The buffer; it comes with the checkpoint, in the training's state."""
+        """Return the buffer of translations, whose content is in the training's memory and restored with it."""
         state = self.state.memory.setdefault(MEMORY, self.buffer.state)
         if state is not self.buffer.state:
             self.buffer = on_policy.OwnTranslations(state)
         return self.buffer
 
     def replaced(self, sample: dict) -> tuple[dict, list[bool] | None]:
-        """See :meth:`OwnTranslations.in_place_of_targets`."""
+        """Return a batch with the student's translations in place of targets, and for each sentence whether it has one.
+
+        See :meth:`OwnTranslations.in_place_of_targets`.
+        """
         dictionary = self.task.target_dictionary
         return self.own().in_place_of_targets(sample, dictionary.pad(), dictionary.eos(), self.cfg.max_tokens)
 
     def begin_epoch(self, epoch: int, model: torch.nn.Module) -> None:
-        """Has the student translate where it is time; once, also where a run is resumed in the middle of the epoch."""
+        """Let the student translate if it is due in this epoch, and only once if a run is resumed within the epoch.
+
+        Args:
+            epoch: epoch that begins.
+            model: the student, which may be wrapped.
+        """
         state = self.own().state
         if int(state.get("epoch", 0)) == epoch:
             return
@@ -104,8 +113,18 @@ class OnPolicy:
 
 
 def shared(numbers: Sequence[int], found: dict[int, Tensor], device: torch.device, workers) -> tuple[Tensor, Tensor]:
-    """(lengths (M,) int64, tokens int32) of all translations in the order of their numbers, put together from what each
-    of the workers has found; None: there is one."""
+    """Combine the translations of all workers.
+
+    Args:
+        numbers: numbers of all M translated sentences.
+        found: translations (T,) of this worker, by number; no other worker has the same ones.
+        device: device for the communication.
+        workers: process group of the workers; None if there is only one.
+
+    Returns:
+        The lengths (M,) int64 and the concatenated tokens, int32, of all translations in the order of `numbers`, on the
+        CPU.
+    """
     length = torch.tensor([len(found[one]) if one in found else 0 for one in numbers], dtype=torch.int64)
     if workers is not None:
         length = length.to(device)
@@ -121,10 +140,10 @@ def shared(numbers: Sequence[int], found: dict[int, Tensor], device: torch.devic
 
 
 def check(cfg: Any, gate: Gate, task: Any) -> None:
-    """Of --on-policy-share.
+    """Check that --on-policy-share can be used with the other options, the gate and the task's teacher.
 
     Raises:
-        UserError: it names the option that does not go with it.
+        UserError: if it cannot; the message names the other option.
     """
     share, data = f"--on-policy-share {cfg.on_policy_share:g}", task.cfg
     if not gate.needs_teacher:

@@ -1,1 +1,1 @@
-"""ON WHAT is distilled: the training's sentences, those that are kept aside, and what a batch says of them."""
+"""Training data of distillation: references, translations by a teacher or the student, held-out sentences, batches."""

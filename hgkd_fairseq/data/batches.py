@@ -1,4 +1,4 @@
-"""What a batch says of its targets, and all targets that are trained on."""
+"""Lengths of the targets in a batch, grouping of sentences into batches, and all targets of the training data."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from fairseq.tasks import FairseqTask
 
 
 def with_target_lengths(collater: Callable[..., dict], pad: int, samples: list, **options) -> dict:
-    """A batch that also says how many tokens each target has, as host integers: to count them on a GPU the host would
-    have to wait for it in every step."""
+    """Collate a batch and add "target_lengths", the number of tokens of each target, a list of length B.
+
+    They are host integers, as counting on a GPU would synchronise host and device in every step.
+    """
     batch = collater(samples, **options)
     if batch.get("target") is not None:
         batch["target_lengths"] = batch["target"].ne(pad).sum(1).tolist()
@@ -22,19 +24,31 @@ def with_target_lengths(collater: Callable[..., dict], pad: int, samples: list, 
 
 
 def count_targets(dataset: FairseqDataset, pad: int) -> None:
-    """Have the batches of a data set say so."""
+    """Wrap the collater of a data set such that batches have "target_lengths"; see :func:`with_target_lengths`."""
     dataset.collater = functools.partial(with_target_lengths, dataset.collater, pad)
 
 
 def target_lengths(sample: dict, skip: int, pad: int) -> list[int]:
-    """Tokens of each target of a batch from its `skip`-th on. A task with a teacher has counted them; elsewhere it is
-    done here: before anything of the batch is queued on the device, so that the host waits for the last step alone."""
+    """Return the number of tokens of each target in a batch, without its first `skip` positions, a list of length B.
+
+    Batches of a task with a teacher have "target_lengths", which is used if `skip` is 0. Otherwise the tokens are
+    counted here, so call this before any operation of the batch is queued on the device: the host then waits only for
+    the previous step.
+    """
     counted = None if skip else sample.get("target_lengths")
     return (sample["target"][:, skip:] != pad).sum(1).tolist() if counted is None else counted
 
 
 def filled(order: Iterable[int], length: Callable[[int], int], most: int) -> Iterator[list[int]]:
-    """Batches of sentences in their order, each of as many as have at most `most` tokens with pads, or of one."""
+    """Group sentences into batches, in their order, and yield the batches.
+
+    A batch has as many sentences as fit into `most` tokens with padding, and at least one.
+
+    Args:
+        order: sentence numbers.
+        length: function that returns the length of a sentence in tokens.
+        most: maximum number of tokens in a batch, padding included.
+    """
     batch: list[int] = []
     widest = 0
     for one in order:
@@ -49,11 +63,19 @@ def filled(order: Iterable[int], length: Callable[[int], int], most: int) -> Ite
 
 
 def training_targets(task: FairseqTask, max_tokens: int | None, without: Sequence[int] = ()) -> Iterator[torch.Tensor]:
-    """The targets (length,) that a task trains on, those of fairseq's train1, ... and repeated ones among them, in all
-    folders, less the tokens `without`; without those that are too long or kept aside.
+    """Yield the targets (length,) that a translation task trains on.
+
+    They are the targets of all folders of the task's data, with fairseq's further parts (train1, ...) and repetitions.
+    Sentences that are too long or held out are left out. The task's training subset is replaced until the end of the
+    iteration, which restores it.
+
+    Args:
+        task: translation task.
+        max_tokens: maximum number of tokens in a batch, which limits the length of sentences as in training.
+        without: ids of tokens that are removed from the targets.
 
     Raises:
-        UserError: the data are not there.
+        UserError: the training subset does not exist.
     """
     subset = task.cfg.train_subset
     shown = task.datasets.get(subset)

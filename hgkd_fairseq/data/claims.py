@@ -1,5 +1,7 @@
-"""Claims of what one of several processes does, of one machine or of several on one file system: a file that names its
-owner and tells whether it is still at work."""
+"""Claims, by which processes on one or several machines with a common file system divide work among themselves.
+
+A claim is a file that names its owner, and that the owner refreshes while it works.
+"""
 
 from __future__ import annotations
 
@@ -17,28 +19,33 @@ from typing import Any
 from hgkd_fairseq import files
 from hgkd_fairseq.errors import UserError
 
-EXPIRES = 60.0  # seconds without a sign of life after which a claim is taken over
+EXPIRES = 60.0  # seconds without a refresh after which a claim may be taken over
 
 
 class Claim:
-    """A file that exists while its owner works.
+    """A file that exists while its owner works on what it claims.
 
-    It may be taken over where the owner was a process of this machine and has ended, or has not refreshed it for
-    `expires` seconds. What is claimed must bear being done twice: an owner that was only slow learns it from
-    :meth:`held`.
+    Another process may take the claim over if the owner was a process of the same machine and has ended, or if the
+    claim has not been refreshed for `expires` seconds. The work must therefore be safe to do twice: an owner that was
+    only slow finds out by :meth:`held` that it has lost the claim.
 
     Attributes:
-        file: Path.
-        expires: seconds.
-        token: of this owner, or of the last attempt.
+        file: path of the file.
+        expires: seconds without a refresh after which the claim may be taken over.
+        token: random identifier of the last attempt of this object to take the claim.
     """
 
     def __init__(self, file: Path, expires: float = EXPIRES):
         self.file, self.expires, self.token = file, expires, ""
-        self._seen: tuple[Any, float] = (None, 0.0)  # what was read last, and since when it has been so
+        self._seen: tuple[Any, float] = (None, 0.0)  # state that was read last, and when it was first seen
 
     def take(self) -> bool:
-        """Whether it is ours now."""
+        """Try to take the claim; return whether this object holds it now.
+
+        Raises:
+            UserError: the file cannot be written.
+            OSError: there is something else than a regular file, or it cannot be read.
+        """
         self.token = secrets.token_hex(8)
         state = self.read()
         if state is not None and not self.expired(state):
@@ -60,7 +67,12 @@ class Claim:
         return self.held()
 
     def read(self) -> tuple[dict[str, Any], int] | None:
-        """The owner ({} where it was killed before it was written) and the time of the last refresh; None: no claim."""
+        """Read the claim.
+
+        Returns:
+            The owner, or {} if the process was killed before it wrote it, and the time of the last refresh (st_mtime_ns
+            of the file); None if there is no claim.
+        """
         try:
             files.check_regular(self.file)
             refreshed = self.file.stat().st_mtime_ns
@@ -72,8 +84,11 @@ class Claim:
         return (found if isinstance(found, dict) else {}), refreshed
 
     def expired(self, state: tuple[dict[str, Any], int]) -> bool:
-        """Whether its owner has died. No machine's clock is compared with another's: the claim must have stayed as it
-        is for so long by our own."""
+        """Return whether the owner of a claim in this state, as :meth:`read` returns it, is considered dead.
+
+        Clocks of different machines are never compared: the claim must have been unchanged for `expires` seconds by the
+        clock of this process, which counts from the first call that sees this state.
+        """
         if dead(state[0]):
             return True
         before, since = self._seen
@@ -83,13 +98,13 @@ class Claim:
         return time.monotonic() - since > self.expires
 
     def held(self) -> bool:
-        """Whether it is still ours."""
+        """Return whether this object still holds the claim."""
         found = self.read()
         return found is not None and found[0].get("token") == self.token
 
     @contextlib.contextmanager
     def kept_alive(self) -> Iterator[None]:
-        """It is refreshed, in a thread."""
+        """Refresh the claim, in a thread, for the duration of the context."""
         done = threading.Event()
 
         def refresh() -> None:
@@ -115,7 +130,10 @@ def myself() -> dict[str, Any]:
 
 
 def machine() -> str:
-    """What a process number is unique in: of two containers on one machine each has its own numbers."""
+    """Return an identifier of the scope in which process ids are unique: host, boot and PID namespace.
+
+    Containers on one machine have PID namespaces of their own.
+    """
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -124,7 +142,10 @@ def machine() -> str:
 
 
 def started(pid: int) -> str | None:
-    """When a process of this machine began, in ticks since it was switched on; None: it has ended, or no /proc."""
+    """Return the start time of a process of this machine, in clock ticks since boot.
+
+    None if the process has ended or there is no /proc.
+    """
     try:
         found = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if found[0] in "ZX" else found[19]  # a zombie has ended
@@ -133,7 +154,7 @@ def started(pid: int) -> str | None:
 
 
 def dead(owner: dict[str, Any]) -> bool:
-    """Whether a process of this machine that made a claim has ended; where that cannot be told, it has not."""
+    """Return whether the owner of a claim is a process of this machine that has ended; False if this is unknown."""
     if owner.get("host") != machine() or type(owner.get("pid")) is not int or not os.path.isdir("/proc/self"):
         return False
     return started(owner["pid"]) != owner.get("started")
@@ -141,7 +162,7 @@ def dead(owner: dict[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def told(file: Path) -> Iterator[None]:
-    """An error of the operating system as a UserError."""
+    """Convert an OSError in the context to a UserError that names its file, or `file` if it has none."""
     try:
         yield
     except OSError as error:

@@ -1,5 +1,7 @@
-"""Binarised data of a teacher's translations, in the dictionaries of the data that were translated, so that the same
-teacher can teach every token of them."""
+"""Binarised training data made of a teacher's translations.
+
+They have the dictionaries of the translated data, so that the same teacher can also score every token of them.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,13 @@ REFERENCE, TRANSLATION = "reference", "translation"
 
 
 class Row(NamedTuple):
-    """A pair to train on.
+    """A training pair.
 
     Attributes:
-        number: of the sentence in the data that were translated.
-        origin: REFERENCE or TRANSLATION.
-        rank: of the hypothesis among the sentence's; 0 for a reference.
-        target: (T,) ids, with the end of sentence.
+        number: number of the sentence in the translated data, from 0.
+        origin: origin of the target, REFERENCE or TRANSLATION.
+        rank: rank of the hypothesis among those of the sentence; 0 for a reference.
+        target: (T,) token ids, with the end of sentence.
     """
 
     number: int
@@ -38,28 +40,31 @@ class Row(NamedTuple):
 
 
 def ids_of(pieces: Iterable[str], dictionary: Dictionary) -> torch.Tensor:
-    """(T,) int32, of pieces that the dictionary has, with the end of sentence.
+    """Return the ids of pieces, (T,) int32, with the end of sentence.
 
     Raises:
-        KeyError: a piece that it does not have.
+        KeyError: a piece is not in the dictionary.
     """
     return torch.tensor([*[dictionary.indices[piece] for piece in pieces], dictionary.eos()], dtype=torch.int32)
 
 
 def write(folder: Path, data: str, task, subset: str, rows: Iterable[Row]) -> int:
-    """Binarise pairs to a folder that is there, and copy the other subsets and the dictionaries.
+    """Write pairs as a binarised subset, and copy the other subsets and the dictionaries.
+
+    The file SENTENCES in the folder lists the origin of each row. Binarised data and copies are read back and compared.
 
     Args:
-        folder: to write to.
-        data: folder that was translated.
-        task: of it.
-        subset: that was translated.
-        rows: the pairs.
+        folder: existing folder to write to.
+        data: folder of the translated data.
+        task: translation task on `data`, with the subset loaded.
+        subset: name of the translated subset.
+        rows: pairs, in the order in which they are written.
 
-    Returns: their number.
+    Returns:
+        The number of pairs.
 
     Raises:
-        UserError: what has been written is not what was meant; nothing is left to train on.
+        UserError: there are no pairs, or what is read back differs from what was written.
     """
     dataset = task.dataset(subset)
     source, target = task.cfg.source_lang, task.cfg.target_lang
@@ -69,7 +74,7 @@ def write(folder: Path, data: str, task, subset: str, rows: Iterable[Row]) -> in
         language: indexed_dataset.make_builder(f"{prefixes[language]}.bin", "mmap", len(dictionary))
         for language, dictionary in ((source, task.source_dictionary), (target, task.target_dictionary))
     }
-    expected = array("Q"), array("Q")  # hashes of the sources and targets; a list of text would take ten times as much
+    expected = array("Q"), array("Q")  # hashes of sources and targets; strings would take ten times the memory
     with files.writing(folder / SENTENCES) as stream:
         stream.write("row\tsentence\torigin\trank\n")
         for place, row in enumerate(rows):
@@ -91,7 +96,11 @@ def write(folder: Path, data: str, task, subset: str, rows: Iterable[Row]) -> in
 
 
 def copy_others(data: Path, folder: Path, subset: str) -> dict[str, str]:
-    """Validation and test sets and dictionaries, byte for byte; their SHA-256."""
+    """Copy the dictionaries and all subsets but `subset`.
+
+    Returns:
+        The SHA-256 of each file that was copied, by its name.
+    """
     copied = {}
     for pattern in ("*.bin", "*.idx", "dict.*.txt"):
         for file in sorted(data.glob(pattern)):
@@ -102,10 +111,15 @@ def copy_others(data: Path, folder: Path, subset: str) -> dict[str, str]:
 
 
 def check(source: Path, target: Path, expected: tuple[array, array]) -> None:
-    """Whether what can be read now is what was to be written, row by row; `expected`: hashes of sources and targets.
+    """Read binarised data back and compare each row with what should have been written.
+
+    Args:
+        source: prefix of the files (.bin, .idx) of the sources.
+        target: prefix of the files of the targets.
+        expected: hashes of the sources and of the targets, row by row.
 
     Raises:
-        UserError: names the first row that is not.
+        UserError: the number of rows or a row differs; the message names the first such row.
     """
     for prefix in (source, target):
         for suffix in (".bin", ".idx"):
@@ -117,7 +131,7 @@ def check(source: Path, target: Path, expected: tuple[array, array]) -> None:
     for row, hashes in enumerate(zip(*expected, strict=True)):
         try:
             found = [int(hash_of(side[row]), 16) for side in sides]
-        except ValueError:  # numpy's: the file ends before the row does
+        except ValueError:  # from numpy, if the file ends before the row does
             found = []
         if found != [*hashes]:
             raise UserError(f"row {row} of {source} or {target} is not what was to be written; try again")

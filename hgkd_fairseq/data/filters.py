@@ -1,4 +1,4 @@
-"""Which translations of a teacher a student had better not learn from."""
+"""Filters for a teacher's translations that a student should not be trained on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from hgkd_fairseq.data.translations import Hypothesis
 from hgkd_fairseq.errors import UserError
 
-# In the order in which they are asked for; the first that holds is the reason.
+# In the order of the checks; the reason of a translation is the first one that applies.
 REASONS = {
     "skipped": "the source is longer than the teacher takes",
     "empty": "no pieces",
@@ -25,24 +25,34 @@ REASONS = {
 }
 SWITCHES = tuple(name for name in REASONS if name != "skipped")
 CODES = {name: code for code, name in enumerate(REASONS, 1)}  # 0: kept
-LONGEST_LOOP = 8  # pieces
+LONGEST_LOOP = 8  # maximum length of a repeated run, in pieces
 
 
 @dataclass(frozen=True)
 class Filters:
-    """What is dropped. The thresholds of length are those that corpora are commonly cleaned by; the share of the worst
-    by a backward model is that of Bergamot's recipes for small models."""
+    """Filters and their thresholds.
 
-    off: frozenset[str] = field(default_factory=frozenset)  # of SWITCHES
-    ratio: tuple[float, float] = (0.5, 2.0)  # pieces of the translation over those of the source
-    most: int = 150  # pieces
-    repeats: int = 4  # of a run of pieces, one after another
-    worst_score: float = 0.0  # share of what no filter before it has dropped
-    worst_backward: float = 0.05
+    The default thresholds of length are common in corpus cleaning. The default of `worst_backward` is that of
+    Bergamot's recipes for small models.
+    """
+
+    off: frozenset[str] = field(default_factory=frozenset)  # names, from SWITCHES, of the filters that are disabled
+    ratio: tuple[float, float] = (0.5, 2.0)  # least and greatest ratio of pieces, translation to source
+    most: int = 150  # greatest number of pieces in the translation or the source
+    repeats: int = 4  # number of consecutive repetitions of a run of pieces from which on it is a loop
+    worst_score: float = 0.0  # fraction, of the translations that all earlier filters keep, with the lowest scores
+    worst_backward: float = 0.05  # the same, by the scores of the backward model
 
     def reason(self, source: Sequence[str], hypothesis: Hypothesis | None, unknown: str) -> str | None:
-        """Why a translation is dropped, of what can be told of it alone; None: it is kept. `source` in pieces, without
-        the end of sentence; no `hypothesis`: it was skipped; `unknown`: the piece that stands for unknown ones."""
+        """Return the reason why a translation is dropped, or None if it is kept.
+
+        Only filters that depend on a single translation are applied; :meth:`worst` applies the others.
+
+        Args:
+            source: pieces of the source, without the end of sentence.
+            hypothesis: translation; None if the teacher has skipped the sentence.
+            unknown: symbol of the unknown piece.
+        """
         if hypothesis is None:
             return "skipped"
         pieces = hypothesis.pieces
@@ -59,13 +69,15 @@ class Filters:
         return next((name for name, holds in found.items() if name not in self.off and holds()), None)
 
     def worst(self, name: str, reasons: np.ndarray, scores: np.ndarray) -> None:
-        """Give the worst share of what is kept its reason, "score" or "backward": those of the lowest scores, the first
-        ones where they are equal.
+        """Drop the given fraction of the kept translations with the lowest scores; of equal scores the first ones.
 
         Args:
-            name: of the reason.
-            reasons: (N,) of CODES, 0 where kept.
-            scores: (N,).
+            name: reason, "score" or "backward".
+            reasons: (N,) codes from CODES, 0 for kept translations; changed in place.
+            scores: (N,) scores; those of translations that are already dropped are ignored.
+
+        Raises:
+            UserError: the score of a kept translation is not finite.
         """
         share = {"score": self.worst_score, "backward": self.worst_backward}[name]
         kept = np.flatnonzero(reasons == 0)
@@ -76,7 +88,7 @@ class Filters:
 
 
 def loops(pieces: Sequence[str], repeats: int) -> bool:
-    """Whether a run of 1 to LONGEST_LOOP pieces stands `repeats` times in a row."""
+    """Return whether a run of 1 to LONGEST_LOOP pieces occurs `repeats` times in a row."""
     for length in range(1, LONGEST_LOOP + 1):
         same = 0
         for one, before in zip(pieces[length:], pieces, strict=False):

@@ -1,4 +1,4 @@
-"""Training sentences that are kept aside, for what is learned beside the student."""
+"""Held-out training sentences, which are excluded from training."""
 
 from __future__ import annotations
 
@@ -13,14 +13,21 @@ logger = logging.getLogger(__name__)
 
 
 class HeldOut:
-    """A share of the training sentences, the same ones in every run of that share; or one of N folds."""
+    """Selection of held-out training sentences: a share of them at random, one of N folds, or both.
+
+    The selection depends only on the share, the fold and the number of sentences, so it is the same in every run.
+
+    Attributes:
+        share: fraction of the sentences; 0: none. Otherwise at least one sentence is held out.
+        fold: (k, n), which holds out the sentences k, k + n, ...; None: none.
+    """
 
     def __init__(self) -> None:
         self.share = 0.0
-        self.fold: tuple[int, int] | None = None  # see `fold`
+        self.fold: tuple[int, int] | None = None
 
     def mask(self, sentences: int) -> np.ndarray:
-        """(sentences,) bool, which of the training set's sentences are kept aside."""
+        """Return which sentences of a training set are held out, (sentences,) bool."""
         mask = np.zeros(sentences, dtype=bool)
         if self.share:
             count = max(round(self.share * sentences), 1)
@@ -30,7 +37,17 @@ class HeldOut:
         return mask
 
     def leave_out(self, indices: np.ndarray, sentences: int, numbers: Callable[[], np.ndarray]) -> np.ndarray:
-        """Those of the training set's `indices` that are trained on; `numbers`: makes those of their sentences."""
+        """Remove the indices of held-out sentences, and log their number.
+
+        Args:
+            indices: (I,) indices of the training set.
+            sentences: number of distinct sentences in the training set.
+            numbers: function that returns the sentence number of each index, (I,); called only if sentences are held
+                out.
+
+        Returns:
+            The remaining indices, in their order.
+        """
         if not self.share and not self.fold:
             return indices
         kept = indices[~self.mask(sentences)[numbers()]]
@@ -39,10 +56,10 @@ class HeldOut:
 
 
 def fold(given: str) -> tuple[int, int]:
-    """(k, n) of K/N, the sentences k, k + n, ...
+    """Parse a fold "K/N", the K-th of N, to (k, n) = (K - 1, N); the fold has the sentences k, k + n, ...
 
     Raises:
-        UserError: it is no such pair.
+        UserError: `given` is not of this form, N is less than 2, or K is not from 1 to N.
     """
     try:
         number, folds = map(int, given.split("/"))

@@ -1,5 +1,5 @@
-"""The student's own translations of training sentences, trained on in place of the targets (on-policy distillation:
-GKD, Agarwal et al., ICLR 2024, arXiv:2306.13649)."""
+"""Translations of training sentences by the student itself, which replace the references in training (on-policy
+distillation: GKD, Agarwal et al., ICLR 2024, arXiv:2306.13649)."""
 
 from __future__ import annotations
 
@@ -15,19 +15,29 @@ from hgkd_fairseq.data import batches
 
 
 def drawn(sentences: np.ndarray, share: float, seed: int, epoch: int) -> tuple[list[int], int]:
-    """Which of the sentences are translated in an epoch, by their numbers in ascending order, and a seed for what is
-    drawn of them."""
+    """Draw the sentences that the student translates in an epoch.
+
+    Args:
+        sentences: (S,) sentence numbers to choose from.
+        share: fraction of the sentences to choose.
+        seed: seed of the training.
+        epoch: epoch, from 1.
+
+    Returns:
+        The numbers of the chosen sentences in ascending order, and a seed for sampling their translations.
+    """
     generator = np.random.default_rng([seed % 2**32, epoch])
     count = round(share * len(sentences))
     return sorted(generator.permutation(sentences)[:count].tolist()), int(generator.integers(2**31))
 
 
 class OwnTranslations:
-    """Translations by the numbers of their sentences.
+    """Buffer of the student's translations, by sentence number.
 
     Attributes:
-        state: a dict of tensors, to be kept with the checkpoints: "number" and "length" (M,) int64, "token" int32, all
-            translations in the order of the numbers, each with its end of sentence; and what else its owner puts there.
+        state: dict of tensors that is saved in checkpoints: "number" and "length", (M,) int64, and "token", int32, the
+            concatenated translations in the order of "number", each with its end of sentence. Its owner may add other
+            tensors.
     """
 
     def __init__(self, state: dict[str, Tensor]):
@@ -35,12 +45,18 @@ class OwnTranslations:
         self._found: dict[int, Tensor] | None = None
 
     def fill(self, number: Tensor, length: Tensor, token: Tensor) -> None:
-        """Replace all that is there."""
+        """Replace all translations.
+
+        Args:
+            number: (M,) int64, sentence numbers.
+            length: (M,) int64, lengths of the translations, with the end of sentence.
+            token: (sum of the lengths,) int32, concatenated translations.
+        """
         self.state.update(number=number, length=length, token=token)
         self._found = None
 
     def by_number(self) -> dict[int, Tensor]:
-        """Tokens (T,) of each."""
+        """Return the tokens (T,) of each translation by sentence number."""
         if self._found is None:
             self._found = {}
             if "number" in self.state:
@@ -51,15 +67,18 @@ class OwnTranslations:
     def in_place_of_targets(
         self, sample: dict[str, Any], pad: int, eos: int, most: int | None
     ) -> tuple[dict[str, Any], list[bool] | None]:
-        """A batch of fairseq's whose targets, and with them the decoder's input, are the translations of the sentences
-        that have one.
+        """Replace the targets of a batch, and the decoder's input, by translations where there are any.
 
         Args:
-            sample: the batch, padded on the right.
-            most: tokens that its targets may have with pads; a translation that would take more is cut, for what comes
-                before does not depend on what is cut off. None: any number.
+            sample: batch of fairseq, with targets padded on the right; it is not changed.
+            pad: id of the padding token.
+            eos: id of the end of sentence, with which the decoder's input begins.
+            most: maximum number of tokens in the new targets, padding included. Translations are truncated to it, but
+                not below the width of the given targets; this does not change what precedes the cut. None: no maximum.
 
-        Returns: the batch, and which of its sentences are such; None where none is.
+        Returns:
+            The new batch, and whether the target of each sentence is a translation, a list of length B; the second is
+            None, and the batch the given one, if no sentence has a translation.
         """
         found = [self.by_number().get(number) for number in sample["id"].tolist()]
         rows = [row for row, tokens in enumerate(found) if tokens is not None]
@@ -88,7 +107,7 @@ class OwnTranslations:
 
 
 def with_rows(whole: Tensor, place: Tensor, rows: Tensor, pad: int) -> Tensor:
-    """(B, T) tokens with others in some rows, as wide as both need."""
+    """Return tokens `whole` (B, T) with the rows `place` (R,) replaced by `rows` (R, U): (B, max(T, U)), padded."""
     made = whole.new_full((whole.size(0), max(whole.size(1), rows.size(1))), pad)
     made[:, : whole.size(1)] = whole
     made.index_fill_(0, place, pad)
@@ -97,7 +116,18 @@ def with_rows(whole: Tensor, place: Tensor, rows: Tensor, pad: int) -> Tensor:
 
 
 def apart(target: Tensor, lengths: Sequence[int], own: Sequence[bool], pad: int) -> list[tuple[Tensor, list[int]]]:
-    """Targets (B, T) and their lengths of the other sentences, and of those in `own`: each with pads for the rest."""
+    """Split targets into those of the references and those of the student's own translations.
+
+    Args:
+        target: (B, T) token ids.
+        lengths: number of tokens of each target, of length B.
+        own: whether each target is a translation of the student, of length B.
+        pad: id of the padding token.
+
+    Returns:
+        Targets (B, T) and lengths of the references, then of the translations. In both, the other sentences are
+        all padding and have length 0.
+    """
     mask = torch.tensor(own, device=target.device)[:, None]
     return [
         (target.masked_fill(out, pad), [0 if one is here else length for one, length in zip(own, lengths, strict=True)])

@@ -1,14 +1,14 @@
-"""A folder of shards that several processes, of one machine or of several on one file system, fill together.
+"""A folder of shards that several processes, on one or several machines with a common file system, fill together.
 
-    manifest.json       what the shards are made of; written once, compared by whoever comes later
-    shard-00000/        its files
-    shard-00000.json    its record: rows, and SHA-256 of the manifest and of each file
-    shard-00000.claim   while somebody makes it
-    shard-00000.partial-TOKEN/   what its owner has made so far
+    manifest.json       everything that the content depends on; written once, and compared by each later process
+    shard-00000/        files of a shard
+    shard-00000.json    record of the shard: number of rows, SHA-256 of the manifest and of each file
+    shard-00000.claim   exists while a process makes the shard
+    shard-00000.partial-TOKEN/   unfinished files of that process
 
-What is made of a shard must depend on the manifest and the shard's number alone. Then a claim only saves work: where
-two processes make the same shard after all, the second writes what the first wrote, and the finished folder is the
-same, byte for byte, whoever was killed, and when.
+The content of a shard must depend only on the manifest and the number of the shard. Claims then only save work: if two
+processes make the same shard, both write the same files. The finished folder is therefore the same, byte for byte,
+whichever processes were killed, and when.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hgkd_fairseq.data.claims import EXPIRES, Claim, told
 from hgkd_fairseq.errors import UserError
 
 MANIFEST = "manifest.json"
-MOST = 100_000  # shards: their numbers have five digits
+MOST = 100_000  # maximum number of shards, whose numbers have five digits
 COUNTS = ("rows", "shard_size")
 RECORD = {"manifest": str, "rows": files.Within(0), "files": {str: str}}
 
@@ -39,13 +39,24 @@ Make = Callable[[int, Path], int]
 
 
 class Shards:
-    """Shards of `shard_size` rows each, the last one of fewer. A row may be several lines of a file, or none: it is a
-    sentence, say.
+    """Shards of `shard_size` rows each; the last one may have fewer.
+
+    A row is a unit such as a sentence, which may be several lines of a file, or none. Use :meth:`create` or
+    :meth:`open`, which validate the folder.
+
+    Args:
+        folder: path of the folder.
+        manifest: manifest, with "rows" and "shard_size".
+        expires: seconds without a refresh after which a claim may be taken over.
 
     Attributes:
-        folder: Path.
-        manifest: as it was given, with "rows" and "shard_size".
-        count: of shards.
+        rows: total number of rows.
+        shard_size: number of rows per shard.
+        count: number of shards.
+        digest: SHA-256 of the manifest.
+
+    Raises:
+        UserError: there are more than MOST shards.
     """
 
     def __init__(self, folder: str | Path, manifest: dict[str, Any], expires: float = EXPIRES):
@@ -55,30 +66,31 @@ class Shards:
         if self.count > MOST:
             raise UserError(f"{folder} would have {self.count:,} shards, more than {MOST:,}; make them larger")
         self.digest = hashlib.sha256(text_of(manifest).encode()).hexdigest()
-        self._whole: set[int] = set()  # shards that have been hashed
+        self._whole: set[int] = set()  # shards whose files have been hashed and match their record
         self._claims = [Claim(self.name(shard).with_suffix(".claim"), expires) for shard in range(self.count)]
 
     @classmethod
     def create(
         cls, folder: str | Path, manifest: dict[str, Any], rows: int, shard_size: int, expires: float = EXPIRES
     ) -> Shards:
-        """A folder to fill, new or begun with the same manifest.
+        """Create a folder of shards, or open one with the same manifest in order to continue it.
 
         Args:
-            folder: which is made, within one that is there.
-            manifest: plain values of JSON: all that the content depends on.
-            rows: in all.
-            shard_size: rows a shard.
-            expires: seconds after which a claim that nobody has refreshed is taken over.
+            folder: path of the folder; its parent must exist.
+            manifest: everything that the content depends on, as JSON values.
+            rows: total number of rows.
+            shard_size: number of rows per shard.
+            expires: seconds without a refresh after which a claim may be taken over.
 
         Raises:
-            UserError: the folder holds something else, or shards of another manifest: what differs is named.
+            UserError: the folder cannot be made or has other content, there are more than MOST shards, or the folder
+                has another manifest; the message names the values that differ.
         """
         if not str(folder):
             raise UserError("--output is empty; name a folder")
         folder, wanted = Path(folder), {**manifest, "rows": rows, "shard_size": shard_size}
         wanted = json.loads(text_of(wanted))
-        cls(folder, wanted)  # what it refuses is told before the folder is made
+        cls(folder, wanted)  # raises an error for too many shards before the folder is made
         if os.path.lexists(folder) and not folder.is_dir():
             raise UserError(f"{folder} is no folder; name another one")
         with told(folder):
@@ -98,14 +110,16 @@ class Shards:
 
     @classmethod
     def open(cls, folder: str | Path, expected: dict[str, Any] | None = None, expires: float = EXPIRES) -> Shards:
-        """A folder to read.
+        """Open an existing folder of shards.
 
         Args:
-            folder: that :meth:`create` made.
-            expected: values that its manifest must have, tables of values within it; None: whatever it has.
+            folder: folder that :meth:`create` has made.
+            expected: values that the manifest must have; nested tables are compared key by key, and other keys of the
+                manifest are ignored. None: any manifest.
+            expires: seconds without a refresh after which a claim may be taken over.
 
         Raises:
-            UserError: there is no manifest, or another one.
+            UserError: the manifest is missing or not valid, or it differs from `expected`.
         """
         schema = {name: files.Within(1) for name in COUNTS}
         found = files.read_json(Path(folder) / MANIFEST, schema, "manifest of shards")
@@ -126,7 +140,7 @@ class Shards:
         return made
 
     def numbers(self, shard: int) -> range:
-        """The rows of a shard."""
+        """Return the numbers of the rows in a shard."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.rows))
 
     def name(self, shard: int) -> Path:
@@ -135,10 +149,12 @@ class Shards:
     # Reading
 
     def files(self, shard: int) -> Path:
-        """The folder of a shard's files, which are what was recorded: they are hashed when first asked for.
+        """Return the folder of a shard's files, after verifying that they match its record.
+
+        They are hashed in the first call for a shard only.
 
         Raises:
-            UserError: the shard is not there, or is not what was written.
+            UserError: the shard is not finished, or differs from its record.
         """
         if shard not in self._whole:
             self.check(shard)
@@ -146,7 +162,11 @@ class Shards:
         return self.name(shard)
 
     def check(self, shard: int) -> None:
-        """As :meth:`described`, and its files are hashed."""
+        """Verify that the files of a shard match the SHA-256 in its record.
+
+        Raises:
+            UserError: the shard is not finished, or differs from its record.
+        """
         for file, digest in self.described(shard).items():
             if files.sha256(self.name(shard) / file) != digest:
                 raise UserError(
@@ -155,14 +175,15 @@ class Shards:
                 )
 
     def again(self, shard: int) -> str:
-        """What to do about a shard that is damaged."""
+        """Return the part of an error message that says how to repair a damaged shard."""
         return f"remove {self.name(shard)}.json and run the command that writes {self.folder} again"
 
     def described(self, shard: int) -> dict[str, str]:
-        """The files of a shard and their recorded SHA-256; no file of theirs is read.
+        """Return the recorded SHA-256 of each file of a shard, by file name; the files themselves are not read.
 
         Raises:
-            UserError: the shard is not finished, its record is damaged, or its files are others.
+            UserError: the shard is not finished, its record is damaged or belongs to another manifest, or the names of
+                its files differ from the record.
         """
         name = self.name(shard)
         record = name.with_suffix(".json")
@@ -195,11 +216,16 @@ class Shards:
         return False
 
     def finished(self) -> list[int]:
-        """Shards that have a record, by whoever; no file of theirs is read."""
+        """Return the numbers of the shards that have a record, of whichever process; their files are not read."""
         return [shard for shard in range(self.count) if self.name(shard).with_suffix(".json").exists()]
 
     def all_files(self) -> Iterator[Path]:
-        """Of each shard in turn, as :meth:`files`; what is not finished is told before the first."""
+        """Return an iterator over the folders of all shards in order, each verified as in :meth:`files`.
+
+        Raises:
+            UserError: a shard is not finished (raised by the call itself), or differs from its record (raised by the
+                iterator).
+        """
         for shard in sorted({*range(self.count)}.difference(self.finished())):
             self.check(shard)
         return (self.files(shard) for shard in range(self.count))
@@ -207,30 +233,35 @@ class Shards:
     # Writing
 
     def beside(self, name: str, content: bytes) -> None:
-        """Write a file beside the shards, of a content that depends on the manifest alone.
+        """Write a file to the folder itself, with content that depends only on the manifest.
+
+        Args:
+            name: name of the file.
+            content: content of the file.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: the file cannot be written.
         """
         partial = self.folder / f"{name}.partial-{secrets.token_hex(8)}"
         with told(self.folder / name):
             try:
                 partial.write_bytes(content)
                 sync(partial)
-                with contextlib.suppress(FileNotFoundError):  # swept by one that has finished, and has written it too
+                with contextlib.suppress(FileNotFoundError):  # removed by `sweep` of a process that has written it
                     partial.replace(self.folder / name)
             finally:
                 partial.unlink(missing_ok=True)
 
     def fill(self, make: Make, part: tuple[int, int] | None = None) -> None:
-        """Make what is missing, a free shard at a time, and wait for those that others make, until all are there.
+        """Make all missing shards that no other process claims, and wait for the claimed ones, until all are finished.
 
         Args:
-            make: see :data:`Make`.
-            part: (i, n): only the shards i, i + n, ..., and wait for no others.
+            make: function that writes the files of a shard, given its number, to an empty folder, and returns the
+                number of rows in them.
+            part: (i, n), to make and wait for only the shards i, i + n, ...
 
         Raises:
-            UserError: a shard cannot be written.
+            UserError: a shard cannot be written, or `make` returns a wrong number of rows.
         """
         first, step = part or (0, 1)
         left = list(range(first, self.count, step))
@@ -246,14 +277,14 @@ class Shards:
             self.sweep()
 
     def make_one(self, shard: int, make: Make) -> bool:
-        """Whether the shard is whole now; not, where another process is making it."""
+        """Make a shard unless another process claims it; return whether it is finished now."""
         claim, name = self._claims[shard], self.name(shard)
         if not claim.take():
             return False
         partial = name.with_name(f"{name.name}.partial-{claim.token}")
         try:
             with claim.kept_alive(), told(name):
-                if self.whole(shard):  # by another one, since it was looked at
+                if self.whole(shard):  # another process has finished it in the meantime
                     return True
                 self.remove_partial(name.name)
                 (partial / "files").mkdir(parents=True)
@@ -274,7 +305,7 @@ class Shards:
         except Exception:
             if claim.held():
                 raise
-            return False  # it was taken for dead, and its files were removed
+            return False  # another process has taken the claim over, and removed the partial files
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             claim.release()
@@ -284,7 +315,7 @@ class Shards:
             shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
 
     def sweep(self) -> None:
-        """What killed processes have left beside shards that are finished."""
+        """Remove claims and partial files that killed processes have left, once all shards are finished."""
         for claim in self._claims:
             claim.file.unlink(missing_ok=True)
         self.remove_partial("*")
@@ -295,7 +326,10 @@ def text_of(manifest: dict[str, Any]) -> str:
 
 
 def differences(found: Any, expected: Any, where: str = "") -> Iterator[str]:
-    """The values that are expected and not found, with both; single values before tables of hashes."""
+    """Yield a description of each value of `expected` that `found` does not have, with both values.
+
+    At each level, single values come before nested tables, which usually are hashes.
+    """
     if isinstance(expected, dict) and isinstance(found, dict):
         for key, value in sorted(expected.items(), key=lambda item: isinstance(item[1], dict)):
             yield from differences(found.get(key), value, f"{where}.{key}" if where else key)
@@ -305,7 +339,11 @@ def differences(found: Any, expected: Any, where: str = "") -> Iterator[str]:
 
 
 def link(source: Path, target: Path) -> None:
-    """Give a file its name unless that is taken; where there are no hard links, whoever comes last wins."""
+    """Hard-link a file to a name, or rename it if the file system has no hard links.
+
+    Raises:
+        FileExistsError: the name exists; a rename replaces it instead.
+    """
     try:
         os.link(source, target)
     except FileExistsError:
@@ -315,7 +353,7 @@ def link(source: Path, target: Path) -> None:
 
 
 def hashed(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file, all of which are on the disk then."""
+    """Synchronise a folder and its files to disk, and return the SHA-256 of each file by its name."""
     found = {}
     for file in sorted(folder.iterdir()):
         sync(file)

@@ -1,8 +1,9 @@
-"""A teacher's translations of a subset, in shards: how they are written, and how they are read and checked.
+"""A teacher's translations of a subset, in shards: writing, reading and validation.
 
-A line of a shard's translations.tsv has, with tabs between them: the sentence's number in the subset, from 0 on; a hash
-of its source; the rank of the hypothesis among the sentence's; its score, the log-probability (nats) over the length to
-the power of the length penalty; what became of it; its pieces. Lines stand in the order of the data.
+A line of translations.tsv in a shard has the following columns, separated by tabs: the number of the sentence in the
+subset, from 0; a hash of its source; the rank of the hypothesis among those of the sentence, from 0; its score, which
+is the log-probability (nats) divided by the length to the power of the length penalty; its status, WHOLE, LIMIT or
+SKIPPED; its pieces, separated by blanks. Lines are in the order of the data.
 """
 
 from __future__ import annotations
@@ -23,11 +24,18 @@ from hgkd_fairseq.errors import UserError
 
 FILE = "translations.tsv"
 KIND = "translations"
-WHOLE, LIMIT, SKIPPED = "whole", "limit", "skipped"  # SKIPPED: the source is longer than the teacher takes
+# LIMIT: the translation has the maximum length. SKIPPED: the source is longer than the teacher accepts.
+WHOLE, LIMIT, SKIPPED = "whole", "limit", "skipped"
 
 
 class Hypothesis(NamedTuple):
-    """`pieces` without the end of sentence; `limit`: it has as many as it was allowed to have."""
+    """A translation of a sentence.
+
+    Attributes:
+        pieces: pieces, without the end of sentence.
+        score: log-probability (nats) divided by the length to the power of the length penalty.
+        limit: whether the translation has the maximum length.
+    """
 
     pieces: list[str]
     score: float
@@ -35,23 +43,31 @@ class Hypothesis(NamedTuple):
 
 
 class Translated(NamedTuple):
-    """A sentence and its hypotheses, the best one first; none where the teacher does not take its source."""
+    """A sentence and its hypotheses, the best one first; none if its source is longer than the teacher accepts."""
 
-    number: int
-    source: str  # hash_of its tokens
+    number: int  # number of the sentence in the subset, from 0
+    source: str  # hash_of the source tokens
     hypotheses: list[Hypothesis]
 
 
 def hash_of(ids: Any) -> str:
-    """Of the tokens of a sentence, by their ids: 16 hexadecimal digits."""
+    """Return a 64-bit hash, in 16 hexadecimal digits, of a sentence's token ids (T,), a sequence or CPU tensor."""
     return hashlib.blake2b(np.asarray(ids, dtype="<i4").tobytes(), digest_size=8).hexdigest()
 
 
 def hashes(data: str, subset: str) -> dict[str, dict[str, str]]:
-    """What a manifest says of a folder of data: SHA-256 of the subset's files and of the dictionaries.
+    """Return the hashes of binarised data for a manifest.
+
+    Args:
+        data: folder that fairseq-preprocess has written.
+        subset: name of a subset.
+
+    Returns:
+        The SHA-256 of the files of the subset ("data") and of the dictionaries ("dictionaries"), each by file name.
 
     Raises:
-        UserError: the subset is in several parts, or it is no folder.
+        UserError: `data` is not a folder, or has files of `subset`1, which would be a part of a training set.
+        OSError: a file cannot be read.
     """
     folder = Path(data)
     if not folder.is_dir():
@@ -67,10 +83,10 @@ def hashes(data: str, subset: str) -> dict[str, dict[str, str]]:
 
 
 def check_pieces(dictionary: Dictionary) -> None:
-    """Refuse types that would not be read as they were written.
+    """Check that all types of a dictionary can be written to a file of translations and read back.
 
     Raises:
-        UserError: one holds a blank or a tab, or stands twice.
+        UserError: a type contains a blank, a tab or a line break, or occurs twice.
     """
     for number, piece in enumerate(dictionary.symbols):
         if any(letter in piece for letter in " \t\r\n") or dictionary.index(piece) != number:
@@ -78,10 +94,10 @@ def check_pieces(dictionary: Dictionary) -> None:
 
 
 def lines(one: Translated) -> Iterator[str]:
-    """Of a file.
+    """Yield the lines of a sentence in translations.tsv.
 
     Raises:
-        UserError: a score is no number.
+        UserError: a score is not finite.
     """
     for rank, (pieces, score, limit) in enumerate(one.hypotheses):
         if not math.isfinite(score):
@@ -96,10 +112,14 @@ def lines(one: Translated) -> Iterator[str]:
 
 
 def write(folder: Path, found: Sequence[Translated]) -> None:
-    """The file of a shard.
+    """Write the file of a shard.
+
+    Args:
+        folder: folder of the shard.
+        found: sentences of the shard, in their order.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: a score is not finite, or the file cannot be written.
     """
     with files.writing(folder / FILE) as stream:
         for one in found:
@@ -107,10 +127,15 @@ def write(folder: Path, found: Sequence[Translated]) -> None:
 
 
 def opened(folder: str, data: str | None = None, subset: str | None = None) -> Shards:
-    """The translations in a folder, which must be of these data.
+    """Open a folder of translations.
+
+    Args:
+        folder: folder that `hgkd translate` has written.
+        data: folder of binarised data; if given, the translations must be of these data and dictionaries.
+        subset: if given, the translations must be of this subset.
 
     Raises:
-        UserError: there are none, or of other data, dictionaries or another subset.
+        UserError: there are no translations, or they are of other data, dictionaries or another subset.
     """
     about: dict[str, Any] = dict.fromkeys(("subset", "source_lang", "target_lang"), str)
     about |= {kind: {str: str} for kind in ("data", "dictionaries")} | {"decoding?": {"nbest?": files.Within(1)}}
@@ -123,12 +148,12 @@ def opened(folder: str, data: str | None = None, subset: str | None = None) -> S
 
 
 def read(shards: Shards) -> Iterator[Translated]:
-    """All sentences in order; each file is what was written, and no sentence is missing or has moved.
+    """Yield all sentences in order, and verify that no file has changed and no sentence is missing or misplaced.
 
     Raises:
-        UserError: names the file and what is wrong.
+        UserError: a shard is not finished or a file is not valid; the message names the file and the problem.
     """
-    expected = 0  # the number of the next sentence
+    expected = 0  # number of the next sentence
     for folder in shards.all_files():
         for one in read_file(folder / FILE):
             if one.number != expected:

@@ -1,5 +1,5 @@
-"""What runs models, or reads what they wrote, and scores it."""
+"""Commands that run translation models or read their output, and score it."""
 
 from hgkd_fairseq import plugin
 
-plugin.register()  # fairseq as it is would run code in a checkpoint's options
+plugin.register()  # without it, fairseq evaluates strings in a checkpoint's options as code

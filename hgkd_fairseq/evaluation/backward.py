@@ -1,4 +1,4 @@
-"""How much translations tell of their sources, by a model that translates the other way."""
+"""Scores of translations by a model of the opposite direction: how probable the source is given its translation."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.evaluation import forced
 from hgkd_fairseq.loss.eager import mean_logprobs
 
-BLOCK = 4096  # sentences that are sorted by length together
-WORST = float(np.finfo(np.float64).min)  # of what the model does not take
+BLOCK = 4096  # sentences that are sorted by length and batched at a time
+# Score of the pairs that are longer than the model accepts; finite, as Filters.worst requires.
+WORST = float(np.finfo(np.float64).min)
 
 
 class BackwardModel:
-    """A fairseq checkpoint, or several with ':' between them.
+    """A translation model of the opposite direction, from target to source, that scores translations.
 
     Args:
-        path: of it.
-        task: of the model that has translated.
-        max_tokens: of a batch.
-        cpu: stay on the CPU where there is a GPU.
+        path: fairseq checkpoint, or several joined by ':' (an ensemble).
+        task: task of the model that translated; the backward model must have its languages and dictionaries, swapped.
+        max_tokens: maximum number of tokens in a batch, counted with padding on the longer side.
+        cpu: use the CPU even if a GPU is available.
 
     Raises:
-        UserError: it cannot be used, or has other dictionaries.
+        UserError: the checkpoint cannot be used, or has other languages or dictionaries.
     """
 
     def __init__(self, path: str, task, max_tokens: int, cpu: bool):
@@ -47,11 +48,14 @@ class BackwardModel:
         )
 
     def scores(self, translations: Iterable[tuple[int, int, torch.Tensor]], sources) -> Iterator[tuple[int, float]]:
-        """Number, and log-probability (nats a token) of the source given the translation.
+        """Yield the number of each sentence and the mean log-probability of its source given the translation.
+
+        The mean is over the tokens of the source, in nats per token. Pairs that are longer than the model accepts have
+        the score :data:`WORST`. Results are in the order of the batches, not in that of the input.
 
         Args:
-            translations: number, rank and ids (T,) of each.
-            sources: ids (S,) by number.
+            translations: sentence number, rank (not used) and token ids (T,) of each translation, EOS included.
+            sources: token ids (S,) of the sources, EOS included, indexed by sentence number.
         """
         rows = iter(translations)
         while block := {number: ids.long() for number, _, ids in islice(rows, BLOCK)}:
@@ -64,7 +68,7 @@ class BackwardModel:
         return len(translation) <= self.limits[0] and len(source) <= self.limits[1]
 
     def batches(self, block: dict[int, torch.Tensor], sources) -> Iterator[list[int]]:
-        """Sentences of about one length."""
+        """Yield batches of sentence numbers, sorted by length; pairs longer than the model accepts are left out."""
         sizes = {one: max(len(ids), len(sources[one])) for one, ids in block.items() if self.takes(ids, sources[one])}
         return filled(sorted(sizes, key=lambda one: (sizes[one], one)), sizes.__getitem__, self.max_tokens)
 

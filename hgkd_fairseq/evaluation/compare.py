@@ -1,5 +1,5 @@
-"""Models side by side as a user meets them: fairseq checkpoints and CTranslate2 folders translate the same subset in
-the same batches with the same search; quality, calibration of their own scores, size and speed."""
+"""Comparison of translation models: fairseq checkpoints and CTranslate2 folders translate the same subset in the same
+batches with the same search, and are compared by quality, calibration of their own scores, size and speed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ from hgkd_fairseq.evaluation.inference import Translation
 
 @dataclass(frozen=True)
 class Search:
-    """Options of the beam search, with fairseq-generate's names and defaults."""
+    """Options of the beam search, with fairseq-generate's names and defaults.
+
+    Raises:
+        UserError: the maximum length allows no translation.
+    """
 
     beam: int = 5
     lenpen: float = 1.0
@@ -40,38 +44,38 @@ class Search:
 
 
 class Sources(NamedTuple):
-    """S sentences of the subset."""
+    """A batch of S sentences of the subset."""
 
-    sample: dict  # fairseq's
-    sources: list[list[str]]  # their pieces, without the end of sentence
-    references: list[list[str]]
-    limit: int  # pieces of a translation, without the end of sentence
+    sample: dict  # the batch in fairseq's format
+    sources: list[list[str]]  # S lists of subword pieces, without EOS
+    references: list[list[str]]  # likewise
+    limit: int  # maximum number of pieces of a translation, without EOS
 
 
 class Hypothesis(NamedTuple):
     tokens: list[str]
-    logprobs: list[float] | None  # nats, one a token and one for the end of sentence; None: not known yet
+    logprobs: list[float] | None  # natural logarithms, one per token and one for EOS; None: not computed yet
 
 
 class Model(Protocol):
-    """What translates."""
+    """Interface of the models that :func:`compare` measures."""
 
     megabytes: float
 
     def translate(self, batch: Sources) -> list[Hypothesis]:
-        """The best translation of each sentence; this is what is timed."""
+        """Return the best translation of each sentence; only this method is timed."""
 
     def scored(self, batch: Sources, hypotheses: list[Hypothesis]) -> list[Hypothesis]:
-        """The same, with the log-probabilities of their tokens under the model itself."""
+        """Return the hypotheses with the log-probabilities of their tokens under this model."""
 
 
 class FairseqModel:
-    """A fairseq checkpoint, or an ensemble, as fairseq-generate runs it."""
+    """A fairseq checkpoint or ensemble, run as fairseq-generate runs it."""
 
     def __init__(self, path: str, data: str, search: Search, cpu: bool):
         self.models, self.task, self.device = forced.load(data, path, cpu)
         self.megabytes = sum(os.path.getsize(file) for file in utils.split_paths(path)) / 1e6
-        for model in self.models:  # as fairseq-generate does: no attention weights are kept
+        for model in self.models:  # as in fairseq-generate: attention weights are not returned
             model.make_generation_fast_(beamable_mm_beam_size=search.beam, need_attn=False)
         cfg = GenerationConfig(
             beam=search.beam, lenpen=search.lenpen, max_len_a=search.max_len_a, max_len_b=search.max_len_b
@@ -88,11 +92,15 @@ class FairseqModel:
         return found
 
     def scored(self, batch: Sources, hypotheses: list[Hypothesis]) -> list[Hypothesis]:
-        return hypotheses  # fairseq's search has them at hand
+        return hypotheses  # fairseq's search has already computed them
 
 
 class CTranslate2Model:
-    """A folder that a converter of CTranslate2 wrote."""
+    """A CTranslate2 model, in a folder that one of its converters wrote.
+
+    Raises:
+        UserError: CTranslate2 is not installed, or the folder holds none of its models.
+    """
 
     def __init__(self, path: str, search: Search, cpu: bool):
         try:
@@ -124,27 +132,27 @@ class CTranslate2Model:
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one model."""
+    """The measurements of one model."""
 
     name: str
     bleu: float
-    ece: Score  # inference, on the model's own translations and scores
-    megabytes: float
-    speed: float  # sentences a second, median of the passes
-    same: int  # translations equal to the first model's
-    quality: dict[str, segments.Tested] = field(default_factory=dict)  # by other metrics, of their names
+    ece: Score  # inference ECE, on the model's own translations and scores
+    megabytes: float  # size of the model's files
+    speed: float  # sentences per second, from the median time of a pass
+    same: int  # number of translations equal to the first model's
+    quality: dict[str, segments.Tested] = field(default_factory=dict)  # scores by other metrics, by metric name
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows of the models, and how they were measured."""
+    """The measurements of several models, one row per model, and a description of how they were made."""
 
     rows: list[Row]
     sentences: int
     about: str
 
     def __str__(self) -> str:
-        """A markdown table."""
+        """Return a Markdown table, followed by the description."""
         first = self.rows[0]
         columns = ["BLEU", *first.quality, "ECE, %", "MB", "sentences/s", "speed-up", "same as the first"]
         lines = [f"| model | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
@@ -170,27 +178,33 @@ def compare(
     segment_scores: Sequence[segments.Named] = (),
     tokenize: str = TOKENIZERS[0],
 ) -> Comparison:
-    """Translate a subset with each model and measure.
+    """Translate a subset with each model, and measure quality, calibration, size and speed.
 
-    The models take turns batch by batch in one process with the same number of threads; the first pass warms up and
-    gives the translations, `repeats` more are timed. Loading is not timed, nor what is only needed for the scores.
+    The models take turns, batch by batch, in one process with the same number of threads. The first pass is a warm-up
+    and gives the translations; `repeats` further passes are timed. Loading a model is not timed, nor is the computation
+    of log-probabilities that only the scores need.
 
     Args:
-        data: folder of fairseq-preprocess.
-        paths: fairseq checkpoints (':' between those of an ensemble) and folders of CTranslate2, of the same
-            dictionaries; at least one is of fairseq.
-        subset: of the data.
-        search: options of the beam search.
-        max_tokens: source pieces a batch.
-        repeats: timed passes.
-        cpu: stay on the CPU where there is a GPU.
-        reference_file: text, one reference a line, for BLEU, instead of the subset's own with its pieces joined.
-        segment_scores: files of other metrics' scores of these translations, once for each of `paths`, in their order.
-        tokenize: by sacreBLEU, for BLEU.
+        data: folder that fairseq-preprocess wrote.
+        paths: fairseq checkpoints (joined by ':' for an ensemble) and CTranslate2 folders, all with the same
+            dictionaries; at least one is a fairseq checkpoint.
+        subset: name of the subset to translate.
+        search: options of the beam search; None: the defaults.
+        max_tokens: maximum number of tokens in a batch, counted with padding on the longer side.
+        repeats: number of timed passes, at least 1.
+        cpu: use the CPU even if a GPU is available.
+        reference_file: text file with one reference per line, for BLEU; None: the subset's references, with their
+            pieces joined.
+        segment_scores: files of sentence scores by other metrics; of each metric one for each of `paths`, in their
+            order.
+        tokenize: sacreBLEU tokenizer, for BLEU.
+
+    Returns:
+        The measurements, one row for each of `paths`.
 
     Raises:
-        UserError: a model that cannot be loaded, no checkpoint of fairseq among them, a subset that is missing,
-            references or scores that do not fit; all before anything is translated.
+        UserError: a model cannot be loaded, no fairseq checkpoint is among them, the subset is missing, or references
+            or scores do not match it. All of this is checked before anything is translated.
     """
     search = search or Search()
     named = segments.by_metric(segment_scores, paths)
@@ -222,7 +236,7 @@ def compare(
 
     if references is None:
         references = generated.joined([row.reference for row in found[0]])
-    bleu = BLEU(tokenize=tokenize, force=True)  # without a warning that texts are tokenised
+    bleu = BLEU(tokenize=tokenize, force=True)  # force: no warning about texts that are already tokenised
     rows = []
     for place, (path, model) in enumerate(zip(paths, models, strict=True)):
         translations, times = found[place], seconds[place]
@@ -262,7 +276,7 @@ def make_batch(model: FairseqModel, sample: dict, search: Search) -> Sources:
     ]
     target = [generated.reference(model.task.target_dictionary, row) for row in sample["target"].tolist()]
     length = sample["net_input"]["src_tokens"].size(1)
-    # fairseq-generate's limit, which counts the padded length of the batch
+    # fairseq-generate's limit, which depends on the padded source length of the batch
     limit = min(int(search.max_len_a * length + search.max_len_b), model.generator.max_len - 1)
     return Sources(sample, source, target, limit)
 
@@ -271,7 +285,11 @@ def make_batch(model: FairseqModel, sample: dict, search: Search) -> Sources:
 def translate_all(
     models: Sequence[Model], batches: Sequence[Sources], repeats: int
 ) -> tuple[list[list[Translation]], list[list[float]]]:
-    """Of each model: the translations in the subset's order, and the seconds of each timed pass."""
+    """Run the warm-up pass and the timed passes.
+
+    Returns:
+        For each model its translations, in the order of the subset, and the seconds of each timed pass.
+    """
     found: list[list[Translation]] = [[] for _ in models]
     seconds = [[0.0] * repeats for _ in models]
     for turn in range(repeats + 1):

@@ -1,5 +1,5 @@
-"""Training data of a teacher's translations: which hypothesis of a sentence, which sentences, and how good they are.
-`hgkd distil-data`."""
+"""Training data from a teacher's translations (`hgkd distil-data`): selection of a hypothesis per sentence, filters and
+a summary of the quality."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ from hgkd_fairseq.evaluation import generated, selection
 from hgkd_fairseq.evaluation.backward import BackwardModel
 from hgkd_fairseq.plugin import binarised
 
-MEASURED = 20_000  # sentences whose texts are scored, evenly spread
+MEASURED = 20_000  # maximum number of sentences, evenly spaced, for BLEU and chrF in the summary
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What of the translations becomes training data.
+    """Options that decide which translations become training data.
 
     Attributes:
-        select: best: the hypothesis of the teacher's best score; bleu, chrf: the one nearest to the reference by that
-            metric of sentences (sequence-level interpolation: Kim and Rush, EMNLP 2016, section 3.3); scores:FILE: the
-            one of the best score in a file with a number a line, one for each hypothesis in their order.
-        filters: what is dropped.
-        mix_original: share of the sentences whose references are added.
-        backward: checkpoint of a model of the other direction, or several; None: without.
-        max_tokens: of a batch of it.
-        cpu: it stays on the CPU where there is a GPU.
+        select: which hypothesis of a sentence is used. "best": the one with the teacher's best score; "bleu", "chrf":
+            the one with the highest sentence-level score against the reference (sequence-level interpolation: Kim and
+            Rush, EMNLP 2016, section 3.3); "scores:FILE": the one with the highest score in a file of one number per
+            line, one line for each hypothesis, in order.
+        filters: filters that drop sentences.
+        mix_original: fraction of the sentences whose references are added.
+        backward: checkpoint of a model of the opposite direction, or several joined by ':'; None: no such model.
+        max_tokens: maximum number of tokens in a batch of the backward model.
+        cpu: run the backward model on the CPU even if a GPU is available.
     """
 
     select: str = "best"
@@ -48,19 +49,22 @@ class Choice:
 
 
 def distil(folder: str, data: str, output: str, choice: Choice) -> str:
-    """Make training data of translations.
+    """Write binarised training data made of a teacher's translations.
 
     Args:
-        folder: that `hgkd translate` filled.
-        data: that it translated.
-        output: folder to make, of binarised data, with sentences.tsv, dropped.tsv and summary.md.
-        choice: of hypotheses and sentences.
+        folder: folder that `hgkd translate` filled.
+        data: folder of the data that it translated.
+        output: folder to create. Besides the binarised data it holds sentences.tsv (where each row comes from),
+            dropped.tsv (the reasons), summary.md and distilled.json (options, and hashes of the files).
+        choice: selection of hypotheses and sentences.
 
-    Returns: the summary.
+    Returns:
+        The summary, in Markdown.
 
     Raises:
-        UserError: translations that are not finished, damaged, or of other data, or one a sentence where it is to be
-            chosen among several; a sentence that has moved.
+        UserError: the translations are unfinished, damaged, of other data or not of the subset train; the selection
+            needs several hypotheses per sentence and there is one; a sentence has changed since it was translated; the
+            backward model or the file of scores cannot be used; nothing is left to train on; `output` exists.
     """
     shards = translations.opened(folder, data)
     if (subset := shards.manifest["subset"]) != "train":
@@ -89,10 +93,17 @@ def distil(folder: str, data: str, output: str, choice: Choice) -> str:
 
 
 def translated_data(data: str, shards: Shards):
-    """(task, subset) of fairseq, of the data that were translated.
+    """Load the data that were translated.
+
+    Args:
+        data: folder that fairseq-preprocess wrote.
+        shards: translations of it, whose manifest names the subset and the languages.
+
+    Returns:
+        (task, dataset): fairseq's translation task, and the subset.
 
     Raises:
-        UserError: they cannot be read.
+        UserError: the data cannot be read.
     """
     about = shards.manifest
     wanted = {key: about[key] for key in ("source_lang", "target_lang")}
@@ -101,27 +112,27 @@ def translated_data(data: str, shards: Shards):
 
 
 class Chosen:
-    """The sentences and what is decided of each.
+    """Selection of a hypothesis for each of N sentences, and of the sentences that are kept.
 
     Attributes:
-        reasons: (N,) why it is dropped, of filters.CODES; 0 where it is kept.
-        ranks: (N,) of the chosen hypothesis.
+        reasons: (N,) reasons why sentences are dropped, values of filters.CODES; 0: kept.
+        ranks: (N,) ranks of the selected hypotheses among those of their sentences.
     """
 
     def __init__(self, shards: Shards, task, dataset, choice: Choice):
         self.shards, self.task, self.dataset, self.choice = shards, task, dataset, choice
         self.reasons = np.zeros(len(dataset), np.int8)
         self.ranks = np.zeros(len(dataset), np.int16)
-        self.scores = np.zeros(len(dataset))  # the teacher's
+        self.scores = np.zeros(len(dataset))  # by the teacher, of the selected hypotheses
         self.copies = np.zeros(len(dataset), bool)
         self.ratios = np.zeros(len(dataset))
-        self.texts: list[tuple[int, list[str], list[str]]] = []  # of MEASURED sentences: translation and reference
+        self.texts: list[tuple[int, list[str], list[str]]] = []  # number, translation, reference
 
     def sentences(self) -> Iterator[Translated]:
-        """All of them; each has the source that it had when it was translated.
+        """Yield all sentences in order, after checking that each source is the one that was translated.
 
         Raises:
-            UserError: names the first one that has not.
+            UserError: a source differs, or a shard is damaged or missing; the message names the first one.
         """
         for one in translations.read(self.shards):
             if one.source != hash_of(self.dataset.src[one.number]):
@@ -142,9 +153,13 @@ class Chosen:
         return one.hypotheses[self.ranks[one.number]] if one.hypotheses else None
 
     def examine(self) -> None:
-        """Decide."""
+        """Select a hypothesis for each sentence, and decide which sentences are kept.
+
+        Raises:
+            UserError: the translations, the file of scores or the backward model cannot be used.
+        """
         filters, backward = self.choice.filters, None
-        if self.choice.backward:  # what is wrong with it is told before the work
+        if self.choice.backward:  # loaded first, so that an unusable model is reported early
             backward = BackwardModel(self.choice.backward, self.task, self.choice.max_tokens, self.choice.cpu)
         select = selection.make(self.choice.select, self.reference)
         unknown = self.task.target_dictionary.unk_word
@@ -170,7 +185,11 @@ class Chosen:
             filters.worst("backward", self.reasons, scores)
 
     def kept(self) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """Number, rank and ids of each translation that is kept."""
+        """Yield the sentence number, rank and token ids (T,) of each translation that is kept.
+
+        Raises:
+            UserError: a piece is not in the target dictionary.
+        """
         for one in self.sentences():
             if not self.reasons[one.number]:
                 rank = int(self.ranks[one.number])
@@ -184,7 +203,7 @@ class Chosen:
                 yield one.number, rank, ids
 
     def rows(self) -> Iterator[Row]:
-        """What is trained on, in the order of the sentences."""
+        """Yield the training pairs, kept translations and added references, in the order of the sentences."""
         count = round(self.choice.mix_original * len(self.dataset))
         drawn = sorted(np.random.default_rng(1).permutation(len(self.dataset))[:count].tolist(), reverse=True)
         for number, rank, ids in self.kept():
@@ -198,7 +217,11 @@ class Chosen:
         return Row(number, REFERENCE, 0, self.dataset.tgt[number])
 
     def summary(self, rows: int) -> str:
-        """A table in markdown."""
+        """Return the summary in Markdown: sentences dropped by reason, and quality before and after filtering.
+
+        Args:
+            rows: number of training pairs, including the added references.
+        """
         kept, there = self.reasons == 0, self.reasons != CODES["skipped"]
         lines = ["| dropped | sentences | |", "|---|---:|---|"]
         counts = np.bincount(self.reasons, minlength=len(REASONS) + 1)

@@ -1,5 +1,5 @@
-"""Teacher-forced scores of a fairseq translation model or ensemble: how probable it finds the references, and how well
-its confidence in its top-1 prediction matches how often that prediction is right."""
+"""Teacher-forced scores of a fairseq translation model or ensemble: the probability of the references, and the
+calibration of its confidence in the top-1 prediction."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ from hgkd_fairseq.teacher import inputs
 
 logger = logging.getLogger(__name__)
 
-CHUNK_TOKENS = 1024  # rows of the vocabulary's width that are alive at a time
+CHUNK_TOKENS = 1024  # tokens whose probabilities over the vocabulary are in memory at a time
 MEANS = (Mean("nll", "NLL", "bits"), Mean("brier", "Brier"))
 
 
 class TargetTokens(NamedTuple):
-    """The N non-pad target tokens of a batch, sentence by sentence."""
+    """The N target tokens of a batch, without padding, sentence by sentence."""
 
-    heads: list[Head]  # hidden (N, D), one a model
-    target: Tensor  # (N,)
-    sentence: Tensor  # (N,) the sentence's place in the subset
+    heads: list[Head]  # one per model, with hidden states (N, D)
+    target: Tensor  # (N,) gold tokens
+    sentence: Tensor  # (N,) index of the token's sentence in the subset
 
 
 class TokenScores(NamedTuple):
-    """Of the N non-pad target tokens of a batch."""
+    """Scores of the N target tokens of a batch, without padding."""
 
     nll: Tensor  # (N,) nats, -log p(gold)
     confidence: Tensor  # (N,) probability of the top-1 token
     correct: Tensor  # (N,) bool, the top-1 token is the gold one
-    is_eos: Tensor  # (N,) bool
-    brier: Tensor  # (N,) of the whole distribution
+    is_eos: Tensor  # (N,) bool, the gold token is EOS
+    brier: Tensor  # (N,) Brier score of the whole distribution
     top: Tensor  # (N,) the top-1 token
-    tables: Tensor  # (2, 2, 3, bins) of the whole distributions: of tokens that are not EOS, and that are
+    tables: Tensor  # (2, 2, 3, bins) tables of distribution_tables(), first without EOS, then of EOS alone
 
 
 def evaluate(
@@ -64,22 +64,25 @@ def evaluate(
     tokens_file: str | None = None,
     pair: str | None = None,
 ) -> Results:
-    """Score a subset of binarised data under a checkpoint, or several with ':' between them (an ensemble).
+    """Score a subset of binarised data under a checkpoint or an ensemble, with teacher forcing.
 
     Args:
-        data: folder of fairseq-preprocess; its dictionaries must be those of the models.
-        path: fairseq translation checkpoint(s).
-        subset: "test", "valid", ...
-        max_tokens: tokens a batch.
-        cpu: stay on the CPU where there is a GPU.
-        settings: bins, intervals.
-        temperature: divides the logits, of each model of an ensemble.
-        tokens_file: where to write a row for each token.
-        pair: of a model of several language pairs, as "de-en"; None: all of them together.
+        data: folder that fairseq-preprocess wrote; its dictionaries must be those of the models.
+        path: fairseq translation checkpoint, or several joined by ':' (an ensemble, whose probabilities are averaged).
+        subset: name of the subset, such as "test" or "valid".
+        max_tokens: maximum number of tokens in a batch.
+        cpu: use the CPU even if a GPU is available.
+        settings: bins and bootstrap intervals; None: the defaults.
+        temperature: divisor of the logits of each model.
+        tokens_file: file to write a row per token to, .tsv or .parquet; None: no such file.
+        pair: language pair to score, such as "de-en", of a model of several; None: all of them together.
+
+    Returns:
+        NLL (bits per token), Brier score and calibration scores, with and without EOS.
 
     Raises:
-        UserError: a file that is missing or cannot be used, a subset that is missing or empty, a model that
-            predicts NaN.
+        UserError: a file is missing or cannot be used, the subset is missing or empty, or the NLL of a token is NaN or
+            infinite.
     """
     with opened(tokens_file) as table:
         models, task, device = load(data, path, cpu, pair, several=True)
@@ -98,7 +101,14 @@ def measure(
     temperature: float,
     table: TokenTable | None = None,
 ) -> Results:
-    """As :func:`evaluate`, of loaded models."""
+    """Score a subset under models that :func:`load` returned; otherwise as :func:`evaluate`.
+
+    Args:
+        table: open table to write a row per token to; None: no such table.
+
+    Raises:
+        UserError: the subset is missing or empty, or the NLL of a token is NaN or infinite.
+    """
     dictionary = task.target_dictionary
     parts = {"mode": "forced", "eos": "yes", "tok": "bpe"}
     if temperature != 1:
@@ -113,7 +123,7 @@ def measure(
                 f"the model gives probabilities that are NaN or 0 to references of subset {subset}; its training has "
                 "diverged: name an earlier checkpoint"
             )
-        # fp32 sums of probabilities may pass 1 by a rounding.
+        # In fp32, a probability may exceed 1 by rounding.
         confidence, nll = scores.confidence.double().clamp(max=1), scores.nll.double() / math.log(2)
         for predictions, rows in ((whole, slice(None)), (without_eos, ~scores.is_eos)):
             predictions.update(
@@ -144,15 +154,22 @@ def measure(
 
 
 def load(data: str, path: str, cpu: bool = False, pair: str | None = None, several: bool = False):
-    """(models, task, device): the checkpoints of `path` in eval mode under the plain translation task on `data`.
+    """Load checkpoints in eval mode, and the task on `data` that they run under.
 
     Args:
-        several: whether they may be of several language pairs, which are then under fairseq's own multilingual task.
-        pair: one of those; None: all.
+        data: folder that fairseq-preprocess wrote; the first one is used if several are joined by ':'.
+        path: fairseq translation checkpoint, or several joined by ':' (an ensemble).
+        cpu: use the CPU even if a GPU is available.
+        pair: language pair to use of models of several; None: all of them.
+        several: accept models whose task adds language tokens (several language pairs, mBART), under fairseq's own
+            tasks for them; otherwise all models run under the plain translation task.
+
+    Returns:
+        (models, task, device): one model per checkpoint, the task, and the device that the models are on.
 
     Raises:
-        UserError: they cannot be used, were trained by another task, or translate between other languages than the
-            first of them.
+        UserError: a checkpoint cannot be used, its task adds language tokens and `several` is False, its dictionaries
+            differ from those of the data, or it was not trained on `pair` or the language pairs of the first one.
     """
     data = binarised.first_shard(data)
     found = [checkpoints.read(file) for file in split_paths(path)]
@@ -172,7 +189,11 @@ def load(data: str, path: str, cpu: bool = False, pair: str | None = None, sever
 
 
 def batches(task, models, subset: str, max_tokens: int):
-    """The subset's batches in a fixed order, with a progress bar."""
+    """Return an iterator over the subset's batches in a fixed order, with a progress bar on a terminal.
+
+    Raises:
+        UserError: the subset is missing or empty, or has sentences longer than the models accept or `max_tokens`.
+    """
     limits = utils.resolve_max_positions(task.max_positions(), *[model.max_positions() for model in models])
     dataset = binarised.subset(task, subset, limits)
     if isinstance(dataset, pairs.SEVERAL):
@@ -182,7 +203,7 @@ def batches(task, models, subset: str, max_tokens: int):
     try:
         found = task.get_batch_iterator(dataset, max_tokens=max_tokens, max_positions=limits)
         itr = found.next_epoch_itr(shuffle=False)
-    except AssertionError:  # fairseq's, of a sentence that fits into no batch
+    except AssertionError:  # raised by fairseq if a sentence is longer than max_tokens
         raise UserError(
             f"--max-tokens {max_tokens} is less than the longest sentence of subset {subset} has; give more"
         ) from None
@@ -191,7 +212,7 @@ def batches(task, models, subset: str, max_tokens: int):
 
 @torch.no_grad()
 def token_batches(models, samples, dictionary, device) -> Iterator[TargetTokens]:
-    """The models' features of the target tokens, batch by batch."""
+    """Run the models on fairseq batches, and yield the hidden states of the target tokens of each batch."""
     for sample in samples:
         sample = utils.move_to_cuda(sample) if device.type == "cuda" else sample
         target = sample["target"]  # (B, T)
@@ -203,7 +224,7 @@ def token_batches(models, samples, dictionary, device) -> Iterator[TargetTokens]
 
 
 def chunks(heads: Sequence[Head], target: Tensor) -> Iterator[tuple[list[Head], Tensor]]:
-    """`CHUNK_TOKENS` rows at a time."""
+    """Yield the hidden states (n, D) and the targets (n,) of at most :data:`CHUNK_TOKENS` tokens at a time."""
     for start in range(0, target.numel(), CHUNK_TOKENS):
         rows = slice(start, start + CHUNK_TOKENS)
         yield [head._replace(hidden=head.hidden[rows]) for head in heads], target[rows]
@@ -211,8 +232,18 @@ def chunks(heads: Sequence[Head], target: Tensor) -> Iterator[tuple[list[Head], 
 
 @torch.no_grad()
 def score_rows(heads: Sequence[Head], target: Tensor, eos: int, temperature: float, bins: int = 20) -> TokenScores:
-    """`heads` with hidden (N, D), `target` (N,); the models' mean probability where there are several. Never a table of
-    tokens x vocabulary beyond `CHUNK_TOKENS` rows."""
+    """Compute the scores of N target tokens, under the mean probability of the models.
+
+    Probabilities over the vocabulary are computed for :data:`CHUNK_TOKENS` tokens at a time, so that a model with a
+    linear output layer never needs a (tokens, vocabulary) matrix of the whole batch.
+
+    Args:
+        heads: one per model, with hidden states (N, D).
+        target: (N,) gold tokens.
+        eos: index of EOS.
+        temperature: divisor of the logits.
+        bins: bins of the calibration tables.
+    """
     parts = []
     for rows, gold in chunks(heads, target):
         logp = mean_logprobs(rows, temperature)
@@ -227,7 +258,7 @@ def score_rows(heads: Sequence[Head], target: Tensor, eos: int, temperature: flo
 
 
 def token_rows(batch: TargetTokens, scores: TokenScores, dictionary) -> dict[str, list]:
-    """Columns of the table of tokens."""
+    """Return the columns of the token table by name, with a value per token."""
     return {
         "sentence": batch.sentence.tolist(),
         "token": [gold_piece(dictionary, index) for index in batch.target.tolist()],

@@ -1,5 +1,5 @@
-"""Inference calibration (Wang et al. 2020, ACL, "On the Inference Calibration of NMT"): of a model's own translations,
-as fairseq-generate writes them, whatever search made them."""
+"""Inference calibration (Wang et al., ACL 2020, "On the Inference Calibration of Neural Machine Translation"): the
+calibration of a model on its own translations, read from the output of fairseq-generate with any search."""
 
 from __future__ import annotations
 
@@ -25,35 +25,36 @@ from hgkd_fairseq.evaluation.generated import read_lines, read_references, split
 from hgkd_fairseq.evaluation.token_table import TokenTable, opened
 
 EOS = "</s>"
-# fairseq writes differences of summed logarithms: a probability of 1 may come out above it by a rounding.
+# fairseq prints differences of cumulative log-probabilities: by rounding, that of a probability of 1 may exceed 0.
 ROUNDING_BITS = 0.01
 WITH_PIECES = "run fairseq-generate without --remove-bpe and without --bpe, so that its lines hold pieces"
 
 
 class Uneven(UserError):
-    """More or fewer scores than the tokens need."""
+    """The number of scores does not match the number of tokens."""
 
 
 class Translation(NamedTuple):
-    """A sentence that fairseq-generate translated."""
+    """A translation of a sentence, with the log-probabilities of its tokens."""
 
-    sentence: int  # its place in the subset
-    tokens: list[str]
-    logprobs: list[float]  # log2, one a token and one for the end of sentence
-    reference: list[str]
+    sentence: int  # index in the subset
+    tokens: list[str]  # without EOS
+    logprobs: list[float]  # base-2 logarithms, one per token and one for EOS
+    reference: list[str]  # without EOS
 
 
 @dataclass(frozen=True)
 class Labelling:
-    """How tokens and sentences are labelled.
+    """How tokens and sentences are labelled as correct or wrong.
 
     Attributes:
-        labels: "wang2020" or "ter".
-        words: whether whole words are scored instead of pieces.
-        language_token: whether the "first" score of each sentence is that of a language token, which is not printed,
-            or the "last" one, after that of the end of sentence (or in its place, where the limit of the length cuts a
-            translation); None: there is none.
-        tokenize: by sacreBLEU, for the BLEU of sentences.
+        labels: "ter": a token is correct if TER aligns it with an equal token of the reference; "wang2020": the same,
+            except that the token after a deletion is wrong (see :func:`ter_labels`).
+        words: score whole words instead of pieces.
+        language_token: which score of a sentence is that of a language token that fairseq-generate does not print:
+            "first", or "last", after that of EOS (or in its place, if the translation is cut at the maximum length);
+            None: there is none.
+        tokenize: sacreBLEU tokenizer, for sentence BLEU.
     """
 
     labels: str = "wang2020"
@@ -63,17 +64,18 @@ class Labelling:
 
 
 def read(file: str, reference_file: str | None = None, language_token: str | None = None) -> list[Translation]:
-    """The best translation of each sentence with its tokens' log-probabilities, in the order of the subset.
+    """Read the best translation of each sentence with its tokens' log-probabilities, in the order of the subset.
 
     Args:
-        file: what fairseq-generate printed, or its generate-SUBSET.txt of --results-path. Its lines T- (reference), H-
-            (hypothesis) and P- (scores of the tokens, log2 with 4 decimals) are read. With --remove-bpe none of them
-            holds pieces, with --bpe only H- does: then there are more scores than tokens, or T- does not fit.
-        reference_file: references in pieces, one a line, in the order of the subset, instead of the T- lines.
-        language_token: see :class:`Labelling`; its score is left out.
+        file: output of fairseq-generate, or its generate-SUBSET.txt with --results-path. The lines T- (reference), H-
+            (hypothesis) and P- (log-probabilities of the tokens, base 2 with 4 decimals) are read. T- and H- must be in
+            the model's pieces, which they are not with --remove-bpe, nor T- with --bpe.
+        reference_file: text file of references in pieces, one per line, in the order of the subset; None: the T- lines.
+        language_token: position of a score to leave out; see :class:`Labelling`.
 
     Raises:
-        UserError: a file that is missing, holds no translations or scores, or whose lines do not fit together.
+        UserError: the file is missing, holds no translations or scores, or its lines do not match each other.
+        Uneven: the number of scores of a sentence does not match the number of its tokens.
     """
     lines = read_lines(file)
     references = dict(enumerate(read_references(reference_file))) if reference_file else lines["T"]
@@ -125,10 +127,18 @@ def evaluate(
     tokens_file: str | None = None,
     segment_scores: Sequence[segments.Named] = (),
 ) -> Results:
-    """:func:`score` of the translations of :func:`read`, with scores of their sentences by other metrics in files.
+    """Score the translations in an output of fairseq-generate: :func:`read`, then :func:`score`.
+
+    Args:
+        file: output of fairseq-generate; see :func:`read`.
+        reference_file: see :func:`read`.
+        options: labelling of tokens and sentences; None: the defaults.
+        settings: bins and bootstrap intervals; None: the defaults.
+        tokens_file: file to write a row per token to, .tsv or .parquet; None: no such file.
+        segment_scores: files of sentence scores by other metrics, one for each metric.
 
     Raises:
-        UserError: as of these two, and of :func:`segments.read`.
+        UserError: see :func:`read`, :func:`score` and :func:`segments.read`.
     """
     named = segments.by_metric(segment_scores, [file])
     with opened(tokens_file) as table:
@@ -145,17 +155,26 @@ def score(
     table: TokenTable | None = None,
     quality: Mapping[str, np.ndarray] | None = None,
 ) -> Results:
-    """Score translations, which `name` says the origin of.
+    """Compute calibration and correlation scores of N translations.
 
-    A token's confidence is its probability; it is right as :func:`ter_labels` says. A word's is the product of its
-    pieces'. Sentences are scored too, by ECE: confidence is the probability of the whole (`conf:product`) or its mean
-    per token (`conf:geomean`), and right is whether it is the reference (`right:exact`), or how close it comes
-    (sacreBLEU's sentence BLEU and chrF over 100). Spearman's correlation says whether the translations that the model
-    finds probable, as a whole or per token, are the good ones: by these two, and by `quality`, other metrics' scores of
-    the sentences by the metrics' names.
+    The confidence of a token is its probability, and that of a word is the product of its pieces' probabilities; which
+    of them are correct is determined by :func:`ter_labels`. For sentences there is an ECE for each combination of two
+    confidences, the probability of the whole translation (`conf:product`) and the geometric mean per token
+    (`conf:geomean`), and three degrees of correctness: equality with the reference (`right:exact`), and sacreBLEU's
+    sentence BLEU and chrF, divided by 100. Spearman's rank correlation measures whether the translations with a high
+    log-probability, as a sum or as a mean per token, are those of high quality by BLEU, chrF and other metrics.
+
+    Args:
+        translations: translations, in the order of the subset.
+        name: origin of the translations, for the results and error messages.
+        options: labelling of tokens and sentences; None: the defaults.
+        settings: bins and bootstrap intervals; None: the defaults.
+        table: open table to write a row per token to; None: no such table.
+        quality: sentence scores (N,) by other metrics, by metric name.
 
     Raises:
-        UserError: the references are not in pieces where the translations are.
+        UserError: the translations are in pieces and the references are not; or words are to be scored and a piece
+            spans several.
     """
     options, settings = options or Labelling(), settings or Settings()
     marked = mark(row.tokens for row in translations)
@@ -211,15 +230,15 @@ def sentence_scores(
     quality: Mapping[str, np.ndarray],
     tokenize: str,
 ) -> Iterable[Score]:
-    """ECE of whole sentences, two confidences against three ways to be right, and rank correlations of the
-    log-probability, summed or its mean per token, with quality."""
+    """Yield the scores of whole sentences: ECE of two confidences with three degrees of correctness, and rank
+    correlations of the log-probability, as a sum or as a mean per token, with quality."""
     index = torch.tensor([row.sentence for row in translations])
     bits = torch.tensor([sum(row.logprobs) for row in translations], dtype=torch.float64)
     lengths = torch.tensor([len(row.logprobs) for row in translations])
     confidences = {"product": bits.exp2(), "geomean": (bits / lengths).exp2()}
     texts = [(text(row.tokens, marked), text(row.reference, marked)) for row in translations]
     bleu, chrf = BLEU(effective_order=True, tokenize=tokenize), CHRF()
-    named = {} if tokenize == TOKENIZERS[0] else {"bleu": {"tok": tokenize}}  # the metrics that signatures say more of
+    named = {} if tokenize == TOKENIZERS[0] else {"bleu": {"tok": tokenize}}  # additions to signatures
     right = {
         "exact": [float(row.tokens == row.reference) for row in translations],
         "bleu": [bleu.sentence_score(ours, [theirs]).score / 100 for ours, theirs in texts],
@@ -229,7 +248,7 @@ def sentence_scores(
         for name, correct in right.items():
             parts = {"mode": "inference", "unit": "sentence", "conf": conf, "right": name, **named.get(name, {})}
             sentences = Predictions(settings, f"_sentence_{conf}_{name}", parts)
-            # sacreBLEU's scores of a perfect match pass 100 by a rounding.
+            # sacreBLEU's score of a perfect match may exceed 100 by rounding.
             sentences.update(index, confidence, torch.tensor(correct, dtype=torch.float64).clamp(max=1))
             yield sentences.binned_scores()[0]
     measured = {name: right[name] for name in ("bleu", "chrf")} | dict(quality)

@@ -1,4 +1,4 @@
-"""Models whose task adds language tokens: which of our commands run them, and the task that they are run under."""
+"""Models whose task adds language tokens: which commands support them, and the task that they run under."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hgkd_fairseq.plugin import binarised
 from hgkd_fairseq.plugin.checkpoints import Checkpoint
 from hgkd_fairseq.teacher import inputs
 
-# Of the task: all pairs, each sentence once.
+# Options of the multilingual task with which each sentence of each pair is read once, without sampling.
 EACH_ONCE = {
     **dict.fromkeys(("source_lang", "target_lang", "extra_data", "extra_lang_pairs")),
     **dict.fromkeys(("sampling_weights", "sampling_weights_from_file", "virtual_epoch_size", "virtual_data_size")),
@@ -27,7 +27,7 @@ EACH_ONCE = {
 REFUSED = (
     "this command runs models of the task translation: translate with fairseq-generate, or measure with hgkd score"
 )
-# Of the tasks that add tokens: what decides how a sentence looks.
+# Options of the tasks with language tokens that determine the tokens of a sentence.
 SHAPING = (
     *("encoder_langtok", "decoder_langtok", "lang_tok_style", "lang_tok_replacing_bos_eos", "langtoks"),
     *("langtoks_specs", "enable_lang_ids", "fixed_dictionary", "source_dict", "target_dict", "prepend_bos"),
@@ -35,18 +35,22 @@ SHAPING = (
 
 
 def generation(checkpoint: Checkpoint, pair: str | None) -> tuple[list[str], dict[str, Any]]:
-    """What fairseq-generate is to be told of a model's task: words of its command line, and options to set then.
+    """Return the arguments with which fairseq-generate runs a model under its task.
 
     Args:
-        pair: of a model of several language pairs, the one to translate, which :func:`check_pair` has looked at.
+        checkpoint: checkpoint of the model.
+        pair: language pair to translate, of a model of several; :func:`check_pair` must have accepted it.
+
+    Returns:
+        Words to add to the command line, and options to set on the parsed arguments.
 
     Raises:
-        UserError: it is missing.
+        UserError: the model is one of several language pairs and `pair` is None.
     """
     options = checkpoint.options("task")
     kind = inputs.kind(options)
     shaping = {name: options[name] for name in SHAPING if options.get(name) is not None}
-    if kind == inputs.BART:  # fairseq's own task asks for attributes that it no longer has
+    if kind == inputs.BART:  # fairseq's own task reads attributes that it no longer sets
         return ["--task", f"{kind}_with_teacher"], shaping | {"langs": options["langs"]}
     if kind != inputs.MULTILINGUAL:
         return [], {}
@@ -59,7 +63,8 @@ def generation(checkpoint: Checkpoint, pair: str | None) -> tuple[list[str], dic
 
 
 def unprinted_token(options: dict[str, Any]) -> str | None:
-    """Of a task: where fairseq-generate prints the score of a language token; see :class:`inference.Labelling`."""
+    """Return where fairseq-generate prints the score of a language token under a task with these options: "first",
+    "last" or None; see :class:`inference.Labelling`."""
     found = inputs.added(options)
     if inputs.kind(options) == inputs.BART:
         return "last"
@@ -68,8 +73,15 @@ def unprinted_token(options: dict[str, Any]) -> str | None:
 
 
 def check_pair(path: str, options: dict[str, Any], pair: str | None) -> None:
-    """Raises:
-    UserError: the model is none of this language pair among others.
+    """Check that a model was trained on a language pair among others.
+
+    Args:
+        path: name of the model, for the error message.
+        options: options of its task.
+        pair: language pair, such as "de-en"; None: nothing is checked.
+
+    Raises:
+        UserError: the model is not one of several language pairs, or `pair` is not among them.
     """
     if pair is not None and inputs.kind(options) != inputs.MULTILINGUAL:
         raise UserError(f"--lang-pair {pair}: {path} is no model of several language pairs; drop it")
@@ -78,23 +90,27 @@ def check_pair(path: str, options: dict[str, Any], pair: str | None) -> None:
 
 
 def language_tokens(task: FairseqTask) -> list[int]:
-    """Ids of those that it puts into targets."""
+    """Return the ids of the language tokens that a task adds to targets; empty for the plain translation task."""
     if isinstance(task, TranslationMultiSimpleEpochTask):
         return of_multilingual(task)
     return of_pretrained_bart(task) if isinstance(task, TranslationFromPretrainedBARTTask) else []
 
 
 def make_task(data: str, path: str, checkpoint: Checkpoint, pair: str | None):
-    """The task of a model, on data.
+    """Create the task that a model runs under, on given data.
 
     Args:
-        data: folder of fairseq-preprocess.
-        path: of the model, for messages.
-        checkpoint: of the model.
-        pair: one of several language pairs; None: all of them.
+        data: folder that fairseq-preprocess wrote.
+        path: name of the model, for error messages.
+        checkpoint: checkpoint of the model, which has the options of its task.
+        pair: language pair to use of a model of several; None: all of them.
+
+    Returns:
+        fairseq's multilingual task or its task for mBART for models trained with these, otherwise its plain translation
+        task.
 
     Raises:
-        UserError: there are no such data, there is no such pair, or the task is another one.
+        UserError: the data are missing or do not match, or the model was not trained on `pair`.
     """
     options = checkpoint.options("task")
     check_pair(path, options, pair)
@@ -106,7 +122,7 @@ def make_task(data: str, path: str, checkpoint: Checkpoint, pair: str | None):
 
 
 def pretrained_bart_task(plain: TranslationTask, options: dict) -> TranslationFromPretrainedBARTTask:
-    """The task on the same data, with the language tokens of a model's."""
+    """Return fairseq's task for mBART on the data of a plain task, with the language tokens of a model's options."""
     given = {"langs": options["langs"], "prepend_bos": bool(options.get("prepend_bos"))}
     args = Namespace(**inputs.plain(plain.cfg) | given)
     task = TranslationFromPretrainedBARTTask(args, plain.source_dictionary, plain.target_dictionary)
@@ -119,7 +135,7 @@ def multilingual_task(data: str, path: str, options: dict, pair: str | None) -> 
     args.lang_pairs = [pair] if pair else inputs.lang_pairs(options)
     try:
         task = TranslationMultiSimpleEpochTask.setup_task(args)
-    except Exception as error:  # fairseq's own, of files that are missing or do not fit
+    except Exception as error:  # fairseq raises various ones for files that are missing or do not match
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{data} is no data for {path}: {reason}; name the folder of its language pairs") from error
     task.cfg = args
@@ -127,11 +143,12 @@ def multilingual_task(data: str, path: str, options: dict, pair: str | None) -> 
 
 
 def check_dictionaries(checkpoint: Checkpoint, task) -> None:
-    """Refuse a model whose own dictionaries, where they are still there, are not those of the data: it would read and
-    write other symbols.
+    """Refuse a model whose dictionaries differ from those of the data: its ids would stand for other symbols.
+
+    A dictionary is compared only if it still exists in the folder that the checkpoint names.
 
     Raises:
-        UserError: it names the first that differs.
+        UserError: a dictionary differs; the message names the first difference.
     """
     options = checkpoint.options("task")
     for side, ours in (("source", task.source_dictionary), ("target", task.target_dictionary)):

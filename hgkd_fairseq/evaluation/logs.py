@@ -1,7 +1,7 @@
-"""fairseq's own logs, of fairseq-train, fairseq-hydra-train and fairseq-generate: the settings that they begin with,
-and the numbers that come after, in --log-format simple and json (tqdm writes simple where it is no terminal).
+"""Reader of the logs of fairseq-train, fairseq-hydra-train and fairseq-generate: the settings at their beginning, and
+the numbers that follow, in --log-format simple or json (tqdm writes simple if it is not on a terminal).
 
-A log is data: what stands in it is read by the few rules below, whatever it is, and nothing of it is run.
+A log is untrusted data: it is parsed by the rules below, and nothing in it is executed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from typing import Any
 
 from hgkd_fairseq import files
 
-# A message of a logger, behind whatever a progress bar left on its line. Each takes time linear in the line's length.
+# Forms of a logged message, which may follow the output of a progress bar on its line. Matching takes time linear in
+# the length of the line.
 FORMS = (
     re.compile(r"\| INFO \| (\S+) \| (.*)"),  # "2026-01-31 12:00:00 | INFO | valid | epoch ..."
     re.compile(r"^INFO:([^\s:]+):(.*)"),  # fairseq-generate: "INFO:fairseq_cli.generate:..."
@@ -29,17 +30,17 @@ FORMS = (
         r"^\[[^\]]*\]\[([^\]]*)\]\[INFO\] - (.*)"
     ),  # hydra: "[2026-01-31 12:00:00,000][valid][INFO] - epoch ..."
 )
-CURVES = ("nll_loss", "bleu", "ece")  # of validation
-MOST_UPDATES = 1e15  # above it a float is no whole number that can be counted on
+CURVES = ("nll_loss", "bleu", "ece")  # logged in validation
+MOST_UPDATES = 1e15  # numbers of updates below it are exact as a float
 
 
 @dataclass
 class Log:
-    """What a log tells."""
+    """The content of a log."""
 
-    settings: dict[str, Any] = field(default_factory=dict)  # of the last start, by the options' names; see `value`
-    # By name, ([updates], [value]): those of CURVES and, of training, teacher_share, many points an epoch where the log
-    # has them, and epoch_share, the mean of each epoch. A value may be nan or infinite.
+    settings: dict[str, Any] = field(default_factory=dict)  # of the last start, by option name; see `value`
+    # By name, ([updates], [values]): the CURVES of validation and, of training, teacher_share (several points per epoch
+    # if they were logged) and epoch_share (the mean of each epoch). A value may be NaN or infinite.
     curves: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
 
     @property
@@ -48,7 +49,7 @@ class Log:
 
     @property
     def diverged(self) -> int | None:
-        """The update from which on no NLL on validation was a number; None where the last one is."""
+        """The first update since which the validation NLL has not been finite; None if the last one is finite."""
         first = None
         for updates, value in zip(*self.curves.get("nll_loss", ([], [])), strict=True):
             first = None if math.isfinite(value) else updates if first is None else first
@@ -56,8 +57,8 @@ class Log:
 
     @property
     def epochs(self) -> list[dict[str, float]]:
-        """Of each validation: updates, NLL (bits) and ECE, and the teacher's share in the epoch that ends there. What
-        is no number, or not logged, is left out."""
+        """For each validation: updates, valid_nll (bits) and valid_ece, and the teacher_share of the epoch that ends
+        with it. Values that are not finite or not logged are left out."""
         names = {"valid_nll": "nll_loss", "valid_ece": "ece", "teacher_share": "epoch_share"}
         known = {key: dict(zip(*self.curves.get(name, ([], [])), strict=True)) for key, name in names.items()}
         found = []
@@ -68,10 +69,10 @@ class Log:
 
 
 def read(file: Path) -> Log:
-    """Read the log of a run and, where it was stopped and resumed, of its resumptions, one after the other.
+    """Read the log of a run; if it was resumed, the logs of all starts follow each other in the file.
 
     Raises:
-        UserError: the file is no text, or cannot be read.
+        UserError: the file cannot be read, or is no text.
     """
     log, hint = Log(), "keep there what fairseq printed"
     files.refuse_irregular(file, hint)
@@ -86,26 +87,26 @@ def read(file: Path) -> Log:
 
 
 def take(log: Log, tag: str, message: str) -> None:
-    """Add what one message tells; `tag` is a logger's name, or that of a subset."""
+    """Add the content of a message to a log; `tag` is the name of the logger, for validation that of the subset."""
     if message.startswith("{'_name'"):
         log.settings = settings(message) or log.settings
         return
     if tag in ("train", "train_inner"):
         numbers = numbers_of(tag, message)
         add(log, tag, numbers.get("num_updates"), numbers.get("teacher_share"))
-    elif tag == str(log.settings.get("valid_subset", "valid")).split(",")[0]:  # the one that chooses the checkpoint
+    elif tag == str(log.settings.get("valid_subset", "valid")).split(",")[0]:  # selects the checkpoint
         numbers = numbers_of(tag, message)
-        # fairseq's cross_entropy, whose loss it is, logs no nll_loss of its own.
+        # fairseq's cross_entropy logs the NLL as its loss alone.
         numbers.setdefault("nll_loss", numbers.get("loss"))
         for name in CURVES:
             add(log, name, numbers.get("num_updates"), numbers.get(name))
 
 
 def add(log: Log, name: str, updates: float | None, value: float | None) -> None:
-    if updates is None or value is None or not 0 <= updates < MOST_UPDATES:  # nan is in no interval
+    if updates is None or value is None or not 0 <= updates < MOST_UPDATES:  # false for NaN
         return
     x, y = log.curves.setdefault(name, ([], []))
-    while x and x[-1] >= updates:  # a run that was killed is resumed from an earlier update
+    while x and x[-1] >= updates:  # a killed run resumes from an earlier update
         x.pop()
         y.pop()
     x.append(int(updates))
@@ -113,16 +114,16 @@ def add(log: Log, name: str, updates: float | None, value: float | None) -> None
 
 
 def numbers_of(tag: str, message: str) -> dict[str, Any]:
-    """The numbers of a line of fairseq's progress bar, by name.
+    """Return the numbers in a line of fairseq's progress bar, by name, without the prefix `tag`.
 
-    simple: epoch 001 | valid on 'valid' subset | loss 5.3 | num_updates 9; within an epoch: epoch 001:  5 / 9 loss=5.3,
-    ppl=39, num_updates=5.
-    json: {"epoch": 1, "valid_loss": "5.3", "valid_num_updates": "9"}.
+    Lines in the format simple: epoch 001 | valid on 'valid' subset | loss 5.3 | num_updates 9; within an epoch:
+    epoch 001:  5 / 9 loss=5.3, ppl=39, num_updates=5.
+    Lines in the format json: {"epoch": 1, "valid_loss": "5.3", "valid_num_updates": "9"}.
     """
     if message.startswith("{"):
         try:
             pairs: Any = json.loads(message, parse_int=float).items()
-        except (ValueError, RecursionError):  # cut short when the run was killed, or no line of fairseq's
+        except (ValueError, RecursionError):  # truncated as the run was killed, or not fairseq's
             return {}
     else:
         words = message.replace("=", " ").split()
@@ -137,12 +138,15 @@ def numbers_of(tag: str, message: str) -> dict[str, Any]:
 
 
 def settings(message: str) -> dict[str, Any] | None:
-    """The settings of fairseq's first message, the repr of its configuration, by option; None of one that is cut short.
+    """Parse the settings in fairseq's first message, the repr of its configuration.
 
-    A configuration has groups (common, dataset, ...), or is a Namespace of all options where the command line was used.
+    A configuration has groups (common, dataset, ...); from the command line, some are Namespaces of all options.
+
+    Returns:
+        Settings by option name; None if the message is truncated or malformed.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):  # of escapes that Python does not know
+        with warnings.catch_warnings(action="ignore"):  # about invalid escape sequences
             tokens = tokenized(message)
             groups = value(next(tokens), tokens)
         if next(tokens, None) is not None or not isinstance(groups, dict):
@@ -152,12 +156,12 @@ def settings(message: str) -> dict[str, Any] | None:
     flat: dict[str, Any] = {}
     for name, group in groups.items():
         if isinstance(group, dict):
-            # The group of a model, a task or a criterion is named by its choice: 'task': {'_name': 'translation', ...}.
+            # The name of a model, a task or a criterion is in its group: 'task': {'_name': 'translation', ...}.
             choice = group.get("_name")
             if isinstance(choice, str):
                 flat.setdefault("arch" if name == "model" else name, choice)
             own = {key: each for key, each in group.items() if not isinstance(each, dict) and key != "_name"}
-            # Under hydra an option that is another group's is written as a reference: '${dataset.max_tokens}'.
+            # With hydra, an option may be a reference to that of another group: '${dataset.max_tokens}'.
             flat |= {key: each for key, each in own.items() if key not in flat and not str(each).startswith("${")}
     return flat
 
@@ -167,7 +171,7 @@ TOKEN = re.compile(
 )
 CLOSING = {"{": "}", "[": "]", "(": ")"}
 CONSTANTS = {"None": None, "True": True, "False": False}
-DEEPEST = 20  # a configuration has groups in groups at most
+DEEPEST = 20  # maximum nesting, more than a configuration has
 
 
 def tokenized(text: str) -> Iterator[str]:
@@ -181,12 +185,14 @@ def tokenized(text: str) -> Iterator[str]:
 
 
 def value(token: str, tokens: Iterator[str], depth: int = 0) -> Any:
-    """What the repr of plain data says, from `token` on: None, bool, int, float, str, lists (sets too) and tuples
-    of them and dicts by str. What is none of these is its own text, such as a choice, which stands without quotes:
-    previous-epoch.
+    """Parse the repr of plain data that begins with `token` and continues in `tokens`.
+
+    Returns:
+        None, a bool, int, float or str, a list (also for a set), a tuple, or a dict with str keys. Any other text is
+        returned as it is, such as an enum member, whose repr has no quotes: previous-epoch.
 
     Raises:
-        ValueError, SyntaxError, StopIteration: it is no such text.
+        ValueError, SyntaxError, StopIteration: the text is malformed.
     """
     if depth > DEEPEST:
         raise ValueError("too deep")
@@ -212,7 +218,7 @@ def value(token: str, tokens: Iterator[str], depth: int = 0) -> Any:
 
 
 def collection(closing: str, tokens: Iterator[str], depth: int) -> Any:
-    """The rest of a dict, a Namespace, a list, a tuple or a set, behind its opening bracket."""
+    """Parse the rest of a dict, a Namespace, a list, a tuple or a set, after its opening bracket."""
     items: list = []
     named: dict[str, Any] = {}
     token = next(tokens)
@@ -240,10 +246,12 @@ class LogFile(logging.FileHandler):
 
 @contextlib.contextmanager
 def logged(file: Path) -> Iterator[None]:
-    """What fairseq logs, its settings first, goes to a file; hydra's warnings of fairseq's ways to nobody.
+    """Write fairseq's log, which begins with its settings, to a file while the context is active.
+
+    Warnings are suppressed, as hydra warns of the way in which fairseq uses it.
 
     Raises:
-        OSError: the disk is full, say, of which logging itself would only print call stacks.
+        OSError: the file cannot be written, as on a full disk; logging alone would only print a traceback.
     """
     handler = LogFile(file, "w", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(name)s | %(message)s"))

@@ -1,4 +1,4 @@
-"""A student translates training sentences, alone or with its teacher's help."""
+"""Translation of training sentences by a student during its training, alone or together with its teacher."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from torch import Tensor
 from hgkd_fairseq.evaluation.sampling import SeededSampling, placed, uniform
 from hgkd_fairseq.plugin import features
 
-MAX_LEN_A, MAX_LEN_B = 1.5, 10  # of a translation, as in fairseq-generate: a student that loops costs no more
+MAX_LEN_A, MAX_LEN_B = 1.5, 10  # as fairseq-generate's options: limits of a student that repeats itself
 
 
 class StudentAndTeacher(EnsembleModel):
-    """fairseq's ensemble of a student and its teachers: the student's probabilities decide, and the teachers' mean of
-    the same prefixes is kept beside them, `teacher_logprob` (B, V)."""
+    """Ensemble of a student and its teachers for fairseq's search, which sees the student's log-probabilities alone.
+
+    Attributes:
+        teacher_logprob: (B, V) logarithms of the teachers' mean probabilities for the same prefixes, at the last step;
+            None before the first step.
+    """
 
     def __init__(self, student: torch.nn.Module, teachers: Sequence[torch.nn.Module]):
         super().__init__([student, *teachers])
@@ -31,15 +35,20 @@ class StudentAndTeacher(EnsembleModel):
 
 
 def accepted(proposed: Tensor, logq: Tensor, most: int, drawn: Tensor) -> Tensor:
-    """(B,) what stands in a translation in place of what a student proposes (Speculative KD: Xu et al., ICLR 2025,
-    arXiv:2410.11325): that, where it is one of the teacher's `most` most probable types, else one drawn
+    """Accept the tokens that a student proposes, or replace them (Speculative KD: Xu et al., ICLR 2025,
+    arXiv:2410.11325).
+
+    A token is accepted if it is among the teacher's `most` most probable ones; otherwise it is replaced by one drawn
     from the teacher's distribution.
 
     Args:
-        proposed: (B,) types.
-        logq: (B, V) the teacher's log-probabilities; they need not sum to 1.
-        most: types; of equally probable ones none counts against another.
-        drawn: (B,) numbers of (0, 1) that choose from the teacher's distribution.
+        proposed: (B,) proposed tokens.
+        logq: (B, V) the teacher's log-probabilities, which need not be normalised.
+        most: number of tokens that are accepted; a token as probable as the last of them is accepted as well.
+        drawn: (B,) numbers in (0, 1) that determine the draws from the teacher's distribution.
+
+    Returns:
+        (B,) tokens.
     """
     outside = (logq > logq.gather(1, proposed[:, None])).sum(1) >= most
     sampled = placed(logq.double().softmax(1).cumsum(1), drawn[:, None]).squeeze(1)
@@ -47,13 +56,14 @@ def accepted(proposed: Tensor, logq: Tensor, most: int, drawn: Tensor) -> Tensor
 
 
 class Speculative(Search):
-    """A student's proposals, of which the teacher's types replace some.
+    """Search in which the teacher replaces tokens of the student that it finds improbable.
 
     Args:
-        proposals: gives one type a sentence.
-        models: what the search is made with.
+        dictionary: target dictionary.
+        proposals: search that proposes one token per sentence from the student's log-probabilities.
+        models: the ensemble that the generator runs.
         most: see :func:`accepted`.
-        seed: of what is drawn.
+        seed: seed of the draws from the teacher.
     """
 
     def __init__(self, dictionary, proposals: Search, models: StudentAndTeacher, most: int, seed: int):
@@ -61,10 +71,11 @@ class Speculative(Search):
         self.proposals, self.models, self.most, self.seed = proposals, models, most, seed
 
     def step(self, step, lprobs, scores, prev_output_tokens=None, original_batch_idxs=None):
-        """As :meth:`SeededSampling.step`, for a beam of 1."""
+        """Take a step; arguments and results as of :meth:`SeededSampling.step`, with a beam of 1."""
         _, proposed, beams = self.proposals.step(step, lprobs, scores, prev_output_tokens, original_batch_idxs)
         assert self.models.teacher_logprob is not None
-        # What the search forbids the student, pads and too late an end, it forbids the teacher.
+        # What the search forbids the student is forbidden to the teacher: padding, an empty translation, and anything
+        # but EOS at the maximum length.
         logq = self.models.teacher_logprob.masked_fill(lprobs[:, 0].isneginf(), -torch.inf)
         drawn = uniform(self.seed, original_batch_idxs, step, torch.ones_like(original_batch_idxs))
         found = accepted(proposed[:, 0], logq, self.most, drawn)[:, None]
@@ -73,17 +84,19 @@ class Speculative(Search):
 
 
 class Translator:
-    """Translates batches with incremental states.
+    """Translates batches with a student, by incremental decoding.
 
     Args:
-        student: a fairseq model, without dropout.
-        teachers: their positions limit the length; and for `speculative` they help.
-        dictionary: of the target.
-        beam: 1 is greedy.
-        sampling: draws a translation from the student's distribution instead; what is drawn for a sentence depends on
-            the seed and its number alone.
-        speculative: the teacher's most probable types that are accepted of the student; None: all.
-        seed: of what is drawn.
+        student: fairseq translation model; it is put into eval mode.
+        teachers: models whose maximum target lengths also limit that of a translation; with `speculative` they replace
+            tokens of the student.
+        dictionary: target dictionary.
+        beam: beam size; 1: greedy decoding. `sampling` and `speculative` need a beam of 1.
+        sampling: sample from the student's distribution; the draws of a sentence depend on the seed and the sentence's
+            number alone.
+        speculative: number of the teacher's most probable tokens that are accepted from the student, see
+            :func:`accepted`; None: all tokens are accepted.
+        seed: seed of the draws.
     """
 
     def __init__(
@@ -109,5 +122,5 @@ class Translator:
         )
 
     def __call__(self, sample: dict) -> list[Tensor]:
-        """Tokens (T,) of each sentence of a batch of fairseq's, in its order, with the end of sentence."""
+        """Return the tokens (T,), EOS included, of the best translation of each sentence of a fairseq batch."""
         return [best[0]["tokens"] for best in self.generator.generate([], sample)]

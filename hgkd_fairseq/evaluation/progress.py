@@ -1,4 +1,4 @@
-"""How far a translation is, on standard error: on a terminal one line that changes, elsewhere one now and then."""
+"""Progress of a translation on standard error: a line that is updated on a terminal, otherwise a line at intervals."""
 
 from __future__ import annotations
 
@@ -8,31 +8,36 @@ import time
 from collections.abc import Callable
 
 EVERY = 30.0  # seconds between two lines
-EVERY_ON_A_TERMINAL = 0.5
+EVERY_ON_A_TERMINAL = 0.5  # seconds between two updates
 
 
 class Progress:
-    """Of `total` sentences, of which other processes may translate some.
+    """Reports the speed of this process, and the time that is left for all sentences.
 
     Args:
-        total: sentences.
-        finished: gives those that are translated and written, by whoever.
+        total: number of sentences, of which other processes may translate some.
+        finished: returns the number of sentences that any process has translated and written.
     """
 
     def __init__(self, total: int, finished: Callable[[], int]):
         self.total, self.finished = total, finished
         self.terminal = os.isatty(2)
-        self.sentences = self.limits = self.unwritten = 0  # our own; those of them in the shard that is being made
+        self.sentences = self.limits = self.unwritten = 0  # of this process; unwritten: in the current shard
         self.seconds, self.busy = 0.0, 0.0
         self.first = finished()
         self.started = self.shown = time.monotonic()
 
     def begin(self) -> None:
-        """Of a shard."""
+        """Start a shard."""
         self.unwritten, self.busy = 0, time.monotonic()
 
     def add(self, sentences: int, limits: int) -> None:
-        """A batch; `limits`: its sentences whose best translation hit the length limit."""
+        """Count a batch and report progress if it is time.
+
+        Args:
+            sentences: number of sentences.
+            limits: number of sentences whose best translation reached the maximum length.
+        """
         now = time.monotonic()
         self.seconds, self.busy = self.seconds + now - self.busy, now
         self.sentences, self.limits, self.unwritten = (
@@ -60,7 +65,7 @@ class Progress:
         return f"{speed:.1f} sentences/s, {self.limits / max(self.sentences, 1):.2%} at the length limit"
 
     def end(self) -> str:
-        """What there is now."""
+        """Return a summary: the sentences that are finished, and those of this process with their speed."""
         if self.terminal and self.shown > self.started:
             print(file=sys.stderr)
         done = f"{self.finished():,} of {self.total:,} sentences"
@@ -68,7 +73,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """A time as one says it."""
+    """Format a duration as seconds, minutes or hours."""
     minutes = seconds / 60
     if minutes < 1:
         return f"{seconds:.0f} s"

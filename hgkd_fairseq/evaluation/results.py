@@ -1,4 +1,4 @@
-"""Files of scores, as `hgkd calibration --json` writes them: what they must hold to be read again."""
+"""Files of scores in the format of `hgkd calibration --json`: writing, reading, and their schema."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from hgkd_fairseq.errors import UserError
 
 
 class Scores(Protocol):
-    """What was measured: :class:`hgkd_fairseq.calibration.scores.Results`, a fitted temperature."""
+    """Measurements that can be written: :class:`hgkd_fairseq.calibration.scores.Results`, or a fitted temperature."""
 
     def to_json(self) -> dict[str, Any]: ...
 
 
-NUMBER = (files.Within(-1e12, 1e12, float), None)  # None: NaN, of no tokens
+NUMBER = (files.Within(-1e12, 1e12, float), None)  # None: NaN, as without tokens
 SHARE = files.Within(0, 1 + 1e-9, float)
 SUM = files.Within(0, 1e15, float)
 BARS = {"count": [SUM], "confidence": [SUM], "correct": [SUM], "low?": [SHARE], "high?": [SHARE]}
 WHAT = "file of `hgkd calibration forced --json` or `hgkd calibration inference --json`"
-# Of what `Results.to_json` gives that which a diagram needs,
+# The part of `Results.to_json` that a reliability diagram needs.
 DRAWN = {
     "mode": str,
     "bins": files.Within(1, 1_000_000),
@@ -28,7 +28,7 @@ DRAWN = {
     "ece_without_eos": (SHARE, None),
     "histograms": {"eos:yes": BARS, "eos:no": BARS},
 }
-# and what a report does.
+# The part that a report needs.
 RESULTS = {
     **DRAWN,
     "tokens": files.Within(0),
@@ -46,15 +46,24 @@ RESULTS = {
 
 
 def write(found: Scores, file: str | Path, command: str) -> None:
-    """`command`: as it was typed, for the report."""
+    """Write measurements to a JSON file.
+
+    Args:
+        found: the measurements.
+        file: file to write.
+        command: command line that made them, for the report.
+
+    Raises:
+        UserError: the file cannot be written, or a number is infinite.
+    """
     files.write_json(file, {"command": command, **found.to_json()})
 
 
 def read(file: str | Path) -> dict[str, Any]:
-    """What :func:`write` wrote.
+    """Read a file of :class:`hgkd_fairseq.calibration.scores.Results` that :func:`write` wrote.
 
     Raises:
-        UserError: the file cannot be read, or something in it is missing or cannot be.
+        UserError: the file cannot be read, or a value in it is missing or invalid.
     """
     found = files.read_json(file, RESULTS, WHAT)
     check_bars(file, found)
@@ -70,6 +79,10 @@ def read(file: str | Path) -> dict[str, Any]:
 
 
 def check_bars(file: str | Path, found: dict[str, Any]) -> None:
-    """Raises UserError where a histogram has not a number for each bin."""
+    """Check that each list of the histograms has one number per bin.
+
+    Raises:
+        UserError: a list has another length.
+    """
     if any(len(row) != found["bins"] for table in found["histograms"].values() for row in table.values()):
         raise UserError(f"{file} is no {WHAT}: a list of histograms has not {found['bins']} numbers, one for each bin")

@@ -1,8 +1,8 @@
-"""All that is measured of a trained run, in the files that `hgkd report` reads; what is there is not done again.
+"""Scores of trained runs (`hgkd score`), in the files that `hgkd report` reads. Existing results are reused.
 
-Of each checkpoint: translations of the test set with BLEU and chrF, forced and inference calibration, a temperature
-fitted on the validation set (the control of every claim of calibration) and the scores at it, and, where it is asked
-for, translations at the length penalty that the validation set prefers (likewise of BLEU).
+For each checkpoint: translations of the test set with BLEU and chrF, forced and inference calibration, a temperature
+fitted on the validation set (the control of claims about calibration) and the scores at this temperature. Optionally,
+translations with the length penalty that is best on the validation set (the control of claims about BLEU).
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from hgkd_fairseq.evaluation.steps import Steps
 from hgkd_fairseq.plugin import binarised, checkpoints
 
 CHECKPOINTS = {"best": "checkpoint_best.pt", "last": "checkpoint_last.pt"}
-BEST_BLEU = "best-bleu"  # of the epochs' checkpoints and those two
-CANDIDATES = 10  # of the epochs, evenly spaced
+BEST_BLEU = "best-bleu"  # among these two and the epochs' checkpoints
+CANDIDATES = 10  # maximum number of the epochs' checkpoints, evenly spaced
 EPOCH = re.compile(r"checkpoint(\d{1,9})\.pt")
 LENGTH_PENALTIES = (0.5, 1.0, 1.5, 2.0, 3.0)
 PACKAGES = ("torch", "ve-fairseq", "sacrebleu")
-CPU_TOKENS, GPU_TOKENS = 4000, 12_000  # a batch of fairseq-generate
+CPU_TOKENS, GPU_TOKENS = 4000, 12_000  # --max-tokens of fairseq-generate
 GENERATED, LOG = "generate-test.txt", "generate.log"
 SHOWN = ("nll", "ece", "ece_without_eos")
-TAKEN = ("scaled", "lenpen", BEST_BLEU)  # folders that hold other things than the scores of a checkpoint of that name
-# Options of fairseq-generate that are decided here: which model translates what, and what is read of the output.
+TAKEN = ("scaled", "lenpen", BEST_BLEU)  # folders that do not hold the scores of a checkpoint of that name
+# Options of fairseq-generate that are set here: they determine the model, the data and the format of the output.
 DECIDED = (
     *("path", "user_dir", "gen_subset", "results_path", "required_batch_size_multiple", "temperature", "nbest"),
     *("quiet", "score_reference", "sacrebleu", "scoring", "post_process", "bpe", "tokenizer"),
@@ -58,31 +58,31 @@ DECIDED = (
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """How runs are scored."""
+    """Options of the scoring."""
 
     generate: str = "--beam 5"  # options of fairseq-generate
-    reference: str | None = None  # text, one reference a line; None: those in the data, with their pieces joined
-    tokenize: str = TOKENIZERS[0]  # of sacreBLEU's BLEU; "none" where texts are tokenised
-    own_lenpen: bool = False
-    cpu: bool = False
-    pairs: tuple[str, ...] = ()  # of models of several language pairs
-    command: str = ""  # as it was typed, for the report
+    reference: str | None = None  # text file with one reference per line; None: those in the data, pieces joined
+    tokenize: str = TOKENIZERS[0]  # sacreBLEU tokenizer for BLEU; "none" if texts are already tokenised
+    own_lenpen: bool = False  # also translate with the length penalty that is best on the validation set
+    cpu: bool = False  # use the CPU even if a GPU is available
+    pairs: tuple[str, ...] = ()  # language pairs to score, of models of several
+    command: str = ""  # command line, for the report
 
 
 def score_all(data: str, runs: Sequence[str], names: Sequence[str], how: ScoreOptions) -> None:
-    """Score checkpoints of runs, and print what a reader asks for first.
+    """Score checkpoints of runs, and print the main scores.
 
     Args:
-        data: folder of fairseq-preprocess, with the subsets valid and test.
+        data: folder that fairseq-preprocess wrote, with the subsets valid and test.
         runs: folders that fairseq-train saved to.
-        names: of the checkpoints in each: "best", "last", a file, or "best-bleu": of up to 10 of the epochs'
-            checkpoints, the best one and the last one that with the highest BLEU on the validation set, translated
-            greedily. The scores of the best one are in the run's folder, those of checkpoint_NAME.pt in its folder
-            NAME, those of that with the highest BLEU in best-bleu. Of a language pair all are in its folder SRC-TGT.
-        how: see there.
+        names: checkpoints to score in each: "best", "last", a file, or "best-bleu", the checkpoint with the highest
+            BLEU on the validation set, translated greedily, among up to 10 of the epochs' checkpoints, the best one and
+            the last one. The scores of "best" are written to the run's folder, those of checkpoint_NAME.pt to its
+            subfolder NAME, those of "best-bleu" to best-bleu; all of them in a subfolder SRC-TGT if there are pairs.
+        how: options of the scoring.
 
     Raises:
-        UserError: something that is missing or cannot be used, told before the work as far as it can be.
+        UserError: a file or option is missing or cannot be used; checked before any model is run where possible.
     """
     if how.reference and len(how.pairs) > 1:
         raise UserError("--reference is the text of one language pair: give one --lang-pair")
@@ -90,13 +90,17 @@ def score_all(data: str, runs: Sequence[str], names: Sequence[str], how: ScoreOp
     references = generated.read_references(how.reference) if how.reference else None
     asked = itertools.product(map(Path, runs), names, how.pairs or [None])
     found = [Scoring(data, run, name, how, pair) for run, name, pair in asked]
-    found[0].check_references(references)  # of one pair: the test set of all of them
+    found[0].check_references(references)  # all share a test set: there is one pair at most
     for one in found:
         print(*one.score(references), sep="\n", flush=True)
 
 
 def check_generation(how: str, data: str) -> None:
-    """Raises UserError where fairseq-generate does not know the options in `how`, or one of them is DECIDED here."""
+    """Check that fairseq-generate accepts the options in `how`, and that none of them is in DECIDED.
+
+    Raises:
+        UserError: an option is not accepted, or is in DECIDED.
+    """
     given, plain = (vars(generation(text, data, "--path", "PATH")) for text in (how, ""))
     for name in DECIDED:
         if given.get(name) != plain.get(name):
@@ -104,10 +108,10 @@ def check_generation(how: str, data: str) -> None:
 
 
 def generation(how: str, *words: str) -> argparse.Namespace:
-    """Arguments of fairseq-generate: `words`, and then the options in `how`.
+    """Parse arguments of fairseq-generate: `words`, followed by the options in `how`.
 
     Raises:
-        UserError: it does not know them.
+        UserError: fairseq-generate does not accept them.
     """
     told = io.StringIO()
     try:
@@ -119,7 +123,19 @@ def generation(how: str, *words: str) -> argparse.Namespace:
 
 
 class Scoring:
-    """One checkpoint of a run."""
+    """Scoring of one checkpoint of a run.
+
+    Args:
+        data: folder that fairseq-preprocess wrote.
+        run: folder that fairseq-train saved to.
+        name: checkpoint; see :func:`score_all`.
+        how: options of the scoring.
+        pair: language pair, of a model of several.
+
+    Raises:
+        UserError: the checkpoint cannot be read or was not trained on a language pair of `how`, or its scores would
+            overwrite others.
+    """
 
     def __init__(self, data: str, run: Path, name: str, how: ScoreOptions, pair: str | None = None):
         self.data, self.run, self.how, self.pair = data, run, how, pair
@@ -150,8 +166,8 @@ class Scoring:
         self.ask(checkpoints.read(self.path, model=False))
 
     def ask(self, checkpoint: checkpoints.Checkpoint) -> None:
-        """What the model's task has to be told of, and what it prints. All pairs are looked at, before the first one
-        is scored."""
+        """Determine the arguments that fairseq-generate needs for the checkpoint's task, and the labelling of its
+        output. All language pairs of `how` are checked, so that an unknown one is reported before any is scored."""
         for pair in self.how.pairs:
             languages.check_pair(checkpoint.path, checkpoint.options("task"), pair)
         self.task = languages.generation(checkpoint, self.pair)
@@ -159,7 +175,11 @@ class Scoring:
         self.labelling = inference.Labelling(language_token=token, tokenize=self.how.tokenize)
 
     def check_references(self, references: list[str] | None) -> None:
-        """Raises UserError where they are not as many as the test set has sentences."""
+        """Check that there are as many references as sentences in the test set.
+
+        Raises:
+            UserError: the numbers differ.
+        """
         if references is None:
             return
         model = checkpoints.read(self.path, model=False)
@@ -172,10 +192,14 @@ class Scoring:
             )
 
     def all_candidates(self) -> list[Path]:
-        """Those of :meth:`best_by_bleu`."""
+        """Return the candidates of :meth:`best_by_bleu`.
+
+        Raises:
+            UserError: the run has no checkpoints.
+        """
         epochs = {int(found[1]): file for file in self.run.glob("*.pt") if (found := EPOCH.fullmatch(file.name))}
         numbers = sorted(epochs)
-        step = max(len(numbers) / CANDIDATES, 1)  # from the last one back
+        step = max(len(numbers) / CANDIDATES, 1)  # backwards from the last one
         candidates = [epochs[numbers[-1 - int(i * step)]] for i in range(min(CANDIDATES, len(numbers)))]
         candidates += [file for name in CHECKPOINTS.values() if (file := self.run / name).is_file()]
         if not candidates:
@@ -183,7 +207,7 @@ class Scoring:
         return candidates
 
     def best_by_bleu(self) -> Path:
-        """Of the epochs' checkpoints, the best and the last one, that with the highest BLEU on the validation set."""
+        """Return the candidate with the highest BLEU on the validation set, translated greedily."""
 
         def choose(output: Path) -> None:
             found = {}
@@ -197,7 +221,11 @@ class Scoring:
         return self.run / Path(table["best"]).name
 
     def valid_bleu(self, *more: str) -> float:
-        """BLEU on the validation set, against the references in the data, with more options of fairseq-generate."""
+        """Compute BLEU on the validation set, against the references in the data.
+
+        Args:
+            more: further options of fairseq-generate.
+        """
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder, "generate-valid.txt")
             self.translate(output, *more)
@@ -205,12 +233,12 @@ class Scoring:
         return self.bleu().corpus_score(found, [gold or []]).score
 
     def translated(self, name: str, *more: str) -> Path:
-        """The output of fairseq-generate, in pieces; beside it generate.log, which has its settings."""
+        """Return the output of fairseq-generate, in pieces; its log with the settings is generate.log in its folder."""
         return self.once(name, lambda file: self.translate(file, *more), self.how.generate, self.how.cpu, more)
 
     def translate(self, file: Path, *more: str) -> None:
-        """Both files are there, whole, at the end; until then those that were there before."""
-        partial = file.with_name(f"{file.stem}.partial")  # of one that was killed, too
+        """Run fairseq-generate; its output and its log replace existing ones once both are complete."""
+        partial = file.with_name(f"{file.stem}.partial")  # a fixed name, so that nothing is left of killed processes
         words, own = self.task
         args = generation(
             f"{self.how.generate} {shlex.join(more)}",
@@ -218,7 +246,7 @@ class Scoring:
             *(self.data, "--path", str(self.path), "--user-dir", str(Path(hgkd_fairseq.__file__).parent)),
             *("--gen-subset", file.stem.removeprefix("generate-"), "--results-path", str(partial)),
             *("--required-batch-size-multiple", "1", "--max-tokens", str(self.batch_tokens()), "--no-progress-bar"),
-            *("--num-workers", "0"),  # torch may wait 5 s for the end of a worker, as long as the whole translation
+            *("--num-workers", "0"),  # torch may wait 5 s for a worker to end, as long as a translation takes
             *(["--cpu"] if self.how.cpu else []),
         )
         for option, value in own.items():
@@ -237,7 +265,8 @@ class Scoring:
             shutil.rmtree(partial, ignore_errors=True)
 
     def batch_tokens(self) -> int:
-        """Of the sources. On a GPU a step of the search costs what its launches cost, whatever the batch."""
+        """Return the maximum number of tokens in a batch: more on a GPU, where the time of a search step is that of its
+        kernel launches and hardly depends on the batch size."""
         return CPU_TOKENS if self.how.cpu or not torch.cuda.is_available() else GPU_TOKENS
 
     def measured(self, name: str, evaluate: Callable[[], Results], *inputs: Any) -> dict[str, Any]:
@@ -249,7 +278,7 @@ class Scoring:
         return self.measured(name, lambda: forced.evaluate(*model, **how), degree)
 
     def inference(self, name: str, translations: Path) -> dict[str, Any]:
-        """Empty where a translation of a model that begins as mBART goes on after its end of sentence."""
+        """Return the inference scores; empty for a model with mBART's task if a translation continues after EOS."""
         another = [] if self.how.tokenize == TOKENIZERS[0] else [self.how.tokenize]
         try:
             return self.measured(
@@ -259,11 +288,11 @@ class Scoring:
             if self.labelling.language_token != "last":
                 raise
             print(f"hgkd: {self.folder}: scored without the ECE of its translations: {error}", file=sys.stderr)
-            (self.folder / name).unlink(missing_ok=True)  # of another checkpoint
+            (self.folder / name).unlink(missing_ok=True)  # may be the result of another checkpoint
             return {}
 
     def temperature(self) -> float | None:
-        """Fitted on the validation set; None where none is best."""
+        """Return the temperature fitted on the validation set; None if the NLL has no minimum."""
 
         def make(file: Path) -> None:
             found = temperature.fit(self.data, str(self.path), cpu=self.how.cpu, pair=self.pair)
@@ -273,12 +302,12 @@ class Scoring:
             return temperature.read_file(self.once("temperature.json", make))["temperature"]
         except temperature.NoMinimum as error:
             print(f"hgkd: {self.folder}: scored without a temperature: {error}", file=sys.stderr)
-            for name in ("temperature", "scaled", "inference_scaled"):  # of another checkpoint
+            for name in ("temperature", "scaled", "inference_scaled"):  # may be those of another checkpoint
                 (self.folder / f"{name}.json").unlink(missing_ok=True)
             return None
 
     def score(self, references: list[str] | None) -> list[str]:
-        """Measure, and write scores.json; the lines to print."""
+        """Compute all scores, write scores.json, and return the lines to print."""
         if self.candidates:
             self.once = Steps(self.folder, *self.known).once
             self.path = self.best_by_bleu()
@@ -314,7 +343,7 @@ class Scoring:
         return [str(self.folder), *lines]
 
     def quality(self, references: list[str] | None) -> tuple[dict[str, float], dict[str, str]]:
-        """Scores of the texts, and their signatures."""
+        """Return the scores of the translations as text, and their signatures."""
         texts, references = self.texts(GENERATED, "translations.txt", references)
         bleu, chrf = self.bleu(), CHRF()
         scored = bleu.corpus_score(texts, [references])
@@ -330,10 +359,14 @@ class Scoring:
         return found, {"bleu": str(bleu.get_signature()), "chrf": str(chrf.get_signature())}
 
     def bleu(self) -> BLEU:
-        return BLEU(tokenize=self.how.tokenize, force=True)  # without a warning that texts are tokenised
+        return BLEU(tokenize=self.how.tokenize, force=True)  # force: no warning about tokenised texts
 
     def texts(self, name: str, output: str, references: list[str] | None) -> tuple[list[str], list[str]]:
-        """Translations, written to `output` as well, and their references."""
+        """Return translations and references as text; the translations are also written to `output`.
+
+        Raises:
+            UserError: the numbers of translations and references differ.
+        """
         found, own = generated.read_texts(self.folder / name)
         references = (own or []) if references is None else references
         if len(found) != len(references):
@@ -343,13 +376,13 @@ class Scoring:
         return found, references
 
     def choose_lenpen(self, file: Path) -> None:
-        """The control of BLEU, as a fitted temperature is that of ECE: which --lenpen has the highest BLEU on the
-        validation set (against the references in the data)."""
+        """Write the length penalty with the highest BLEU on the validation set, against the references in the data. It
+        is the control of claims about BLEU, as the fitted temperature is for those about ECE."""
         valid = {penalty: self.valid_bleu("--lenpen", str(penalty)) for penalty in LENGTH_PENALTIES}
         files.write_json(file, {"lenpen": max(valid, key=lambda penalty: valid[penalty]), "bleu": valid})
 
     def training(self) -> dict[str, Any]:
-        """What the run's log and its last checkpoint tell."""
+        """Return values about the training, from the run's log and its last checkpoint."""
         lowest = min(self.curve, key=lambda point: point.get("valid_nll", math.inf), default={})
         latest = self.curve[-1] if self.curve else {}
         shares = [point["teacher_share"] for point in self.curve if "teacher_share" in point]
@@ -359,7 +392,7 @@ class Scoring:
             "valid_nll_last": latest.get("valid_nll"),
             "best_updates": lowest.get("updates"),
             "last_updates": latest.get("updates"),
-            "teacher_share": shares[-1] if shares else None,  # None: none is logged, as of fairseq's cross_entropy
+            "teacher_share": shares[-1] if shares else None,  # None: not logged, as by fairseq's cross_entropy
             "minutes": checkpoints.read(last if last.exists() else self.path, model=False).seconds / 60,
             "curve": self.curve,
         }

@@ -1,5 +1,5 @@
-"""Scores of sentences by a metric that has an environment of its own (COMET, MetricX): a number a line, in the order of
-the subset; and what differs between systems by more than chance."""
+"""Sentence scores by external metrics (COMET, MetricX), read from files with one number per line in the order of the
+subset, and significance tests of the differences between systems."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import numpy as np
 from hgkd_fairseq import files
 from hgkd_fairseq.errors import UserError
 
-RESAMPLES = 1000  # of sacreBLEU's paired bootstrap
-SEED = "12345"  # likewise, where SACREBLEU_SEED gives no other
+RESAMPLES = 1000  # as in sacreBLEU's paired bootstrap
+SEED = "12345"  # likewise, unless SACREBLEU_SEED is set
 OPTION = "--segment-scores"
 ONE_TAIL = "sacreBLEU's paired bootstrap counts one tail: its p is about half of a two-sided one"
 
 
 class Named(Protocol):
-    """A value of the option: the name of a file, and of the metric."""
+    """A value of the option: the name of a file, with the name of its metric."""
 
     metric: str
 
@@ -29,15 +29,18 @@ class Named(Protocol):
 
 
 def read(file: str, sentences: int, of: str) -> np.ndarray:
-    """(N,) the scores in a file.
+    """Read the sentence scores in a file.
 
     Args:
-        file: text, a number a line.
-        sentences: N.
-        of: what has as many sentences, for the message.
+        file: text file with one number per line.
+        sentences: number of sentences, N.
+        of: name of the sentences' source, for the error message.
+
+    Returns:
+        (N,) float64 scores.
 
     Raises:
-        UserError: the file cannot be read, a line is no finite number, or there are not N.
+        UserError: the file cannot be read, a line is not a finite number, or the number of lines is not N.
     """
     found = []
     for place, line in enumerate(files.read_lines(file, f"name a file of {OPTION}, a score a line"), 1):
@@ -58,10 +61,17 @@ def read(file: str, sentences: int, of: str) -> np.ndarray:
 
 
 def by_metric(given: Sequence[Named], systems: Sequence[str]) -> dict[str, list[str]]:
-    """The files of each metric, one for each system.
+    """Group files by metric.
+
+    Args:
+        given: values of the option.
+        systems: names of the systems.
+
+    Returns:
+        By metric, the names of its files, one for each system, in the order of the systems.
 
     Raises:
-        UserError: a metric has not as many files as there are systems.
+        UserError: the number of files of a metric is not that of the systems.
     """
     found: dict[str, list[str]] = {}
     for one in given:
@@ -77,27 +87,34 @@ def by_metric(given: Sequence[Named], systems: Sequence[str]) -> dict[str, list[
 
 @dataclass(frozen=True)
 class Tested:
-    """The mean score of a system."""
+    """The mean score of a system, with the test of its difference from the first system."""
 
     mean: float
-    interval: float  # half of the 95 % interval
-    p: float | None  # of its difference from the first system, of one tail; None for that one
+    interval: float  # half the width of the 95 % interval
+    p: float | None  # p-value of the difference from the first system; None for the first system
 
 
 def paired_bootstrap(scores: Sequence[np.ndarray]) -> list[Tested]:
-    """Of each system, whose scores are (N,): what sacreBLEU says of BLEU, under the same resamples.
+    """Compare the mean scores of systems by sacreBLEU's paired bootstrap, with the resamples that it uses for BLEU.
 
-    These are N draws with replacement each, from numpy's default generator with sacreBLEU's seed; the interval is that
-    of the resampled means; p is how often the size of a resampled difference, less the mean size, is above that of the
-    sample, the sample itself counted as one (Koehn 2004, as Moses' script and sacrebleu.significance have it). In
-    effect that counts one tail: about half of a two-sided p, such as :func:`bootstrap.paired` gives. Of systems that
-    differ in no resample p is 1, where sacreBLEU has its least one.
+    A resample consists of N draws with replacement, from numpy's default generator with sacreBLEU's seed. The interval
+    is that of the resampled means. With the resampled differences d_r from the first system, and the difference d of
+    the sample, p = (1 + #{r: |d_r| - mean |d_r| > |d|}) / (1 + RESAMPLES) (Koehn, EMNLP 2004, as implemented in Moses
+    and sacrebleu.significance). In effect this counts one tail: p is about half of a two-sided one, such as that of
+    :func:`bootstrap.paired`. If two systems are equal in all resamples, p is 1, whereas sacreBLEU gives the least
+    possible value.
+
+    Args:
+        scores: sentence scores (N,) of each system.
+
+    Returns:
+        The result of each system, in order.
     """
     seed = os.environ.get("SACREBLEU_SEED", SEED)
     generator = np.random.default_rng(None if seed.lower() == "none" else int(seed))
     count = len(scores[0])
     drawn = generator.choice(count, size=(RESAMPLES, count), replace=True)
-    means = [values[drawn].mean(1) for values in scores]  # (R,) each
+    means = [values[drawn].mean(1) for values in scores]  # (RESAMPLES,) each
     found = []
     for place, (values, resampled) in enumerate(zip(scores, means, strict=True)):
         ordered = np.sort(resampled)
@@ -113,5 +130,5 @@ def paired_bootstrap(scores: Sequence[np.ndarray]) -> list[Tested]:
 
 
 def signature() -> str:
-    """How it was computed, in sacreBLEU's manner."""
+    """Return a signature of the means and their tests, in sacreBLEU's format."""
     return f"mean|bs:{RESAMPLES}|seed:{os.environ.get('SACREBLEU_SEED', SEED).lower()}"

@@ -1,4 +1,4 @@
-"""Which of a sentence's hypotheses is trained on."""
+"""Selection of the hypothesis of a sentence that is trained on."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ FILE = "scores:"
 
 
 def make(how: str, reference: Callable[[int], list[str]]) -> Select:
-    """
+    """Create a function that selects one of the hypotheses of a sentence.
+
     Args:
-        how: "best", "bleu", "chrf" or "scores:FILE".
-        reference: the pieces of a sentence's.
+        how: "best" (the first one), "bleu", "chrf" (:class:`Nearest`) or "scores:FILE" (:class:`ByFile`).
+        reference: returns the pieces of the reference, given the number of a sentence.
 
     Raises:
-        UserError: there is no such selection.
+        UserError: `how` is none of these.
     """
     if how.startswith(FILE):
         return ByFile(how.removeprefix(FILE))
@@ -37,7 +38,12 @@ def make(how: str, reference: Callable[[int], list[str]]) -> Select:
 
 
 class Nearest:
-    """The hypothesis nearest to the reference by a metric of sentences; of several the one with the best score."""
+    """Selects the hypothesis with the highest sentence-level score against the reference; of equal ones, the first.
+
+    Args:
+        metric: sacreBLEU metric.
+        reference: returns the pieces of the reference, given the number of a sentence.
+    """
 
     def __init__(self, metric, reference: Callable[[int], list[str]]):
         self.metric, self.reference = metric, reference
@@ -51,7 +57,16 @@ class Nearest:
 
 
 class ByFile:
-    """The hypothesis of the highest score in a file, which has a number a line for each one in turn."""
+    """Selects the hypothesis with the highest score in a file; of equal ones, the first.
+
+    The file has one line with a number for each hypothesis, in the order of the sentences and of their hypotheses.
+
+    Args:
+        file: name of the file.
+
+    Raises:
+        UserError: raised by a call, if the file cannot be read, ends too early, or a line is not a finite number.
+    """
 
     def __init__(self, file: str):
         self.file = file
@@ -73,10 +88,10 @@ class ByFile:
         return score
 
     def end(self) -> None:
-        """Refuse lines that are left.
+        """Check that no lines are left after the last sentence.
 
         Raises:
-            UserError: there are some.
+            UserError: the file has more lines than there are hypotheses.
         """
         for place, _ in self.lines:
             raise UserError(f"{self.file} has a line {place} and there are only {place - 1} hypotheses to score")

@@ -1,4 +1,4 @@
-"""Files that are made once: again only where they, or what they were made from, have changed."""
+"""Files that are made once, and again only if they or the inputs that they were made from have changed."""
 
 from __future__ import annotations
 
@@ -18,26 +18,41 @@ RECORD, LOCK = "scored.json", "scoring.lock"
 
 
 class Steps:
-    """The files of a folder that are whole and come from known inputs: RECORD has the hashes of both."""
+    """Files of a folder with a record of what they were made from.
+
+    The record, a file named RECORD, has for each file a hash of its inputs and one of its content.
+
+    Args:
+        folder: folder of the files.
+        inputs: inputs of all files: values that JSON can represent, or paths of files, whose content counts.
+    """
 
     def __init__(self, folder: Path, *inputs: Any):
         self.folder, self.inputs = folder, [content(one) for one in inputs]
         self.table: dict[str, list[str]] | None = None
 
     def begin(self) -> dict[str, list[str]]:
-        """The record, which nobody else changes from now on: what two processes write would be mixed.
+        """Lock the folder until this process ends, so that no other process writes to it, and read its record.
 
         Raises:
-            UserError: another process makes files of this folder.
+            UserError: another process holds the lock.
         """
         one_training.hold(str(self.folder), LOCK, "{folder} is being scored by {owner}; wait until that has ended")
-        with contextlib.suppress(UserError):  # there is none, or one that was cut short
+        with contextlib.suppress(UserError):  # the record is missing or truncated
             return files.read_json(self.folder / RECORD, {str: [str]})
         return {}
 
     def once(self, name: str, make: Callable[[Path], object], *inputs: Any) -> Path:
-        """The file `name`, which make(file) writes unless it is there, byte for byte, from the same inputs. Of a Path
-        the content counts."""
+        """Return the file `name`, after making it unless it is unchanged and was made from the same inputs.
+
+        Args:
+            name: path of the file, relative to the folder.
+            make: writes the file, given its path.
+            inputs: inputs of this file, besides those of all files.
+
+        Raises:
+            UserError: another process holds the lock of the folder.
+        """
         file = self.folder / name
         if self.table is None:
             self.table = self.begin()
@@ -53,5 +68,5 @@ class Steps:
 
 
 def content(value: Any) -> Any:
-    """The SHA-256 of a Path's content; any other value as it is."""
+    """Return the SHA-256 of the content of a Path, and any other value unchanged."""
     return files.sha256(value) if isinstance(value, Path) else value

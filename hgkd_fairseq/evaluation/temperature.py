@@ -1,6 +1,6 @@
-"""Post-hoc temperature (Guo et al. 2017, section 4.2): one number that divides the logits, fitted by NLL.
+"""Temperature scaling (Guo et al., ICML 2017, section 4.2): a single divisor of the logits, fitted by minimising NLL.
 
-What a temperature also fixes is no gain of a training method: report it beside every calibration claim.
+It is a control: an improvement of the calibration that a temperature also achieves is not due to the training method.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.evaluation.forced import batches, chunks, load, measure, token_batches
 from hgkd_fairseq.loss.eager import mean_logprobs
 
-LEAST, MOST = 0.01, 100.0  # temperatures that are taken: logits in fp32 stay far from their limits
+LEAST, MOST = 0.01, 100.0  # accepted temperatures: logits stay well within the range of fp32
 
 
 class Fit(NamedTuple):
-    """A fitted temperature, and the scores on the subset without it and with it."""
+    """A fitted temperature, and the scores on the subset without and with it."""
 
     temperature: float
-    raw: Results
-    scaled: Results
+    raw: Results  # at temperature 1
+    scaled: Results  # at the fitted temperature
 
     def to_json(self) -> dict[str, Any]:
         return {"temperature": self.temperature, "raw": self.raw.to_json(), "scaled": self.scaled.to_json()}
@@ -35,7 +35,7 @@ class Fit(NamedTuple):
 
 
 class NoMinimum(UserError):
-    """No temperature is the best one: of a model that has learnt nothing, or data it was trained on."""
+    """The NLL has no minimum over the temperatures, as for an untrained model or on its training data."""
 
 
 def fit(
@@ -47,10 +47,14 @@ def fit(
     settings: Settings | None = None,
     pair: str | None = None,
 ) -> Fit:
-    """The temperature under which a subset has the least NLL; arguments as of :func:`forced.evaluate`.
+    """Fit the temperature that minimises the NLL of a subset; arguments as of :func:`forced.evaluate`.
+
+    Returns:
+        The temperature, and the teacher-forced scores without and with it.
 
     Raises:
-        UserError: as of :func:`forced.evaluate`; NoMinimum: the NLL has none between 1/20 and 20.
+        UserError: see :func:`forced.evaluate`.
+        NoMinimum: no temperature between 1/20 and 20 minimises the NLL.
     """
     settings = settings or Settings()
     models, task, device = load(data, path, cpu, pair, several=True)
@@ -77,10 +81,10 @@ def fit(
 
 
 def read(given: str) -> float:
-    """The temperature of --temperature: a number, or the file that `hgkd calibration temperature --json` wrote.
+    """Parse the value of --temperature: a number, or a file that `hgkd calibration temperature --json` wrote.
 
     Raises:
-        UserError: neither of the two, or not from LEAST to MOST.
+        UserError: the value is neither of these, or the temperature is not from LEAST to MOST.
     """
     try:
         value = float(given)
@@ -89,16 +93,16 @@ def read(given: str) -> float:
             value = read_file(given)["temperature"]
         except UserError as error:
             raise UserError(f"--temperature {given} is neither a number nor a file of it: {error}") from None
-    if not LEAST <= value <= MOST:  # NaN is not
+    if not LEAST <= value <= MOST:  # false for NaN
         raise UserError(f"--temperature {given}: it must be above 0, from {LEAST:g} to {MOST:g}")
     return value
 
 
 def read_file(file: str | Path) -> dict[str, Any]:
-    """The content of a file of `hgkd calibration temperature --json`.
+    """Read a file that `hgkd calibration temperature --json` wrote.
 
     Raises:
-        UserError: it is no such file.
+        UserError: the file cannot be read, or is none of these.
     """
     schema = {"temperature": files.Within(LEAST, MOST, float), "command?": str}
     return files.read_json(file, schema, "file of `hgkd calibration temperature --json`")

@@ -1,4 +1,4 @@
-"""A table of tokens, one row each: tab-separated text, or parquet where pyarrow is there."""
+"""Tables with a row per token, as tab-separated text or, if pyarrow is installed, Parquet."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ from hgkd_fairseq.errors import UserError
 
 
 class TokenTable:
-    """Columns by name, in the order of the first call of :meth:`write`; the suffix of `file` says which format. The
-    file is there, whole, once a `with` block has ended without an error.
+    """Writer of a table, used in a `with` statement.
+
+    The columns are in the order of the first call of :meth:`write`. The file is created, complete, when the `with`
+    block ends without an error.
+
+    Args:
+        file: file to write; its suffix, .tsv or .parquet, determines the format.
 
     Raises:
-        UserError: another suffix than .tsv and .parquet, or no pyarrow for the latter.
+        UserError: the suffix is another one, or pyarrow is not installed and the suffix is .parquet.
     """
 
     def __init__(self, file: str):
         self.file = file
-        self.writer: Any = None  # made with the first rows, which know the columns
+        self.writer: Any = None  # created by the first call of `write`, which gives the columns
         self.stream: Any = None
         self.opened = contextlib.ExitStack()
         self.parquet = Path(file).suffix == ".parquet"
@@ -34,7 +39,14 @@ class TokenTable:
             raise UserError(f"--tokens {file}: name a file that ends in .tsv or .parquet")
 
     def write(self, columns: dict[str, list]) -> None:
-        """Add rows; all columns are of one length."""
+        """Add rows.
+
+        Args:
+            columns: values by column name; all columns have the same length.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         if self.stream is None:
             self.stream = self.opened.enter_context(files.writing(self.file, "wb" if self.parquet else "w"))
         if self.parquet:
@@ -59,5 +71,5 @@ class TokenTable:
 
 
 def opened(file: str | None) -> contextlib.AbstractContextManager[TokenTable | None]:
-    """The table for a `with` statement, which closes it; None for no file."""
+    """Return a context manager that opens a :class:`TokenTable`; without a file its value is None."""
     return TokenTable(file) if file else contextlib.nullcontext()

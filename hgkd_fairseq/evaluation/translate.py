@@ -1,4 +1,4 @@
-"""Translations of a subset by a teacher, in shards that any number of processes make together: `hgkd translate`."""
+"""Translation of a subset by a teacher (`hgkd translate`), in shards that several processes can fill together."""
 
 from __future__ import annotations
 
@@ -27,13 +27,19 @@ from hgkd_fairseq.plugin import binarised
 from hgkd_fairseq.plugin.checkpoints import split_paths
 from hgkd_fairseq.teacher.store import DTYPES
 
-TOGETHER = 16  # batches that CTranslate2 is given at a time, to work on several at once
+TOGETHER = 16  # batches that are passed to CTranslate2 at a time, so that it can run several in parallel
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a teacher translates; fairseq-generate's names and defaults, but for `sampling`, which draws `nbest`
-    translations, and `max_tokens`, of the padded sources of a batch."""
+    """Options of the search, with fairseq-generate's names and defaults.
+
+    Two differ from fairseq-generate's: `sampling` draws `nbest` translations per sentence, and `max_tokens` is the
+    maximum number of tokens in a batch of padded sources.
+
+    Raises:
+        UserError: options contradict each other, or the maximum length allows no translation.
+    """
 
     engine: str = "fairseq"
     beam: int = 5
@@ -67,14 +73,14 @@ class Decoding:
 
 
 class Engine(Protocol):
-    """What translates."""
+    """Interface of what translates a batch."""
 
     def translate(self, sample: dict) -> list[list[Hypothesis]]:
-        """The hypotheses of each sentence of a batch of fairseq's, in its order."""
+        """Return the hypotheses of each sentence of a fairseq batch, in its order, the best one first."""
 
 
 class FairseqEngine:
-    """The models as fairseq-generate runs them."""
+    """Runs fairseq models as fairseq-generate does."""
 
     def __init__(self, models: Sequence, task, how: Decoding, device: torch.device):
         self.models, self.task, self.how, self.device = models, task, how, device
@@ -102,7 +108,7 @@ class FairseqEngine:
 
 
 class CTranslate2Engine:
-    """A folder that `hgkd export` wrote of the model."""
+    """Runs a CTranslate2 model, in a folder that `hgkd export` wrote."""
 
     def __init__(self, folder: str, task, how: Decoding, longest: int):
         import ctranslate2
@@ -139,7 +145,13 @@ class CTranslate2Engine:
 
 
 def limit_of(how: Decoding, source: int, longest: int) -> int:
-    """Pieces of a translation; fairseq-generate counts the padded sources of the batch."""
+    """Return the maximum number of pieces of a translation, without EOS.
+
+    Args:
+        how: options of the search.
+        source: padded length of the sources in the batch, as fairseq-generate counts it.
+        longest: the model's maximum, without EOS.
+    """
     return min(int(how.max_len_a * source + how.max_len_b), longest)
 
 
@@ -157,24 +169,26 @@ def translate(
     shard_size: int = 20_000,
     part: tuple[int, int] | None = None,
 ) -> str:
-    """Translate a subset of binarised data to a folder of shards (:mod:`hgkd_fairseq.data.translations`), or what is
-    missing in it.
+    """Translate a subset of binarised data to a folder of shards (:mod:`hgkd_fairseq.data.translations`).
+
+    Shards that the folder already contains are not translated again.
 
     Args:
-        data: folder of fairseq-preprocess; its dictionaries must be those of the teacher.
-        path: fairseq translation checkpoint, or several with ':' between them (an ensemble).
-        output: folder to write, or that another process, or a killed one, has begun.
-        subset: "train", ...
+        data: folder that fairseq-preprocess wrote; its dictionaries must be those of the teacher.
+        path: fairseq translation checkpoint, or several joined by ':' (an ensemble).
+        output: folder to write; it may be a new one, or one that other processes are filling or have filled in part.
+        subset: name of the subset, such as "train".
         how: options of the search.
-        convert: makes a CTranslate2 model of a checkpoint.
-        shard_size: sentences a shard.
-        part: (i, n): only the shards i, i + n, ...
+        convert: converts a checkpoint to a CTranslate2 model.
+        shard_size: number of sentences in a shard.
+        part: (i, n): translate only the shards i, i + n, ...; None: all shards.
 
-    Returns: a line that says what was done.
+    Returns:
+        A line that summarises what was done.
 
     Raises:
-        UserError: a file that is missing or cannot be used or written, a folder that was begun with other data,
-            another teacher or other options.
+        UserError: a file is missing or cannot be used or written, or the folder was made from other data, or with
+            another teacher, other options or other versions of the software.
     """
     paths = split_paths(path)
     if how.engine == "ctranslate2" and len(paths) > 1:
@@ -213,7 +227,11 @@ def versions(engine: str) -> dict[str, str]:
 
 
 class Worker:
-    """Makes shards of translations."""
+    """Translates the sentences of a shard, as :meth:`Shards.fill` requires it.
+
+    Attributes:
+        engine: what translates; set before the first call.
+    """
 
     engine: Engine
 
@@ -222,7 +240,7 @@ class Worker:
         self.progress = Progress(shards.rows, self.finished)
 
     def finished(self) -> int:
-        """Sentences in finished shards, whoever made them."""
+        """Return the number of sentences in finished shards, by any process."""
         return sum(len(self.shards.numbers(shard)) for shard in self.shards.finished())
 
     @torch.no_grad()
@@ -241,7 +259,8 @@ class Worker:
         return len(rows)
 
     def batches(self, numbers: range) -> Iterator[list[int]]:
-        """Sentences of about one length, the longest first: what does not fit into memory fails at once."""
+        """Yield batches of sentence numbers, sorted by length. The longest come first, so that a batch that does not
+        fit into memory fails early; sentences longer than the model accepts are left out."""
         sizes = self.dataset.src_sizes
         taken = [one for one in numbers if sizes[one] <= self.longest]
         most = self.how.max_tokens * (TOGETHER if self.how.engine == "ctranslate2" else 1)

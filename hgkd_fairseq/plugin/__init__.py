@@ -1,10 +1,11 @@
-"""What stands between fairseq and the rooms: patches, options, checkpoints, a training's state, a model's features."""
+"""Integration with fairseq: patches, options, checkpoints, the state of a training run, and a model's features."""
 
 
 def register() -> None:
-    """Register the task and the criterion with fairseq, whose faults on today's Python and torch are patched first.
+    """Patch fairseq, then register the plugin's tasks and criterion with it.
 
     Raises:
-        ImportError: there is no fairseq.
+        ImportError: if fairseq is not installed.
+        UserError: if torch is older than 2.6.
     """
     import hgkd_fairseq.tasks  # noqa: F401

@@ -1,4 +1,4 @@
-"""Architectures of other plugins, for the commands of hgkd."""
+"""Registration of model architectures that other plugins define, for the hgkd commands."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from hgkd_fairseq.errors import UserError
 
 
 def register(user_dir: str) -> None:
-    """Import a plugin as fairseq-train does, so that checkpoints of its architectures can be loaded. Its code is run.
+    """Import a plugin, which runs its code, so that checkpoints of its architectures can be loaded.
 
     Args:
-        user_dir: the folder, with an __init__.py, whose name is that of the module.
+        user_dir: folder of the plugin, as for fairseq-train's --user-dir; its name is the name of the module.
 
     Raises:
-        UserError: there is none, or its import fails.
+        UserError: if the folder has no __init__.py or its import fails.
     """
     from fairseq.utils import import_user_module
 
-    import hgkd_fairseq.tasks  # noqa: F401  our patches of fairseq stand before what others take from it
+    import hgkd_fairseq.tasks  # noqa: F401  patches fairseq before the other plugin imports from it
 
     if not (Path(user_dir) / "__init__.py").is_file():
         raise UserError(f"--user-dir {user_dir} is no plugin: it has no __init__.py; name the folder for fairseq-train")
     try:
         import_user_module(Namespace(user_dir=user_dir))
-    except Exception as error:  # of code that is not ours
+    except Exception as error:  # the plugin's code may raise anything
         raise UserError(f"--user-dir {user_dir} cannot be imported: {type(error).__name__}: {error}") from error

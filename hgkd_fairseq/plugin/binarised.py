@@ -1,5 +1,8 @@
-"""What fairseq-preprocess wrote: dictionaries and subsets, checked when they are read. fairseq maps the files to memory
-and believes them, so that one that is cut short or of another data set would fail anywhere, or nowhere."""
+"""Reading and checking the dictionaries and subsets that fairseq-preprocess wrote.
+
+fairseq maps the files to memory without checking them, so that a truncated file, or one of another data set, causes an
+error in an unrelated place or none at all.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,10 @@ ANEW = "run fairseq-preprocess again"
 
 
 def first_shard(data: str) -> str:
-    """The folder of validation and test data, where `data` names several with ':' between them.
+    """Return the first of the folders in `data`, separated by ':', which holds the validation and test data.
 
     Raises:
-        UserError: it is none.
+        UserError: if it is not a folder.
     """
     folder = utils.split_paths(data)[0] if data else data
     if not os.path.isdir(folder):
@@ -33,55 +36,58 @@ def first_shard(data: str) -> str:
 
 
 def translation_task(data: str, of: str, options: dict[str, Any]) -> TranslationTask:
-    """fairseq's plain translation task on data.
+    """Create fairseq's plain translation task for some data.
 
     Args:
-        data: folder of fairseq-preprocess, or several with ':' between them.
-        of: what it is for, in the error message.
-        options: of the task; those of a checkpoint may lack what fairseq's data loading asks for.
+        data: folder that fairseq-preprocess wrote, or several separated by ':'.
+        of: what the data are for, for the error message.
+        options: options of the task, which take precedence over the defaults set here.
 
     Raises:
-        UserError: there are no such data, or not of these languages.
+        UserError: if there are no such data or none of these languages, or the options are invalid.
     """
+    # The defaults of options that fairseq's data loading needs and a checkpoint may lack.
     given: dict[str, Any] = {"train_subset": "train", "dataset_impl": None, "required_seq_len_multiple": 1, **options}
     given |= {"_name": "translation", "data": str(data), "eval_bleu": False}
     try:
         return TranslationTask.setup_task(OmegaConf.merge(TranslationConfig, given))
-    except Exception as error:  # fairseq's own, for an unknown language pair
+    except Exception as error:  # fairseq raises a plain Exception for an unknown language pair
         raise UserError(
             f"{data} is no data for {of}: {error}; name the folder that fairseq-preprocess wrote"
         ) from error
 
 
 def dictionary(file: str) -> Dictionary:
-    """A dict.LANGUAGE.txt.
+    """Load a dictionary, dict.LANGUAGE.txt.
 
     Raises:
-        UserError: it is missing, not to be read, or no dictionary.
+        UserError: if the file is missing, cannot be read, or is not a dictionary.
     """
     try:
         return Dictionary.load(file)
     except FileNotFoundError:
         raise UserError(f"{file} does not exist; name the folder that fairseq-preprocess wrote") from None
-    except Exception as error:  # of the operating system, or what fairseq finds in it
+    except Exception as error:  # from the operating system, or from fairseq's parser
         raise UserError(f"{file} is no dictionary of fairseq-preprocess ({error}); {ANEW}") from error
 
 
 MAGIC = indexed_dataset.MMapIndexedDataset.Index._HDR_MAGIC
-HEAD = struct.Struct("<QBQ")  # behind it: version, type of the ids, sentences
+HEAD = struct.Struct("<QBQ")  # after MAGIC: version, code of the token ids' dtype, number of sentences
 
 
 def check_index(prefix: str) -> None:
-    """Whether PREFIX.idx fits PREFIX.bin, in fairseq's mmap format (another is left to fairseq): the sentences lie one
-    behind another and fill the file.
+    """Check that PREFIX.idx and PREFIX.bin fit together: the sentences must be contiguous and fill PREFIX.bin.
+
+    Files in another format than fairseq's mmap format are not checked.
 
     Raises:
-        ValueError, OSError: they do not.
+        ValueError: if the files are damaged, do not fit together, or hold no or empty sentences.
+        OSError: if a file cannot be read.
     """
     start = len(MAGIC) + HEAD.size
     with open(f"{prefix}.idx", "rb") as stream:
         head = stream.read(start)
-    known = MAGIC[:8]  # by which fairseq tells the format; it dies, noisily, where the rest of the mark is another
+    known = MAGIC[:8]  # fairseq recognises the format by these bytes, and fails an assertion if the others differ
     if head and not head.startswith(known[: len(head)]):
         return
     whole = len(head) == start and head.startswith(MAGIC)
@@ -99,37 +105,41 @@ def check_index(prefix: str) -> None:
 
 
 class NoSubset(UserError):
-    """The data have no subset of that name."""
+    """Raised if the data have no subset of the given name."""
 
 
 def subset(task, name: str, max_positions=None, combine: bool = False, option: str = "--gen-subset"):
-    """A subset of a translation task's data, all of whose sentences can be read.
+    """Load a subset of a translation task's data and check that all its sentences can be read.
 
     Args:
-        task: of fairseq.
-        name: "test", "valid", ...
-        max_positions: of the model, as fairseq's own function has it; None: sentences may be of any length.
-        combine: whether NAME1, NAME2, ... are part of it, as they are of fairseq's training data.
-        option: that names it.
+        task: fairseq translation task; the subset replaces one of the same name that it has loaded.
+        name: name of the subset: "test", "valid", ...
+        max_positions: limits of the model on the lengths of source and target, in tokens; None: no limits.
+        combine: whether NAME1, NAME2, ... are part of the subset, as fairseq has it for training data.
+        option: option that names the subset, for error messages.
+
+    Returns:
+        The data set.
 
     Raises:
-        UserError: there is no such subset, it lacks targets or is empty or damaged, or has sentences that are too long.
+        NoSubset: if there is no such subset.
+        UserError: if it lacks targets, is empty or damaged, or has sentences longer than the limits.
     """
     where = f"subset {name} of {task.cfg.data}"
     try:
         if task.cfg.dataset_impl in (None, "mmap"):
             for prefix in glob.glob(f"{glob.escape(first_shard(task.cfg.data))}/{glob.escape(name)}.*-*.*.idx"):
                 check_index(prefix.removesuffix(".idx"))
-        task.datasets.pop(name, None)  # the multilingual task cannot load one twice
+        task.datasets.pop(name, None)  # fairseq's multilingual task cannot load a subset twice
         task.load_dataset(name, combine=combine)
         dataset = task.dataset(name)
         for part in pairs.parts(dataset):
             check_part(getattr(part, "dataset", part), where)
     except UserError:
         raise
-    except (FileNotFoundError, KeyError):  # the second of fairseq's multilingual task
+    except (FileNotFoundError, KeyError):  # KeyError: from fairseq's multilingual task
         raise NoSubset(f"there is no subset {name} in {task.cfg.data}; name another with {option}") from None
-    except Exception as error:  # of the operating system, of numpy, of fairseq: whatever the bytes lead to
+    except Exception as error:  # damaged files may cause any error of numpy or fairseq
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{where} is empty or damaged ({reason}); {ANEW}, or name another with {option}") from error
     if not len(dataset):
@@ -144,10 +154,11 @@ def subset(task, name: str, max_positions=None, combine: bool = False, option: s
 
 
 def check_part(dataset, where: str) -> None:
-    """Of one language pair.
+    """Check the data of one language pair.
 
     Raises:
-        UserError: no targets, or ids that are none of the dictionaries'.
+        UserError: if there are no targets or not one for each source, a sentence is empty, or a token id is outside
+            its dictionary.
     """
     sides = {"source": (dataset.src, dataset.src_dict), "target": (dataset.tgt, dataset.tgt_dict)}
     if dataset.tgt is None:

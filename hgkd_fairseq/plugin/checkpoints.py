@@ -1,5 +1,5 @@
-"""The one loader of checkpoints. A checkpoint is a file from a stranger: what comes of it is tensors and plain options,
-or one error message."""
+"""The loader of checkpoints, which all commands use. A checkpoint may come from an untrusted source: loading it gives
+tensors and plain options, or one error message."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from torch import Tensor, nn
 
 from hgkd_fairseq.errors import UserError
 
-MOST_OPTIONS = 100_000  # values in the options of a checkpoint; fairseq's have about 1,500
-DEEPEST = 50
+MOST_OPTIONS = 100_000  # limit on the values in the options of a checkpoint; fairseq's have about 1,500
+DEEPEST = 50  # limit on the nesting of the options
 MOST_POSITIONS = 1_000_000
 LARGEST = 2**63
 NUMBERS = frozenset(("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"))
 FAIRSEQ_ONES = "name a checkpoint of fairseq-train"
-# Of weights; quantized ones are others.
+# Allowed dtypes of tensors, which exclude quantized ones.
 DTYPES = {
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
@@ -40,18 +40,18 @@ ZIP = b"PK\x03\x04"
 
 
 class Refused(Exception):
-    """Why a file is no checkpoint; the caller adds the file's name."""
+    """Raised for a refused file. The message continues a sentence that the caller begins with the file's name."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What :func:`read` found.
+    """The content of a checkpoint, as :func:`read` returns it.
 
     Attributes:
-        path: the file.
-        state: the dict that fairseq's load_checkpoint_to_cpu returns. Its "cfg" is an OmegaConf configuration whose
-            values are plain: no interpolation, no object but a Namespace; "model" maps names to dense tensors on the
-            CPU; "optimizer_history" ends with a dict that holds "num_updates", an int; "extra_state" is a dict.
+        path: name of the file.
+        state: the dict that fairseq's load_checkpoint_to_cpu returns. "cfg" is an OmegaConf configuration with plain
+            values: no interpolations, and no objects other than a Namespace. "model" maps names to dense tensors on the
+            CPU. "optimizer_history" ends with a dict that holds "num_updates", an int. "extra_state" is a dict.
     """
 
     path: str
@@ -59,16 +59,20 @@ class Checkpoint:
 
     @property
     def cfg(self):
-        """fairseq's configuration."""
+        """fairseq's configuration.
+
+        Raises:
+            UserError: if the checkpoint holds none.
+        """
         if self.state.get("cfg") is None:
             raise UserError(f"{self.path} is no fairseq model: it holds no options; {FAIRSEQ_ONES}")
         return self.state["cfg"]
 
     def options(self, section: str) -> dict[str, Any]:
-        """The options of a section of the configuration ("task", "model", ...) in plain values.
+        """Return the options of a section of the configuration ("task", "model", ...) as plain values.
 
         Raises:
-            UserError: there is no such section.
+            UserError: if there is no such section.
         """
         from omegaconf import OmegaConf
 
@@ -86,13 +90,19 @@ class Checkpoint:
 
     @property
     def updates(self) -> int:
-        """Updates that the checkpoint was saved after."""
+        """The number of updates after which the checkpoint was saved."""
         return self.state["optimizer_history"][-1]["num_updates"]
 
     @property
     def seconds(self) -> float:
-        """Of training, over all resumptions, that the checkpoint was saved after; 0 where the clock was put back, which
-        fairseq alone reads it from."""
+        """The training time in seconds, including that before resuming.
+
+        0 if the recorded time is negative: fairseq without the plugin measures it with the system clock, which may be
+        set back.
+
+        Raises:
+            UserError: if the checkpoint does not record it.
+        """
         found = self.state["extra_state"].get("previous_training_time")
         if type(found) not in (int, float) or not -LARGEST < found < LARGEST:
             raise UserError(f"{self.path} does not say how long it was trained; {FAIRSEQ_ONES}")
@@ -100,10 +110,13 @@ class Checkpoint:
 
 
 def split_paths(text: str) -> list[str]:
-    """The paths of an ensemble or of several data folders, with ':' between them. Where the names of files hold a ':'
-    themselves, the longest one that exists is taken each time."""
+    """Split a list of paths, of an ensemble or of several data folders, at each ':'.
+
+    Names may contain a ':' themselves: the longest name of an existing file or folder is taken each time. If the text
+    contains "://", it is split at each '|' instead.
+    """
     if "://" in text:
-        return text.split("|")  # fairseq's rule for remote paths
+        return text.split("|")  # as fairseq does for remote paths
     parts, found = text.split(os.pathsep), []
     while parts:
         lengths = range(len(parts), 1, -1)
@@ -114,16 +127,16 @@ def split_paths(text: str) -> list[str]:
 
 
 def read(path: str | os.PathLike, overrides: Mapping[str, Any] | None = None, model: bool = True) -> Checkpoint:
-    """Read a checkpoint that fairseq-train, or a command of this package, wrote.
+    """Read a checkpoint that fairseq-train, or a command of this package, wrote, onto the CPU.
 
     Args:
-        path: the file.
-        overrides: options that take the place of those in the file, as fairseq's --model-overrides.
-        model: whether the model's weights are needed, and so must be whole and finite.
+        path: name of the file.
+        overrides: options that replace those in the file, as fairseq's --model-overrides.
+        model: whether to check that the model's weights are complete and finite and fit the options.
 
     Raises:
-        UserError: a file that does not exist, may not be read, is damaged, holds anything but tensors and plain
-            values, or is no checkpoint of fairseq.
+        UserError: if the file does not exist, cannot be read, is damaged, names objects that fairseq does not save, has
+            options that are not plain values, or is not a fairseq checkpoint.
     """
     path = os.fspath(path)
     try:
@@ -147,7 +160,7 @@ def read(path: str | os.PathLike, overrides: Mapping[str, Any] | None = None, mo
 
 
 def open_file(path: str) -> BinaryIO:
-    """Of a file on this machine; fairseq's PathManager, where iopath is installed, brings others here first."""
+    """Open a regular file for reading. With iopath, fairseq's PathManager fetches a remote file first."""
     from fairseq.file_io import PathManager
 
     try:
@@ -167,8 +180,13 @@ def damaged(reason: str = "") -> Refused:
 
 
 def check_format(file: BinaryIO, size: int) -> None:
-    """Whether the file is what torch.save writes, and of what it knows. In its zip format every record has a checksum,
-    which torch does not look at."""
+    """Refuse a file that torch.save does not write, or that names objects that are not in `KNOWN`.
+
+    In torch's zip format every record has a checksum, which is verified here because torch does not verify it.
+
+    Raises:
+        Refused: if the file is refused.
+    """
     if not size:
         raise Refused("is empty; copy it again")
     head = file.read(512)
@@ -177,14 +195,14 @@ def check_format(file: BinaryIO, size: int) -> None:
         raise Refused(f"is a tar file; {FAIRSEQ_ONES}")
     try:
         if not head.startswith(ZIP):
-            check_names(names(file, 4))  # a magic number, a version, sizes of types, and the content
+            check_names(names(file, 4))  # pickles of the magic number, the version, the sizes of types, the content
             file.seek(0)
             return
         with zipfile.ZipFile(file) as records:
             entries = records.infolist()
             if any(entry.filename.rpartition("/")[2] == "constants.pkl" for entry in entries):
                 raise Refused(f"is a TorchScript program; {FAIRSEQ_ONES}")
-            # torch.save compresses nothing, so that a small file cannot fill the memory.
+            # torch.save does not compress; refusing compression prevents a small file from filling the memory.
             if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > size:
                 raise Refused(f"is a compressed archive; {FAIRSEQ_ONES}")
             wrong = records.testzip()
@@ -195,14 +213,16 @@ def check_format(file: BinaryIO, size: int) -> None:
                     check_names(names(records.open(entry)))  # type: ignore[arg-type]
     except (Refused, MemoryError):
         raise
-    except Exception:  # of a dozen kinds, for bytes that make no sense
+    except Exception:  # invalid bytes cause errors of many kinds
         raise damaged() from None
     file.seek(0)
 
 
 class Number:
-    """A numpy dtype in a checkpoint: a number of fixed size in either byte order, and nothing else. numpy's own would
-    make an array of pointers out of a file's bytes."""
+    """Stand-in for a numpy dtype in a checkpoint: a number of fixed size, in either byte order, and nothing else.
+
+    With numpy's own class, the bytes of a file could become an array of pointers.
+    """
 
     def __init__(self, code, align=False, copy=True):
         if code not in NUMBERS:
@@ -218,7 +238,7 @@ class Number:
 
 
 class Array:
-    """A numpy array in a checkpoint, as fairseq logs the n-gram counts of --eval-bleu; it becomes a tensor."""
+    """Stand-in for a numpy array in a checkpoint, such as the n-gram counts of --eval-bleu; it becomes a tensor."""
 
     def __init__(self, *_):
         self.tensor = torch.zeros(0)
@@ -232,7 +252,7 @@ class Array:
 
 
 class OldMeter:
-    """A meter of fairseq before 0.9, which pickled the object: nothing needs it any more, so nothing of it is kept."""
+    """Stand-in for the meters that fairseq pickled before version 0.9; their content is not needed and is dropped."""
 
     def __init__(self, *_):
         pass
@@ -242,8 +262,9 @@ class OldMeter:
 
 
 METERS = ("AverageMeter", "TimeMeter", "StopwatchMeter")
-# Beside tensors and plain values; each name stands for what is made in its place. Pairs all, also for Namespace: torch
-# takes out of its list what was put there for a while, and compat.py puts Namespace there for good.
+# Objects allowed in addition to tensors and plain values: what is created in place of each name. Namespace is given as
+# a pair too: on leaving safe_globals, torch removes its entries from the list, and a plain Namespace is on it for good
+# (compat.py).
 ALLOWED: list[Any] = [
     (Namespace, "argparse.Namespace"),
     (Number, "numpy.dtype"),
@@ -253,8 +274,8 @@ ALLOWED: list[Any] = [
 ]  # fmt: skip
 
 
-# What fairseq writes, that among it. torch allows more: a bytearray of any size, tensors that are sparse, on no device,
-# or of memory that nobody has written.
+# All names that a checkpoint of fairseq may contain, including those of ALLOWED. torch allows more: a bytearray of any
+# size, and tensors that are sparse, on the meta device, or uninitialised.
 KNOWN = {
     *(name for _, name in ALLOWED),
     *(f"collections.{name}" for name in ("OrderedDict", "Counter")),
@@ -270,7 +291,7 @@ KNOWN = {
 
 
 def names(pickled: BinaryIO, count: int = 1) -> set[str]:
-    """What `count` pickles, one after the other, would import."""
+    """Return the names that `count` consecutive pickles would import."""
     operations = (operation for _ in range(count) for operation in pickletools.genops(pickled))
     return {".".join(str(name).split(" ", 1)) for code, name, _ in operations if code.name in ("GLOBAL", "INST")}
 
@@ -284,27 +305,39 @@ def check_names(found: set[str]) -> None:
         )
 
 
-# What remains of a checkpoint, beside tensors.
+# The types that a loaded checkpoint may contain, in addition to tensors.
 PLAIN = {type(None), bool, int, float, str, bytes, torch.Size, torch.dtype, torch.device}
 CONTAINERS = {dict, OrderedDict, Counter, list, Namespace}
 
 
 def unpickle(file: BinaryIO) -> Any:
-    """What the file holds, on the CPU. weights_only stands here so that no environment variable switches it off."""
+    """Return the content of a file, on the CPU.
+
+    weights_only is passed explicitly so that no environment variable can disable it.
+
+    Raises:
+        Refused: if the file is damaged.
+    """
     with torch.serialization.safe_globals(ALLOWED), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return torch.load(file, map_location=torch.device("cpu"), weights_only=True)
         except (Refused, MemoryError):
             raise
-        except Exception:  # of any kind, for bytes that make no sense; its advice would be to load it all the same
+        except Exception:  # of any kind, for invalid bytes; torch's message would advise to load the file nevertheless
             raise damaged() from None
 
 
 def without_stand_ins(found: Any, seen: dict[int, tuple[Any, Any]]) -> Any:
-    """The same in tensors and plain values: tensors for arrays, without hooks and gradients, and None for meters and
-    for whatever else torch lets a file name (a function, a class). `seen`: by id, what was found and what it became,
-    for what stands in several places or in itself."""
+    """Return the content of a checkpoint as tensors and plain values; dicts, lists and namespaces are changed in place.
+
+    Arrays become tensors, tensors lose hooks and gradients, and meters, and all else that torch lets a file name (a
+    function, a class), become None. Keys and items of sets that :func:`hashable` does not allow are dropped.
+
+    Args:
+        found: content, or a part of it.
+        seen: by id, each object met so far and its replacement, as an object may occur repeatedly or contain itself.
+    """
     if type(found) in PLAIN:
         return found
     if id(found) in seen:
@@ -324,7 +357,7 @@ def without_stand_ins(found: Any, seen: dict[int, tuple[Any, Any]]) -> Any:
     seen[id(found)] = found, found
     if isinstance(found, dict):
         if type(found) is not dict:
-            without_stand_ins(vars(found), seen)  # a model's state has its versions there
+            without_stand_ins(vars(found), seen)  # the attributes, such as the versions in a model's state dict
         for key in [*found]:
             value = found.pop(key)
             if hashable(key := without_stand_ins(key, seen), set):
@@ -337,12 +370,15 @@ def without_stand_ins(found: Any, seen: dict[int, tuple[Any, Any]]) -> Any:
 
 
 def hashable(value: Any, kind: type) -> bool:
-    """Whether it may stand in a container of that kind; in a set, or as a key, plain values and tuples of them."""
+    """Return whether a container of type `kind` may hold a value.
+
+    A tuple may hold anything; a set, which also stands for the keys of a dict, only plain values and tuples of these.
+    """
     return kind is tuple or type(value) in PLAIN or (type(value) is tuple and all(hashable(one, set) for one in value))
 
 
 def without_arrays(value: Any) -> Any:
-    """A copy of what is to be saved, with tensors and Python's numbers for numpy's."""
+    """Return a copy of a value to save in which numpy arrays are tensors and numpy scalars are Python numbers."""
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value.copy())
     if isinstance(value, np.generic):
@@ -355,7 +391,11 @@ def without_arrays(value: Any) -> Any:
 
 
 def check_state(state: Any) -> None:
-    """Refuse what is no checkpoint of fairseq, and make its options plain."""
+    """Check that a state is that of a fairseq checkpoint, and replace its options by copies in plain values.
+
+    Raises:
+        Refused: if it is not, or its options are refused by :func:`plain`.
+    """
 
     def refuse(reason: str):
         raise Refused(f"is no fairseq checkpoint: {reason}; {FAIRSEQ_ONES}")
@@ -384,12 +424,20 @@ def check_state(state: Any) -> None:
 
 
 def plain(value: Any, name: str, count: list[int], depth: int = 0) -> Any:
-    """A copy of options in plain values. OmegaConf would resolve ``${oc.env:NAME}`` wherever it finds it, and what it
-    finds would go into the next file that is written.
+    """Return a copy of options in plain values, without interpolations.
+
+    OmegaConf would resolve ``${oc.env:NAME}`` anywhere in the options, and the value of the environment variable would
+    be written to the next checkpoint.
 
     Args:
-        name: of the option, for messages.
-        count: of the values so far; a list in a list in a list, each twice, is more than any memory holds.
+        value: option, or container of options.
+        name: name of the option, for messages.
+        count: one number, the values copied so far. It is limited because nested lists that hold another list twice
+            each would grow beyond any memory.
+        depth: nesting depth of the value.
+
+    Raises:
+        Refused: if a value is not plain or contains an interpolation, or there are too many or too deeply nested ones.
     """
     count[0] += 1
     if count[0] > MOST_OPTIONS or depth > DEEPEST:
@@ -412,7 +460,11 @@ def plain(value: Any, name: str, count: list[int], depth: int = 0) -> Any:
 
 
 def check_model(model: dict[str, Tensor], size: int) -> None:
-    """Refuse weights that are no dense tensors, that are not all in the file of `size` bytes, or not finite."""
+    """Check that all weights are dense tensors, finite, and no larger than a file of `size` bytes can hold.
+
+    Raises:
+        Refused: if they are not.
+    """
     if not model:
         raise Refused(f"is no fairseq checkpoint: its model is empty; {FAIRSEQ_ONES}")
     storages = {}
@@ -433,14 +485,19 @@ def check_model(model: dict[str, Tensor], size: int) -> None:
 
 
 def check_sizes(state: dict[str, Any]) -> None:
-    """Refuse options of more layers than there are weights, or of a dimension larger than all of them: fairseq would
-    take the memory, and the time, before it compares."""
+    """Check that no option gives more layers than there are weights, or a dimension above their number of elements.
+
+    fairseq would build such a model, with the memory and time that it takes, before it compares the shapes.
+
+    Raises:
+        Refused: if an option does.
+    """
     options = state["args"] if state.get("args") is not None else state["cfg"].get("model")
     options = vars(options) if isinstance(options, Namespace) else options
     elements = sum(tensor.numel() for tensor in state["model"].values())
     limits = {"layers": len(state["model"]), "dim": elements, "size": elements, "positions": MOST_POSITIONS}
     for name, value in options.items() if isinstance(options, dict) else ():
-        # A number would be an open file of this process, and be closed; a pipe would never end.
+        # open() would take a number for a descriptor of this process and close it; reading a pipe may never end.
         odd = not isinstance(value, str) or (os.path.exists(value) and not os.path.isfile(value))
         if value and name.endswith("embed_path") and odd:
             raise Refused(f"is refused: its option {name} is no name of a file")
@@ -451,7 +508,7 @@ def check_sizes(state: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without what fairseq and hydra log and warn of while they bring options of old to their present form."""
+    """Context without the log messages and warnings of fairseq and hydra about upgrading old options."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -463,10 +520,14 @@ def quiet() -> Iterator[None]:
 
 
 def check_weights(path: str, weights: Any) -> None:
-    """The checks of a checkpoint's model, on other weights in it.
+    """Check other weights of a checkpoint, such as the moving average, as :func:`check_model` checks its model.
+
+    Args:
+        path: name of the checkpoint's file.
+        weights: by name.
 
     Raises:
-        UserError: they are no dense tensors, not whole or not finite.
+        UserError: if they are not dense tensors, not complete or not finite.
     """
     try:
         if not isinstance(weights, dict):
@@ -477,7 +538,11 @@ def check_weights(path: str, weights: Any) -> None:
 
 
 def upgrade(state: dict[str, Any], overrides: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What fairseq's load_checkpoint_to_cpu does with a state: overrides, and options of old in their present form."""
+    """Apply overrides and upgrade old options, as fairseq's load_checkpoint_to_cpu does.
+
+    Raises:
+        Refused: if fairseq cannot do so.
+    """
     from fairseq.checkpoint_utils import _upgrade_state_dict
     from fairseq.dataclass.utils import overwrite_args_by_name
     from omegaconf import OmegaConf
@@ -492,16 +557,16 @@ def upgrade(state: dict[str, Any], overrides: Mapping[str, Any] | None) -> dict[
                 if overrides:
                     overwrite_args_by_name(state["cfg"], overrides)
             return _upgrade_state_dict(state)
-    except Exception as error:  # fairseq reads options of a dozen years and checks none of them
+    except Exception as error:  # fairseq does not check the old options that it upgrades
         given = " with the overrides that were given" if overrides else ""
         raise Refused(f"is no fairseq checkpoint{given} ({repr(error)[:300]}); {FAIRSEQ_ONES}") from None
 
 
 def model_class(checkpoint: Checkpoint) -> type[nn.Module]:
-    """The class of a checkpoint's model.
+    """Return the class of a checkpoint's model.
 
     Raises:
-        UserError: fairseq has none of that name, or it does not translate from left to right.
+        UserError: if its architecture is not registered, or it does not translate from left to right.
     """
     from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 
@@ -518,10 +583,14 @@ def model_class(checkpoint: Checkpoint) -> type[nn.Module]:
 
 
 def check_translates(kind: type[nn.Module], name: str) -> None:
-    """Refuse a class of models that do not give the probability of each target token after those before it.
+    """Check that a class of models gives the probability of each target token given the source and the previous ones.
+
+    Args:
+        kind: class of the model.
+        name: name of the model, for messages.
 
     Raises:
-        UserError: a language model, an encoder alone, a non-autoregressive model.
+        UserError: if it is a language model, an encoder only, or a non-autoregressive model.
     """
     from fairseq.models import FairseqEncoderModel, FairseqLanguageModel
 
@@ -536,17 +605,21 @@ def check_translates(kind: type[nn.Module], name: str) -> None:
 
 @functools.cache
 def needs_more(model: type[nn.Module]) -> str:
-    """What a model's forward asks for that a batch's ``net_input`` does not hold; "" where nothing is missing."""
+    """Return the required arguments of a model's forward that a batch's ``net_input`` lacks; "" if it lacks none."""
     parameters = list(inspect.signature(model.forward).parameters.values())[1:]
     named = [one for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
     return ", ".join(one.name for one in named if one.default is one.empty and one.name not in NET_INPUT)
 
 
 def build(checkpoint: Checkpoint, task) -> nn.Module:
-    """The translation model of a checkpoint, under a task of fairseq, on the CPU.
+    """Build the translation model of a checkpoint on the CPU.
+
+    Args:
+        checkpoint: checkpoint of the model.
+        task: task of fairseq, with the dictionaries of the model.
 
     Raises:
-        UserError: its options do not make a translation model of its weights under this task.
+        UserError: if it is not a translation model, or its options, its weights and the task do not fit together.
     """
     model_class(checkpoint)
     try:
@@ -554,13 +627,18 @@ def build(checkpoint: Checkpoint, task) -> nn.Module:
         model.load_state_dict(checkpoint.model, strict=True, model_cfg=checkpoint.cfg.model)
     except UserError as error:
         raise UserError(f"{checkpoint.path} is refused: {error}") from None
-    except Exception as error:  # whatever the options of a file lead to
+    except Exception as error:  # the options in a file may cause any error
         raise unfit(checkpoint.path, error) from error
     return model
 
 
 def unfit(path: str, error: Exception) -> UserError:
-    """The message on weights that do not go together with their own options or the dictionaries in hand."""
+    """Return the error for a checkpoint whose weights do not fit its options or the dictionaries of the data.
+
+    Args:
+        path: name of the file or files.
+        error: what building the model raised.
+    """
     reason = (str(error).strip().splitlines() or [""])[-1].strip()
     return UserError(
         f"{path} does not fit the dictionaries of the data, or its own options: {type(error).__name__}: "

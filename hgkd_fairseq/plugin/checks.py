@@ -1,4 +1,4 @@
-"""Combinations of options that cannot be used: refused at start-up, with the option and the fix."""
+"""Checks of the options at start-up; the error messages name the option and the remedy."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from hgkd_fairseq.plugin.training_state import ON_POLICY, TrainingState
 
 
 def default(name: str) -> Any:
-    """Of an option of the criterion."""
+    """Return the default value of an option of the criterion."""
     return CriterionOptions.__dataclass_fields__[name].default
 
 
 def make_gate(cfg: Any) -> Gate:
-    """The gate of --gate with the parameters that are given.
+    """Return the gate named by --gate, with the gate parameters that are set.
 
     Raises:
-        UserError: there is none, or a parameter does not fit.
+        UserError: if there is no such gate, or it does not take a parameter or its value.
     """
     given = {name: getattr(cfg, name) for name in all_parameters() if getattr(cfg, name, None) is not None}
     try:
@@ -35,10 +35,10 @@ def make_gate(cfg: Any) -> Gate:
 
 
 def check_options(cfg: Any, gate: Gate, state: TrainingState) -> None:
-    """Of the criterion, whatever the task is.
+    """Check the options of the criterion, for training and validation with any task.
 
     Raises:
-        UserError: a value out of its range, or an option that means nothing beside the others.
+        UserError: if a value is out of its range, or an option is missing or has no effect with the others.
     """
     if gate.remembering and not state.keeps_memory:
         raise UserError(f"--gate {cfg.gate} remembers past batches: add --task translation_with_teacher")
@@ -82,10 +82,11 @@ def check_options(cfg: Any, gate: Gate, state: TrainingState) -> None:
 
 
 def check_training(cfg: Any, gate: Gate, task: FairseqTask) -> None:
-    """Of a training, which a task that was made from a checkpoint is not.
+    """Check the options of a training run; not called for a task created from a checkpoint, which only validates.
 
     Raises:
-        UserError: a training that would end before it distils, cannot run on this machine or saves no checkpoint.
+        UserError: if the training would end before it distils, lacks the validation that it needs, has a divergence
+            without effect, cannot run on this machine, or selects checkpoints by a metric that is not logged.
     """
     device = "cuda" if torch.cuda.is_available() and not cfg.cpu else "cpu"
     if cfg.max_update and gate.needs_teacher and cfg.distill_start_update >= cfg.max_update:
@@ -107,7 +108,7 @@ def check_training(cfg: Any, gate: Gate, task: FairseqTask) -> None:
     logged |= {"accuracy"} if cfg.report_accuracy else set()
     logged |= {"bleu"} if getattr(task.cfg, "eval_bleu", False) else set()
     logged |= {f"{pair}_{name}" for pair in getattr(task, "pair_names", ()) for name in ("nll_loss", "ece", "accuracy")}
-    known = type(task).__module__.startswith(("fairseq.", "hgkd_fairseq."))  # another's task may log more
+    known = type(task).__module__.startswith(("fairseq.", "hgkd_fairseq."))  # a task of another plugin may log more
     if known and not cfg.disable_validation and cfg.best_checkpoint_metric not in logged:
         raise UserError(
             f"--best-checkpoint-metric {cfg.best_checkpoint_metric}: name one of {', '.join(sorted(logged))}, "
@@ -116,10 +117,10 @@ def check_training(cfg: Any, gate: Gate, task: FairseqTask) -> None:
 
 
 def load_teacher(cfg: Any, task: Any) -> Any:
-    """The task's teacher: now, so that one that cannot be used stops the run before it starts.
+    """Load the task's teacher at start-up, so that one that cannot be used stops the run before training begins.
 
     Raises:
-        UserError: the task has none, it cannot be used, or not with the other options.
+        UserError: if the task has no teacher, or the teacher cannot be used, at all or with the other options.
     """
     if not hasattr(task, "load_teacher"):
         raise UserError(
@@ -143,10 +144,10 @@ def load_teacher(cfg: Any, task: Any) -> Any:
 
 
 def check_fitted(cfg: Any, state: TrainingState) -> None:
-    """Of a validation.
+    """Check, for validation only, that a fitted temperature is known if --teacher-temperature is auto.
 
     Raises:
-        UserError: the checkpoint was trained at a given temperature, and a fitted one is asked for.
+        UserError: if the checkpoint was trained with a fixed temperature and holds no fitted one.
     """
     if given_temperature(cfg) is None and state.fitted_temperature is None:
         raise UserError(
@@ -156,10 +157,15 @@ def check_fitted(cfg: Any, state: TrainingState) -> None:
 
 
 def check_model(cfg: Any, model: torch.nn.Module, teachers: list[torch.nn.Module]) -> None:
-    """Of the student's and the teachers' architectures.
+    """Check the architectures of the student and the teachers.
+
+    Args:
+        cfg: options of the criterion.
+        model: the student, which may be wrapped.
+        teachers: models of the teacher; empty if it has none.
 
     Raises:
-        UserError: one that the loss, or the way it is computed, cannot use.
+        UserError: if the loss, its implementation or the gate cannot use one of them.
     """
     features.check_student(model)
     linear = [features.linear_output(member) is not None for member in (model, *teachers)]

@@ -1,7 +1,7 @@
-"""Everything that changes fairseq's behaviour, and nothing else does.
+"""The patches of fairseq; nothing outside this module changes its behaviour.
 
-Each patch says what breaks without it, and checks that the fairseq in hand is the one it was written for: where it is
-not, fairseq is left as it is and a warning says so.
+Each patch documents what fails without it, and checks that the installed fairseq contains the code for which it was
+written. If not, fairseq is left unchanged and a warning states the consequence.
 """
 
 from __future__ import annotations
@@ -31,18 +31,23 @@ logger = logging.getLogger(__name__)
 
 OLDEST_TORCH = (2, 6)  # the first whose torch.load refuses code in a checkpoint by default
 TESTED_FAIRSEQ = "0.12.3"
-APPLIED: dict[str, bool] = {}  # for `hgkd doctor`: which functions of fairseq were as the patches expect them
+# For `hgkd doctor`: by function of fairseq, whether its code was as expected, in the last check of that function.
+APPLIED: dict[str, bool] = {}
 
 
 def apply() -> None:
-    """Apply every patch, once."""
+    """Apply all patches; further calls have no effect.
+
+    Raises:
+        UserError: if torch is older than `OLDEST_TORCH`.
+    """
     if getattr(apply, "done", False):
         return
     apply.done = True  # type: ignore[attr-defined]
     version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
     if version < OLDEST_TORCH:
         raise UserError(f"torch {torch.__version__} would run code hidden in a checkpoint; install torch>=2.6")
-    # Imported with every fairseq command, it advises to install tensorboardX whatever the command is.
+    # Every fairseq command imports this module, which then logs advice to install tensorboardX.
     logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
     show_user_errors_without_call_stack()
     allow_fairseq_options()
@@ -65,7 +70,13 @@ def apply() -> None:
 
 
 def written_for(function, expected: str, consequence: str) -> bool:
-    """Whether `function`'s source holds the line that a patch was written for; warns with the `consequence` if not."""
+    """Return whether the source of a function contains the code that a patch expects, and warn if it does not.
+
+    Args:
+        function: function of fairseq.
+        expected: part of its source.
+        consequence: what happens without the patch, for the warning.
+    """
     try:
         source = inspect.getsource(function)
     except (OSError, TypeError):
@@ -87,8 +98,10 @@ def written_for(function, expected: str, consequence: str) -> bool:
 
 
 def show_user_errors_without_call_stack() -> None:
-    """A mistake in an option deserves one error message, not fairseq's call stack; hydra would print that before the
-    hook."""
+    """Show a UserError, such as a mistake in an option, as one message without a call stack.
+
+    HYDRA_FULL_ERROR makes hydra raise errors; otherwise it would print them itself before the exception hook runs.
+    """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     previous = sys.excepthook
 
@@ -102,17 +115,23 @@ def show_user_errors_without_call_stack() -> None:
 
 
 def allow_fairseq_options() -> None:
-    """torch >= 2.6 refuses the argparse.Namespace in what fairseq itself writes, for CTranslate2's converter too. What
-    else a checkpoint may hold, only its loader allows. It passes weights_only=True, and a variable of the environment
-    that would switch that off for the other files which fairseq loads is taken out."""
+    """Allow argparse.Namespace in torch.load, and disable the environment variable that lets files run code.
+
+    torch >= 2.6 refuses the argparse.Namespace in the files that fairseq itself writes, which CTranslate2's converter
+    reads too. The other types that a checkpoint may hold are allowed only by the loader in checkpoints.py, which passes
+    weights_only=True; the variable would override that default for the other files that fairseq loads.
+    """
     torch.serialization.add_safe_globals([argparse.Namespace])
     if os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None) is not None:
         logger.warning("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD has no effect: with hgkd_fairseq no file runs code")
 
 
 def evaluate_literals_only() -> None:
-    """fairseq passes options of a checkpoint to eval (eval_str_list, eval_bool, fconv's layers, adam's betas): code in
-    them would run."""
+    """Evaluate option strings as literals only.
+
+    fairseq passes options of a checkpoint to eval (eval_str_list, eval_bool, fconv's layers, adam's betas), so that
+    code in them would run.
+    """
     from fairseq import utils
 
     if written_for(utils.eval_str_dict, "x = eval(x)", "code in options may run"):
@@ -120,8 +139,11 @@ def evaluate_literals_only() -> None:
 
 
 def one_loader_of_checkpoints() -> None:
-    """fairseq's loader believes what is in a file, and torch's own message on what it refuses advises to load it all
-    the same. Its place takes ours, for resuming, generating, validating and all else that fairseq does."""
+    """Replace fairseq's loader of checkpoints by the one in checkpoints.py, for resuming, generation and validation.
+
+    fairseq's loader does not check the content of a file, and torch's message about content that it refuses advises to
+    load the file nevertheless.
+    """
     from fairseq import checkpoint_utils
 
     load, ensemble = checkpoint_utils.load_checkpoint_to_cpu, checkpoint_utils.load_model_ensemble_and_task
@@ -139,13 +161,13 @@ def one_loader_of_checkpoints() -> None:
 
     @functools.wraps(ensemble)
     def load_model_ensemble_and_task(filenames, *args, **kwargs):
-        replace_eval()  # in what was imported since
+        replace_eval()  # in the modules imported since the last call
         try:
             return ensemble(filenames, *args, **kwargs)
         except (UserError, OSError) as error:
             named = any(name in str(error) for name in filenames)
             raise UserError(f"{'' if named else ', '.join(filenames) + ': '}{error}") from None
-        except Exception as error:  # whatever the options of a file lead to
+        except Exception as error:  # the options in a file may cause any error
             raise checkpoints.unfit(", ".join(filenames), error) from error
 
     checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu
@@ -153,7 +175,7 @@ def one_loader_of_checkpoints() -> None:
 
 
 def resuming_without_call_stack() -> None:
-    """fairseq shows its stack where a checkpoint is not there, or does not fit the run that shall go on from it."""
+    """Show one message, instead of a call stack, if a checkpoint is missing or does not fit the run that loads it."""
     from fairseq import checkpoint_utils
     from fairseq.trainer import Trainer
 
@@ -181,7 +203,7 @@ def resuming_without_call_stack() -> None:
             return resume(self, filename, *args, **kwargs)
         except UserError:
             raise
-        except Exception as error:  # fairseq's own; and whatever the content of a file leads to
+        except Exception as error:  # fairseq raises a plain Exception; the content of a file may cause any error
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
                 f"the training cannot go on from {filename}: {reason[:500]}; give the options of the run that wrote "
@@ -193,7 +215,7 @@ def resuming_without_call_stack() -> None:
 
 
 def paths_with_colons() -> None:
-    """fairseq takes each ':' for the end of a path, also where a file's name holds it."""
+    """Let the names of files contain ':'. fairseq splits lists of paths at every ':', also within a name."""
     from fairseq import utils
 
     if written_for(utils.split_paths, "paths.split(separator)", "a ':' divides paths"):
@@ -201,11 +223,15 @@ def paths_with_colons() -> None:
 
 
 def plain_checkpoints() -> None:
-    """fairseq logs the n-gram counts of --eval-bleu as numpy arrays, and so saves them: torch >= 2.6 then refuses the
-    checkpoint unless numpy is allowed, which is not safe. They are saved as tensors.
+    """Save numpy arrays as tensors, and replace a checkpoint only once the new one is completely written.
 
-    On a full disk fairseq waits, writes the checkpoint once more behind what it has written of it, and, where there is
-    room by then, puts that in the place of the good one; else it ends in call stacks, none of which names the disk."""
+    fairseq logs the n-gram counts of --eval-bleu as numpy arrays, which the checkpoints then hold: torch >= 2.6 refuses
+    such a checkpoint unless numpy is allowed, which is not safe.
+
+    On a full disk, fairseq waits and writes the checkpoint again, after the part that it has already written. If there
+    is enough space by then, the result replaces the good checkpoint; otherwise fairseq ends with call stacks that do
+    not mention the disk.
+    """
     from fairseq import checkpoint_utils
     from fairseq.file_io import PathManager
 
@@ -226,9 +252,11 @@ def plain_checkpoints() -> None:
 
 
 def broadcast_checkpoints_to_workers() -> None:
-    """On resume rank 0 sends the checkpoint, which it has loaded and parsed, to the other workers through torch.save
-    and torch.load; the parsed options are no tensors, so torch >= 2.6 refuses the message. torch.distributed's own
-    broadcast of objects carries it."""
+    """Broadcast a checkpoint to the workers with torch.distributed's broadcast of objects.
+
+    On resuming, rank 0 loads the checkpoint and sends it to the other workers by torch.save and torch.load. The parsed
+    options are not tensors, so that torch >= 2.6 refuses the message.
+    """
     from fairseq.distributed import utils as distributed_utils
 
     if not written_for(
@@ -247,8 +275,11 @@ def broadcast_checkpoints_to_workers() -> None:
 
 
 def copy_checkpoints_in_one_step() -> None:
-    """fairseq writes the first of a save's checkpoints in one step, but checkpoint_last.pt as a plain copy of it: a run
-    killed in that moment leaves half a file and cannot be resumed."""
+    """Copy checkpoints atomically.
+
+    fairseq writes the first checkpoint of a save atomically, but checkpoint_last.pt as a plain copy of it: a run killed
+    during the copy leaves a partial file and cannot be resumed.
+    """
     from fairseq.file_io import PathManager
 
     original = PathManager.copy
@@ -266,8 +297,11 @@ def copy_checkpoints_in_one_step() -> None:
 
 
 def time_of_no_clock() -> None:
-    """fairseq reads from the clock how long it has trained: where that is set, --stop-time-hours ends a training too
-    early or never, and a checkpoint says that it took less than no time."""
+    """Measure the training time with a monotonic clock.
+
+    fairseq measures it with the system clock: if that is changed, --stop-time-hours ends a training too early or never,
+    and a checkpoint may record a negative time.
+    """
     from fairseq import trainer
 
     spent = trainer.Trainer._local_cumulative_training_time
@@ -276,8 +310,11 @@ def time_of_no_clock() -> None:
 
 
 def same_batches_after_resume() -> None:
-    """fairseq seeds the grouping of sentences into batches with the epoch in which the process started, and keeps the
-    groups: a run resumed in a later epoch would go on with other batches than one that was never stopped."""
+    """Use the same batches in a resumed run as in one that was never stopped.
+
+    fairseq seeds the grouping of sentences into batches with the epoch in which the process started, and then keeps the
+    groups, so that a run resumed in a later epoch would use other batches.
+    """
     from fairseq.tasks import FairseqTask
 
     original = FairseqTask.get_batch_iterator
@@ -299,8 +336,11 @@ def same_batches_after_resume() -> None:
 
 
 def same_patience_after_resume() -> None:
-    """fairseq-train counts the validations that bring nothing, for --patience, in attributes of a function, and saves
-    them nowhere: a resumed run would wait as long again. Kept beside its best score, and restored where that is."""
+    """Save the count of validations without improvement, for --patience, and restore it together with the best score.
+
+    fairseq-train counts them in attributes of a function and does not save them, so that a resumed run would wait for
+    the full number again.
+    """
     from fairseq import checkpoint_utils
     from fairseq.trainer import Trainer
 
@@ -334,9 +374,12 @@ def same_patience_after_resume() -> None:
 
 
 def same_run_after_resume() -> None:
-    """fairseq takes up a checkpoint whatever run wrote it: with another --gate the memory of the old one, or its
-    optimizer's state. The checkpoint is compared with what is asked for when it is read, on the worker that reads it;
-    and what a criterion says about the model and the data stops the run before the first step."""
+    """Compare a checkpoint with the run that loads it, and let the criterion check the model before the first step.
+
+    fairseq loads a checkpoint regardless of the run that wrote it: with another --gate, it would continue with the
+    memory or the optimizer's state of the old one. The comparison takes place on the worker that reads the file. The
+    callbacks of `TrainingState.at_training_begin`, which check the data, are called once these are loaded.
+    """
     from fairseq import checkpoint_utils
     from fairseq.trainer import Trainer
 
@@ -379,8 +422,11 @@ def same_run_after_resume() -> None:
 
 
 def what_was_learned_is_validated() -> None:
-    """fairseq-validate builds the criterion anew and leaves its parameters and the task's memory in the checkpoint:
-    it would report the loss of another gate, or of another teacher, than the training had."""
+    """Restore the criterion's parameters and the task's memory in fairseq-validate.
+
+    fairseq-validate creates a new criterion and ignores both, so that it would report the loss of another gate, or
+    another teacher, than that of the training.
+    """
     from fairseq import checkpoint_utils
     from fairseq.tasks import FairseqTask
 
@@ -418,8 +464,11 @@ def what_was_learned_is_validated() -> None:
 
 
 def nan_gradients_are_reported() -> None:
-    """Where a gradient is nan fairseq runs the step again to find the module, with hooks of a kind that torch calls
-    with a dict of the encoder's, and ends in a StopIteration. They are left out, and the reason is reported."""
+    """Report gradients that are not finite as one message.
+
+    fairseq then repeats the step with hooks that find the module. Its backward hooks, which are omitted here, fail with
+    a StopIteration on the dict that the encoder returns.
+    """
     from fairseq.nan_detector import NanDetector
     from fairseq.trainer import Trainer
 
@@ -441,7 +490,7 @@ def nan_gradients_are_reported() -> None:
     def train_step(self, *args, **kwargs):
         try:
             return step(self, *args, **kwargs)
-        except FloatingPointError as error:  # fairseq's: of gradients, and of an fp16 loss scale that gets too small
+        except FloatingPointError as error:  # from fairseq: gradients, or an fp16 loss scale that is too small
             raise UserError(
                 f"update {self.get_num_updates() + 1}: {error}: the training has diverged; lower --lr, add --clip-norm "
                 "or more --warmup-updates, and look at the data; the state before it is in crash.pt of the --save-dir"
@@ -452,7 +501,7 @@ def nan_gradients_are_reported() -> None:
 
 
 def native_bf16() -> None:
-    """fairseq takes --bf16 for a request of a TPU; without torch_xla it means bf16 on the GPU or CPU in hand."""
+    """Let --bf16 mean bf16 on the GPU or CPU unless torch_xla is installed; fairseq takes it to imply --tpu."""
     from fairseq import options
 
     original = options.parse_args_and_arch
@@ -471,8 +520,11 @@ def native_bf16() -> None:
 
 
 def saved_when_told_to_stop() -> None:
-    """A signal ends fairseq-train at once: all since the last checkpoint is lost. It is heeded after each update and
-    before each batch of a validation, by all workers at the same one: what they sum up then has one number more."""
+    """Let a signal save and stop the training; it would otherwise end fairseq-train and lose all since the last save.
+
+    A request to stop is checked after each update and before each batch of a validation. All workers act on it at the
+    same point, because their votes are summed together with the logging statistics.
+    """
     from fairseq import checkpoint_utils
     from fairseq.distributed import utils as distributed_utils
     from fairseq.trainer import Trainer
@@ -504,8 +556,8 @@ def saved_when_told_to_stop() -> None:
     @functools.wraps(load)
     def load_checkpoint(cfg, trainer, *args, **kwargs):
         extra_state, iterator = load(cfg, trainer, *args, **kwargs)
-        stopping.handle(signal.SIG_DFL)  # this process is a worker, and passes nothing on
-        # The loop is fairseq-train's own module, which other commands do not import.
+        stopping.handle(signal.SIG_DFL)  # this process is a worker and has none to pass a signal on to
+        # The training loop is in the module of fairseq-train, which other commands do not import.
         names = ("fairseq_cli.train", "__main__")
         loops = [sys.modules[name] for name in names if hasattr(sys.modules.get(name), "validate_and_save")]
         if stopping.possible(trainer) and loops and all(stops_when_told(loop, consequence) for loop in loops):
@@ -524,7 +576,11 @@ def saved_when_told_to_stop() -> None:
 
 
 def stops_when_told(loop: Any, consequence: str) -> bool:
-    """Patch the module of a training loop, once, where it is known."""
+    """Patch the module of a training loop, unless this is already done or its code is not as expected.
+
+    Returns:
+        Whether the module is patched.
+    """
     train, after_update = loop.train, loop.validate_and_save
     if getattr(train, "stops", False):
         return True
@@ -542,8 +598,10 @@ def stops_when_told(loop: Any, consequence: str) -> bool:
 
 
 def one_training_in_a_folder() -> None:
-    """Two trainings with one --save-dir write over each other's checkpoints without a word. The second is refused when
-    what it asks for has been compared with what is there."""
+    """Refuse a second training in the same --save-dir; the two would silently overwrite each other's checkpoints.
+
+    The folder is locked after its checkpoint has been loaded and compared with the run, whose errors thus come first.
+    """
     from fairseq import checkpoint_utils
     from fairseq.distributed import utils as distributed_utils
 

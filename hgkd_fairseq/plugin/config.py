@@ -1,5 +1,5 @@
-"""The options of the criterion. Those of the gates are made from the gates' registry: a gate's parameter is declared
-where the gate is, and nowhere else."""
+"""The options of the criterion. Those of the gates are generated from the gate registry, so that a gate's parameter is
+declared only where the gate is defined."""
 
 # No `from __future__ import annotations` here: fairseq reads the types of the options at run time.
 import dataclasses
@@ -17,7 +17,7 @@ from hgkd_fairseq.ranges import COUNT, NUMBER, POSITIVE, SHARE
 
 @dataclass
 class CriterionOptions(FairseqDataclass):
-    """All but the gates' own."""
+    """The options of the criterion other than the parameters of the gates."""
 
     gate: str = field(
         default="token",
@@ -134,7 +134,7 @@ class CriterionOptions(FairseqDataclass):
     memory_efficient_fp16: bool = II("common.memory_efficient_fp16")
 
 
-# Of --teacher-temperature see `given_temperature`.
+# --teacher-temperature is checked by `given_temperature`.
 RANGES = {
     **{name: span for name, span in loss_options.RANGES.items() if name != "teacher_temperature"},
     "teacher_temperature_share": SHARE,
@@ -149,7 +149,7 @@ RANGES = {
 
 
 def divergence_parameters(cfg: Any) -> dict[str, Any]:
-    """Those that are given, as the loss takes them."""
+    """Return the parameters of the divergences that are set, as keyword arguments of the loss."""
     given = {it.parameter: getattr(cfg, it.parameter, None) for it in DIVERGENCES.values() if it.parameter}
     return {name: value for name, value in given.items() if value is not None}
 
@@ -158,10 +158,10 @@ AUTO = "auto"
 
 
 def given_temperature(cfg: Any) -> float | None:
-    """The number that --teacher-temperature is; None: it is to be fitted.
+    """Return the number given as --teacher-temperature; None for "auto", which is fitted to the validation set.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: if the value is neither "auto" nor a number in range.
     """
     given = str(cfg.teacher_temperature)
     if given == AUTO:
@@ -176,7 +176,16 @@ def given_temperature(cfg: Any) -> float | None:
 
 
 def temperature(cfg: Any, end: float, progress: float) -> float:
-    """The teacher's, at a share of the training: `end`, or its inverse goes evenly there from the one at the start."""
+    """Return the teacher's temperature at a point of the training (Annealing KD, arXiv:2104.07163).
+
+    It is `end` without --teacher-temperature-start. With it, the inverse temperature changes linearly from the inverse
+    of that option to 1 / `end` over the first --teacher-temperature-share of the updates.
+
+    Args:
+        cfg: options of the criterion.
+        end: final temperature.
+        progress: fraction of the updates made so far, in [0, 1].
+    """
     start, share = cfg.teacher_temperature_start, cfg.teacher_temperature_share
     if start is None or progress >= share:
         return end
@@ -184,7 +193,11 @@ def temperature(cfg: Any, end: float, progress: float) -> float:
 
 
 def gate_help(takers: list[tuple[str, Any]]) -> str:
-    """The help text of an option: of each meaning the gates that have it, with their defaults."""
+    """Return the help text of a gate option: each of its meanings, with the gates that use it and their defaults.
+
+    Args:
+        takers: name of each gate that has the option, and its parameter.
+    """
     meanings: dict[str, list[str]] = {}
     for name, parameter in takers:
         default = "" if parameter.default is None else f" ({parameter.default})"
@@ -195,13 +208,14 @@ def gate_help(takers: list[tuple[str, Any]]) -> str:
 
 
 def criterion_config(module: str) -> type[CriterionOptions]:
-    """The options of the criterion with those of all gates that are registered by now.
+    """Create the dataclass of the criterion's options, with the parameters of all gates registered so far.
 
     Args:
-        module: where the class stands under its name, HardGateKDConfig, so that it can be pickled.
+        module: name of the module that binds the class to its name, HardGateKDConfig, as pickling it requires.
 
     Raises:
-        ValueError: a gate's parameter has the name of another option.
+        ValueError: if a gate's parameter has the name of another option, or two gates declare a parameter with
+            different types.
     """
     taken = {one.name for one in dataclasses.fields(CriterionOptions)}
     options = []

@@ -1,4 +1,4 @@
-"""A fairseq model's features and output layer, as the loss takes them."""
+"""The features and the output layer of fairseq models, in the form that the loss takes."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ logger = logging.getLogger(__name__)
 
 
 def unwrap(model: Any) -> Any:
-    """The fairseq model inside fairseq's and torch's data-parallel wrappers."""
+    """Return the fairseq model inside the data-parallel wrappers of fairseq and torch."""
     while not isinstance(model, BaseFairseqModel) and hasattr(model, "module"):
         model = model.module
     return model
 
 
 def max_positions(model: Any) -> tuple[int, int]:
-    """Tokens of the longest source and the longest target that a translation model takes."""
+    """Return the lengths, in tokens, of the longest source and target that a translation model takes."""
     return model.max_positions()
 
 
 def linear_output(model: nn.Module) -> nn.Linear | None:
-    """The linear layer that makes the model's logits from its features, or None where logits are made otherwise
-    (adaptive softmax, a pointer generator, a decoder that is no transformer)."""
+    """Return the linear layer that computes a model's logits from its features.
+
+    None if the logits are computed otherwise: adaptive softmax, pointer generator, a decoder that is not a transformer.
+    """
     model = unwrap(model)
     decoder: Any = getattr(model, "decoder", None)
     plain = (
@@ -49,10 +51,11 @@ def linear_output(model: nn.Module) -> nn.Linear | None:
 
 
 def head(model: nn.Module, net_input: dict) -> Head:
-    """Run the model on a batch's ``net_input``: features (B, T, D) with the output layer that belongs to them.
+    """Run a model on a batch's ``net_input`` and return its features (B, T, D) with its output layer.
 
-    A model without a plain linear output gives its log-probabilities (B, T, V), which takes more memory: logged
-    once. The model is always reached through its own ``forward``, so that data-parallel wrappers see the call.
+    For a model without a plain linear output layer, return its log-probabilities (B, T, V) without a layer, which takes
+    more memory; this is logged once. The model is always called by its own ``forward``, so that data-parallel wrappers
+    take part in the call.
     """
     output = linear_output(model)
     if output is not None:
@@ -65,7 +68,7 @@ def head(model: nn.Module, net_input: dict) -> Head:
 
 @contextlib.contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """The model as it translates, for a while; what was in training is so again afterwards."""
+    """Context with the model in evaluation mode; modules that were in training mode return to it afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -76,24 +79,31 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 
 def check_student(model: nn.Module) -> None:
-    """Refuse a model that cannot be trained with this loss, before it is.
+    """Check before training that a model, which may be wrapped, can be trained with this loss.
 
     Raises:
-        UserError: it does not translate from left to right, has no gradient, or is wrapped in a way that loses it.
+        UserError: if it does not translate from left to right, has an adaptive softmax, or is wrapped by a DDP that
+            cannot take the gradient of its output layer.
     """
     check_translates(type(unwrap(model)), "the student")
     output = linear_output(model)
     if output is not None:
         refuse_unused_parameters(model, output)
     elif getattr(unwrap(model).decoder, "adaptive_softmax", None):
-        raise UserError(  # fairseq's own log-probabilities of it are made in place: there is no gradient through them
+        raise UserError(  # fairseq computes its log-probabilities in place, and no gradient passes through them
             "a student with --adaptive-softmax-cutoff cannot be distilled: train it without; a teacher may have one"
         )
 
 
 def refuse_unused_parameters(model: Any, output: nn.Linear) -> None:
-    """torch's DDP with find_unused_parameters takes an output layer that its own forward did not use for unused, and
-    fails when the loss brings its gradient ("marked as ready twice"). A layer tied to the embedding was used."""
+    """Refuse a DDP with find_unused_parameters around a model whose output layer is not tied to the embedding.
+
+    The model's forward does not use the output layer, so that such a DDP treats it as unused and fails when the loss
+    adds its gradient ("marked as ready twice"). A layer tied to the embedding is used in the forward.
+
+    Raises:
+        UserError: if the model is wrapped in this way.
+    """
     while not isinstance(model, BaseFairseqModel) and hasattr(model, "module"):
         if getattr(model, "find_unused_parameters", False):
             embedding = getattr(unwrap(model).decoder, "embed_tokens", None)

@@ -1,4 +1,4 @@
-"""Python literals in option strings, which fairseq hands to eval."""
+"""Evaluation of option strings as Python literals, in place of fairseq's calls of eval."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 from hgkd_fairseq.errors import UserError
 
-LONGEST = 10_000  # characters of an option, and items of a sequence that it repeats
+LONGEST = 10_000  # limit on the characters of an option, and on the items of a sum or repetition
 
 
 def literal(text: str) -> Any:
-    """The value of a Python literal, or of literal sequences that are added or repeated, as in fairseq's own
-    ``[(512, 3)] * 20``. Nothing is ever run.
+    """Return the value of a Python literal, or of an expression that adds or repeats literal lists or tuples, such as
+    fairseq's own ``[(512, 3)] * 20``. No code is executed.
 
     Raises:
-        UserError: anything else.
-        TypeError: no string, as eval does.
+        UserError: if the text is anything else or exceeds `LONGEST`.
+        TypeError: if `text` is not a string.
     """
     if not isinstance(text, str):
         raise TypeError(f"a string is evaluated, not {type(text).__name__}")
@@ -47,7 +47,7 @@ def value(node: ast.expr) -> Any:
 
 
 def replace_eval(packages: tuple[str, ...] = ("fairseq", "fairseq_cli")) -> None:
-    """Let every ``eval`` in the modules of these packages that are imported so far be :func:`literal`."""
+    """Replace ``eval`` by :func:`literal` in all modules of the given packages that have been imported so far."""
     for name, module in list(sys.modules.items()):
         spec = getattr(module, "__spec__", None)
         name = spec.name if name == "__main__" and spec is not None else name

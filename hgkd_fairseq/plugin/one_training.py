@@ -1,4 +1,4 @@
-"""One training in a folder, and one that scores it: a second one would mix its files with the first one's."""
+"""A lock for folders, so that two processes that train, or score, do not mix their files in one folder."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ import socket
 from hgkd_fairseq.errors import UserError
 
 LOCK = "training.lock"
-_held: dict[str, int] = {}  # descriptors, by folder, for as long as this process lives
+_held: dict[str, int] = {}  # open descriptors by path of the lock file, until this process ends
 
 
 REFUSAL = "--save-dir {folder}: {owner} is training in it; wait for its end, or give another --save-dir"
 
 
 def hold(folder: str, lock: str = LOCK, refusal: str = REFUSAL) -> None:
-    """Lock the folder that a training writes its checkpoints to, or another one's, until this process ends, however it
-    does.
+    """Lock a folder, such as the --save-dir of a training, until this process ends, in whatever way it ends.
 
-    A lock of fcntl's, not of flock's, which processes that load data would inherit and hold on to for seconds after
-    their parent was killed. A file system that knows no locks stops nobody.
+    The lock is fcntl's rather than flock's: data loading processes would inherit the latter and hold it for seconds
+    after their parent has been killed. If the lock file cannot be created, or the file system has no locks, nothing is
+    refused.
 
     Args:
-        folder: made where it is missing.
-        lock: the name of a file in it.
-        refusal: the message where another process holds it; it may have {folder} and {owner}.
+        folder: folder to lock; created if it is missing.
+        lock: name of the lock file in the folder.
+        refusal: error message if another process holds the lock, in which {folder} and {owner} are replaced.
 
     Raises:
-        UserError: another process holds it; the folder holds a link under a name that training writes to and empties:
-            in a folder that came from elsewhere it may name any file of the user's.
+        UserError: if another process holds the lock, or the folder has a symbolic link under a name to which a training
+            writes; in a folder from elsewhere, such a link may point to any file of the user.
     """
     path = os.path.join(os.path.realpath(folder), lock)
     if path in _held:
@@ -44,7 +44,7 @@ def hold(folder: str, lock: str = LOCK, refusal: str = REFUSAL) -> None:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-    except (BlockingIOError, PermissionError):  # the two that fcntl(2) allows for a lock that another process holds
+    except (BlockingIOError, PermissionError):  # the errors of fcntl(2) if another process holds the lock
         owner = os.pread(descriptor, 300, 0).decode(errors="replace") or "another process"
         os.close(descriptor)
         raise UserError(refusal.replace("{folder}", folder).replace("{owner}", owner)) from None
@@ -54,7 +54,8 @@ def hold(folder: str, lock: str = LOCK, refusal: str = REFUSAL) -> None:
 
 
 def refuse_links(folder: str) -> None:
-    """fairseq writes a checkpoint to NAME.tmp, through whatever link is there, and renames it then."""
+    """Refuse links under the names to which a training writes: the lock's, and NAME.tmp, which fairseq writes through a
+    link before it renames the file to NAME."""
     for entry in os.scandir(folder):
         if entry.is_symlink() and (entry.name == LOCK or entry.name.endswith(".tmp")):
             raise UserError(f"{entry.path} is a link, and a training would write over what it names; remove it")

@@ -1,7 +1,7 @@
-"""A training that is told to stop, by SIGTERM or SIGUSR1: it finishes its update, saves, and ends.
+"""Stopping a training run on SIGTERM or SIGUSR1: it finishes the current update, saves a checkpoint and exits.
 
-A save takes seconds and a validation may take minutes: one that is due then, or going on, is left to the run that goes
-on from there, which makes it first. compat.py puts these functions into fairseq's training loop.
+A save takes seconds, but a validation may take minutes. A validation that is due or in progress is therefore left to
+the resumed run, which starts with it. compat.py installs these functions in fairseq's training loop.
 """
 
 from __future__ import annotations
@@ -28,33 +28,35 @@ from fairseq.file_io import PathManager
 
 logger = logging.getLogger(__name__)
 
-STATUS = 75  # EX_TEMPFAIL of sysexits.h, "the user is invited to retry"
-# A worker's vote, by the signal that it got: their sum says which ones were sent to any of 2**20 workers.
+STATUS = 75  # exit status of a stopped run: EX_TEMPFAIL of sysexits.h, "the user is invited to retry"
+# A worker's vote for each signal that it has received. The sum over the workers, fewer than 2**20, shows which signals
+# were sent.
 VOTES = {signal.SIGTERM: 1, signal.SIGUSR1: 2**20}
-# One request may come several times at once: from Slurm to each process, and from a process to those that it started.
+# Repeated signals within this time, in seconds, are one request: Slurm may send it to each process, and a process
+# passes it on to those that it started.
 BURST_S = 1.0
-UNVALIDATED = "unvalidated"  # beside the position in the data: the epoch of a validation that is still to be made
+UNVALIDATED = "unvalidated"  # key in the saved state of the data iterator: epoch whose validation is still due
 
 
 class Stop(Exception):
-    """Ends what is going on in the training loop; the training is saved, or about to be."""
+    """Raised to leave the training loop after, or immediately before, the training is saved."""
 
 
 @dataclass
 class Request:
-    """Of this process."""
+    """What this process knows of a request to stop."""
 
-    received: dict[int, float] = field(default_factory=dict)  # signals, and when
-    votes: Any = 0  # their sum over the workers when they last met: a number, or a tensor ()
-    unvalidated: int | None = None  # of the checkpoint that the run goes on from
-    saved: bool = False
+    received: dict[int, float] = field(default_factory=dict)  # signal -> monotonic time of its arrival (s)
+    votes: Any = 0  # sum of the votes when the workers last synchronised: a number or a tensor ()
+    unvalidated: int | None = None  # value of `UNVALIDATED` in the checkpoint from which the run resumes
+    saved: bool = False  # whether the training has been saved on request
 
 
 request = Request()
 
 
 def received(number: int, frame: FrameType | None) -> None:
-    """Handle a signal: note the first of its kind, end at once at the second."""
+    """Handle a signal: record the first of its kind; end the process at the next one after `BURST_S`."""
     now = time.monotonic()
     if now - request.received.setdefault(number, now) > BURST_S:
         end_by(number)
@@ -66,7 +68,7 @@ def end_by(number: int) -> None:
 
 
 def pass_on(number: int, frame: FrameType | None) -> None:
-    """Handle a signal in the process that only started the workers, each in a process of its own."""
+    """Handle a signal in the parent of the worker processes: pass it on to them, or end if there are none."""
     workers = multiprocessing.active_children()
     for worker in workers:
         os.kill(worker.pid, number)  # type: ignore[arg-type]
@@ -75,7 +77,7 @@ def pass_on(number: int, frame: FrameType | None) -> None:
 
 
 def handle(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
-    """Take the signals over, where no one else has."""
+    """Install a handler of the signals, in the main thread only, unless other code has installed its own."""
     if threading.current_thread() is threading.main_thread():
         for number in VOTES:
             if signal.getsignal(number) in (signal.SIG_DFL, pass_on):
@@ -83,7 +85,7 @@ def handle(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -
 
 
 def listen() -> None:
-    """From now on this process, a worker, is stopped by a signal as said above."""
+    """Make this process, a worker, stop its training when it receives a signal."""
     if not getattr(listen, "done", False):
         listen.done = True  # type: ignore[attr-defined]
         os.register_at_fork(after_in_child=leave_to_parent)
@@ -91,8 +93,11 @@ def listen() -> None:
 
 
 def leave_to_parent() -> None:
-    """In a process that this one forked, which loads data: Slurm sends a signal to all processes of a job, and without
-    data the training could not finish its update. SIGTERM of its parent ends it, as torch has it."""
+    """Ignore the signals in a forked child process, such as a data loading worker.
+
+    Slurm sends a signal to all processes of a job, but the training needs data to finish its update. A SIGTERM from the
+    parent, by which torch ends its data loading workers, still ends the child.
+    """
     if not request_is_handled():
         return
     parent = os.getppid()
@@ -113,7 +118,8 @@ def request_is_handled() -> bool:
 
 @contextmanager
 def starting_workers() -> Iterator[None]:
-    """Around what starts the workers and waits for them."""
+    """Context in which workers are started and awaited: signals are passed on to them, and if one exits with `STATUS`,
+    so does this process."""
     from torch.multiprocessing import ProcessExitedException
 
     handle(pass_on)
@@ -126,32 +132,39 @@ def starting_workers() -> Iterator[None]:
 
 
 def vote() -> int:
-    """Of this worker."""
+    """Return the vote of this worker, the sum of `VOTES` over the signals that it has received."""
     return sum(VOTES[signal.Signals(number)] for number in request.received)
 
 
 def votes(trainer) -> int:
-    """Of all workers, which find the same sum at the same point of the training."""
+    """Return the sum of the votes of all workers, which is the same on each at the same point of the training."""
     return vote() if trainer.data_parallel_world_size == 1 else int(request.votes)
 
 
 def possible(trainer) -> bool:
-    """Whether the run saves what it could go on from, and its workers all vote together."""
+    """Return whether the run saves checkpoints to resume from and all its workers share their votes."""
     saving, common = trainer.cfg.checkpoint, trainer.cfg.common
     return not (saving.no_save or saving.no_last_checkpoints or common.tpu) and common.model_parallel_size == 1
 
 
 def save(cfg, trainer, epoch_itr, unvalidated: bool) -> None:
-    """Write checkpoint_last.pt, and no other. The best one is known after a validation."""
+    """Write checkpoint_last.pt and no other checkpoint, since the best one is only known after a validation.
+
+    Args:
+        cfg: fairseq's configuration.
+        trainer: fairseq's trainer.
+        epoch_itr: iterator over the epochs.
+        unvalidated: whether the validation of this epoch is left to the resumed run.
+    """
     position = epoch_itr.state_dict() | ({UNVALIDATED: epoch_itr.epoch} if unvalidated else {})
-    # Not at the end of its epoch: fairseq would write the epoch's own checkpoint.
+    # end_of_epoch is False because fairseq would otherwise write the epoch's own checkpoint too.
     place = SimpleNamespace(epoch=epoch_itr.epoch, end_of_epoch=lambda: False, state_dict=lambda: position)
     last_only = copy.deepcopy(cfg.checkpoint)
     last_only.save_interval_updates = 0
     checkpoint_utils.save_checkpoint(last_only, trainer, place, None)
     if cfg.checkpoint.write_checkpoints_asynchronously:
         PathManager.async_close()
-    if torch.distributed.is_initialized():  # whoever started the workers may end all of them when one has ended
+    if torch.distributed.is_initialized():  # the launcher may end all workers as soon as one has exited
         torch.distributed.barrier(distributed_utils.get_global_group())
     request.saved = True
 
@@ -169,7 +182,14 @@ def leave(cfg, trainer) -> NoReturn:
 
 
 def validate_and_save(original, cfg, trainer, task, epoch_itr, valid_subsets, end_of_epoch):
-    """fairseq's function, which follows each update; its validation raises Stop when votes are in."""
+    """Replacement for the loop's `validate_and_save`, which fairseq calls after each update.
+
+    If a stop is requested, also during the validation, save the training and, unless at the end of an epoch, raise
+    :class:`Stop`.
+
+    Args:
+        original: fairseq's function; the other arguments and the result are as for it.
+    """
     unvalidated = False
     try:
         losses, should_stop = original(cfg, trainer, task, epoch_itr, valid_subsets, end_of_epoch)
@@ -179,13 +199,20 @@ def validate_and_save(original, cfg, trainer, task, epoch_itr, valid_subsets, en
         unvalidated = isinstance(epoch_itr, iterators.EpochBatchIterator)
     save(cfg, trainer, epoch_itr, unvalidated)
     if end_of_epoch:
-        return [None], True  # the epoch's log line follows
+        return [None], True  # fairseq then logs the epoch's statistics, and `train` exits
     raise Stop
 
 
 def train(original, loop: ModuleType, cfg, trainer, task, epoch_itr):
-    """fairseq's function, which trains for an epoch. The validation that a stopped run has left comes first. Where all
-    is done there is no training: of a run that was killed after its last checkpoint, say."""
+    """Replacement for the loop's `train`, which trains for an epoch.
+
+    A validation that a stopped run has left undone is done first. There is no training if the run is already complete,
+    as after it was killed between its last checkpoint and its end. A requested stop exits with `STATUS`.
+
+    Args:
+        original: fairseq's function; the other arguments and the result are as for it.
+        loop: module of the training loop.
+    """
     try:
         unvalidated, request.unvalidated = request.unvalidated, None
         result = None if unvalidated is None else validate(loop, cfg, trainer, task, epoch_itr, unvalidated)
@@ -198,8 +225,11 @@ def train(original, loop: ModuleType, cfg, trainer, task, epoch_itr):
 
 
 def done(loop: ModuleType, cfg, trainer) -> tuple[list[None], bool] | None:
-    """What fairseq's `train` returns at the end of a training, where the options say that it has ended; else None.
-    fairseq itself asks after an update, and would make one more, or all up to the next validation."""
+    """Return what fairseq's `train` returns at the end of training if a limit is already reached, else None.
+
+    fairseq itself checks the limits only after an update, so that a complete run, resumed, would make one more update,
+    or all updates up to the next validation.
+    """
     made, limits = trainer.get_num_updates(), cfg.optimization
     waited = getattr(loop.should_stop_early, "num_runs", 0)
     ends = {
@@ -217,8 +247,10 @@ def done(loop: ModuleType, cfg, trainer) -> tuple[list[None], bool] | None:
 
 
 def validate(loop: ModuleType, cfg, trainer, task, epoch_itr, epoch: int):
-    """Validate and save as fairseq does after an update of that epoch; what fairseq's `train` returns, or None where
-    the epoch goes on."""
+    """Validate and save as fairseq does after an update of `epoch`.
+
+    Returns what fairseq's `train` returns if the epoch or the training is complete, else None.
+    """
     end_of_epoch = epoch_itr.epoch != epoch
     if end_of_epoch:
         epoch_itr.epoch, epoch_itr._cur_epoch_itr = epoch, iterators.CountingIterator([])

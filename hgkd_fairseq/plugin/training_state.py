@@ -1,8 +1,8 @@
-"""What criterion, gates and teacher may see of a training, and what it has learned and remembers beside its model.
+"""The state of a training run that criterion, gates and teacher share, and the part of it that checkpoints keep.
 
-fairseq-train restores the criterion's parameters and the task's memory when it resumes, whatever run they are of, and
-fairseq-validate restores neither. `prepare` looks at a checkpoint before fairseq-train takes it up, `keep` and
-`restore` bring it back in fairseq-validate.
+When fairseq-train resumes, it restores the criterion's parameters and the task's memory without checking which run
+they belong to; fairseq-validate restores neither. `prepare` checks a checkpoint before fairseq-train loads it, and
+`keep` and `restore` restore both in fairseq-validate.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from hgkd_fairseq.errors import UserError, flag
 logger = logging.getLogger(__name__)
 
 CRITERION = "hard_gate_kd"
-TASK = "TranslationWithTeacherTask"  # under whose name checkpoints without a "method" keep their memory
-# Which sentences are kept aside is compared where the data are at hand, and on the sentences themselves.
+TASK = "TranslationWithTeacherTask"  # key of the memory in checkpoints whose memory has no "method"
+# The gate parameter that selects held-out sentences. It is not compared here: sentence_weights/refresh.py compares
+# the sentences themselves once the data are loaded.
 SENTENCES = "held_out"
 DIVERGENCE = ("divergence", "jsd_beta", "skew_alpha")
 ON_POLICY = tuple(f"on_policy_{name}" for name in ("share", "every", "beam", "sampling", "speculative"))
-# What a run may go on with otherwise than it began, as with another learning rate; a warning says so.
+# Options that may change when a run is resumed, as the learning rate may; a warning lists the changes.
 FREE = (
     *("gate_on", "teacher_temperature", "teacher_temperature_start", "teacher_temperature_share"),
     *("gate_dropout", "untempered_gate", "label_smoothing"),
@@ -39,53 +40,54 @@ FREE = (
     *DIVERGENCE,
     *ON_POLICY,
 )
-# Of these, what checkpoints of version 0.1.0 do not have.
+# Those of FREE that checkpoints of version 0.1.0 lack.
 NEW = (*DIVERGENCE, *ON_POLICY, "gate_dropout", "teacher_temperature_share")
-STORED = ("checkpoint", "store")  # sources of one teacher
-KEPT = ("method", "updates", "teacher", "fitted_temperature")  # in the checkpoints, beside the memory
+STORED = ("checkpoint", "store")  # teacher sources that may provide the same teacher
+KEPT = ("method", "updates", "teacher", "fitted_temperature")  # saved entries that are not part of the memory
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """Of the checkpoint that a task was made from, not to train: what fairseq-validate needs."""
+    """Data of the checkpoint from which a task was created, other than for training, as in fairseq-validate."""
 
     path: str
-    criterion: dict | None  # parameters
+    criterion: dict | None  # the criterion's parameters
     memory: dict[str, Any]
-    ema: dict | None  # fairseq's moving average
+    ema: dict | None  # fairseq's moving average of the model's parameters
 
 
 @dataclass
 class TrainingState:
-    """Of one task. `of` finds it."""
+    """The state of the training run of one task, which :func:`of` returns."""
 
-    updates: int | None = None  # made so far; None outside training
-    idle: bool = False  # whether this step's batch is one that only keeps the workers in step, and counts for nothing
-    # What a gate or the student's past teacher remembers, by name: tensors in (nested) dicts, in the checkpoints.
+    # Updates made before the latest training step, in this run or the checkpoint's; None before the first step.
+    updates: int | None = None
+    idle: bool = False  # whether the batch is a dummy that keeps the workers synchronised and is otherwise ignored
+    # What a gate, a teacher or on-policy distillation remembers, by name: tensors in dicts, kept in checkpoints.
     memory: dict[str, dict] = field(default_factory=dict)
-    keeps_memory: bool = False  # whether the task saves it
-    method: dict[str, Any] = field(default_factory=dict)  # the criterion's, kept in the checkpoints
-    loaded: Loaded | None = None
+    keeps_memory: bool = False  # whether the task saves `memory` in checkpoints
+    method: dict[str, Any] = field(default_factory=dict)  # as :func:`method` returns it; kept in checkpoints
+    loaded: Loaded | None = None  # None in training
     held_out: HeldOut = field(default_factory=HeldOut)
     teacher_fingerprint: str | None = None
-    fitted_temperature: float | None = None  # the teacher's, of --teacher-temperature auto
-    # Called with (epoch, model) when data and checkpoint are loaded, and before each epoch of training.
+    fitted_temperature: float | None = None  # fitted for --teacher-temperature auto
+    # Callbacks (epoch, model): once data and checkpoint are loaded, and before each epoch of training.
     at_training_begin: list[Callable[[int, torch.nn.Module], None]] = field(default_factory=list)
     at_epoch_begin: list[Callable[[int, torch.nn.Module], None]] = field(default_factory=list)
-    # Called with (subset, meters) when a subset has been validated in a training.
+    # Callbacks (subset, meters): after a subset has been validated during training.
     at_validated: list[Callable[[str, Any], None]] = field(default_factory=list)
 
     def progress(self, max_update: int) -> float:
-        """Share of the training's updates that are made; 0 outside of training and where their number is unknown."""
+        """Return the fraction of `max_update` updates made so far, in [0, 1]; 0 if either number is unknown."""
         return min(self.updates / max_update, 1.0) if self.updates and max_update else 0.0
 
     def checkpoint(self) -> dict[str, Any]:
-        """What the task saves."""
+        """Return the dict that the task saves: the memory, on the CPU, and the entries named in `KEPT`."""
         kept: dict[str, Any] = {"method": self.method, "updates": self.updates, "teacher": self.teacher_fingerprint}
         return {**utils.move_to_cpu(self.memory), **kept, "fitted_temperature": self.fitted_temperature}
 
     def resume(self, kept: dict[str, Any]) -> None:
-        """From what was saved."""
+        """Restore memory, updates and fitted temperature from a saved dict; invalid numbers become None."""
         self.memory |= {name: what for name, what in kept.items() if name not in KEPT}
         updates, fitted = kept.get("updates"), kept.get("fitted_temperature")
         self.updates = updates if type(updates) is int and 0 <= updates <= files.LARGEST else None
@@ -96,12 +98,20 @@ _states: weakref.WeakKeyDictionary[FairseqTask, TrainingState] = weakref.WeakKey
 
 
 def of(task: FairseqTask) -> TrainingState:
-    """The state of a task, whatever task it is."""
+    """Return the state of a task of any class; it is created on the first call."""
     return _states.setdefault(task, TrainingState())
 
 
 def method(criterion_cfg: Any, teacher_source: str) -> dict[str, Any]:
-    """What decides what a run learns and remembers: its gate with all parameters, and where its teacher comes from."""
+    """Return the settings that determine what a run learns and remembers, and that must not change on resuming.
+
+    They are the gate, its parameters other than `SENTENCES` and those in `FREE`, and the teacher's source unless the
+    gate is known to need no teacher.
+
+    Args:
+        criterion_cfg: options of the criterion.
+        teacher_source: value of --teacher-source.
+    """
     name = str(criterion_cfg.gate)
     found: dict[str, Any] = {"gate": name}
     for parameter in gates.GATES[name].parameters.values() if name in gates.GATES else ():
@@ -114,14 +124,14 @@ def method(criterion_cfg: Any, teacher_source: str) -> dict[str, Any]:
 
 
 def memory_in(extra_state: dict) -> dict[str, Any]:
-    """The memory of a task of ours, or of one derived from it, in a checkpoint's extra state."""
+    """Return the memory that a task with a teacher saved in a checkpoint's extra state; {} if there is none."""
     found = [kept for kept in extra_state.values() if isinstance(kept, dict) and isinstance(kept.get("method"), dict)]
     older = extra_state.get(TASK)
     return found[0] if found else older if isinstance(older, dict) else {}
 
 
 def method_of(state: dict) -> dict[str, Any] | None:
-    """The method of a checkpoint's run; None where it had another criterion."""
+    """Return the :func:`method` of a checkpoint's run; None if the run used another criterion."""
     cfg = state.get("cfg")
     criterion, task = (getattr(cfg, part, None) for part in ("criterion", "task"))
     if getattr(criterion, "_name", None) != CRITERION:
@@ -131,24 +141,28 @@ def method_of(state: dict) -> dict[str, Any] | None:
 
 
 def changes(asked_cfg: Any, held_cfg: Any) -> str:
-    """Of the options that a run may go on with otherwise: those of the criterion that differ, in words. A checkpoint
-    of an older version has fewer of them."""
+    """Describe the options in `FREE` that differ between this run and a checkpoint's run; "" if none differs.
+
+    Options in `NEW` are skipped if the checkpoint has no value for them.
+    """
     names = [name for name in FREE if name not in NEW or getattr(held_cfg, name, None) is not None]
     found: list[dict[str, Any]] = [{name: getattr(cfg, name, None) for name in names} for cfg in (asked_cfg, held_cfg)]
-    for values in found:  # a number in checkpoints of version 0.1.0
+    for values in found:  # checkpoints of version 0.1.0 store the temperature as a number
         with contextlib.suppress(ValueError, TypeError):
             values["teacher_temperature"] = float(values["teacher_temperature"])
     return differences(*found)
 
 
 def differences(asked: dict[str, Any], held: dict[str, Any]) -> str:
-    """What is asked for and what a checkpoint holds, in words; "" where they are the same. A store of a checkpoint is
-    the same teacher: `changed` tells another one."""
+    """Describe how the requested settings differ from those of a checkpoint; "" if they are the same.
+
+    The teacher sources in `STORED` are not distinguished: :func:`changed` detects another teacher.
+    """
     names = [name for name in {**asked, **held} if asked.get(name) != held.get(name)]
     if (asked.get("teacher_source"), held.get("teacher_source")) in (STORED, STORED[::-1]):
         names.remove("teacher_source")
     if "gate" in names:
-        names = [name for name in names if name in ("gate", "teacher_source")]  # the rest follows from it
+        names = [name for name in names if name in ("gate", "teacher_source")]  # the parameters differ with the gate
 
     def words(values: dict[str, Any]) -> str:
         given = [f"{flag(name)} {values[name]}" for name in names if values.get(name) is not None]
@@ -162,13 +176,21 @@ def same_shapes(mine: dict, theirs: dict | None) -> bool:
 
 
 def prepare(state: dict, path: str, task, criterion, new_run: bool) -> None:
-    """Compare the `state` of a checkpoint with the run that is about to take it up, before it does.
+    """Compare a checkpoint with the run that is about to load it.
 
-    In a new run, which takes the model alone (--finetune-from-model, --reset-optimizer), what belongs to another method
-    is left out of `state`, and what the criterion learns begins anew.
+    In a new run, `state` is adapted: the memory of another method or teacher is removed, and the criterion's initial
+    parameters replace those of another method or teacher, or of other shapes.
+
+    Args:
+        state: content of the checkpoint.
+        path: its file, for messages.
+        task: task of the run.
+        criterion: criterion of the run.
+        new_run: whether the run takes only the model (--finetune-from-model, --reset-optimizer).
 
     Raises:
-        UserError: the run is no new one and the checkpoint is of another method or teacher.
+        UserError: if the run is not new and the checkpoint is of another method or teacher, or its parameters of the
+            criterion are missing or of other shapes.
     """
     ours = getattr(criterion, "method", None)
     if ours is None and not utils.has_parameters(criterion):
@@ -202,25 +224,33 @@ def prepare(state: dict, path: str, task, criterion, new_run: bool) -> None:
 
 
 def changed(kept: str | None, state: TrainingState) -> bool:
-    """Whether a checkpoint's run had another teacher than this one."""
+    """Return whether a checkpoint's run had another teacher than this run; False if either teacher is unknown.
+
+    Args:
+        kept: fingerprint of the checkpoint's teacher.
+        state: state of this run.
+    """
     return None not in (kept, state.teacher_fingerprint) and kept != state.teacher_fingerprint
 
 
 def keep(task: FairseqTask, path: str, state: dict) -> None:
-    """Keep in a task that was made from a checkpoint what its criterion and teacher will need of it."""
+    """Store in a task's state the parts of its checkpoint that its criterion and teacher will need."""
     extra, ours = state.get("extra_state") or {}, of(task)
     ours.loaded = Loaded(path, state.get("criterion"), memory_in(extra), extra.get("ema"))
     if ours.loaded.memory:
         ours.resume(ours.loaded.memory)
-        if ours.updates is None:  # of an older checkpoint; validation came within the last update
+        # Older checkpoints do not hold the number. In training, validation sees one less than fairseq's count.
+        if ours.updates is None:
             ours.updates = (state.get("optimizer_history") or [{}])[-1].get("num_updates", 1) - 1
 
 
 def restore(task: FairseqTask, criterion) -> None:
-    """Bring back what the criterion learned, in a task that was made from a checkpoint.
+    """Restore the learned parameters of the criterion of a task that was created from a checkpoint.
+
+    Nothing is checked or restored for a criterion that neither learns nor remembers anything.
 
     Raises:
-        UserError: the checkpoint has no such thing, or is of another method.
+        UserError: if the checkpoint is of another method, or lacks what the criterion has learned or remembers.
     """
     ours = of(task)
     assert ours.loaded is not None

@@ -1,4 +1,4 @@
-"""What data-parallel workers tell each other of a training step."""
+"""Communication between data-parallel workers in a training step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hgkd_fairseq.loss import DistillationOutput
 
 
 def gather(values: torch.Tensor) -> torch.Tensor:
-    """One tensor of the same size from each data-parallel worker, joined."""
+    """Concatenate tensors (n, ...) of the same shape, one from each data-parallel worker, to (workers * n, ...)."""
     group = distributed_utils.get_data_parallel_group()
     if distributed_utils.get_world_size(group) == 1:
         return values
@@ -20,10 +20,12 @@ def gather(values: torch.Tensor) -> torch.Tensor:
 
 
 def show(out: DistillationOutput, gate: Gate, idle: bool) -> None:
-    """Show a gate that observes what came of a step.
+    """Pass the output of a training step to the gate if it is an observer.
 
     Args:
-        idle: whether the batch was only repeated by fairseq to keep the workers in step: it counts for nothing.
+        out: output of the loss for this worker's batch.
+        gate: gate of the criterion.
+        idle: whether the batch is a dummy that only keeps the workers synchronised; the gate then sees no tokens.
     """
     if gate.observer:
         seen = dataclasses.replace(out, tokens_mask=torch.zeros_like(out.tokens_mask)) if idle else out

@@ -1,4 +1,4 @@
-"""Finished runs side by side: their files, tables, figures and page."""
+"""Comparison of finished runs: reading their files, tables, figures and the HTML page."""
 
 from hgkd_fairseq.evaluation import logs
 

@@ -1,7 +1,7 @@
-"""The command of fairseq that a log's settings come from: fairseq writes down the settings, not what was typed.
+"""Reconstruction of fairseq's commands from the settings in its logs, which do not have the commands themselves.
 
-Settings are data of a file. They are compared with fairseq's defaults and printed, and never given to its parser, which
-imports what --user-dir names: the parser sees names out of fairseq's own registries alone.
+Settings are untrusted data. They are compared with fairseq's defaults and printed, but never passed to its parser,
+which would import what --user-dir names: the parser only gets names that are in fairseq's own registries.
 """
 
 from __future__ import annotations
@@ -22,45 +22,53 @@ from fairseq.tasks import TASK_REGISTRY
 from hgkd_fairseq.errors import flag
 
 PARSERS = {"fairseq-train": options.get_training_parser, "fairseq-generate": options.get_generation_parser}
-# They decide which options there are.
+# Settings that determine which options exist, with the registries of their values.
 CHOICES = {"arch": ARCH_MODEL_REGISTRY, "task": TASK_REGISTRY} | {
     name: entry["registry"] for name, entry in REGISTRIES.items()
 }
-# fairseq's parse_args_and_arch gives these, where they are not given, the value of another option.
+# Options to which fairseq's parse_args_and_arch assigns the value of another option if they are not given.
 COPIES = {
     "batch_size_valid": "batch_size",
     "max_tokens_valid": "max_tokens",
     "update_epoch_batch_itr": "grouped_shuffling",
 }
-MOST_LAYERS = 10_000  # an architecture may make a list of as many; what is larger is no size to ask it about
+MOST_LAYERS = 10_000  # larger numbers are not passed to architectures, which may make lists of this length
 
 
 @functools.lru_cache(maxsize=16)
 def known(
     program: str, choices: tuple[tuple[str, str], ...]
 ) -> tuple[dict[str, argparse.Action], dict[str, Any]] | None:
-    """fairseq's options by name, those of the chosen task, architecture, ... among them; their defaults, without those
-    that the architecture's function adds. None where fairseq does not take these choices together."""
+    """Return fairseq's options and their defaults, both by name of the setting.
+
+    Args:
+        program: a key of PARSERS.
+        choices: names and values of the CHOICES, such as task and architecture, whose options are included.
+
+    Returns:
+        The options, and their defaults without those that the function of the architecture sets; None if fairseq does
+        not accept these choices.
+    """
     arguments = ["DATA", *(f"--{name.replace('_', '-')}={choice}" for name, choice in choices)]
     if program == "fairseq-generate":
         arguments.append("--path=PATH")
     parser = PARSERS[program]()
     level = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # fairseq tells about its defaults
+    logging.disable(logging.WARNING)  # fairseq logs messages about its defaults
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            options.parse_args_and_arch(parser, arguments)  # adds the options of what is chosen
+            options.parse_args_and_arch(parser, arguments)  # adds the options of the choices to the parser
             defaults = vars(parser.parse_args(arguments))
     except (Exception, SystemExit):
         return None
     finally:
         logging.disable(level)
-    found = {action.dest: action for action in parser._actions}  # argparse has no public way to ask for its options
+    found = {action.dest: action for action in parser._actions}  # argparse has no public access to its options
     return found, defaults
 
 
 def expected(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """All settings where these are given and nothing else: fairseq derives some from others."""
+    """Return all settings that result from `given` and the defaults, as fairseq derives some settings from others."""
     settings = {**defaults, **given}
     for name, other in COPIES.items():
         if settings.get(name) is None:
@@ -70,17 +78,25 @@ def expected(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     settings["seed"] = 1 if settings.get("seed") is None else settings["seed"]
     sizes = {name: each for name, each in settings.items() if not (isinstance(each, int) and abs(each) > MOST_LAYERS)}
     namespace = argparse.Namespace(**sizes)
-    # Of sizes that do not fit each other fairseq derives nothing.
+    # The function of an architecture may fail on inconsistent sizes; nothing more is derived then.
     with contextlib.suppress(Exception):
         ARCH_CONFIG_REGISTRY[settings["arch"]](namespace)
     return {**settings, **vars(namespace)}
 
 
 def arguments_of(program: str, settings: dict[str, Any]) -> dict[str, str | None] | None:
-    """The options, with their values, that give these settings: those that are not at their defaults, and the choices.
-    None where this fairseq has not all that they name, such as an architecture of another plugin."""
+    """Return the options that result in some settings: the choices, and those that are not at their defaults.
+
+    Args:
+        program: a key of PARSERS.
+        settings: settings by name, from a log.
+
+    Returns:
+        The values of the options by option, None for flags; None instead of a dict if fairseq does not know a choice,
+        such as an architecture of another plugin.
+    """
     choices = {name: settings[name] for name in CHOICES if settings.get(name)}
-    if program == "fairseq-generate":  # the checkpoint knows its architecture; a default stands in the settings
+    if program == "fairseq-generate":  # the architecture is in the checkpoint; the settings have a default
         choices.pop("arch", None)
     if not all(isinstance(choice, str) and choice in CHOICES[name] for name, choice in choices.items()):
         return None
@@ -93,7 +109,7 @@ def arguments_of(program: str, settings: dict[str, Any]) -> dict[str, str | None
         found["--path"] = written(settings.get("path"))
     given: dict[str, Any] = {}
     changed = True
-    while changed:  # anew for each, because some defaults are values of others: --max-tokens-valid is --max-tokens
+    while changed:  # repeat after each option, as defaults may depend on it: --max-tokens-valid is --max-tokens
         changed, wanted = False, expected(defaults, given)
         for name, action in actions.items():
             option = max(action.option_strings, key=len, default="")
@@ -110,14 +126,14 @@ def arguments_of(program: str, settings: dict[str, Any]) -> dict[str, str | None
 
 
 def command(program: str, settings: dict[str, Any]) -> str | None:
-    """A command line that gives these settings; None as of :func:`arguments_of`."""
+    """Return a command line that results in some settings; None in the cases of :func:`arguments_of`."""
     found = arguments_of(program, settings)
     if found is None:
         return None
     data = written(settings.get("data"))
     words: list[str] = []
     for option, value in found.items():
-        if value is not None and value.startswith("-"):  # it would be taken for an option
+        if value is not None and value.startswith("-"):  # argparse would take the value for an option
             words.append(f"{option}={value}")
         else:
             words += [option] if value is None else [option, value]
@@ -125,5 +141,5 @@ def command(program: str, settings: dict[str, Any]) -> str | None:
 
 
 def written(value: Any) -> str:
-    """A value as an option takes it."""
+    """Return the text of a value as an argument of an option."""
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)

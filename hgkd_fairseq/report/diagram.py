@@ -1,6 +1,6 @@
-"""Reliability diagram and confidence histogram of one or several models, from the files of `--json`; matplotlib.
+"""Reliability diagram and confidence histogram of one or several models, from JSON files of scores; needs matplotlib.
 
-Models differ in marker, line and hatch as well as in colour, so that the figure can be read in black and white.
+Models differ in marker, line style and hatch as well as in colour, so that figures are readable in black and white.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.evaluation.results import DRAWN, WHAT, check_bars
 from hgkd_fairseq.report.names import short_names
 
-# Wong's colours (Nature Methods 2011), from dark to light: apart for the colour-blind, and in grey.
+# Wong's palette (Nature Methods 2011), from dark to light, which colour-blind readers can distinguish, also in grey.
 STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#000000", "marker": "o", "linestyle": "-", "hatch": ""},
     {"color": "#D55E00", "marker": "s", "linestyle": "--", "hatch": "////"},
@@ -25,20 +25,21 @@ STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#E69F00", "marker": "P", "linestyle": (0, (1, 3)), "hatch": "||||"},
 )
 MOST = len(STYLES)
-FEW = 10  # bins with fewer predictions are drawn hollow: their accuracy is an accident
+FEW = 10  # bins with fewer predictions, whose accuracy is unreliable, have hollow markers
 
 
 def draw(files: Sequence[str], output: str, labels: Sequence[str] | None = None, which: str = "eos:yes") -> None:
-    """Write the figure of the results in `files` to `output`, a .png or .svg.
+    """Draw the reliability diagram of one or several files of scores and write it to a file.
 
     Args:
-        files: written by `hgkd calibration forced --json` and `hgkd calibration inference --json`.
-        output: its suffix is the format.
-        labels: a name for each file; the file's own unless given.
-        which: "eos:yes" or "eos:no".
+        files: files that `hgkd calibration forced --json` or `hgkd calibration inference --json` has written.
+        output: file to write, whose suffix, .png or .svg, determines the format.
+        labels: names of the models, one per file; by default short names of the files.
+        which: "eos:yes" or "eos:no", whether the end of sentence is included.
 
     Raises:
-        UserError: matplotlib is missing, a file is not such a one, or numbers of files, labels and bins do not fit.
+        UserError: matplotlib is missing, there are more files than styles, a file is not valid, the number of labels is
+            not that of the files, the files have different numbers of bins, or `output` cannot be written.
     """
     Figure = drawing.figure_class()
     from matplotlib.legend_handler import HandlerTuple
@@ -61,7 +62,7 @@ def draw(files: Sequence[str], output: str, labels: Sequence[str] | None = None,
     lines = reliability(top, results, names, which)
     bars = confidences(bottom, results, which)
     handles: list[Any] = list(zip(lines, bars, strict=True))
-    drawing.legend(  # outside: there is no corner that no model's points reach
+    drawing.legend(  # outside, as no corner of the axes is free of points for all models
         figure, handles, [line.get_label() for line in lines], loc="outside lower center", fontsize=9, frameon=False,
         handler_map={tuple: HandlerTuple(ndivide=None)}, handlelength=6,
     )  # fmt: skip
@@ -69,7 +70,18 @@ def draw(files: Sequence[str], output: str, labels: Sequence[str] | None = None,
 
 
 def reliability(axes, results: Sequence[dict], names: Sequence[str], which: str, styles=STYLES) -> list[Any]:
-    """Accuracy against mean confidence of each bin, with the intervals of the accuracies; returns the lines."""
+    """Draw accuracy against mean confidence of each non-empty bin, with intervals of the accuracies if there are any.
+
+    Args:
+        axes: axes of matplotlib.
+        results: contents of files of scores, one per model, or dicts with the same "mode", "histograms" and ECE.
+        names: names of the models.
+        which: "eos:yes" or "eos:no".
+        styles: colour, marker and line style of each model.
+
+    Returns:
+        The line of each model, with its label.
+    """
     axes.plot([0, 1], [0, 1], color="0.55", linewidth=1, zorder=1)
     axes.annotate("overconfident", (0.97, 0.03), ha="right", va="bottom", color="0.4", style="italic")
     axes.annotate("underconfident", (0.03, 0.97), ha="left", va="top", color="0.4", style="italic")
@@ -81,7 +93,7 @@ def reliability(axes, results: Sequence[dict], names: Sequence[str], which: str,
         count = [table["count"][bin] for bin in filled]
         x = [table["confidence"][bin] / n for bin, n in zip(filled, count, strict=True)]
         y = [table["correct"][bin] / n for bin, n in zip(filled, count, strict=True)]
-        ece = result[f"ece{suffix}"]  # None where there are no tokens
+        ece = result[f"ece{suffix}"]  # None if there are no tokens
         error = "no ECE" if ece is None else f"ECE {100 * ece:.2f} %"
         (line,) = axes.plot(
             x, y, color=style["color"], linestyle=style["linestyle"], linewidth=1.3, marker=style["marker"],
@@ -94,7 +106,7 @@ def reliability(axes, results: Sequence[dict], names: Sequence[str], which: str,
             markersize=5, markerfacecolor="white", markeredgecolor=style["color"], zorder=4,
         )  # fmt: skip
         if "low" in table and "high" in table:
-            # An interval that a resample of few tokens left beside the accuracy itself still starts from it.
+            # With few tokens the interval may not contain the accuracy; matplotlib allows no negative lengths.
             below = [max(value - table["low"][bin], 0) for bin, value in zip(filled, y, strict=True)]
             above = [max(table["high"][bin] - value, 0) for bin, value in zip(filled, y, strict=True)]
             axes.errorbar(
@@ -109,7 +121,17 @@ def reliability(axes, results: Sequence[dict], names: Sequence[str], which: str,
 
 
 def confidences(axes, results: Sequence[dict], which: str, styles=STYLES) -> list[Any]:
-    """Tokens of each bin; returns a bar of each model."""
+    """Draw the number of tokens in each bin.
+
+    Args:
+        axes: axes of matplotlib.
+        results: contents of files of scores, one per model, all with the same number of bins.
+        which: "eos:yes" or "eos:no".
+        styles: colour and hatch of each model.
+
+    Returns:
+        One bar of each model, for the legend.
+    """
     bins = results[0]["bins"]
     width = 0.84 / bins / len(results)
     bars = []

@@ -1,4 +1,4 @@
-"""The figures of a report as inline SVG, in the colours and the type of the page: dark where it is dark."""
+"""Figures of a report as inline SVG, with the fonts and colours of the page, which has a light and a dark mode."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ STYLE: Any = {
     "axes.linewidth": 0.6,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
-    "svg.fonttype": "none",  # text, for the page's own font
-    "svg.hashsalt": "hgkd",  # the same figure is the same text
+    "svg.fonttype": "none",  # keep text as text, to use the font of the page
+    "svg.hashsalt": "hgkd",  # make the output reproducible
 }
-WIDTH = 2.7  # inches; a column of the page, which is 17 to 26 rem wide
-CURVES = {  # of logs.Log.curves
+WIDTH = 2.7  # inches, of a figure in a column of the page, which is 17 to 26 rem wide
+CURVES = {  # titles, by keys of logs.Log.curves
     "nll_loss": "NLL on validation, bits",
     "ece": "ECE on validation, %",
     "bleu": "BLEU on validation",
     "teacher_share": "Teacher's share of training tokens, %",
 }
 SCALE = {"ece": 100, "teacher_share": 100}
-HIGHEST = 1e12  # of a number that is drawn: matplotlib has no axis for nan, inf and 1e308
+HIGHEST = 1e12  # points with greater numbers, nan or inf are not drawn, as matplotlib fails on them
 
 
 def svg(figure, name: str, label: str) -> str:
-    """The figure as an element of a page.
+    """Return a figure as an <svg> element.
 
     Args:
-        figure: matplotlib's.
-        name: unique on the page.
-        label: what it shows, for a reader who cannot see it.
+        figure: figure of matplotlib.
+        name: prefix of the ids in the figure, unique on the page.
+        label: text alternative of the figure, for screen readers.
     """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -54,7 +54,11 @@ def svg(figure, name: str, label: str) -> str:
 
 
 def colour(code: str) -> str:
-    """The page's colour for matplotlib's: black is its text, white its ground, greys lie between."""
+    """Return the CSS colour of the page for a colour #rrggbb of matplotlib.
+
+    Colours of runs become their CSS variables, black becomes the text colour, white the background, and greys mixtures
+    of these two; other colours are unchanged.
+    """
     for number, style in enumerate(diagram.STYLES):
         if number and code == style["color"].lower():
             return f"var(--run-{number})"
@@ -67,23 +71,31 @@ def colour(code: str) -> str:
 
 
 def reliability(run: Run, found: dict[str, Any], number: int, name: str, which: str = "eos:yes") -> str:
-    """Reliability diagram and confidence histogram of one run; `number` chooses its style."""
+    """Return the reliability diagram and confidence histogram of a run as SVG.
+
+    Args:
+        run: run, for its name.
+        found: content of a file of scores of the run.
+        number: index of the run, which determines its style.
+        name: prefix of the ids in the figure, unique on the page.
+        which: "eos:yes" or "eos:no".
+    """
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
         figure = drawing.figure_class()(figsize=(WIDTH, 2.9), layout="constrained")
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-        styles = [{**diagram.STYLES[number], "hatch": ""}]  # a hatch is many lines of SVG, and there is one model only
+        styles = [{**diagram.STYLES[number], "hatch": ""}]  # a hatch makes the SVG large, and a single model needs none
         diagram.reliability(top, [found], [run.name], which, styles)
         diagram.confidences(bottom, [found], which, styles)
         top.set_title("")
-        top.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))  # room for the markers
+        top.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))  # space for the markers
         label = f"Reliability diagram of {run.name}: accuracy against confidence in {found['bins']} bins"
         return svg(figure, name, label)
 
 
 def curve(runs: Sequence[Run], key: str) -> str:
-    """A number over the updates, of all runs that logged it; "" where none did."""
+    """Return the curve of a logged number over the updates, for all runs that have it, as SVG; "" if none has."""
     import matplotlib
 
     drawn = {run.name: points(run, key) for run in runs}
@@ -100,14 +112,14 @@ def curve(runs: Sequence[Run], key: str) -> str:
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.grid(color="0.9", linewidth=0.5)
         axes.set_axisbelow(True)
-        axes.set_xlim(left=0, right=max(1.03 * axes.dataLim.x1, 1))  # room for the last marker
+        axes.set_xlim(left=0, right=max(1.03 * axes.dataLim.x1, 1))  # space for the last marker
         if key != "nll_loss":
             axes.set_ylim(bottom=0)
         return svg(figure, f"curve-{key}", f"{CURVES[key]}, over the updates, of each run")
 
 
 def points(run: Run, key: str) -> list[tuple[int, float]]:
-    """(updates, value) of a curve, where both can be drawn."""
+    """Return the points (updates, value) of a curve that can be drawn."""
     scaled = ((at, SCALE.get(key, 1) * value) for at, value in zip(*run.log.curves.get(key, ([], [])), strict=True))
     return [(at, value) for at, value in scaled if at <= HIGHEST and abs(value) <= HIGHEST]
 
@@ -120,7 +132,7 @@ def plot(axes, x: Sequence[float], y: Sequence[float], style: dict[str, Any]) ->
 
 
 def swatch(number: int, place: str) -> str:
-    """The line and marker of the run of that number, for the legend at a place of the page."""
+    """Return line and marker of the run with index `number` as SVG; `place` makes ids of several legends distinct."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE):

@@ -1,5 +1,4 @@
-"""The tables of a report beyond BLEU and ECE: calibration by other measures, and what other metrics say of the
-translations."""
+"""Further tables of a report: other calibration measures than ECE, and scores of translations by external metrics."""
 
 from __future__ import annotations
 
@@ -15,21 +14,21 @@ from hgkd_fairseq.report.tables import EMPTY, Entry, Table, compared, number, si
 
 @dataclass(frozen=True)
 class Measure:
-    """A score of a file of `hgkd calibration`."""
+    """Description of a column: a score in a file of `hgkd calibration`, and its format."""
 
     title: str
     file: str  # field of Run
     key: str
     scale: float = 1
     digits: int = 4
-    signature: bool = True  # its signature stands under the table
+    signature: bool = True  # whether its signature is shown below the table
 
     def row(self, run: Run) -> dict[str, Any] | None:
         scores = (getattr(run, self.file) or {}).get("scores", [])
         return next((row for row in scores if row["key"] == self.key), None)
 
     def cell(self, run: Run) -> Entry:
-        """Empty where a run, or a file that an older version wrote, has none."""
+        """Return the cell of a run; empty if the run lacks the file, or an older version wrote it without the score."""
         return EMPTY if self.row(run) is None else number(getattr(run, self.file), self.key, self.scale, self.digits)
 
 
@@ -53,10 +52,15 @@ RANKED = "Spearman: rank correlation of a translation's mean log-probability per
 
 
 def tables(runs: Sequence[Run], segment_scores: Sequence[segments.Named] = ()) -> list[Table]:
-    """Those of the two tables that hold anything.
+    """Make the further tables, without those that are empty.
+
+    Args:
+        runs: runs with distinct names, the first of which the others are compared with.
+        segment_scores: files with scores of the translations by other metrics, for each metric one file per run, in the
+            order of the runs.
 
     Raises:
-        UserError: a file of scores that does not fit its run.
+        UserError: a file of scores cannot be used or does not match the runs, or runs were measured in different ways.
     """
     return [table for table in (other_metrics(runs, segment_scores), other_measures(runs)) if table]
 
@@ -89,7 +93,11 @@ def other_measures(runs: Sequence[Run]) -> Table | None:
 
 
 def check_one_way(runs: Sequence[Run], measure: Measure) -> None:
-    """Raises UserError where runs have it with different signatures, as of two tokenizers."""
+    """Check that all runs have a score with the same signature.
+
+    Raises:
+        UserError: signatures differ, for example in the tokenizer.
+    """
     files = [(f"{run.folder / measure.file}.json", row["signature"]) for run in runs if (row := measure.row(run))]
     for file, signature in files[1:]:
         if signature != files[0][1]:
@@ -97,7 +105,7 @@ def check_one_way(runs: Sequence[Run], measure: Measure) -> None:
 
 
 def other_metrics(runs: Sequence[Run], given: Sequence[segments.Named]) -> Table | None:
-    """Means of scores that files give, and their differences from the first run."""
+    """Make the table of the mean scores by other metrics, and of their differences from the first run."""
     named = segments.by_metric(given, [run.name for run in runs])
     if not named:
         return None

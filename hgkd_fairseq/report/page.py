@@ -1,4 +1,4 @@
-"""The HTML page of a report: one file that needs nothing beside it, to be read on a phone, on a desk and on paper."""
+"""The HTML page of a report: a single self-contained file with styles for small and large screens and for print."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ pre { background: var(--soft); padding: .75rem; border-radius: 6px; white-space:
   font-size: .8rem; margin: .5rem 0; }
 @media print { main { max-width: none; padding: 0; } .scroll { overflow: visible; } figure { break-inside: avoid; } }
 """
-PACKAGES = ("torch", "fairseq", "sacrebleu", "numpy")  # by the names they are imported by
+PACKAGES = ("torch", "fairseq", "sacrebleu", "numpy")  # whose versions are listed, by import name
 
 
 def report(
@@ -77,8 +77,20 @@ def report(
     translations: str = "",
     segment_scores: Sequence[segments.Named] = (),
 ) -> str:
-    """Write the page of these runs; their tables in markdown. The arguments are those of `read_all`; and other metrics'
-    scores of the translations, once for each run."""
+    """Write the page of some runs, and return their tables in markdown.
+
+    Args:
+        folders: folders of the runs, the first of which the others are compared with.
+        output: HTML file to write.
+        reference: see :func:`read_all`.
+        translations: see :func:`read_all`.
+        segment_scores: files with scores of the translations by other metrics, for each metric one file per run, in the
+            order of the runs.
+
+    Raises:
+        UserError: there are too many runs, matplotlib is missing, a file cannot be used, runs cannot be compared, or
+            the page cannot be written.
+    """
     check(len(folders))
     runs = read_all([Path(folder) for folder in folders], Path(reference) if reference else None, translations)
     more = further.tables(runs, segment_scores)
@@ -89,14 +101,18 @@ def report(
 
 
 def check(count: int) -> None:
-    """Before any work. Raises UserError: too many runs for the styles there are, or no matplotlib."""
+    """Check the requirements of a report before any work.
+
+    Raises:
+        UserError: there are more runs than styles, or matplotlib is missing.
+    """
     if count > diagram.MOST:
         raise UserError(f"{count} runs are too many for one report; give at most {diagram.MOST}")
     drawing.figure_class()
 
 
 def html(report: Report) -> str:
-    """The page."""
+    """Return the HTML of the page."""
     runs = report.runs
     sections = [
         heading(runs),
@@ -121,7 +137,7 @@ def escape(value: Any) -> str:
 
 
 def prose(text: str) -> str:
-    """A note of a table, whose only markdown is `code`."""
+    """Return the HTML of a note, in which `code` is the only markdown."""
     return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text))
 
 
@@ -130,7 +146,7 @@ def notes(lines: Sequence[str]) -> str:
 
 
 def heading(runs: Sequence[Run]) -> str:
-    """What is compared, and the legend of all figures."""
+    """Return the heading: the runs, the size of the test set, and the legend of all figures."""
     count = next((len(run.translations) for run in runs if run.translations is not None), None)
     facts = [f"{len(runs)} runs" if len(runs) > 1 else "1 run"]
     facts += [f"{count:,} test sentences"] if count else []
@@ -165,14 +181,14 @@ def table_html(table: Table) -> str:
 
 
 def reliability(runs: Sequence[Run]) -> str:
-    """A diagram of each run, forced and inference."""
+    """Return the section of reliability diagrams, one per run for each of teacher-forced and inference."""
     parts = []
     for key, title in (("forced", "Teacher-forced"), ("inference", "Inference: on its own translations")):
         cards = []
         for number, run in enumerate(runs):
             found = getattr(run, key)
             if found is not None:
-                error = "no ECE" if found["ece"] is None else f"ECE {100 * found['ece']:.2f} %"  # None: of no tokens
+                error = "no ECE" if found["ece"] is None else f"ECE {100 * found['ece']:.2f} %"  # None: no tokens
                 caption = f"<b>{escape(run.name)}</b> <span>{error}, {found['tokens']:,} tokens</span>"
                 drawn = figures.reliability(run, found, number, f"{key}-{number}")
                 cards.append(f"<figure><figcaption>{caption}</figcaption>{drawn}</figure>")
@@ -203,7 +219,7 @@ def curves(runs: Sequence[Run]) -> str:
 
 
 def options(runs: Sequence[Run]) -> str:
-    """The options of training in which the runs differ."""
+    """Return the section of training options in which the runs differ, from the settings in their logs."""
     logged = [run for run in runs if run.log.settings]
     given = [commands.arguments_of("fairseq-train", run.log.settings) or {} for run in logged]
     rows = []
@@ -226,10 +242,10 @@ def options(runs: Sequence[Run]) -> str:
 
 
 def how(runs: Sequence[Run]) -> str:
-    """Commands and versions."""
+    """Return the sections of the commands of each run and of the versions of packages."""
     blocks = []
     for run in runs:
-        lines = list(filter(None, dict.fromkeys(commands_of(run))))  # `hgkd score` wrote several files
+        lines = list(filter(None, dict.fromkeys(commands_of(run))))  # one command may have written several files
         if lines:
             text = "\n\n".join(map(escape, lines))
             blocks.append(f"<details><summary>{escape(run.name)}</summary><pre>{text}</pre></details>")
@@ -247,7 +263,7 @@ def commands_of(run: Run) -> list[str]:
     lines = []
     for program, log in (("fairseq-train", run.log), ("fairseq-generate", run.generation)):
         settings = dict(log.settings)
-        if str(settings.get("results_path")).endswith(".partial"):  # where hgkd score keeps it until it is whole
+        if str(settings.get("results_path")).endswith(".partial"):  # temporary folder of an unfinished hgkd score
             del settings["results_path"]
         if settings:
             made = commands.command(program, settings)

@@ -1,5 +1,7 @@
-"""A finished run: what the folder that fairseq-train saved to holds, and what was measured beside it. Everything that
-reads a run is here."""
+"""Reading of finished runs: the folder that fairseq-train has saved to, with all files of scores and translations.
+
+All other modules of the report take runs from here.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ from hgkd_fairseq.evaluation import generated, logs, results, temperature
 from hgkd_fairseq.report.names import short_names
 
 GENERATED = "generate-test.txt"
-# What a run may lack, and the command that fills it in, with the run's folder for RUN. Of a file of scores the field of
-# Run is its name without .json.
+# The files of a run, all optional, and the command that makes each of them, with RUN for the run's folder. The content
+# of a .json file is in the field of Run with the name of the file without .json.
 FILES = {
     "checkpoint_best.pt": "fairseq-train DATA --save-dir RUN",
     "checkpoint_last.pt": "fairseq-train DATA --save-dir RUN, without --no-last-checkpoints",
@@ -35,38 +37,39 @@ MODES = {"forced": "forced", "inference": "inference", "scaled": "forced", "infe
 
 @dataclass
 class Run:
-    """What was found of a run; None where there is nothing."""
+    """Content of the files of a run; None for what is missing."""
 
     folder: Path
     name: str
-    missing: list[str] = field(default_factory=list)  # of FILES
+    missing: list[str] = field(default_factory=list)  # names from FILES
     translations: list[str] | None = None  # text, in the order of the subset
-    references: list[str] | None = None  # likewise
-    translated: str = ""  # the folder in its own that they are of, where they are another checkpoint's
-    tokenize: str | None = None  # what `hgkd score` scored them with, by its --tokenize; None: it did not
+    references: list[str] | None = None  # text, in the same order
+    translated: str = ""  # subfolder of the translations, if they are another checkpoint's
+    tokenize: str | None = None  # --tokenize of the `hgkd score` that scored the translations; None: unknown
     best_update: int | None = None
     last_update: int | None = None
-    minutes: float | None = None  # of training, over all resumptions
+    minutes: float | None = None  # duration of training, over all resumptions
     log: logs.Log = field(default_factory=logs.Log)
     generation: logs.Log = field(default_factory=logs.Log)
     forced: dict[str, Any] | None = None
     inference: dict[str, Any] | None = None
-    scaled: dict[str, Any] | None = None  # forced, at the temperature
-    inference_scaled: dict[str, Any] | None = None  # of what was translated at it
+    scaled: dict[str, Any] | None = None  # scores of mode forced at the fitted temperature
+    inference_scaled: dict[str, Any] | None = None  # scores of translations that were made at that temperature
     temperature: dict[str, Any] | None = None
 
 
 def read_all(folders: Sequence[Path], reference: Path | None = None, translations: str = "") -> list[Run]:
-    """The runs, translated from one test set.
+    """Read runs whose translations are of the same test set.
 
     Args:
-        folders: their names are the runs'; see :func:`short_names`.
-        reference: text file, a reference a line; without it the references in the first run's translations.
-        translations: folder in each run's that holds its translations, as `hgkd score --checkpoint NAME` leaves them.
+        folders: folders of the runs, from which their names are made; see :func:`short_names`.
+        reference: text file with one reference per line, which replaces those in the runs' translations.
+        translations: subfolder of each run with its translations, as `hgkd score --checkpoint NAME` makes it; "": the
+            run's folder itself.
 
     Raises:
-        UserError: a folder that is no run, a file in it that cannot be used, translations of different test sets, or
-            that were scored with different tokenizers.
+        UserError: a run is named twice, a folder is not a run, a file in it cannot be used, or the translations are of
+            different test sets or were scored with different tokenizers.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError("a run is named twice; name each once")
@@ -101,7 +104,11 @@ def read_all(folders: Sequence[Path], reference: Path | None = None, translation
 
 
 def read(folder: Path, name: str, translations: str = "") -> Run:
-    """One run, alone."""
+    """Read a run; arguments as in :func:`read_all`.
+
+    Raises:
+        UserError: the folder is not a run, or a file in it cannot be used.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; name the --save-dir of a run of fairseq-train")
     generation = folder / translations
@@ -127,7 +134,7 @@ def read(folder: Path, name: str, translations: str = "") -> Run:
     run.last_update, run.minutes = progress(run, places["checkpoint_last.pt"] / "checkpoint_last.pt")
     if "train.log" not in run.missing:
         run.log = logs.read(places["train.log"] / "train.log")
-    for file in ("generate.log", GENERATED):  # with --results-path, the settings are printed, not written there
+    for file in ("generate.log", GENERATED):  # with --results-path, fairseq only prints its settings
         if (generation / file).exists() and not run.generation.settings:
             run.generation = logs.read(generation / file)
     for key, mode in MODES.items():
@@ -145,7 +152,13 @@ def read(folder: Path, name: str, translations: str = "") -> Run:
 
 
 def tokenizer(file: Path) -> str | None:
-    """The one that the signature of BLEU in a scores.json of `hgkd score` names; None where there is no such file."""
+    """Return the tokenizer in the signature of BLEU in a scores.json of `hgkd score`.
+
+    None if there is no such file, or no such signature in it.
+
+    Raises:
+        UserError: the file cannot be used, or names an unknown tokenizer.
+    """
     if not file.exists():
         return None
     files.refuse_irregular(file, "remove it")
@@ -157,14 +170,17 @@ def tokenizer(file: Path) -> str | None:
 
 
 def trained(folder: Path) -> Path:
-    """Where the training saved to: the folder, or, of what hgkd score wrote for a checkpoint or a language pair, RUN of
-    RUN/NAME, RUN/SRC-TGT or RUN/SRC-TGT/NAME."""
+    """Return the folder that the training has saved to.
+
+    It is the folder itself, or RUN if the folder is RUN/NAME, RUN/SRC-TGT or RUN/SRC-TGT/NAME, which `hgkd score` makes
+    for a checkpoint or a language pair.
+    """
     above = folder.resolve().parents[:2] if (folder / "scores.json").exists() else ()
     return next((one for one in (folder, *above) if any((one / file).exists() for file in TRAINING)), folder)
 
 
 def progress(run: Run, file: Path) -> tuple[int | None, float | None]:
-    """(updates, minutes of training) that a checkpoint was saved after."""
+    """Return the updates and the minutes of training at which a checkpoint was saved; None if it is missing."""
     from hgkd_fairseq.plugin import checkpoints
 
     if file.name in run.missing:

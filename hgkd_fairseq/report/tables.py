@@ -1,4 +1,4 @@
-"""The numbers of a report: scores with intervals, and what differs from the first run by more than chance."""
+"""Tables of a report: scores with intervals, and differences from the first run with significance tests."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from hgkd_fairseq.evaluation import segments
 from hgkd_fairseq.report.runs import FILES, GENERATED, Run
 
 METRICS: dict[str, Callable] = {"BLEU": BLEU, "chrF": CHRF, "TER": TER}
-SIGNIFICANT = 0.05
+SIGNIFICANT = 0.05  # p below which a difference is significant
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A number as it is shown; empty where it is not known."""
+    """Cell of a table: formatted value, interval and p-value; empty if there is no value.
+
+    Its string is markdown, with the value in bold if the difference is significant.
+    """
 
     text: str = ""
     interval: str = ""
@@ -41,8 +44,8 @@ EMPTY = Entry()
 class Table:
     title: str
     header: list[str]
-    rows: list[list[Entry]]  # the first cell of each is the run's name
-    notes: list[str] = field(default_factory=list)  # what is under it, in markdown
+    rows: list[list[Entry]]  # the first cell of each row is the name of the run
+    notes: list[str] = field(default_factory=list)  # paragraphs below the table, in markdown
 
     def markdown(self) -> str:
         lines: list[list] = [self.header, ["---"] * len(self.header), *self.rows]
@@ -52,11 +55,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Kind:
-    """A calibration error: of which file, and with the end of sentence or without."""
+    """Description of an ECE: title of its column, file of scores, and whether the end of sentence is included."""
 
     title: str
-    file: str
-    which: str = "eos:yes"
+    file: str  # field of Run
+    which: str = "eos:yes"  # or "eos:no"
 
     @property
     def key(self) -> str:
@@ -77,13 +80,13 @@ KINDS = (
 
 @dataclass
 class Report:
-    """The tables of some runs, the first of which is the one that the others are compared with."""
+    """Tables of some runs, the first of which the others are compared with."""
 
     runs: list[Run]
     quality: Table
     calibration: Table
-    differences: list[Table]  # those of them that have any
-    further: list[Table] = field(default_factory=list)  # of :mod:`further`
+    differences: list[Table]  # of translation and calibration; tables without any difference are omitted
+    further: list[Table] = field(default_factory=list)  # tables of :mod:`further`
 
     def tables(self) -> list[Table]:
         return [self.quality, self.calibration, *self.differences, *self.further]
@@ -93,10 +96,13 @@ class Report:
 
 
 def measure(runs: Sequence[Run]) -> Report:
-    """Score the runs, those that have translations by sacreBLEU, whose paired bootstrap takes seconds.
+    """Make the tables of a report, and score translations with sacreBLEU, whose paired bootstrap takes seconds.
+
+    Args:
+        runs: runs with distinct names, as :func:`read_all` returns them; at least one.
 
     Raises:
-        UserError: calibration that was measured in different ways, so that it cannot stand in one column.
+        UserError: the calibration of two runs was measured in different ways, so that it cannot be compared.
     """
     for kind in KINDS:
         check_alike(runs, kind)
@@ -128,7 +134,18 @@ def measure(runs: Sequence[Run]) -> Report:
 def difference_table(
     first: Run, others: Sequence[Run], of: str, columns: list[str], cells: Callable[[Run], list[Entry]]
 ) -> Table | None:
-    """The columns that hold anything; None where none does."""
+    """Make a table of the differences of other runs from the first one.
+
+    Args:
+        first: run that the others are compared with.
+        others: other runs, one row each.
+        of: "translation" or "calibration".
+        columns: titles of the columns.
+        cells: function that returns the cells of a run, one per column.
+
+    Returns:
+        The table of the columns that are not empty; None if all are.
+    """
     rows = {run.name: cells(run) for run in others}
     filled = [place for place in range(len(columns)) if any(row[place].text for row in rows.values())]
     if not filled:
@@ -153,7 +170,7 @@ def check_alike(runs: Sequence[Run], kind: Kind) -> None:
         if found is None:
             continue
         how = score(found, kind.key)["signature"].split("|")
-        if kind.file == "scaled":  # the temperature is each run's own
+        if kind.file == "scaled":  # runs have different temperatures
             how = [part for part in how if not part.startswith("temp:")]
         how += [f"subset:{found['subset']}"] if "subset" in found else []
         first = first or (run, how)
@@ -165,33 +182,37 @@ def check_alike(runs: Sequence[Run], kind: Kind) -> None:
 
 
 def score(found: dict[str, Any], key: str) -> dict[str, Any]:
-    """A score of a file of `hgkd calibration`."""
+    """Return the score with a key from the content of a file of `hgkd calibration`."""
     return next(row for row in found["scores"] if row["key"] == key)
 
 
 def text_scores(runs: Sequence[Run]) -> tuple[dict[str, str], dict[str, dict[str, Result]]]:
-    """(signature by metric, result by run and metric) of sacreBLEU; its paired bootstrap's p counts one tail: about
-    half of a two-sided one."""
+    """Score the runs that have translations and references with sacreBLEU and its paired bootstrap.
+
+    Returns:
+        Signatures by metric, and results by name of the run and metric. The p of a result is one-tailed, about half of
+        a two-sided one; None for the first run, and for all runs if the first run has not been scored.
+    """
     scored = [run for run in runs if run.translations is not None and run.references is not None]
     if not scored:
         return {}, {}
-    # The references go to the metrics, which keep what they extract from them.
+    # Metrics that get the references when they are made cache what they extract from them.
     tokenize = next((run.tokenize for run in scored if run.tokenize), TOKENIZERS[0])
-    options = {"BLEU": {"tokenize": tokenize, "force": True}}  # without a warning that texts are tokenised
+    options = {"BLEU": {"tokenize": tokenize, "force": True}}  # force: no warning that texts are tokenised
     references = [scored[0].references]
     metrics = {name: make(references=references, **options.get(name, {})) for name, make in METRICS.items()}
     systems: list[tuple[str, Sequence[str]]] = [(run.name, run.translations or []) for run in scored]
     signatures, found = PairedTest(systems, metrics, references=None, test_type="bs")()
     del found["System"]
     results: dict[str, dict[str, Result]] = {run.name: {} for run in scored}
-    for name, column in zip(METRICS, found.values(), strict=True):  # sacreBLEU's own name of chrF is chrF2
+    for name, column in zip(METRICS, found.values(), strict=True):  # sacreBLEU calls chrF chrF2
         for run, result in zip(scored, column, strict=True):
             assert isinstance(result, Result)
             results[run.name][name] = result
-            # Of systems whose resamples are alike sacreBLEU counts none above their difference, and gives its least p.
+            # If all resampled differences are 0, sacreBLEU counts none above the difference and returns its least p.
             if result.score == results[scored[0].name][name].score and result.p_value == 1 / (segments.RESAMPLES + 1):
                 result.p_value = 1.0
-            if scored[0] is not runs[0]:  # it was compared with another run
+            if scored[0] is not runs[0]:  # sacreBLEU's baseline is not the first run
                 result.p_value = None
     return {name: each.format() for name, each in zip(METRICS, signatures.values(), strict=True)}, results
 
@@ -211,7 +232,14 @@ def quality_row(run: Run, results: dict[str, Result]) -> list[Entry]:
 
 
 def number(found: dict[str, Any] | None, key: str, scale: float, digits: int) -> Entry:
-    """A score of a file of `hgkd calibration`, with its interval."""
+    """Return the cell of a score with its interval, from the content of a file of `hgkd calibration`.
+
+    Args:
+        found: content of the file; None, or a score that is null, results in an empty cell.
+        key: key of the score, which the file must have.
+        scale: factor of value and interval.
+        digits: number of decimals.
+    """
     if found is None or score(found, key)["value"] is None:
         return EMPTY
     row = score(found, key)
@@ -256,11 +284,14 @@ def compared(text: str, interval: str, p: float) -> Entry:
 
 
 def difference(first: dict[str, Any] | None, second: dict[str, Any] | None, kind: Kind) -> Difference | None:
-    """Of the calibration error; None where one is missing, or where the two were not resampled alike."""
+    """Return the difference of the ECE between two runs, second minus first, by paired bootstrap.
+
+    None if one of the two is missing or without tokens, or if they were not resampled alike.
+    """
     if first is None or second is None or not resampled_alike(first, second):
         return None
     one, other = (resamples(found, kind.which) for found in (first, second))
-    if None in (first[kind.key], second[kind.key]) or (one + other).isnan().all():  # of no tokens
+    if None in (first[kind.key], second[kind.key]) or (one + other).isnan().all():  # no tokens
         return None
     return paired(one, other, second[kind.key] - first[kind.key])
 
@@ -325,7 +356,7 @@ def calibration_notes(runs: Sequence[Run]) -> list[str]:
 
 
 def missing(runs: Sequence[Run], files: Sequence[str]) -> list[str]:
-    """A line for each file that some run lacks, with what fills it in."""
+    """Return a note for each file that some runs lack, with the command that makes it."""
     lines = []
     for file in files:
         lacking = [run.name for run in runs if file in run.missing]

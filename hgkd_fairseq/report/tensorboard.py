@@ -1,4 +1,4 @@
-"""Reliability diagrams of the validation sets in TensorBoard, beside the numbers that fairseq writes there."""
+"""Reliability diagrams of the validation sets in TensorBoard, in addition to the numbers that fairseq writes there."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ TAG = "reliability"
 
 
 def write_reliability(logdir: str, subset: str, sums, step: int) -> None:
-    """Draw a validation's diagram into fairseq's own log of that subset. Nothing where neither torch's writer nor
-    tensorboardX can be imported (fairseq says so itself), nor where matplotlib cannot.
+    """Add the reliability diagram of a validation to fairseq's TensorBoard log of the subset.
+
+    Nothing is written if matplotlib is not installed, or if neither torch's TensorBoard writer nor tensorboardX is (in
+    the latter case fairseq logs a message).
 
     Args:
-        logdir: of --tensorboard-logdir.
-        subset: the name of the validation set, which fairseq's logs go by.
+        logdir: value of --tensorboard-logdir.
+        subset: name of the validation set, which is the name of fairseq's log.
         sums: (3, bins) table of a :class:`CalibrationHistogram`.
-        step: updates so far.
+        step: number of updates.
     """
     if progress_bar.SummaryWriter is None:
         return
@@ -35,7 +37,7 @@ def write_reliability(logdir: str, subset: str, sums, step: int) -> None:
     diagram.reliability(top, [found], [subset], "eos:yes")
     diagram.confidences(bottom, [found], "eos:yes")
     top.legend(loc="upper center", bbox_to_anchor=(0.5, -0.02), frameon=False)
-    # fairseq opens a writer for each log and keeps it; this is the one that the subset's numbers go to.
+    # fairseq keeps one writer per log; this is the one for the numbers of the subset.
     writer = progress_bar.TensorboardProgressBarWrapper(None, logdir)._writer(subset)
     writer.add_figure(TAG, figure, step)
     writer.flush()

@@ -1,1 +1,1 @@
-"""Weights of training sentences that are learned beside the student (ALM-KD): gate, meta-gradient, refresh, table."""
+"""Learned weights of training sentences (ALM-KD): the gate, the meta-gradient, the refresh and the weight table."""

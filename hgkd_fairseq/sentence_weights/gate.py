@@ -1,4 +1,4 @@
-"""The gate of ALM-KD: a row of learned weights for each training sentence."""
+"""The gate of ALM-KD: two learned loss weights, data and teacher, for each training sentence."""
 
 from __future__ import annotations
 
@@ -30,11 +30,21 @@ CHANGE = Range(1e-6, 2, "a change of weights between 0 and 2; 0.05 to 0.2 is usu
     constant=True,
 )
 class Instance:
-    """A row of weights for each training sentence, constant between refreshes (meta_gradient.py has the equations).
+    """Gate with a data weight and a teacher weight for each training sentence, constant between two refreshes.
 
-    State: "data" and "teacher" (S,), "held_out" (S,) bool, the sentences that are kept aside, "learned" (S,) bool,
-    those whose weights were learned in some refresh, and "epoch", that of the last one. A sentence of another set
-    (validation) has the weights that all begin with.
+    Sivasubramanian et al., 2022 (ALM-KD); meta_gradient.py contains the equations, refresh.py updates the weights.
+    Tokens without a training sentence (`instance` is None, as in validation) get the initial weights `DATA` and
+    `TEACHER`.
+
+    Attributes:
+        state: the tensors that are saved in the checkpoints, for S training sentences; empty before :meth:`begin`.
+            "data" and "teacher" (S,): the weights; "held_out" (S,) bool: the held-out sentences; "learned" (S,) bool:
+            the sentences whose weights at least one refresh has updated; "epoch" (0-d int64): the epoch of the last
+            refresh, 0 before the first one. :class:`refresh.Refresh` adds "lengths".
+
+    Raises:
+        GateError: `weight_rule` is unknown (constructor), or the gate is called with sentence numbers before
+            :meth:`begin`.
     """
 
     DATA, TEACHER, LARGEST = 0.1, 0.9, 2.0
@@ -54,13 +64,19 @@ class Instance:
 
     @classmethod
     def learned_rows(cls, table: Mapping[str, Tensor]) -> Tensor:
-        """(S,) bool, the rows of a state that a refresh has learned: not those of sentences that were kept aside or too
-        long to train on. A state without that column is of an older version: rows that moved."""
+        """Return a mask (S,) bool of the sentences whose weights a refresh has updated.
+
+        Held-out sentences and those too long to train on are excluded. Checkpoints of older versions have no "learned"
+        column; for them, a sentence counts as learned if one of its weights differs from its initial value.
+
+        Args:
+            table: a gate's state, with the columns "data" and "teacher".
+        """
         moved = (table["data"] != cls.DATA) | (table["teacher"] != cls.TEACHER)
         return table.get("learned", moved)
 
     def begin(self, held_out: Tensor) -> None:
-        """Make the table; `held_out` (S,) bool says which sentences of the training set are kept aside."""
+        """Initialise the state from `held_out` (S,) bool, the mask of the held-out training sentences."""
         start = torch.ones(held_out.shape, device=held_out.device)
         rows = {"data": self.DATA * start, "teacher": self.TEACHER * start}
         learned = torch.zeros_like(held_out)
@@ -72,6 +88,6 @@ class Instance:
             return GateWeights(torch.full_like(student, self.DATA), torch.full_like(student, self.TEACHER))
         if not self.state:
             raise GateError('gate "instance" has no table yet: call its begin() with the size of the training set')
-        if self.state["data"].device != student.device:  # once: the tables come from a checkpoint
+        if self.state["data"].device != student.device:  # only once, after loading from a checkpoint
             self.state.update({name: value.to(student.device) for name, value in self.state.items()})
         return GateWeights(*[self.state[name][index].to(student.dtype) for name in ("data", "teacher")])

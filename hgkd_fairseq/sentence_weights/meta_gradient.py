@@ -1,17 +1,18 @@
-"""Weights of training sentences, learned by looking one step ahead (ALM-KD): meta-gradient and step. No fairseq here.
+"""Meta-gradient and update of the sentence weights of ALM-KD (Sivasubramanian et al., 2022), independent of fairseq.
 
-The weights (data, teacher) of a sentence s shall be such that a gradient step on the weighted loss lowers the plain
-cross-entropy of held-out sentences. With features frozen and only the output layer's W (V, D) looking ahead:
+The weights (data, teacher) of a sentence s are updated so that a gradient step on the weighted loss lowers the plain
+cross-entropy (CE) of held-out sentences. The features are frozen, and only the output layer's weight W (V, D) takes the
+look-ahead step:
 
     W'  = W - eta sum_s sum_k w_{s,k} sum_{t in s} g_t^k h_t^T             k: data, teacher; g^k: gradient at the logits
     G   = d CE(W') / d W' = sum_v (softmax(W' h_v) - onehot(y_v)) h_v^T / T         over the T held-out tokens v
     d CE(W') / d w_{s,k} = - eta sum_{t in s} (g_t^k)^T G h_t
 
-(Sivasubramanian et al. 2022, ALM-KD, on a translation model's tokens; the data term includes label smoothing and
-confidence penalty where the loss has them.) G h_t is what the logits of t would change by along G: a product of a chunk
-of tokens with G. No sentence has a (V, D) gradient of its own, and nothing of size tokens x vocabulary outlives a
-chunk. A bias stays where it is; a W that is tied to an embedding looks ahead as a variable of its own. All arithmetic
-is fp32 (fp64 for fp64 features), whatever the model's dtype is.
+This applies the published method to the tokens of a translation model; the data term includes label smoothing and
+confidence penalty if the loss uses them. G h_t is the derivative of token t's logits as W moves along G, computed for
+a chunk of tokens by one matrix product. No (V, D) gradient is computed per sentence, and no tensor of size
+tokens x vocabulary is kept beyond its chunk. The bias is not updated, and a W that is tied to an embedding is treated
+as a separate variable. All arithmetic is in fp32 (fp64 for fp64 features), whatever the model's dtype is.
 """
 
 from __future__ import annotations
@@ -30,26 +31,26 @@ from hgkd_fairseq.sentence_weights.gate import Instance
 
 
 class Group(NamedTuple):
-    """The N target tokens of S training sentences, in order, with frozen features."""
+    """Batch of S sentences with N target tokens in total, in order, with detached features."""
 
     student: Head  # hidden (N, Ds), weight (V, Ds)
     teachers: Sequence[Head]  # hidden (N, Dt)
     target: Tensor  # (N,) int64
-    lengths: Sequence[int]  # of the sentences, summing to N
+    lengths: Sequence[int]  # number of target tokens of each sentence; the sum is N
 
     def sentence(self) -> Tensor:
-        """(N,) int64, 0 to S - 1."""
+        """Return the index of each token's sentence within the group, (N,) int64 from 0 to S - 1."""
         lengths = torch.tensor(self.lengths, dtype=torch.int64)
         return torch.arange(len(lengths)).repeat_interleave(lengths).to(self.target.device)
 
 
 def widen(head: Head) -> Head:
-    """The head in the precision of the look-ahead, without gradient."""
+    """Return a copy of a head that is detached and in fp32 (fp64 stays fp64), as the look-ahead requires."""
     return head.map(lambda tensor: rows.widen(tensor.detach()))
 
 
 def _output_gradient(group: Group, options: Options) -> Tensor:
-    """(V, D) gradient of the group's loss, a sum over tokens, at W."""
+    """Return the gradient (V, D) of the group's loss, summed over its tokens, with respect to W."""
     assert group.student.weight is not None
     weight = group.student.weight.detach().requires_grad_()
     student, sentence = group.student._replace(weight=weight), group.sentence()
@@ -60,15 +61,18 @@ def _output_gradient(group: Group, options: Options) -> Tensor:
 
 
 def meta_gradient(group: Group, weights: Tensor, held_out: Group, rate: float, options: Options) -> Tensor:
-    """(S, 2) gradient of the held-out cross-entropy a token, in nats, after one step, at the data and the teacher
-    weight of each sentence.
+    """Return the gradient of the held-out loss after one look-ahead step with respect to the sentence weights.
+
+    The held-out loss is the mean cross-entropy per token, in nats. The result has shape (S, 2): the derivatives with
+    respect to the data weight and the teacher weight of each sentence (Sivasubramanian et al., 2022; the equations are
+    in this module's docstring).
 
     Args:
-        group: training sentences; heads as `widen` gives them.
-        weights: (S, 2) data and teacher weight of each.
-        held_out: sentences that are not trained on; without teachers.
-        rate: eta, the size of the step on the summed loss.
-        options: of the training's loss; its gate is not used.
+        group: S training sentences, with heads that :func:`widen` has converted.
+        weights: (S, 2) data weight and teacher weight of each sentence.
+        held_out: held-out sentences, without teachers and with heads that :func:`widen` has converted.
+        rate: eta, the step size for the loss summed over the group's tokens.
+        options: loss options of the training; their gate is replaced by `weights`.
     """
 
     def of_sentence(statistics: TokenStatistics) -> GateWeights:
@@ -85,7 +89,8 @@ def meta_gradient(group: Group, weights: Tensor, held_out: Group, rate: float, o
 
 @torch.no_grad()
 def _changes(group: Group, direction: Tensor, options: Options):
-    """For each chunk (C, 2): by how much a token's data and teacher term change as W goes along `direction` (V, D)."""
+    """Yield for each chunk of C tokens the directional derivatives (C, 2) of the data term and of the teacher term of
+    each token, as W moves along `direction` (V, D)."""
     tokens = group.target.numel()
     size = chunked.chunk_tokens(group.target.device, group.student.hidden.dtype, group.student.vocabulary)
     for start, end in chunked.chunk_bounds(tokens, None, size):
@@ -103,9 +108,16 @@ def _changes(group: Group, direction: Tensor, options: Options):
 
 
 def step(weights: Tensor, gradient: Tensor, change: float, rule: str) -> Tensor:
-    """The weights (S, 2) after a step against `gradient` (S, 2) whose median size is `change`.
+    """Return the weights (S, 2) after a step against the gradient that has a median absolute change of `change`.
 
-    "independent": each weight for itself, within 0 and 2. "convex": data and teacher weight sum to 1.
+    The step is `gradient` scaled by one factor; if the median absolute gradient is 0, the weights do not move.
+
+    Args:
+        weights: (S, 2) data weight and teacher weight of each sentence.
+        gradient: (S, 2) as :func:`meta_gradient` returns it.
+        change: median absolute change of a weight, before clamping.
+        rule: "independent": the two weights move separately and are clamped to [0, 2]. "convex": the teacher weight
+            moves within [0, 1], and the data weight is 1 minus the teacher weight.
     """
     if rule == "convex":
         gradient = gradient[:, 1:] - gradient[:, :1]

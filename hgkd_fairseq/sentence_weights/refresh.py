@@ -1,4 +1,4 @@
-"""Refreshes the weights of training sentences (ALM-KD): the walk through fairseq's data sets, by all workers."""
+"""Refresh of the sentence weights of ALM-KD: a pass over fairseq's training set, shared by the distributed workers."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from hgkd_fairseq.sentence_weights.meta_gradient import Group, meta_gradient, st
 
 logger = logging.getLogger(__name__)
 
-GROUP = 2  # batches that look ahead together; the published number is 2 to 3
-REPETITIONS = 5  # steps of the weights of a group, against the same held-out batch
+GROUP = 2  # training batches per look-ahead step; the published number is 2 to 3
+REPETITIONS = 5  # weight updates per group, all with the same held-out batch
 LARGEST_SHARE = 0.5
 
 
 def hash_of_lengths(dataset: FairseqDataset) -> Tensor:
-    """Of the lengths of all training sentences, in their order: data are not read for it."""
+    """Return a hash (0-d int64) of the lengths of all sentences, in order; the sentences themselves are not read."""
     digest = hashlib.blake2b(digest_size=8)
     for part in pairs.parts(dataset):
         digest.update(np.ascontiguousarray(part.sizes, dtype="<i8").tobytes())
@@ -37,16 +37,18 @@ def hash_of_lengths(dataset: FairseqDataset) -> Tensor:
 
 
 class Refresh:
-    """Calls `begin_epoch` at the beginning of each epoch; in every --refresh-interval-th it walks the training set.
+    """Refreshes the sentence weights of the gate "instance" at the beginning of every --refresh-interval-th epoch.
 
-    Groups are independent of each other: every worker does its share of them and the table is put together, so that it
-    is the same whatever the number of workers is.
+    The constructor checks the options and registers :meth:`begin_training` and :meth:`begin_epoch` with the task's
+    training state. A refresh processes the training set in groups of `GROUP` batches. The groups are independent of
+    each other: each worker processes its share of them, and the results are then combined, so that the weights do not
+    depend on the number of workers.
 
     Args:
-        criterion: its options, task, teacher and gate "instance".
+        criterion: the criterion ``hard_gate_kd`` with the gate "instance", which provides options, task and teacher.
 
     Raises:
-        UserError: held-out sentences that cannot be used.
+        UserError: the held-out sentences or other options cannot be used with this gate.
     """
 
     def __init__(self, criterion):
@@ -83,7 +85,7 @@ class Refresh:
             if data.upsample_primary > 1:
                 raise UserError("--held-out: with --upsample-primary copies of the sentences kept aside are trained on")
             return
-        if re.fullmatch(re.escape(data.train_subset) + r"\d*", self.subset):  # train1, ... are trained on beside train
+        if re.fullmatch(re.escape(data.train_subset) + r"\d*", self.subset):  # fairseq trains on train1, ... too
             raise UserError(f"--held-out {self.subset}: that is trained on; name another subset, or a share as 0.02")
         chooses = cfg.valid_subset.split(",")
         if self.subset in chooses or (cfg.combine_valid_subsets and self.subset.startswith("valid")):
@@ -92,10 +94,10 @@ class Refresh:
                 "share of the training sentences as 0.02"
             )
         try:
-            if "/" in self.subset:  # a path to one of those above
+            if "/" in self.subset:  # it may be a path to one of the subsets refused above
                 raise binarised.NoSubset
             self.task.load_dataset(self.subset)
-        except (binarised.NoSubset, KeyError):  # the second of fairseq's multilingual task
+        except (binarised.NoSubset, KeyError):  # KeyError: from fairseq's multilingual task
             raise UserError(
                 f"--held-out {self.subset}: there is no such subset in {data.data}, and it is no share as 0.02"
             ) from None
@@ -103,7 +105,11 @@ class Refresh:
             raise UserError(f"--held-out {self.subset}: it has no target sentences in {data.data}; name another subset")
 
     def begin_training(self, epoch: int, model: torch.nn.Module) -> None:
-        """Makes the table where there is none yet, and looks whether it is one of these data."""
+        """Initialise the weights unless a checkpoint has provided them; then check that they belong to these data.
+
+        Raises:
+            UserError: the checkpoint has other held-out or training sentences, or all held-out ones are too long.
+        """
         gate = self.gate()
         held_out = torch.from_numpy(self.state.held_out.mask(len(self.training())))
         self.held_out_sentences(epoch, model)
@@ -117,14 +123,17 @@ class Refresh:
                 f"--held-out: the checkpoint has weights of {count} training sentences of which others are kept aside; "
                 "resume with the same data and the same --held-out"
             )
-        elif not torch.equal(gate.state.get("lengths", shown).cpu(), shown):  # older checkpoints do not have it
+        elif not torch.equal(gate.state.get("lengths", shown).cpu(), shown):  # older checkpoints have no "lengths"
             raise UserError(
                 "--gate instance: the checkpoint has weights of other training sentences, or in another order; "
                 "resume with the same data"
             )
 
     def begin_epoch(self, epoch: int, model: torch.nn.Module) -> None:
-        """Refreshes the table where it is time: once, also in a run that is resumed in the middle of that epoch."""
+        """Refresh the weights if a refresh is due in this epoch and the teacher is ready.
+
+        A run that is resumed in the middle of the epoch does not repeat the refresh.
+        """
         gate = self.gate()
         due = epoch % gate.interval == 0 and int(gate.state["epoch"]) != epoch
         if due and self.task.load_teacher().ready:
@@ -135,7 +144,7 @@ class Refresh:
         return self.task.every_sentence()
 
     def batches(self, dataset, indices: np.ndarray) -> list[np.ndarray]:
-        """Batches of the training's size, of numbers of sentences."""
+        """Split sentence indices into batches, limited by --max-tokens and --batch-size as in training."""
         if getattr(dataset, "supports_prefetch", False):
             dataset.prefetch(indices)
         return list(dataset.batch_by_size(indices, max_tokens=self.cfg.max_tokens, max_sentences=self.cfg.batch_size))
@@ -146,7 +155,13 @@ class Refresh:
         )
 
     def held_out_sentences(self, epoch: int, model: torch.nn.Module):
-        """The data set that the held-out sentences are of, and their numbers, without those that are too long."""
+        """Return the data set that contains the held-out sentences, and their indices in it (int64 array).
+
+        Sentences that are too long for the model are excluded.
+
+        Raises:
+            UserError: no held-out sentence is short enough.
+        """
         dataset = self.training() if self.subset is None else self.task.dataset(self.subset)
         with data_utils.numpy_seed(epoch):
             there = dataset.ordered_indices()
@@ -160,14 +175,17 @@ class Refresh:
         return dataset, there
 
     def plan(self, epoch: int, model: torch.nn.Module):
-        """The held-out data set and a list of groups: batches of training sentences, and the held-out batch."""
+        """Return the held-out data set and a list of groups, each a pair (training batches, held-out batch).
+
+        The plan depends only on the data, the options and the epoch, so it is the same on all workers.
+        """
         training = self.training()
         with data_utils.numpy_seed(epoch):
             trained = training.ordered_indices()
         held_out, there = self.held_out_sentences(epoch, model)
         trained = self.task.filter_indices_by_size(trained, training, self.limit(model), ignore_invalid_inputs=True)
         generator = np.random.default_rng(epoch)
-        # Held-out sentences of all lengths in each batch: those of one length would pull their own way.
+        # Held-out batches mix sentences of all lengths, so that none of their gradients is specific to one length.
         batches, there = self.batches(training, trained), self.batches(held_out, generator.permutation(there))
         order = generator.permutation(len(batches))
         against = np.resize(generator.permutation(len(there)), len(batches))
@@ -178,7 +196,11 @@ class Refresh:
         return held_out, groups
 
     def group(self, model, dataset, batches, with_teacher: bool) -> tuple[Group, Tensor]:
-        """Features of some batches, and the numbers (S,) of their sentences."""
+        """Compute the features of several batches.
+
+        Returns:
+            The batches joined into one :class:`Group` of S sentences, and the sentence numbers (S,) int64.
+        """
         device, skip = next(model.parameters()).device, self.cfg.ignore_prefix_size
         students, teachers, targets, lengths, numbers = [], [], [], [], []
         for batch in batches:

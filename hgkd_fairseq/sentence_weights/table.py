@@ -1,4 +1,4 @@
-"""The learned weights of training sentences in a checkpoint: as a table, as medians, as a figure."""
+"""The command ``hgkd weights``: medians, a table and a figure of the learned sentence weights in a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from hgkd_fairseq.drawing import figure_class, legend
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.sentence_weights.gate import Instance
 
-HELD = ("cpu", torch.strided)  # numbers that are there: not those of device "meta", nor sparse ones
+HELD = ("cpu", torch.strided)  # dense tensors on the CPU: neither on device "meta" nor sparse
 
 
 class Weights(NamedTuple):
-    """Of S sentences whose weights the checkpoint's run has learned, in the data set's order."""
+    """Learned weights of S training sentences, in the order of the data set."""
 
-    sentence: Tensor  # (S,) int64, number in the training data, from 0 on
-    data: Tensor  # (S,)
-    teacher: Tensor  # (S,)
-    epoch: int  # of the last refresh; 0: there was none yet, and no row is learned
+    sentence: Tensor  # (S,) int64, index in the training set, from 0
+    data: Tensor  # (S,) weights of the data term
+    teacher: Tensor  # (S,) weights of the teacher term
+    epoch: int  # epoch of the last refresh; 0: no refresh yet, and S is 0
 
     def medians(self, rows: Tensor) -> str:
-        """One line on some rows (S,) bool."""
+        """Format the number and median weights of the sentences that the mask `rows` (S,) bool selects, as one line."""
         if not rows.any():
             return "no sentence"
         data, teacher = self.data[rows], self.teacher[rows]
-        share = (teacher / (data + teacher)).nanmedian()  # 0 / 0 where a sentence counts for nothing
+        share = (teacher / (data + teacher)).nanmedian()  # 0 / 0 if both weights are 0
         return (
             f"{int(rows.sum())} sentences, median weight data {data.median():.4f}, teacher {teacher.median():.4f}, "
             f"median share of the teacher {share:.4f}"
@@ -38,11 +38,12 @@ class Weights(NamedTuple):
 
 
 def read(checkpoint: str) -> Weights:
-    """The learned weights in a checkpoint of a run with ``--gate instance``; sentences that were kept aside, or too
-    long to train on, have none.
+    """Read the learned sentence weights from a checkpoint of a run with ``--gate instance``.
+
+    Held-out sentences and sentences too long to train on have no learned weights and are omitted.
 
     Raises:
-        UserError: no such file, or none of such a run.
+        UserError: the file cannot be read, is not a checkpoint of such a run, or its weights are damaged.
     """
     from hgkd_fairseq.plugin import checkpoints, training_state
 
@@ -53,7 +54,17 @@ def read(checkpoint: str) -> Weights:
 
 
 def checked(checkpoint: str, memory: Any) -> dict[str, Tensor]:
-    """The state of --gate instance in what a task remembers, which is a file's: columns of one length, of weights."""
+    """Return the state of the gate "instance" from a checkpoint's memory, after checking its untrusted content.
+
+    The weights must be finite and not negative, and all columns must have the same length.
+
+    Args:
+        checkpoint: name of the file, for the error messages.
+        memory: the task's memory, as `training_state.memory_in` returns it.
+
+    Raises:
+        UserError: the memory has no such state, or the state is damaged.
+    """
     table = memory.get("gate") if isinstance(memory, dict) else None
     if not isinstance(table, dict) or "held_out" not in table:
         raise UserError(f"{checkpoint} has no weights of sentences; name a checkpoint of a run with --gate instance")
@@ -77,7 +88,11 @@ def checked(checkpoint: str, memory: Any) -> dict[str, Tensor]:
 
 
 def numbers(file: str) -> Tensor:
-    """Numbers of sentences, one a line."""
+    """Read the sentence indices in a text file, one per line, into an int64 tensor of shape (number of indices,).
+
+    Raises:
+        UserError: the file cannot be read, or contains something other than indices (integers from 0).
+    """
     hint = "give numbers of sentences, from 0 on, one a line"
     found = []
     for place, word in enumerate(files.read_text(file, f"--compare: {hint}").split()):
@@ -88,7 +103,17 @@ def numbers(file: str) -> Tensor:
 
 
 def report(checkpoint: str, output: str | None, compare: str | None, plot: str | None) -> None:
-    """Print medians of all sentences, or of those in the file `compare` and of the others; write what is asked for."""
+    """Print the median learned weights and optionally write a table and a figure (command ``hgkd weights``).
+
+    Args:
+        checkpoint: a checkpoint of a run with ``--gate instance``.
+        output: TSV file to write, with the weights of each sentence; None: no table.
+        compare: text file with sentence indices; the listed sentences and the others are summarised separately.
+        plot: figure to write, .png or .svg; None: no figure.
+
+    Raises:
+        UserError: a file cannot be read or written, or its content is not as expected.
+    """
     if plot:
         files.figure_format("--plot", plot)
     found = read(checkpoint)
@@ -113,7 +138,13 @@ def report(checkpoint: str, output: str | None, compare: str | None, plot: str |
 
 
 def draw(found: Weights, groups: dict[str, Tensor], output: str) -> None:
-    """Histograms of data and teacher weight, a line for each group, scaled to the group's size."""
+    """Write a figure with histograms of the data and teacher weights: one line per group, in per cent of the group.
+
+    Args:
+        found: the learned weights of S sentences.
+        groups: the mask (S,) bool of each group, by its name; at most two are drawn.
+        output: .png or .svg file to write.
+    """
     figure = figure_class()(figsize=(7.0, 3.2), layout="constrained")
     axes: Sequence = figure.subplots(1, 2, sharey=True)
     styles = ({"color": "#D55E00", "linestyle": "-"}, {"color": "#0072B2", "linestyle": "--"})

@@ -1,5 +1,5 @@
-"""fairseq's tasks with a teacher. fairseq imports this package where --user-dir names the plugin: before anything of it
-is used, fairseq is patched and the criterion registered."""
+"""fairseq's translation tasks with a teacher. Importing this package patches fairseq and registers the tasks and the
+criterion; fairseq imports it if --user-dir names the plugin."""
 
 from hgkd_fairseq.plugin import compat
 

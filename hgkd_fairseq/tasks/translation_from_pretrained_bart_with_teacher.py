@@ -1,5 +1,5 @@
-"""Task ``translation_from_pretrained_bart_with_teacher``: fairseq's translation with a model that begins as mBART, and
-a teacher of the same kind. Translations end with a language token."""
+"""Task ``translation_from_pretrained_bart_with_teacher``: fairseq's translation task for models initialised from mBART,
+with a teacher of the same kind. Targets end with a language token."""
 
 from __future__ import annotations
 

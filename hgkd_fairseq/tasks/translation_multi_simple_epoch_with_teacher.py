@@ -1,5 +1,5 @@
-"""Task ``translation_multi_simple_epoch_with_teacher``: fairseq's multilingual translation, with all its options, and a
-teacher that was trained with the same language tokens."""
+"""Task ``translation_multi_simple_epoch_with_teacher``: fairseq's multilingual translation task, with all its options
+and a teacher that was trained with the same language tokens."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class TranslationMultiSimpleEpochWithTeacherTask(WithTeacher, TranslationMultiSi
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.pair_names = pairs.names(self)
-        self.whole: tuple[Any, Any] | None = None  # training data, and the same with each sentence once
+        self.whole: tuple[Any, Any] | None = None  # the training data, and the same data with each sentence once
 
     def build_criterion(self, *args, **kwargs):
-        # compat.py patches it; that of older tasks is the same
+        # compat.py patches this method, but not that of the older tasks, which does the same.
         return FairseqTask.build_criterion(self, *args, **kwargs)
 
     def language_tokens(self) -> list[int]:
@@ -60,7 +60,7 @@ class TranslationMultiSimpleEpochWithTeacherTask(WithTeacher, TranslationMultiSi
 
     def every_sentence(self) -> Any:
         training = self.datasets[self.cfg.train_subset]
-        if not isinstance(training, SampledMultiDataset):  # of one pair
+        if not isinstance(training, SampledMultiDataset):  # a single language pair
             return training
         if self.whole is None or self.whole[0] is not training:
             shared = self.data_manager._shared_collater()

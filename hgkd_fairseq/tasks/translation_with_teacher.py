@@ -1,4 +1,4 @@
-"""Task ``translation_with_teacher``: fairseq's translation task, with all its options, and a teacher."""
+"""Task ``translation_with_teacher``: fairseq's translation task, with all its options and a teacher."""
 
 # No `from __future__ import annotations` here: fairseq reads the types of the options at run time.
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A teacher for any of fairseq's translation tasks: a mix-in. Its options are in teacher/config.py."""
+"""A mix-in that adds a teacher to fairseq's translation tasks. Its options are defined in teacher/config.py."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from hgkd_fairseq.report.tensorboard import write_reliability
 
 
 class WithTeacher:
-    """Before a task of fairseq's in the list of bases: its data, and a frozen teacher that stands outside every module.
+    """Mix-in that adds a teacher to a translation task of fairseq; it must precede the task in the list of bases.
 
-    The teacher is loaded by the criterion that asks for it (:meth:`load_teacher`), so generation, export and validation
-    with another criterion never touch it, and no checkpoint of the student holds any of it.
+    The teacher is loaded when the criterion first calls :meth:`load_teacher`, so that generation, export and validation
+    with another criterion do not need it. It is not a module of the student, whose checkpoints therefore do not hold
+    the parameters of a loaded teacher; a teacher that learns is saved as a child module of the criterion.
     """
 
     cfg: Any
@@ -29,11 +30,11 @@ class WithTeacher:
     datasets: dict
     source_dictionary: Any
     target_dictionary: Any
-    pair_names: Sequence[str] = ()  # of a task of several language pairs, whose numbers are logged one by one
+    pair_names: Sequence[str] = ()  # language pairs of a multilingual task, for which metrics are logged separately
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if self.cfg is None:  # fairseq's older tasks have one of the two
+        if self.cfg is None:  # fairseq's older tasks have only args, others only cfg
             self.cfg = self.args
         self.args = self.cfg
         self.teacher: teacher.TeacherSource | None = None
@@ -43,18 +44,18 @@ class WithTeacher:
             self.training_state.held_out.fold = held_out.fold(self.cfg.leave_out_fold)
             if self.cfg.upsample_primary > 1:
                 raise UserError("--leave-out-fold: with --upsample-primary copies of its sentences are trained on")
-        self.validated = 0  # subsets, in the validation that is going on
-        self.language_tokens_apart = False  # of targets; our criterion has it so
+        self.validated = 0  # number of subsets validated so far in the current validation
+        self.language_tokens_apart = False  # whether batches separate them from targets; set by criterion hard_gate_kd
 
     def language_tokens(self) -> list[int]:
-        """Ids of those that the task puts into targets."""
+        """Return the ids of the language tokens that the task adds to targets."""
         return []
 
     def load_teacher(self) -> teacher.TeacherSource:
-        """The teacher, loaded on the first call; on the CPU until it meets the first batch.
+        """Return the teacher, which is loaded on the first call and stays on the CPU until the first batch.
 
         Raises:
-            UserError: no --teacher-path, a file that cannot be used, dictionaries that differ from the student's.
+            UserError: if the options name no teacher or an unusable one, or it does not fit the student's dictionaries.
         """
         if self.teacher is None:
             request = teacher.Request(
@@ -71,11 +72,15 @@ class WithTeacher:
         return self.teacher
 
     def training_targets(self) -> Iterator[torch.Tensor]:
-        """The targets (length,) that are trained on, each once, without language tokens."""
+        """Iterate over the targets (length,) of the training data, without language tokens.
+
+        Raises:
+            UserError: if the data do not exist.
+        """
         return batches.training_targets(self, self.cfg.max_tokens, self.language_tokens())  # type: ignore[arg-type]
 
     def every_sentence(self) -> FairseqDataset:
-        """The training data with each sentence once, at its number."""
+        """Return the training data with each sentence once, at the index that is its number."""
         return self.datasets[self.cfg.train_subset]
 
     def is_trained_on(self, dataset: Any) -> bool:
@@ -90,12 +95,21 @@ class WithTeacher:
                 f"there is no subset {split} in {self.cfg.data}; name another with {option}"
             ) from None
         dataset = self.datasets[split]
-        if not hasattr(dataset, "prepared"):  # fairseq's multilingual task may keep what it has
+        if not hasattr(dataset, "prepared"):  # fairseq's multilingual task may keep the data set that is loaded
             dataset.prepared = True
             self.prepare(split, epoch, dataset)
 
     def prepare(self, split: str, epoch: int, dataset: Any) -> None:
-        """Called with each data set that is loaded."""
+        """Set up the batches of a data set that has just been loaded, and check and attach the teacher's data.
+
+        Args:
+            split: name of the data set, such as "train".
+            epoch: epoch for which it was loaded, which selects one of several data folders.
+            dataset: the data set.
+
+        Raises:
+            UserError: if the teacher has nothing for these data or cannot read them.
+        """
         if self.language_tokens_apart:
             language_tokens.set_aside(dataset, self.language_tokens(), self.target_dictionary.pad())
         batches.count_targets(dataset, self.target_dictionary.pad())
@@ -106,8 +120,10 @@ class WithTeacher:
             self.teacher.check_data(split, dataset, self.max_positions())  # type: ignore[attr-defined]
 
     def filter_indices_by_size(self, indices, dataset, *args, **kwargs):
-        """fairseq's filter, which every training sentence passes on its way to a batch, keeps the held-out ones aside
-        as well."""
+        """Filter indices as fairseq does; those of the training data also lose the held-out sentences.
+
+        fairseq applies this filter to all sentences before it forms batches.
+        """
         indices = super().filter_indices_by_size(indices, dataset, *args, **kwargs)  # type: ignore[misc]
         if self.is_trained_on(dataset):
             aside = self.training_state.held_out
@@ -116,7 +132,7 @@ class WithTeacher:
 
     @property
     def uses_ema(self) -> bool:
-        """Whether fairseq's trainer shall hand its moving average to each step."""
+        """Whether fairseq's trainer passes the moving average of the parameters (EMA) to each step."""
         return teacher.SOURCES[str(self.cfg.teacher_source)].needs_ema
 
     def begin_epoch(self, epoch, model):
@@ -131,7 +147,13 @@ class WithTeacher:
         self.validated = 0
 
     def post_validate(self, model, stats, agg):
-        """Called by fairseq after each of --valid-subset, in their order, with the meters of that subset."""
+        """Called by fairseq after each subset of --valid-subset, in order.
+
+        Args:
+            model: the student.
+            stats: values that are logged for the subset.
+            agg: meters of the subset.
+        """
         subset = self.cfg.valid_subset.split(",")[self.validated]
         self.validated += 1
         master = distributed_utils.get_global_rank() == 0
@@ -140,7 +162,7 @@ class WithTeacher:
         for call in self.training_state.at_validated:
             call(subset, agg)
 
-    # fairseq saves FairseqTask.state as well, but does not restore it when training resumes; these two it calls.
+    # fairseq also saves FairseqTask.state but does not restore it on resuming, so these two methods are used instead.
 
     def get_checkpoint_dict(self) -> dict:
         return {type(self).__name__: self.training_state.checkpoint()}
@@ -155,7 +177,7 @@ class WithTeacher:
 
     def valid_step(self, sample, model, criterion, ema_model=None):
         self.before_step(model, ema_model)
-        # What a gate draws at random is the same whenever this batch is validated, in training and in fairseq-validate.
+        # The seed makes a gate's random draws for a batch the same in every validation, also in fairseq-validate.
         with utils.set_torch_seed(sample["ntokens"]):
             return super().valid_step(sample, model, criterion)  # type: ignore[misc]
 

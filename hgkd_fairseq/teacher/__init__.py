@@ -1,4 +1,4 @@
-"""WHAT is distilled: where the teacher's view of a batch comes from. One file a source."""
+"""Sources of the teacher's output for a batch, which is what the student distils: one module per source."""
 
 from hgkd_fairseq.teacher import live, loras, past, stored, unigram  # noqa: F401  they register their sources
 from hgkd_fairseq.teacher.signals import Dense, Gold, Signal, Sparse

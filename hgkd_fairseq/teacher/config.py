@@ -1,4 +1,4 @@
-"""The options of a task with a teacher."""
+"""Command-line options of the tasks with a teacher."""
 
 # No `from __future__ import annotations` here: fairseq reads the types of the options at run time.
 from dataclasses import dataclass, field
@@ -63,4 +63,4 @@ class TeacherConfig:
 
 @dataclass
 class TeacherOptions(TeacherConfig, FairseqDataclass):
-    """For fairseq's tasks whose other options are no dataclass."""
+    """The options of :class:`TeacherConfig` for fairseq's older tasks, which define their options with argparse."""

@@ -1,6 +1,8 @@
-"""A teacher whose dictionaries hold all symbols of the student's, in any order, and others: its own ids go into it, and
-of its output layer the rows of the student's symbols are taken. The softmax over those is the teacher's distribution
-renormalised; what it gave to other symbols is lost.
+"""Support for teachers whose dictionaries contain all symbols of the student's dictionaries, in any order, and others.
+
+The student's token ids are mapped to the teacher's, and only the rows of the teacher's output layer for the student's
+symbols are used. The softmax over these rows is the teacher's distribution renormalised over the student's symbols; the
+probability of all other symbols is lost.
 """
 
 from __future__ import annotations
@@ -20,16 +22,20 @@ from hgkd_fairseq.teacher.signals import Dense
 logger = logging.getLogger(__name__)
 
 SPECIAL = ("bos", "pad", "eos", "unk")
-ROWS = 256  # of the vocabulary's width that are alive at a time
-# Of the teacher's probability: what remains is divided by 0.95, which is 0.07 bits a token, as much as the methods of
-# scripts/study/results differ by.
+ROWS = 256  # number of tokens whose logits are in memory at the same time
+# Share of the teacher's probability above which a warning is logged. The remaining probabilities are then divided by
+# 0.95, which changes a token's NLL by 0.07 bits: as much as the methods in scripts/study/results differ by.
 MOST_LOST = 0.05
-# Of the tokens: pieces that another segmentation made are unknown to a dictionary more often than a rare symbol is.
+# Share of unknown tokens above which a warning is logged: with another segmentation, many more tokens are unknown than
+# rare symbols alone would be.
 MOST_UNKNOWN = 0.01
 
 
 def difference(teacher: Dictionary, student: Dictionary) -> str | None:
-    """Why the student's symbols are no part of the teacher's; None where they are."""
+    """Return why a teacher's dictionary cannot serve a student's, or None if it can.
+
+    The teacher's dictionary must have the same special symbols and contain all symbols of the student's.
+    """
     for name in SPECIAL:
         theirs, ours = (one.symbols[getattr(one, name)()] for one in (teacher, student))
         if theirs != ours:
@@ -44,7 +50,11 @@ def difference(teacher: Dictionary, student: Dictionary) -> str | None:
 
 
 def ids(teacher: Dictionary, student: Dictionary) -> Tensor | None:
-    """(V,) the teacher's id of each of the student's symbols, all of which it has; None where the ids are the same."""
+    """Return the teacher's id of each of the student's V symbols, (V,) int64, or None if all ids are the same.
+
+    Raises:
+        KeyError: the teacher's dictionary lacks a symbol; check with :func:`difference` first.
+    """
     same = all(getattr(teacher, name)() == getattr(student, name)() for name in SPECIAL)
     if same and teacher.symbols == student.symbols:
         return None
@@ -52,43 +62,52 @@ def ids(teacher: Dictionary, student: Dictionary) -> Tensor | None:
 
 
 class Selection:
-    """What a student's dictionaries select of a model with others.
+    """Maps the student's token ids to those of a model with other dictionaries, and its output layer back.
 
     Args:
-        source, target: (V,) the model's id of each of the student's, as `ids` gives them; None: the same.
+        source, target: (V,) int64, the model's id of each of the student's symbols, as :func:`ids` returns them; None:
+            the ids are the same.
     """
 
     def __init__(self, source: Tensor | None, target: Tensor | None):
         self.source, self.target = source, target
-        self._layer: tuple[Tensor, Head] | None = None  # a weight and what was selected of it
+        self._layer: tuple[Tensor, Head] | None = None  # cache: an output weight, and the rows selected from it
 
     @property
     def fingerprint(self) -> str:
-        """Of the ids; "" where both are the same."""
+        """Hash of the two id mappings, 16 hexadecimal digits; "" if the ids are the same on both sides."""
         if self.source is None and self.target is None:
             return ""
         parts = [b"" if one is None else one.cpu().numpy().tobytes() for one in (self.source, self.target)]
         return hashlib.sha256(b"|".join(parts)).hexdigest()[:16]
 
     def inputs(self, net_input: dict) -> dict:
-        """A batch's ``net_input`` with the model's ids in place of the student's."""
+        """Return a copy of a batch's ``net_input`` with the model's token ids in place of the student's."""
         found = dict(net_input)
         for name, side in (("src_tokens", "source"), ("prev_output_tokens", "target")):
             if (of_side := getattr(self, side)) is not None:
                 of_side = of_side.to(found[name].device)
-                setattr(self, side, of_side)  # moved for the first batch
+                setattr(self, side, of_side)  # moved to the device once, for the first batch
                 found[name] = of_side[found[name]]
         return found
 
     @torch.no_grad()
     def head(self, whole: Head) -> Head:
-        """The student's rows of the model's output layer, or columns of its log-probabilities."""
+        """Restrict a head of the model to the student's V symbols.
+
+        Args:
+            whole: features (..., D) with the model's output layer, or log-probabilities over all of its symbols.
+
+        Returns:
+            The features with the student's rows of the output layer, or the student's columns of the log-probabilities;
+            these are not renormalised.
+        """
         if self.target is None:
             return whole
         rows = self.target.to(whole.hidden.device)
         if whole.weight is None:
             return Head(whole.hidden[..., rows], None)
-        weight = whole.weight.detach()  # of the parameter, whose storage may become another
+        weight = whole.weight.detach()  # shares the parameter's storage, which may be replaced
         kept = self._layer
         if kept is None or kept[0].data_ptr() != weight.data_ptr() or kept[0].dtype != weight.dtype:
             bias = None if whole.bias is None else whole.bias[rows]
@@ -98,8 +117,17 @@ class Selection:
 
 @torch.no_grad()
 def lost_mass(signal: Dense, kept: Tensor) -> Tensor:
-    """(N,) probability at temperature 1, mean of an ensemble's members, that the teacher gives to symbols which the
-    student does not have, before each of the N target tokens where `kept` (B, T) is True."""
+    """Return the probability that the teacher assigns to symbols that are not in the student's dictionary.
+
+    The probabilities are at temperature 1 and, for an ensemble, averaged over its members.
+
+    Args:
+        signal: the teacher's output for a batch, with `whole`.
+        kept: (B, T) bool, the N target tokens for which the probability is computed.
+
+    Returns:
+        (N,) probabilities, from 0 to 1.
+    """
     lost = [
         torch.zeros(int(kept.sum()), device=kept.device)
         if whole.vocabulary == head.vocabulary
@@ -110,16 +138,19 @@ def lost_mass(signal: Dense, kept: Tensor) -> Tensor:
 
 
 def log_sums(head: Head, kept: Tensor) -> Tensor:
-    """(N,) log-sum-exp of the logits of the kept tokens."""
+    """Return the log-sum-exp (N,) of the logits of the N tokens that `kept` (B, T) bool selects."""
     rows = head.hidden[kept]
     return torch.cat([logits(head._replace(hidden=some)).logsumexp(1) for some in rows.split(ROWS)] or [rows[:, 0]])
 
 
 def report(signals: Sequence[tuple[dict, Dense]], source: Dictionary, target: Dictionary) -> None:
-    """Log, of a sample of the training data, what can be told of a pruned dictionary, and warn of one that loses much.
+    """Log how much a student's smaller dictionary loses on a sample of the training data, and warn if it is too much.
+
+    The loss is measured by the teacher's probability of missing symbols (:func:`lost_mass`) and by the share of unknown
+    tokens; the warnings start at `MOST_LOST` and `MOST_UNKNOWN`.
 
     Args:
-        signals: batches, and what the teacher says of them.
+        signals: pairs of a fairseq batch and the teacher's output for it; at least one.
         source, target: the student's dictionaries.
     """
     lost = float(torch.cat([lost_mass(signal, one["target"] != target.pad()) for one, signal in signals]).mean())

@@ -1,7 +1,7 @@
-"""How a frozen teacher fits the data at the start of a training, and the temperature that fits it best.
+"""Measures at the start of a training how well a frozen teacher fits the data, and fits its temperature.
 
-Where the gate gives a token to the teacher, the student ends with the teacher's confidence at --teacher-temperature:
-above the fitted one it ends underconfident, below it overconfident.
+On the tokens that the gate assigns to the teacher, the student learns the teacher's confidence at
+--teacher-temperature: above the fitted temperature it becomes underconfident, below it overconfident.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from hgkd_fairseq.teacher.source import TeacherSource
 
 logger = logging.getLogger(__name__)
 
-FAR = 0.15  # of a temperature from the fitted one
-MOST_TOKENS = 100_000  # of a larger validation set evenly spaced sentences are taken
-MOST_LOGITS = 2**27  # of a teacher without a linear output layer, whose logits must be kept
-TRAINING_TOKENS = 20_000  # of the sample of the training set
-DICTIONARY_TOKENS = 10_000  # of that by which dictionaries are judged
-BATCH_TOKENS = 4000
-CHUNK_TOKENS = 1024  # rows of logits at a time
+FAR = 0.15  # distance of a given temperature from the fitted one above which a warning is logged
+MOST_TOKENS = 100_000  # target tokens; a larger validation set is sampled at evenly spaced sentences
+MOST_LOGITS = 2**27  # log-probabilities kept in memory for a teacher without a linear output layer
+TRAINING_TOKENS = 20_000  # target tokens in the sample of the training set
+DICTIONARY_TOKENS = 10_000  # target tokens in the sample that compares dictionaries
+BATCH_TOKENS = 4000  # per batch, including padding
+CHUNK_TOKENS = 1024  # tokens whose logits are in memory at the same time
 
 
 @dataclass(frozen=True)
 class Gauge:
-    """How a teacher fits the data. NLLs are means over the target tokens, in bits."""
+    """How well a teacher fits the data. Each NLL is the mean over the target tokens, in bits."""
 
-    temperature: float | None  # None: no temperature from 1/20 to 20 is best
-    valid_nll: float  # at that temperature, or at 1
+    temperature: float | None  # with the lowest validation NLL; None: none between 1/20 and 20
+    valid_nll: float  # at that temperature, or at 1 if it is None
     valid_nll_at_1: float
     training_nll_at_1: float
 
@@ -63,13 +63,13 @@ class Gauge:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Target tokens, and what the teacher says of them."""
+    """N target tokens with the teacher's heads for them."""
 
-    heads: list[Head]  # hidden (N, D) each
-    gold: torch.Tensor  # (N,)
+    heads: list[Head]  # one per ensemble member, hidden (N, D)
+    gold: torch.Tensor  # (N,) int64, target token ids
 
     def slopes(self, inverse: float) -> tuple[float, float]:
-        """Of the summed NLL by the inverse temperature."""
+        """Return the first and second derivatives of the summed NLL (nats) with respect to the inverse temperature."""
         found = [
             calibration.nll_slopes(functools.partial(mean_logprobs, heads), gold, inverse)
             for heads, gold in self.chunks()
@@ -78,7 +78,7 @@ class Tokens:
 
     @torch.no_grad()
     def nll(self, temperature: float) -> float:
-        """Mean, in bits."""
+        """Return the mean NLL per token at a temperature, in bits."""
         total = sum(
             float(-mean_logprobs(heads, temperature).gather(1, gold[:, None]).double().sum())
             for heads, gold in self.chunks()
@@ -92,11 +92,21 @@ class Tokens:
 
 
 def begin(cfg: Any, task: Any, teacher: TeacherSource, model: Any, state: TrainingState) -> None:
-    """Log how the teacher fits the data, and warn of a --teacher-temperature that is far from the fitted one; where it
-    is auto keep the fitted one in `state`, unless the checkpoint that is resumed has it.
+    """Measure a frozen teacher at the start of a training, and set or check the teacher temperature.
+
+    With --teacher-temperature auto, the fitted temperature is stored in ``state.fitted_temperature``, unless a resumed
+    checkpoint has already set it. A given temperature that is far from the fitted one causes a warning.
+
+    Args:
+        cfg: options of the criterion.
+        task: task with the loaded data sets.
+        teacher: a frozen teacher.
+        model: the student, which determines the teacher's device and precision.
+        state: training state of the task.
 
     Raises:
-        UserError: it is auto, and there are no data to fit one to, or none fits.
+        UserError: the temperature is auto, and the validation set or the training set is not loaded or has no usable
+            sentence, or no temperature fits.
     """
     valid = "valid" if cfg.combine_valid_subsets else cfg.valid_subset.split(",")[0]
     known = valid in task.datasets and task.cfg.train_subset in task.datasets
@@ -130,7 +140,7 @@ def begin(cfg: Any, task: Any, teacher: TeacherSource, model: Any, state: Traini
 
 
 def report_dictionaries(teacher: TeacherSource, task: Any, model: Any) -> None:
-    """Log what a teacher with other dictionaries than the student's loses by them."""
+    """Log how much of its probability a teacher loses because its dictionaries differ from the student's."""
     if not teacher.reindexed:
         return
     parameter = next(model.parameters())
@@ -147,11 +157,18 @@ def report_dictionaries(teacher: TeacherSource, task: Any, model: Any) -> None:
 
 
 def measure(teacher: TeacherSource, task: Any, valid: str, model: Any) -> Gauge | None:
-    """Fit a teacher's temperature on the subset `valid` of a task, or take what was found before for the same teacher,
-    precision and sentences. None where one of the subsets is empty.
+    """Fit a teacher's temperature and measure its NLL, or return the cached result of an earlier run.
+
+    The cache key consists of the package version, the teacher's fingerprint, the precision and the sampled sentences.
 
     Args:
-        model: the student, whose device and precision the teacher is to have.
+        teacher: a frozen teacher.
+        task: task with the loaded data sets.
+        valid: name of the validation subset to fit on.
+        model: the student, which determines the teacher's device and precision.
+
+    Returns:
+        The measurements, or None if the validation or the training subset has no sentence that the student accepts.
     """
     parameter = next(model.parameters())
     pad = task.target_dictionary.pad()
@@ -172,7 +189,7 @@ def measure(teacher: TeacherSource, task: Any, valid: str, model: Any) -> Gauge 
         known = files.read_json(cache.folder() / name, SCHEMA)
         return Gauge(**{one.name: known.get(one.name) for one in fields(Gauge)})
     except (OSError, RuntimeError, UserError):
-        pass  # it is not there, or not to be used
+        pass  # no cached result, or none that can be used
     tokens, training = (read(teacher, batches, pad, parameter) for batches in (held_out, seen))
     temperature = calibration.fit(tokens.slopes)
     gauge = Gauge(
@@ -197,7 +214,13 @@ SCHEMA = {
 
 
 def sample(dataset: FairseqDataset, most: int, limits: Any) -> list[dict]:
-    """Batches of evenly spaced sentences, none longer than the model's `limits`, with about `most` target tokens."""
+    """Sample evenly spaced sentences of a data set, and return them as batches.
+
+    Args:
+        dataset: data set to sample.
+        most: approximate maximum of target tokens in all batches.
+        limits: longest source and target, in tokens; longer sentences are excluded.
+    """
     sizes = np.asarray(dataset.sizes)[:, -1]
     step = max(math.ceil(sizes.sum() / most), 1)
     indices, _ = dataset.filter_indices_by_size(np.arange(0, len(sizes), step), limits)
@@ -209,7 +232,14 @@ def sample(dataset: FairseqDataset, most: int, limits: Any) -> list[dict]:
 
 @torch.no_grad()
 def read(teacher: TeacherSource, batches: list[dict], pad: int, like: torch.Tensor) -> Tokens:
-    """What the teacher says of some batches, on the device and in the precision of `like`."""
+    """Run the teacher on batches, and return its heads for all target tokens that are not padding.
+
+    Args:
+        teacher: source whose output has heads (:class:`signals.Dense`).
+        batches: fairseq batches; at least one.
+        pad: id of the padding token.
+        like: a tensor with the device and dtype of the student's parameters.
+    """
     hidden: list[list[torch.Tensor]] = []
     gold, heads = [], []
     for batch in batches:

@@ -1,4 +1,4 @@
-"""A teacher to learn from, and another one, stored, for the gate to compare the student with."""
+"""A teacher to learn from, combined with a stored one that the gate compares the student with (--gauge-store)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,17 @@ from hgkd_fairseq.teacher.signals import Signal
 from hgkd_fairseq.teacher.source import Request, TeacherSource
 from hgkd_fairseq.teacher.stored import StoredTeacher
 
-BATCH = "stored_gauge"  # of a fairseq batch
+BATCH = "stored_gauge"  # key in a fairseq batch
 
 
 class Gauged(TeacherSource):
-    """The teacher of the other options; its log-probabilities of the gold tokens are those of --gauge-store.
+    """Wraps a teacher, and takes the gold-token statistics of its output from the store of --gauge-store.
+
+    The student learns from the wrapped teacher; a gate that reads the gold token compares the student with the store.
+
+    Args:
+        teacher: source that the student learns from.
+        request: the request that the source was constructed from; its options name the store.
 
     Raises:
         UserError: the store cannot be used.

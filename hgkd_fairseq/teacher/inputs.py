@@ -1,5 +1,7 @@
-"""What fairseq's translation tasks make of a text before a model sees it: their dictionaries, with the symbols that a
-task adds when it runs, and the tokens that it adds to a sentence. Student and teacher read the same batches."""
+"""Dictionaries, language pairs and added tokens of fairseq's translation tasks, read from a task's options.
+
+They determine the token ids that a model receives. Student and teacher read the same batches, so theirs must agree.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,12 @@ from hgkd_fairseq.plugin import binarised
 from hgkd_fairseq.plugin.checkpoints import split_paths
 
 MULTILINGUAL, BART = "translation_multi_simple_epoch", "translation_from_pretrained_bart"
-ADDS_TOKENS = (MULTILINGUAL, BART)  # of languages, to sentences
+ADDS_TOKENS = (MULTILINGUAL, BART)  # tasks that add language tokens to sentences
 FOLDER = "give its folder with --teacher-model-overrides \"{'data': 'DIR'}\""
 
 
 def plain(options: Any) -> dict[str, Any]:
-    """The options of a task, whatever holds them."""
+    """Return a task's options as a dict, from a dict, an OmegaConf configuration or a Namespace."""
     if isinstance(options, dict):
         return options
     if OmegaConf.is_config(options):
@@ -33,7 +35,13 @@ def plain(options: Any) -> dict[str, Any]:
 
 
 def token_pairs(value: Any) -> str | None:
-    """A schema of `files.mismatch`: by a name, the kinds of language token of source and target."""
+    """Check a value of the option `langtoks`; a schema function of `files.mismatch`.
+
+    The value must map names to pairs: the kind of language token, or None, of the source and of the target.
+
+    Returns:
+        What is wrong with the value, or None.
+    """
     pairs = value.values() if isinstance(value, dict) else [value]
     fit = all(type(one) in (list, tuple) and all(part is None or type(part) is str for part in one) for one in pairs)
     return None if isinstance(value, dict) and fit else "is no table of two kinds of language tokens each"
@@ -52,10 +60,10 @@ OPTIONS = {
 
 
 def kind(task: dict[str, Any]) -> str:
-    """fairseq's name of it, or of the one that ours adds a teacher to.
+    """Return the name of fairseq's task; for a task of this package, the name of the task that it extends.
 
     Raises:
-        UserError: an option of those that are read here is of another type.
+        UserError: an option that this module reads has the wrong type.
     """
     if problem := files.mismatch(task, OPTIONS):
         raise UserError(
@@ -66,7 +74,13 @@ def kind(task: dict[str, Any]) -> str:
 
 
 def added(options: Any) -> dict[str, Any]:
-    """What a task adds to sentences, by the option that says so; nothing for fairseq's plain translation task."""
+    """Return the options that decide which tokens a task adds to sentences, by name, with normalised values.
+
+    The dict is empty for tasks that add none, such as fairseq's plain translation task.
+
+    Raises:
+        UserError: an option has the wrong type, or the file of --lang-dict cannot be read.
+    """
     task = plain(options)
     if kind(task) == BART:
         pair = {name: task.get(name) for name in ("source_lang", "target_lang")}
@@ -86,8 +100,15 @@ def added(options: Any) -> dict[str, Any]:
 
 
 def check_added(path: str, teacher: dict[str, Any], student: dict[str, Any]) -> None:
-    """Raises:
-    UserError: a teacher's task adds other tokens to sentences than the student's.
+    """Check that a teacher's task adds the same tokens to sentences as the student's.
+
+    Args:
+        path: the teacher's checkpoint, for the error message.
+        teacher: options of the teacher's task.
+        student: what :func:`added` returns for the student's task.
+
+    Raises:
+        UserError: an option differs.
     """
     theirs = added(teacher)
     for name in {**student, **theirs}:
@@ -100,7 +121,11 @@ def check_added(path: str, teacher: dict[str, Any], student: dict[str, Any]) -> 
 
 
 def languages(task: dict[str, Any]) -> list[str]:
-    """Of a multilingual task, in the order of their tokens."""
+    """Return the languages of a multilingual task, in the order of their language tokens.
+
+    Raises:
+        UserError: the file of --lang-dict cannot be read.
+    """
     if task.get("lang_dict"):
         text = files.read_found(str(task["lang_dict"]), "name the teacher's --lang-dict")
         return [line.strip() for line in text.split("\n") if line.strip()]
@@ -108,13 +133,13 @@ def languages(task: dict[str, Any]) -> list[str]:
 
 
 def lang_pairs(task: dict[str, Any]) -> list[str]:
-    """Of a multilingual task, those of its option."""
+    """Return the language pairs that the option --lang-pairs of a multilingual task names."""
     given = task.get("lang_pairs") or []
     return given.split(",") if isinstance(given, str) else list(given)
 
 
 def pairs_of(task: dict[str, Any]) -> list[str]:
-    """The language pairs that a task trains on, those of extra data among them; none where they are not known."""
+    """Return the language pairs that a task trains on, including those of extra data; empty if they are unknown."""
     if kind(task) != MULTILINGUAL:
         source, target = pair_of(task)
         return [f"{source}-{target}"] if source and target else []
@@ -123,10 +148,17 @@ def pairs_of(task: dict[str, Any]) -> list[str]:
 
 
 def check_pairs(name: str, task: dict[str, Any], wanted: Sequence[str]) -> None:
-    """Refuse a model of a task that was not trained on some of the language pairs that it is wanted for.
+    """Check that a model was trained on all language pairs that it is used for.
+
+    The check is skipped if the pairs that the model was trained on are unknown.
+
+    Args:
+        name: description of the model, for the error message.
+        task: options of the model's task.
+        wanted: language pairs that the model is used for, such as "de-en".
 
     Raises:
-        UserError: it names the first of them.
+        UserError: the model was not trained on a pair; the message names the first one.
     """
     known = pairs_of(task)
     for pair in wanted if known else ():
@@ -135,10 +167,15 @@ def check_pairs(name: str, task: dict[str, Any], wanted: Sequence[str]) -> None:
 
 
 def refuse_language_tokens(path: str, task: dict[str, Any], instead: str) -> None:
-    """`instead`: why not, and what can be done.
+    """Refuse a checkpoint whose task adds language tokens to sentences.
+
+    Args:
+        path: the checkpoint, for the error message.
+        task: options of its task.
+        instead: end of the error message: the reason, and what the user can do.
 
     Raises:
-        UserError: the checkpoint's task adds language tokens.
+        UserError: the task adds language tokens.
     """
     if kind(task) in ADDS_TOKENS:
         raise UserError(f"{path} was trained by the task {kind(task)}, which adds language tokens, and {instead}")
@@ -147,18 +184,23 @@ def refuse_language_tokens(path: str, task: dict[str, Any], instead: str) -> Non
 def check_lengths(
     split: str, dataset: Any, positions: Sequence[int], limits: Sequence[int], teacher: str, instead: str
 ) -> None:
-    """Refuse sentences that the student takes and the teacher does not.
+    """Refuse data with sentences that are short enough for the student and too long for the teacher.
+
+    Sources and targets are checked separately: a source counts even if its target is too long for the student.
 
     Args:
-        positions: tokens of the longest source and the longest target of the teacher.
-        limits: of the student.
-        teacher, instead: what it is called, and what else can be done.
+        split: name of the subset, for the error message.
+        dataset: the data, of one or of several language pairs.
+        positions: longest source and longest target that the teacher accepts, in tokens.
+        limits: the same of the student.
+        teacher: description of the teacher, for the error message.
+        instead: end of the error message: what else the user can do.
 
     Raises:
-        UserError: there is one.
+        UserError: there is such a sentence.
     """
     for part in pairs.parts(dataset):
-        lengths = np.asarray(part.sizes).reshape(len(part), -1).T  # (2, S), or (1, S) of sources alone
+        lengths = np.asarray(part.sizes).reshape(len(part), -1).T  # (2, S), or (1, S) without targets
         for side, sizes, most, limit in zip(("source", "target"), lengths, positions, limits, strict=False):
             longest = int(sizes[sizes <= limit].max(initial=0))
             if longest > most:
@@ -174,7 +216,11 @@ def folder_of(task: dict[str, Any]) -> str:
 
 
 def pair_of(task: dict[str, Any]) -> tuple[str | None, str | None]:
-    """Source and target language of a task, one of several pairs; None: not known."""
+    """Return the source and target language of a task, for a multilingual task those of its first language pair.
+
+    A language is None if it is unknown. If the options do not name both, fairseq's rule is used: file names in the data
+    folder.
+    """
     found = (task.get("source_lang"), task.get("target_lang"))
     if None not in found:
         return found
@@ -182,12 +228,12 @@ def pair_of(task: dict[str, Any]) -> tuple[str | None, str | None]:
         first = lang_pairs(task)[:1]
         return tuple(first[0].split("-", 1)) if first and "-" in first[0] else found  # type: ignore[return-value]
     folder = folder_of(task)
-    # The teacher's run left them to fairseq, which reads file names.
+    # The run did not name its languages: fairseq inferred them from the names of the data files.
     return tuple(data_utils.infer_language_pair(folder)) if os.path.isdir(folder) else found
 
 
 def dictionary_file(task: dict[str, Any], side: str) -> str:
-    """Of the side "source" or "target"."""
+    """Return the path of a task's dictionary of one side, "source" or "target"."""
     given = task.get("fixed_dictionary") or task.get(f"{side}_dict")
     if kind(task) == MULTILINGUAL and given:
         return str(given)
@@ -195,16 +241,21 @@ def dictionary_file(task: dict[str, Any], side: str) -> str:
 
 
 def dictionary(path: str, task: dict[str, Any], side: str) -> Dictionary:
-    """Of a checkpoint's task, as it has it when it runs.
+    """Load the dictionary of a teacher's task, with the symbols that the task adds when it runs.
+
+    Args:
+        path: the teacher's checkpoint, for the error message.
+        task: options of the teacher's task.
+        side: "source" or "target".
 
     Raises:
-        UserError: its file is not there, or is none.
+        UserError: the file does not exist or is not a dictionary, or the languages are unknown.
     """
     file = dictionary_file(task, side)
     if not os.path.isfile(file):
         what = f"the {side} dictionary of the teacher {path}, {file}, does not exist"
         folder = f"the folder of the dictionaries of the teacher {path}, {folder_of(task)},"
-        if not os.path.isdir(folder_of(task)):  # it may not be known which languages it would be of
+        if not os.path.isdir(folder_of(task)):  # then the languages may be unknown, too
             what = f"{folder} does not exist"
         elif None in pair_of(task):
             what = f"{folder} has no data of a language pair"

@@ -1,4 +1,4 @@
-"""A live teacher: one or several frozen fairseq models that see every batch the student sees."""
+"""The live teacher: one or several frozen fairseq models that run on every batch of the student."""
 
 from __future__ import annotations
 
@@ -29,21 +29,23 @@ logger = logging.getLogger(__name__)
 
 @register_source("checkpoint", help="the checkpoint of --teacher-path, or an ensemble of several")
 class LiveTeacher(TeacherSource):
-    """Frozen models in eval mode, an ensemble where there are several.
+    """Teacher from checkpoints: one or several frozen models in eval mode. Several models form an ensemble, whose
+    distribution is the mean of the members' distributions.
 
     Args:
-        paths: fairseq checkpoints. Architecture and size are free; the dictionaries must hold the symbols of
-            the student's.
-        source_dictionary, target_dictionary: the student's.
-        dtype: "auto" (the student's), "fp32", "fp16" or "bf16".
-        overrides: a dict literal, as fairseq's ``--model-overrides``.
-        languages: the student's source and target; None: not known.
-        added: what the student's task adds to sentences, of `inputs.added`; None: nothing.
-        pairs: of a student of several language pairs, by path those that it is to teach.
+        paths: fairseq checkpoints of translation models, of any architecture and size. Their dictionaries must contain
+            all symbols of the student's.
+        source_dictionary, target_dictionary: the student's dictionaries.
+        dtype: precision of the models: "auto" (the student's), "fp32", "fp16" or "bf16".
+        overrides: dict literal of options that replace those in the checkpoints, as fairseq's ``--model-overrides``.
+        languages: the student's source and target language; None: unknown.
+        added: what :func:`inputs.added` returns for the student's task; None: the task adds no tokens to sentences.
+        pairs: for a student of several language pairs, the pairs that each checkpoint teaches, by path.
 
     Raises:
-        UserError: a file that is missing, refused or no translation model; languages or dictionaries that differ; one
-            that was not trained on a language pair that it is to teach.
+        UserError: a checkpoint does not exist, cannot be used or is not a translation model; its languages,
+            dictionaries or added tokens do not fit the student's; it was not trained on a language pair that it
+            teaches.
     """
 
     frozen = True
@@ -88,7 +90,7 @@ class LiveTeacher(TeacherSource):
                 "--criterion hard_gate_kd distils from a teacher and there is none: give --teacher-path CHECKPOINT "
                 "(fairseq-validate without one: --criterion hard_gate_kd --gate none)"
             )
-        from hgkd_fairseq.teacher.per_pair import TeacherOfEachPair, paths  # which is a live teacher itself
+        from hgkd_fairseq.teacher.per_pair import TeacherOfEachPair, paths  # here, because that module imports this one
 
         of_pairs = paths(options.teacher_path, request.pairs)
         files = of_pairs or split_paths(options.teacher_path)
@@ -132,19 +134,32 @@ class LiveTeacher(TeacherSource):
         return Dense([*heads], whole=whole if larger else ())
 
     def placed(self, device: torch.device, dtype: torch.dtype) -> list[torch.nn.Module]:
-        """The models, where and as the student's are."""
+        """Return the models, moved to `device` and converted to the option's dtype, or to `dtype` for "auto"."""
         for model in self.members:
-            model.to(device=device, dtype=DTYPES.get(self.dtype, dtype))  # moves on the first batch, then does nothing
+            model.to(device=device, dtype=DTYPES.get(self.dtype, dtype))  # does nothing after the first batch
         return self.members
 
     def heads(self, model: torch.nn.Module, net_input: dict) -> tuple[Head, Head]:
-        """What a member says of a batch: over the student's symbols, and over all of its own."""
+        """Run a member on a batch.
+
+        Args:
+            model: one of :attr:`models`.
+            net_input: the ``net_input`` of a fairseq batch, with the student's token ids.
+
+        Returns:
+            Two heads, over the student's V symbols and over all symbols of the member. Their `hidden` is (B, T, D), or
+            log-probabilities (B, T, V) for a member without a linear output layer.
+        """
         selection = self.selections[model]
         whole = features.head(model, selection.inputs(net_input))
         return selection.head(whole), whole
 
     def output_layer(self, model: torch.nn.Module) -> Head | None:
-        """The linear layer of a member over the student's symbols, without features; None where it has none."""
+        """Return a member's linear output layer, restricted to the student's V symbols.
+
+        The weight of the returned head is (V, D), and its `hidden` (0, D) is empty; None if the member has no linear
+        output layer.
+        """
         layer = features.linear_output(model)
         if layer is None:
             return None
@@ -152,8 +167,10 @@ class LiveTeacher(TeacherSource):
 
 
 def hashes(models: Sequence[torch.nn.Module], selections: Sequence[str]) -> list[str]:
-    """Of each model a hash of all weights, the same wherever its file lies; and of what is selected of it, where that
-    is not all."""
+    """Return for each model the SHA-256 of its parameters and buffers, which does not depend on the file's name.
+
+    If the student's dictionaries differ from the model's, "-" and the fingerprint of its :class:`Selection` follow.
+    """
     found = []
     for model, selected in zip(models, selections, strict=True):
         digest = hashlib.sha256()
@@ -187,8 +204,20 @@ def load_model(
     added: dict,
     pairs: Sequence[str],
 ) -> tuple[torch.nn.Module, Selection]:
-    """The model of one checkpoint, frozen and in eval mode, on the CPU, and what the student's dictionaries select of
-    it."""
+    """Load the model of a checkpoint, frozen and in eval mode, on the CPU.
+
+    Args:
+        path: fairseq checkpoint.
+        source_dictionary, target_dictionary, languages, added: as of :class:`LiveTeacher`.
+        overrides: options that replace those in the checkpoint.
+        pairs: language pairs that the model teaches; empty: those of `languages`, for a multilingual model.
+
+    Returns:
+        The model, and the mapping between its dictionaries and the student's.
+
+    Raises:
+        UserError: as of :class:`LiveTeacher`.
+    """
     if not os.path.exists(path):
         raise UserError(f"--teacher-path names {path}, which does not exist; name a fairseq checkpoint")
     checkpoint = checkpoints.read(path, overrides)
@@ -200,8 +229,8 @@ def load_model(
     inputs.check_pairs(f"the teacher {path}", task_options, pairs)
     students = (source_dictionary, target_dictionary)
     own = own_dictionaries(path, task_options, students, languages)
-    # The plain task, with no --eval-bleu: building a model through the student's own task would hand its validation
-    # the TEACHER to translate with.
+    # A plain task without --eval-bleu, because a task keeps a generator of the last model that it has built: with the
+    # student's own task, validation would translate with the teacher.
     task = TranslationTask(TranslationConfig(), *own)
     model = checkpoints.build(checkpoint, task)
     model.eval()
@@ -215,8 +244,17 @@ def own_dictionaries(
     students: tuple[Dictionary, Dictionary],
     languages: tuple[str | None, str | None],
 ) -> tuple[Dictionary, Dictionary]:
-    """Source and target dictionary of a teacher, of the student's languages and with the student's symbols: without the
-    ids of both, its token 17 would be another word."""
+    """Load a teacher's source and target dictionary, and check that its languages and symbols fit the student's.
+
+    Args:
+        path: the teacher's checkpoint, for the error message.
+        task: options of the teacher's task.
+        students: the student's source and target dictionary.
+        languages: the student's source and target language; None: unknown.
+
+    Raises:
+        UserError: the languages differ, a dictionary cannot be read, or lacks a symbol of the student's.
+    """
     own = inputs.pair_of(task)
     if None not in (*own, *languages) and own != languages and inputs.kind(task) != inputs.MULTILINGUAL:
         raise UserError(
@@ -237,15 +275,19 @@ def own_dictionaries(
     return found[0], found[1]
 
 
-# What fairseq-train writes, replaces or removes in its --save-dir.
+# Names of the files that fairseq-train writes, replaces or removes in its --save-dir.
 WRITTEN = re.compile(r"(checkpoint(\d+|_\d+_\d+|_best|_last|\.best_.+)|crash)(-.+)?\.pt")
 
 
 def refuse_what_training_writes(teacher_path: str, save_dir: str) -> None:
-    """A teacher that lies where the student's checkpoints go, itself or a link to it, would become the student.
+    """Refuse a teacher that the student's checkpoints would overwrite, directly or through a symbolic link.
+
+    Args:
+        teacher_path: a checkpoint, or several separated by ':'.
+        save_dir: folder that the student's checkpoints are written to.
 
     Raises:
-        UserError: it names the file.
+        UserError: a checkpoint, or a link on the way to it, is in `save_dir` under a name that the training writes.
     """
     folder = os.path.realpath(save_dir)
     for path in split_paths(teacher_path):

@@ -1,4 +1,4 @@
-"""A teacher that is learned beside the student: for each gold token a distribution of low rank (Loras)."""
+"""Low-rank adaptive label smoothing (Loras): a teacher distribution for each gold token, trained with the student."""
 
 from __future__ import annotations
 
@@ -10,19 +10,24 @@ from hgkd_fairseq.loss import Head, chunked, rows
 from hgkd_fairseq.teacher.signals import Dense
 from hgkd_fairseq.teacher.source import Request, TeacherSource, register_source
 
-RANK, DROPOUT, ENTROPY = 20, 0.4, 0.1  # as published
+RANK, DROPOUT, ENTROPY = 20, 0.4, 0.1  # the published values
 
 
 @register_source("loras", help="a distribution of low rank for each gold token, learned beside the student")
 class Loras(nn.Module, TeacherSource):
-    """Low-rank adaptive label smoothing (Ghoshal et al., ICLR 2021): what is smoothed with follows the gold token y,
+    """Low-rank adaptive label smoothing (Ghoshal et al., ICLR 2021): smoothing with a distribution V_y that depends on
+    the gold token y.
 
         V_y = softmax(L_y L^T)       L (V, 20), learned, with dropout
-        sum over the tokens of  E_{V_y}[-log p] - eta H(V_y)        is what L minimises, eta = 0.1,
 
-    and the student learns from (1 - a) onehot(y) + a V_y: gate "always" with --kd-weight a. The equations are those of
-    the authors' laboratory's code (pytext.loss.AdaptiveRegularizer, which names them its equations 3 and 4). There L
-    begins with ones; the dropout makes its entries differ. The KL that the loss reports is E_{V_y}[-log p] - H(V_y).
+    L minimises the sum over the tokens of E_{V_y}[-log p] - eta H(V_y), eta = 0.1. The student learns from
+    (1 - a) onehot(y) + a V_y, with the gate "always" and --kd-weight a. The equations follow the code of the authors'
+    laboratory (pytext.loss.AdaptiveRegularizer, which cites them as equations 3 and 4). As in that code, L is
+    initialised with ones, and dropout makes its entries differ. The KL that the loss reports is
+    E_{V_y}[-log p] - H(V_y).
+
+    Args:
+        vocabulary: V, the number of target symbols.
     """
 
     learns = True
@@ -34,7 +39,7 @@ class Loras(nn.Module, TeacherSource):
     def __init__(self, vocabulary: int):
         super().__init__()
         self.embedding = nn.Parameter(torch.ones(vocabulary, RANK))
-        self.dropped: Tensor | None = None  # the embedding of this step
+        self.dropped: Tensor | None = None  # the embedding after this step's dropout
 
     def signal(self, sample: dict, device: torch.device, dtype: torch.dtype) -> Dense:
         training = self.training and torch.is_grad_enabled()
@@ -43,11 +48,14 @@ class Loras(nn.Module, TeacherSource):
         return Dense([Head(F.embedding(sample["target"], fixed), fixed)])
 
     def objective(self, student: Head, target: Tensor) -> Tensor:
-        """0, with the gradient of what L minimises.
+        """Return a scalar of value 0 whose gradient with respect to L is that of the objective of L.
+
+        :meth:`signal` must have been called for the same batch, because its dropout is reused.
 
         Args:
-            student: features (N, D) of the non-pad tokens and the output layer; nothing of it gets a gradient.
-            target: (N,) gold tokens.
+            student: features (N, D) of the N target tokens without padding, and the output layer; no gradient flows
+                into them.
+            target: (N,) int64, gold tokens.
         """
         assert self.dropped is not None
         student = student.map(torch.Tensor.detach)

@@ -1,4 +1,4 @@
-"""The student's own past as teacher: the model of the previous epoch, or the moving average of its parameters."""
+"""Teachers that are copies of the student: at the end of the previous epoch, or with averaged parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hgkd_fairseq.teacher.source import Request, TeacherSource, register_source
 
 
 class PastTeacher(TeacherSource):
-    """A frozen model that is replaced as training goes on. Ready once there is one."""
+    """Base class of teachers whose model is replaced during the training; not ready until there is a model."""
 
     def __init__(self) -> None:
         self.model: nn.Module | None = None
@@ -25,7 +25,7 @@ class PastTeacher(TeacherSource):
         return self.model is not None
 
     def take(self, model: nn.Module, state: dict | None = None) -> None:
-        """Copy `model` as it is now, or with the parameters of `state`."""
+        """Use a frozen copy of `model` as teacher, with its current parameters or those of `state`."""
         self.model = copy.deepcopy(features.unwrap(model))
         if state is not None:
             self.model.load_state_dict(state)
@@ -39,8 +39,11 @@ class PastTeacher(TeacherSource):
 
 @register_source("previous-epoch", help="the student as it was when the epoch began")
 class PreviousEpoch(PastTeacher):
-    """PS-KD (Kim et al., ICCV 2021, arXiv:2006.12000). The copy goes into the checkpoints: a run that is resumed in the
-    middle of an epoch finds there what the epoch began with."""
+    """Teacher of PS-KD (Kim et al., ICCV 2021, arXiv:2006.12000): the student at the beginning of the current epoch.
+
+    There is no teacher in the first epoch. The copy is saved in the checkpoints, so that a run that is resumed in the
+    middle of an epoch continues with the same teacher.
+    """
 
     remembers = "previous_epoch"
 
@@ -64,7 +67,7 @@ class PreviousEpoch(PastTeacher):
 
 @register_source("ema", help="the moving average of its parameters (with fairseq's --store-ema --ema-decay)")
 class MovingAverage(PastTeacher):
-    """fairseq's own moving average, which it keeps and saves."""
+    """Teacher with the exponential moving average of the student's parameters, which fairseq maintains and saves."""
 
     needs_ema = True
     remembers = "ema"

@@ -1,4 +1,4 @@
-"""A teacher for each language pair (Tan et al., ICLR 2019, arXiv:1902.10461): --teacher-path de-en=T1,fr-en=T2."""
+"""One teacher per language pair (Tan et al., ICLR 2019, arXiv:1902.10461): --teacher-path de-en=T1,fr-en=T2."""
 
 from __future__ import annotations
 
@@ -18,10 +18,18 @@ PAIR = re.compile(r"([^=,-]+-[^=,-]+)=([^,]+)(?:,|$)")
 
 
 def paths(given: str, pairs: Sequence[str]) -> list[str] | None:
-    """Of the option's value the file of each pair, in their order; None: it names no pairs.
+    """Parse a value of --teacher-path of the form PAIR=CKPT,PAIR=CKPT.
+
+    Args:
+        given: value of the option.
+        pairs: language pairs of the task.
+
+    Returns:
+        The checkpoint of each pair, in the order of `pairs`; None if the value does not have that form or names none of
+        the pairs.
 
     Raises:
-        UserError: a pair that is missing, is named twice, or is none of the task's.
+        UserError: a pair is missing, named twice, or not one of the task's.
     """
     named = PAIR.findall(given)
     found = dict(named)
@@ -36,11 +44,17 @@ def paths(given: str, pairs: Sequence[str]) -> list[str] | None:
 
 
 class TeacherOfEachPair(LiveTeacher):
-    """As :class:`LiveTeacher`, of which each sentence has the model of its pair. Their output layers stand side by
-    side, so that the student is compared with all in one product, which takes the time of all.
+    """A :class:`LiveTeacher` that uses for each sentence the model of the sentence's language pair.
+
+    The models' features and output layers are concatenated, with zeros in the features of the other models, so that one
+    matrix product computes the logits of the batch. It costs as much as the products of all models.
 
     Args:
-        paths: a checkpoint for each pair, in their order; a file may stand for several.
+        paths: checkpoint of each pair, in the order of the task's pairs; several pairs may share a checkpoint.
+        *args, **kwargs: further arguments of :class:`LiveTeacher`.
+
+    Raises:
+        UserError: as of :class:`LiveTeacher`, and if a model's dictionaries differ from the student's.
     """
 
     def __init__(self, paths: Sequence[str], *args, **kwargs):
@@ -52,7 +66,7 @@ class TeacherOfEachPair(LiveTeacher):
                 f"--teacher-path {', '.join(files)}: teachers of single pairs need the student's own dictionaries; "
                 "name one teacher for all pairs, or preprocess the data with the teachers' dictionaries"
             )
-        self.layer: tuple[object, Head] | None = None  # device and precision, and the output layers side by side
+        self.layer: tuple[object, Head] | None = None  # cache: (device, dtype), and the concatenated output layers
 
     @property
     def fingerprint(self) -> str:
@@ -61,11 +75,11 @@ class TeacherOfEachPair(LiveTeacher):
     @torch.no_grad()
     def signal(self, sample: dict, device: torch.device, dtype: torch.dtype) -> Dense:
         of_pair = torch.tensor(self.of_pair, device=device)
-        which = of_pair[sample["pair"].to(device)]  # (B,) place of each sentence's model
+        which = of_pair[sample["pair"].to(device)]  # (B,) index of each sentence's model
         heads, rows = [], []
         for place, model in enumerate(self.placed(device, dtype)):
             mine = (which == place).nonzero().squeeze(1)
-            # A model without sentences is asked for its width all the same.
+            # A model without sentences runs on one sentence, because the width of its features is needed.
             asked = mine if len(mine) else torch.zeros(1, dtype=torch.int64, device=device)
             net_input = {
                 name: value[asked] if isinstance(value, Tensor) else value
@@ -77,7 +91,18 @@ class TeacherOfEachPair(LiveTeacher):
         return Dense([self.joined(heads, rows, sample["target"].shape)])
 
     def joined(self, heads: list[Head], rows: list[Tensor], shape: torch.Size) -> Head:
-        """One head over a batch (B, T), of heads of the sentences `rows` each; 0 in the others' columns."""
+        """Combine the models' heads into one head for the whole batch.
+
+        Args:
+            heads: head of each model, for its sentences only.
+            rows: indices in the batch of each model's sentences.
+            shape: (B, T) of the batch.
+
+        Returns:
+            A head with hidden (B, T, D), where D is the sum of the models' widths (and 1 for each bias); a sentence's
+            features are 0 in the columns of the other models. If a model has no linear output layer, `hidden` contains
+            logits (B, T, V).
+        """
         if any(head.weight is None for head in heads):
             parts = [logits(head) for head in heads]
             whole = parts[0].new_zeros(*shape, parts[0].size(-1))

@@ -1,4 +1,4 @@
-"""What a teacher says of a batch."""
+"""Types of a teacher's output for a batch of B sentences and T target positions."""
 
 from __future__ import annotations
 
@@ -12,33 +12,35 @@ from hgkd_fairseq.loss import Head
 
 
 class Gold(NamedTuple):
-    """What is known of each target token beforehand, (B, T) each, in nats; at pads anything."""
+    """Precomputed statistics of the gold tokens under the teacher, (B, T) each, in nats; undefined at padding."""
 
     temperature: float
     logprob: Tensor  # log q of the gold token at temperature 1
-    tempered: Tensor  # at `temperature`
-    entropy: Tensor  # of q at `temperature`
+    tempered: Tensor  # log q of the gold token at `temperature`
+    entropy: Tensor  # entropy of q at `temperature`
 
     def at(self, temperature: float) -> Tensor | None:
-        """(B, T) log q of the gold tokens; None where it is not known."""
+        """Return log q of the gold tokens (B, T) at a temperature, or None if it was not precomputed."""
         return {1.0: self.logprob, self.temperature: self.tempered}.get(temperature)
 
     def entropy_at(self, temperature: float) -> Tensor | None:
-        """(B, T) H(q); None where it is not known."""
+        """Return the entropy of q (B, T) at a temperature, or None if it was not precomputed."""
         return self.entropy if temperature == self.temperature else None
 
 
 class Dense(NamedTuple):
-    """Features (B, T, D) and output layer of each member of an ensemble: its logits can be made at any temperature, a
-    chunk of tokens at a time. No gradient passes through them."""
+    """The complete distribution of a teacher, as features and output layer of each ensemble member.
 
-    heads: list[Head]
+    The loss computes the logits from them at any temperature, for a chunk of tokens at a time, without gradient.
+    """
+
+    heads: list[Head]  # one per member, hidden (B, T, D); empty if only `gold` is known
     gold: Gold | None = None
-    # Where the teacher has symbols that the student lacks: the members with all of theirs, of the same features.
+    # The same features with all symbols of the members, if the teacher has symbols that the student lacks; else empty.
     whole: Sequence[Head] = ()
 
     def after(self, skip: int) -> Dense:
-        """From the `skip`-th target token on."""
+        """Return the output without the first `skip` target positions."""
         heads, whole = (
             [head._replace(hidden=head.hidden[:, skip:]) for head in members] for members in (self.heads, self.whole)
         )
@@ -46,7 +48,7 @@ class Dense(NamedTuple):
 
 
 class Sparse(NamedTuple):
-    """Ids and probabilities (B, T, K) at the temperature of `gold`, and what is known of the rest."""
+    """A part of a teacher's distribution: the ids and probabilities (B, T, K) of K tokens at ``gold.temperature``."""
 
     distribution: loss.Sparse
     gold: Gold

@@ -1,4 +1,4 @@
-"""The protocol of teachers, and their registry: the values of ``--teacher-source``."""
+"""The interface of teacher sources, and the registry of the values of ``--teacher-source``."""
 
 from __future__ import annotations
 
@@ -16,123 +16,150 @@ from hgkd_fairseq.teacher.signals import Signal
 
 @dataclass(frozen=True)
 class Request:
-    """What a teacher is made from."""
+    """Everything that a teacher source may be constructed from."""
 
-    options: Any  # of the task: teacher_path, ..., see tasks/with_teacher.py
+    options: Any  # the task's options, see config.TeacherConfig
     source_dictionary: Dictionary  # the student's
-    target_dictionary: Dictionary
-    languages: tuple[str | None, str | None]  # source and target
-    state: TrainingState
-    training_targets: Callable[[], Iterator[torch.Tensor]]  # (length,) each, all that the student trains on
-    pairs: Sequence[str] = ()  # names of a task of several language pairs, whose batches say of which each sentence is
+    target_dictionary: Dictionary  # the student's
+    languages: tuple[str | None, str | None]  # source and target; None: unknown
+    state: TrainingState  # of the task
+    training_targets: Callable[[], Iterator[torch.Tensor]]  # yields the targets (length,) that the student trains on
+    pairs: Sequence[str] = ()  # names of the language pairs of a multilingual task; its batches have a tensor "pair"
 
 
 class TeacherSource:
-    """Where the teacher's view of a batch comes from.
+    """Base class of teacher sources, which provide the teacher's output for each batch.
 
-    It stands outside every nn.Module and is not saved with the student; one that learns is an nn.Module, which the
-    criterion takes as a child: trained and saved with the student.
+    A source is not a submodule of student or criterion, and is not saved with them. The exception is a source with
+    parameters to train (:class:`loras.Loras`): it is an nn.Module that the criterion registers as a submodule, so that
+    it is trained and saved with the student. Subclasses implement :meth:`make` and :meth:`signal`.
+
+    Attributes:
+        name: value of --teacher-source; set by :func:`register_source`.
+        help: description for the help of --teacher-source; set by :func:`register_source`.
+        learns: whether the source has parameters that are trained with the student.
+        frozen: whether it is a fixed model whose complete distributions are available before the training, so that a
+            temperature can be fitted to it.
+        reindexed: whether it has other dictionaries than the student, with all of the student's symbols.
+        needs_ema: whether fairseq's trainer must pass its moving average of the student to each step.
+        remembers: name of what validation needs from a checkpoint: a key of the training state's memory, or "ema" for
+            fairseq's moving average; None: nothing.
     """
 
-    name: ClassVar[str]  # the value of --teacher-source
+    name: ClassVar[str]
     help: ClassVar[str]
     learns: ClassVar[bool] = False
-    frozen: bool = False  # a model that stays as it is, so that a temperature can be fitted to it beforehand
-    reindexed: bool = False  # its dictionaries are not the student's, whose symbols it has and knows by other numbers
-    needs_ema: ClassVar[bool] = False  # whether fairseq's trainer shall hand its moving average to each step
-    remembers: ClassVar[str | None] = None  # where validation finds what the training left of it, see TrainingState
+    frozen: bool = False
+    reindexed: bool = False
+    needs_ema: ClassVar[bool] = False
+    remembers: ClassVar[str | None] = None
 
     @classmethod
     def make(cls, request: Request) -> TeacherSource:
-        """The teacher of a run.
+        """Construct the teacher of a run.
 
         Raises:
-            UserError: options or files that make none.
+            UserError: the options or files do not define a usable teacher.
         """
         raise NotImplementedError
 
     @property
     def ready(self) -> bool:
-        """False while there is nothing to learn from yet: the student then learns from the data."""
+        """Whether the teacher can be used yet; until then, the student learns from the data alone."""
         return True
 
     @property
     def models(self) -> list[torch.nn.Module]:
-        """fairseq models whose features it gives, before the first batch."""
+        """The fairseq models that the source runs, as far as they are known before the first batch."""
         return []
 
     @property
     def fingerprint(self) -> str | None:
-        """What tells this teacher from another; None for one that changes with the student."""
+        """String that identifies the teacher, compared when a run is resumed; None if it changes with the student."""
         return None
 
     def signal(self, sample: dict, device: torch.device, dtype: torch.dtype) -> Signal:
-        """Its view of a fairseq batch.
+        """Compute the teacher's output for a fairseq batch.
+
+        The output is deterministic, except that a source with trained parameters may use dropout in training.
 
         Args:
-            device, dtype: those of the student's features.
+            sample: batch with B targets of length T.
+            device, dtype: device and dtype of the student's features.
 
-        The same batch has the same signal, but for a source that learns, which may drop out at random in training.
+        Returns:
+            :class:`signals.Dense` with hidden states (B, T, D), or :class:`signals.Sparse` with tensors (B, T, K).
         """
         raise NotImplementedError
 
     def check_options(self, cfg: Any) -> None:
-        """Refuse options of the criterion that it cannot serve.
+        """Refuse options of the criterion that the teacher does not support.
+
+        Args:
+            cfg: options of the criterion.
 
         Raises:
-            UserError: it names the option.
+            UserError: an option is not supported; the message names it.
         """
 
     def check_folders(self, split: str, folders: int) -> None:
-        """Called before the data of a split are attached.
+        """Check, before :meth:`attach`, that the teacher covers all data folders of a subset.
 
         Args:
-            split: the data's name.
-            folders: how many of the task's data folders have it.
+            split: name of the subset.
+            folders: number of the task's data folders that are used for the subset.
 
         Raises:
-            UserError: it has nothing of one of them.
+            UserError: the teacher has no data for one of the folders.
         """
 
     def attach(self, split: str, folder: int, dataset: FairseqDataset) -> None:
-        """Have the batches of a data set bring what :meth:`signal` needs.
+        """Modify a data set so that its batches contain what :meth:`signal` needs.
 
         Args:
-            split: the data's name.
-            folder: which of the task's data folders they are of, from 0 on.
+            split: name of the subset.
+            folder: index of the task's data folder that the data set is from.
+            dataset: the data set, which is modified in place.
 
         Raises:
-            UserError: it has nothing of these data.
+            UserError: the teacher has no data for this subset, or data of other sentences.
         """
 
     def check_data(self, split: str, dataset: FairseqDataset, limits: tuple[int, int]) -> None:
-        """Refuse data that it cannot read.
+        """Refuse data with sentences that are too long for the teacher and not for the student.
 
         Args:
-            split: the data's name.
-            limits: tokens of the longest source and the longest target that the student takes; fairseq leaves out, or
-                refuses, what is longer.
+            split: name of the subset.
+            dataset: the data set.
+            limits: longest source and longest target that the student accepts, in tokens; fairseq skips or refuses
+                longer ones.
 
         Raises:
-            UserError: a sentence that it has no positions for, though the student has.
+            UserError: there is such a sentence.
         """
 
     def begin_epoch(self, epoch: int, model: torch.nn.Module, state: TrainingState) -> None:
-        """Called with the student before each epoch of training."""
+        """Hook that is called before each training epoch, with the epoch's number (from 1) and the student."""
 
     def before_step(self, model: torch.nn.Module, ema_model: torch.nn.Module | None, state: TrainingState) -> None:
-        """Called with the student before each step of training or validation; `ema_model`: fairseq's moving average,
-        of a source that needs it."""
+        """Hook that is called with the student before each training or validation step.
+
+        `ema_model` is fairseq's moving average of the student if :attr:`needs_ema` is set and it is available.
+        """
 
 
 SOURCES: dict[str, type[TeacherSource]] = {}
 
 
 def register_source(name: str, help: str) -> Callable[[type[TeacherSource]], type[TeacherSource]]:
-    """Decorator: register a class under the value that ``--teacher-source`` takes.
+    """Return a decorator that registers a :class:`TeacherSource` under a value of ``--teacher-source``.
+
+    Args:
+        name: value of the option.
+        help: description for the help of the option.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is already registered (raised when the decorator is applied).
     """
 
     def register(made: type[TeacherSource]) -> type[TeacherSource]:
@@ -146,10 +173,10 @@ def register_source(name: str, help: str) -> Callable[[type[TeacherSource]], typ
 
 
 def make(request: Request) -> TeacherSource:
-    """The teacher that the options ask for.
+    """Construct the teacher that the options specify, combined with a gauge if --gauge-store is given.
 
     Raises:
-        UserError: there is none, or it cannot be used.
+        UserError: the options specify no teacher, several teachers or one that cannot be used.
     """
     name = str(request.options.teacher_source)
     given = {flag(option): getattr(request.options, option, None) for option in ("teacher_path", "teacher_store")}
@@ -171,7 +198,7 @@ def make(request: Request) -> TeacherSource:
             )
     made = SOURCES[name].make(request)
     if getattr(request.options, "gauge_store", None):
-        from hgkd_fairseq.teacher.gauged import Gauged  # which is a source itself
+        from hgkd_fairseq.teacher.gauged import Gauged  # here, because that module imports this one
 
         return Gauged(made, request)
     return made

@@ -1,5 +1,5 @@
-"""What is kept of a teacher's distributions: of each token the gold statistics, and as the kind of the store has it the
-hidden state, draws or the most probable tokens."""
+"""Computes what a store keeps of a teacher's distribution for each target token: the statistics of the gold token and,
+depending on the store's kind, the hidden state, draws or the most probable tokens."""
 
 from __future__ import annotations
 
@@ -14,14 +14,21 @@ from hgkd_fairseq.loss.eager import logits, mean_logprobs
 from hgkd_fairseq.plugin import features
 from hgkd_fairseq.teacher.store import DTYPES
 
-ROWS = 256  # of the vocabulary's width that are alive at a time
-DISTINCT, REPEATED = 0.61, 0.06  # of each draw, about: of a teacher of Multi30K at temperature 1.5
-DRAWN = {"ids": "distinct", "counts": "repeated"}  # of the kind "sampled": how many of them a token has
-LEAST = -1e4  # of a log-probability whose probability is 0, which contributes nothing to the entropy
+ROWS = 256  # number of tokens whose logits are in memory at the same time
+# Approximate numbers of distinct ids and of repeated ids per draw, for a teacher of Multi30K at temperature 1.5.
+DISTINCT, REPEATED = 0.61, 0.06
+DRAWN = {"ids": "distinct", "counts": "repeated"}  # kind "sampled": the array with the number of each per token
+LEAST = -1e4  # replaces log 0 in the entropy, where 0 * -inf would be NaN
 
 
 def bytes_a_token(options: Any, models: Sequence, vocabulary: int) -> float:
-    """About; of `options` see storing.StoreOptions."""
+    """Estimate the size of a store, in bytes per target token.
+
+    Args:
+        options: a `storing.StoreOptions`.
+        models: the teacher's models.
+        vocabulary: number of the student's target symbols.
+    """
     id_bytes = 2 if vocabulary <= 2**16 else 4
     layers = [features.linear_output(model) for model in models]
     kinds = {
@@ -34,7 +41,19 @@ def bytes_a_token(options: Any, models: Sequence, vocabulary: int) -> float:
 
 
 def of_rows(heads: list[Head], gold: Tensor, options: Any, generator: torch.Generator) -> dict[str, Tensor]:
-    """Of N tokens; `heads` with hidden (N, D). Of the kind "sampled" see :func:`draws`."""
+    """Compute the arrays of a store for N tokens.
+
+    Args:
+        heads: one head per member of the teacher, hidden (N, D).
+        gold: (N,) int64, target tokens.
+        options: a `storing.StoreOptions`.
+        generator: random generator on the heads' device, for the kind "sampled".
+
+    Returns:
+        Tensors on the CPU, by the names of the arrays: "gold" (N, 3) fp32, the three tensors of `signals.Gold` in nats;
+        for the kind "hidden" one "hidden-MEMBER" (N, D) per member; for "topk" "ids" and "logprobs" (N, k) and "rest"
+        (N,); for "sampled" what :func:`draws` returns.
+    """
     parts = []
     for start in range(0, len(gold), ROWS):
         rows = slice(start, start + ROWS)
@@ -69,17 +88,22 @@ def of_chunk(heads: list[Head], gold: Tensor, options: Any, generator: torch.Gen
 
 
 def at(values: Tensor, index: Tensor) -> Tensor:
-    """(C,) the entry of each row."""
+    """Select one entry of each row: values (C, V), index (C,) -> (C,)."""
     return values.gather(1, index[:, None]).squeeze(1)
 
 
 def draws(q: Tensor, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Of `count` draws from each row of q (C, V): the distinct ids of a row, those drawn more than once first, one row
-    behind another; how often those were drawn; and how many of both a row has.
+    """Draw `count` tokens from each row of q (C, V) by systematic sampling.
 
-    An unbiased estimate of q, as that of random sampling KD (Anshumann et al., ACL 2025, arXiv:2503.16870), whose draws
-    are independent. These are systematic: at equal distances of the cumulative distribution, from a random start. A
-    token is drawn count * q times but for less than one. 32 such draws have a smaller error than 50 independent ones.
+    The shares of the draws are an unbiased estimate of q, as in random sampling KD (Anshumann et al., ACL 2025,
+    arXiv:2503.16870), which draws independently. Here the draws are at equal distances of the cumulative distribution,
+    from a random start, so that the number of draws of a token differs from count * q by less than one. 32 such draws
+    have a smaller error than 50 independent ones.
+
+    Returns:
+        "ids" (E,): the distinct ids of each row, one row after another; within a row, those drawn more than once come
+        first. "counts" (R,): how often each of the latter was drawn. "distinct" (C,) and "repeated" (C,): the number of
+        ids and of counts of each row.
     """
     ends = q.cumsum(1, dtype=torch.float64)
     start = torch.rand((len(q), 1), generator=generator, dtype=torch.float64, device=q.device)

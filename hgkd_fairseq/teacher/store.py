@@ -1,20 +1,25 @@
-"""What a teacher said of every target token of some data, on disk: the format, and its reading. No fairseq here.
+"""File format and reader of a store: a teacher's output for every target token of some data.
 
     manifest.json             kind, temperature, SHA-256 of dictionaries, teacher and data; data/shards.py checks it
-    member-0.weight.npy       (V, D), and member-0.bias.npy (V,) where there is one, of each member; kind "hidden"
+    member-0.weight.npy       (V, D) fp32, and member-0.bias.npy (V,) if there is one: the output layer of each member;
+                              kind "hidden" only
     shard-00000/keys.npy      (S,) uint64, hash of each sentence's source and target tokens
-    shard-00000/offsets.npy   (S + 1,) uint32, of each sentence's first token; a sentence without tokens was too long
-    shard-00000/gold.npy      (N, 3) fp32, signals.Gold of each of the N tokens; in format 2 (N, 4), the third the
-                              log-sum-exp of its logits, which nobody reads
+    shard-00000/offsets.npy   (S + 1,) uint32, or int64 from 2**32 tokens: index of each sentence's first token; a
+                              sentence without tokens was too long for the teacher
+    shard-00000/gold.npy      (N, 3) fp32, signals.Gold of each of the N tokens; in format 2 (N, 4), where the third
+                              column, the log-sum-exp of the logits, is not used
 
-    hidden     hidden-0.npy (N, D): fp32, fp16, or bf16 as uint16; of each member
-    sampled    ids.npy (E,), the distinct ids that were drawn, of the tokens in turn, first those drawn more than once;
-               counts.npy (R,), how often those were drawn; distinct.npy, repeated.npy (N,), how many ids and how many
-               counts a token has; ids_offsets.npy, counts_offsets.npy (S + 1,), of each sentence's first
-    topk       ids.npy, logprobs.npy (N, k), rest.npy (N,), log of the other tokens' probability
-    gold       nothing more
+In addition, a shard has the following arrays, depending on the kind:
 
-Sentences have numbers: the place in a subset's data, after those of the subsets and folders before it.
+    hidden     hidden-0.npy (N, D) of each member: fp32, fp16, or bf16 stored as uint16
+    sampled    ids.npy (E,): distinct drawn ids, token after token; for each token those drawn more than once come first
+               counts.npy (R,): how often each of the latter was drawn
+               distinct.npy, repeated.npy (N,): number of ids and number of counts of each token
+               ids_offsets.npy, counts_offsets.npy (S + 1,): index of each sentence's first id and first count
+    topk       ids.npy, logprobs.npy (N, k); rest.npy (N,): log of the probability of all other tokens
+    gold       none
+
+Sentences are numbered consecutively over all parts of the store (subsets and data folders), in the order of the data.
 """
 
 from __future__ import annotations
@@ -38,14 +43,14 @@ from hgkd_fairseq.errors import UserError
 FORMAT = 3
 AGAIN = "hgkd store --output"
 KINDS = ("hidden", "sampled", "topk", "gold")
-ALWAYS = {"keys", "offsets", "gold"}  # arrays of a shard, and those of some kinds beside them
+ALWAYS = {"keys", "offsets", "gold"}  # arrays of every shard; MORE has the additional ones of a kind
 MORE: dict[str, set[str]] = {
     "sampled": {"ids", "counts", "distinct", "repeated", "ids_offsets", "counts_offsets"},
     "topk": {"ids", "logprobs", "rest"},
     "gold": set(),
 }
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-OPEN_SHARDS = 4096  # whose memory maps a process keeps; Linux grants it 65,530 maps
+OPEN_SHARDS = 4096  # shards that a process keeps mapped to memory; Linux allows 65,530 maps per process
 PART = {"name": str, "folder": files.Within(0), "first": files.Within(0), "sentences": files.Within(1), "data": str}
 MANIFEST = {
     "format": files.Within(2, FORMAT),
@@ -67,7 +72,7 @@ MANIFEST = {
 
 
 def key(source: Tensor, target: Tensor) -> int:
-    """Of a sentence pair's token ids, without pads."""
+    """Return a 64-bit hash, never 0, of the token ids of a sentence pair, (length,) each and without padding."""
     digest = hashlib.blake2b(digest_size=8)
     for side in (source, target):
         digest.update(np.int64(len(side)).tobytes() + side.long().numpy().tobytes())
@@ -75,14 +80,17 @@ def key(source: Tensor, target: Tensor) -> int:
 
 
 def bits(tensor: Tensor) -> np.ndarray:
-    """As numpy has it: bf16 as uint16."""
+    """Convert a tensor to a numpy array; bf16 becomes uint16 with the same bits, because numpy has no bf16."""
     tensor = tensor.detach().cpu().contiguous()
     return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
 @contextlib.contextmanager
 def array_errors(place: Path) -> Iterator[None]:
-    """What numpy raises of a file that is no array: it parses the header as Python, which may raise anything."""
+    """Turn errors of reading an array file into a UserError that names `place`.
+
+    All exceptions are caught, because numpy parses the header as a Python literal: a damaged one can raise any kind.
+    """
     try:
         yield
     except UserError:
@@ -93,24 +101,28 @@ def array_errors(place: Path) -> Iterator[None]:
 
 
 class Part(NamedTuple):
-    """A subset of the data, or of one of several folders of them."""
+    """One part of a store: a subset of the data in one of the data folders."""
 
-    name: str
-    folder: int
-    first: int  # number of its first sentence
-    sentences: int
+    name: str  # of the subset
+    folder: int  # index of the data folder
+    first: int  # number of its first sentence in the store
+    sentences: int  # how many it has
     data: str  # SHA-256 of its keys
 
 
 class Store:
-    """A store that `hgkd store` has written.
+    """Reader of a store that `hgkd store` has written.
 
     Args:
-        folder: of it.
-        option: that names it.
+        folder: folder of the store.
+        option: command-line option that names the folder, for error messages.
+
+    Attributes:
+        manifest: content of manifest.json; see `MANIFEST`.
+        parts: list of :class:`Part`, in the order of the sentence numbers.
 
     Raises:
-        UserError: it is not there, is not finished, or its manifest or a shard's record is damaged.
+        UserError: the store does not exist or is not finished, or its manifest or a shard's record is damaged.
     """
 
     def __init__(self, folder: str, option: str = "--teacher-store"):
@@ -131,7 +143,7 @@ class Store:
         self.parts = [Part(*[one[name] for name in Part._fields]) for one in self.manifest["parts"]]
         for shard in range(self.shards.count):
             self.shards.described(shard)
-        # Of each shard whether it has been hashed, by whichever of the loader's workers came first.
+        # Whether the files of each shard have been hashed; shared, so that not each worker of the data loader does it.
         self.hashed = torch.zeros(self.shards.count, dtype=torch.uint8).share_memory_()
         self.arrays = functools.lru_cache(OPEN_SHARDS)(self._arrays)
 
@@ -144,7 +156,14 @@ class Store:
         return self.manifest["temperature"]
 
     def head(self, member: int) -> tuple[Tensor, Tensor | None]:
-        """(V, D) weight and (V,) bias or None of a member's output layer, fp32."""
+        """Read the output layer of a member from a store of the kind "hidden".
+
+        Returns:
+            The weight (V, D) and the bias (V,) in fp32; None instead of a bias if the layer has none.
+
+        Raises:
+            UserError: a file is missing or damaged, or the store has no output layers.
+        """
         found: list[Tensor | None] = []
         for name in (f"member-{member}.weight.npy", f"member-{member}.bias.npy"):
             digest = self.manifest["heads"].get(name)
@@ -163,8 +182,10 @@ class Store:
         return weight, bias
 
     def part(self, name: str, folder: int) -> Part:
-        """Raises:
-        UserError: the store has no such subset.
+        """Return the part of the subset `name` in the data folder with index `folder`.
+
+        Raises:
+            UserError: the store has no such part.
         """
         for part in self.parts:
             if (part.name, part.folder) == (name, folder):
@@ -181,7 +202,11 @@ class Store:
         )
 
     def _arrays(self, shard: int) -> dict[str, np.ndarray]:
-        """Of a shard, mapped to memory; hashed before they are used for the first time."""
+        """Map the arrays of a shard to memory, after checking their hashes if no process of the loader has done so.
+
+        Raises:
+            UserError: a file is damaged, or the arrays are not those of the store's kind.
+        """
         if not self.hashed[shard]:
             self.shards.files(shard)
             self.hashed[shard] = 1
@@ -192,12 +217,19 @@ class Store:
         whole = len(more) == self.manifest["members"] and all(name.startswith("hidden-") for name in more)
         if not found.keys() >= ALWAYS or not (whole if self.kind == "hidden" else more == MORE[self.kind]):
             raise UserError(f"{folder} has not the arrays of a store of the kind {self.kind}; write the store again")
-        # As plain arrays: slices of a memmap take ten times as long.
+        # Plain arrays instead of np.memmap objects, whose slicing takes ten times as long.
         return {name: values.view(np.ndarray) for name, values in found.items()}
 
     def sentence(self, number: int) -> tuple[int, dict[str, np.ndarray]]:
-        """Of a sentence its key and the rows of each array; `counts` and `ids` of a kind "sampled" are those of all its
-        tokens, one behind another."""
+        """Read a sentence by its number in the store.
+
+        Returns:
+            The key of the sentence (:func:`key`), and by name the rows of each array for its N tokens, N = 0 if the
+            sentence was too long; "ids" and "counts" of the kind "sampled" contain those of all tokens concatenated.
+
+        Raises:
+            UserError: the sentence's shard is damaged.
+        """
         shard, local = divmod(number, self.shards.shard_size)
         arrays = self.arrays(shard)
         found = {}
@@ -210,10 +242,21 @@ class Store:
     # Batches
 
     def batch(self, sentences: list[dict[str, np.ndarray]], kept: Tensor) -> dict[str, Any]:
-        """Tensors (B, T, ...) of the sentences of a batch, whose tokens stand where `kept` (B, T) is True. fairseq
-        halves what is fp32: statistics are fp64, and other floating-point numbers the integers of their bits."""
+        """Combine the arrays of several sentences into padded tensors (B, T, ...).
+
+        With --fp16, fairseq converts all fp32 tensors of a batch to half precision. Therefore "gold" is in fp64, and
+        other floating-point values are integers with the same bits.
+
+        Args:
+            sentences: arrays of each sentence of the batch, as :meth:`sentence` returns them.
+            kept: (B, T) bool, the positions of the sentences' tokens; the result is 0 at all other positions.
+
+        Returns:
+            "gold" (B, T, 3), and depending on the kind "hidden-MEMBER" (B, T, D); "ids" and "counts" (B, T, K), where K
+            is the largest number of distinct ids of a token; or "ids" and "logprobs" (B, T, k) and "rest" (B, T).
+        """
         joined = {name: np.concatenate([one[name] for one in sentences]) for name in sentences[0]}
-        gold = torch.from_numpy(joined.pop("gold")[:, [0, 1, -1]]).double()  # of formats 2 and 3
+        gold = torch.from_numpy(joined.pop("gold")[:, [0, 1, -1]]).double()  # in format 2 and in format 3
         made: dict[str, Any] = {"gold": spread(gold, kept)}
         if self.kind == "sampled":
             distinct, repeated = (torch.from_numpy(joined[name].astype(np.int64)) for name in ("distinct", "repeated"))
@@ -230,7 +273,10 @@ class Store:
 
 
 def save(folder: Path, name: str, values: np.ndarray) -> None:
-    """An array of a shard. np.save does not say why it cannot be written: on a full disk, say."""
+    """Write an array of a shard to FOLDER/NAME.npy.
+
+    Unlike np.save, which hides the reason of a failed write, it raises an OSError that gives it, such as a full disk.
+    """
     values = np.ascontiguousarray(values)
     with open(folder / f"{name}.npy", "wb") as stream:
         np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(values))
@@ -238,13 +284,13 @@ def save(folder: Path, name: str, values: np.ndarray) -> None:
 
 
 def ends(lengths: list[int]) -> np.ndarray:
-    """0 and the running sums."""
+    """Return the offsets (S + 1,) of S concatenated sequences, from their lengths; int64 from 2**32 on, else uint32."""
     found = np.cumsum([0, *lengths], dtype=np.int64)
     return found if found[-1] >= 2**32 else found.astype(np.uint32)
 
 
 def spread(values: Tensor, kept: Tensor) -> Tensor:
-    """(N, ...) values of tokens at their places, (B, T, ...); 0 elsewhere."""
+    """Place the values (N, ...) of N tokens at the positions that `kept` (B, T) selects; 0 elsewhere: (B, T, ...)."""
     whole = values.new_zeros(*kept.shape, *values.shape[1:])
     whole[kept] = values
     return whole

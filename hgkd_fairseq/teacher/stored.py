@@ -1,4 +1,4 @@
-"""A teacher that was run once and is not needed any more: a store of it is read, in the loader's workers."""
+"""The stored teacher: reads a teacher's output from a store, in the workers of the data loader, and runs no model."""
 
 from __future__ import annotations
 
@@ -22,29 +22,32 @@ from hgkd_fairseq.teacher.signals import Dense, Gold, Signal, Sparse
 from hgkd_fairseq.teacher.source import Request, TeacherSource, register_source
 from hgkd_fairseq.teacher.store import DTYPES, Part, Store, key
 
-BATCH = "stored_teacher"  # of a fairseq batch
+BATCH = "stored_teacher"  # key in a fairseq batch
 
 
 def dictionary_hash(dictionary: Dictionary) -> str:
-    """Of its symbols in their order, and of the special ones."""
+    """Return the SHA-256 of a dictionary's symbols, in order, and of the ids of its special symbols, in hexadecimal."""
     special = [getattr(dictionary, name)() for name in ("bos", "pad", "eos", "unk")]
     return hashlib.sha256("\n".join([*map(str, special), *dictionary.symbols]).encode()).hexdigest()
 
 
 @register_source("store", help="what --teacher-store holds of a teacher")
 class StoredTeacher(TeacherSource):
-    """The teacher of a store.
+    """Teacher whose output is read from a store.
+
+    It is `frozen` only with the kind "hidden", which has the whole distribution; the other kinds have a part of it, at
+    one temperature.
 
     Args:
-        folder: that `hgkd store` wrote.
-        source_dictionary, target_dictionary: the student's.
-        dtype: of hidden states and output layers: "auto" (the student's), "fp32", "fp16" or "bf16".
-        languages: the student's source and target; None: not known.
-        name: of what it adds to a batch.
-        option: that names the folder.
+        folder: folder that `hgkd store` wrote.
+        source_dictionary, target_dictionary: the student's dictionaries.
+        dtype: data type of the hidden states and output layers: "auto" (the student's), "fp32", "fp16" or "bf16".
+        languages: the student's source and target language; None: unknown.
+        name: key under which the stored output is added to a batch.
+        option: command-line option that names the folder, for error messages.
 
     Raises:
-        UserError: it is damaged, unfinished, or of other languages or dictionaries.
+        UserError: the store is damaged, not finished, or has other languages or dictionaries.
     """
 
     def __init__(
@@ -103,7 +106,7 @@ class StoredTeacher(TeacherSource):
 
     @property
     def fingerprint(self) -> str:
-        """That of the live teacher, where the store has all of it."""
+        """The live teacher's fingerprint; for kinds other than "hidden", with the kind and the number of draws or k."""
         found = self.store.manifest
         if self.store.kind == "hidden":
             return found["teacher"]
@@ -150,7 +153,7 @@ class StoredTeacher(TeacherSource):
                 f"have {sentences}; write it from these data with hgkd store"
             )
         read = Reader(self.store, part, numbering(dataset.tgt), self.pad)
-        read.sentence(dataset[0], trained=False)  # another corpus is told before the training
+        read.sentence(dataset[0], trained=False)  # detects another corpus before the training
         dataset.collater = functools.partial(with_teacher, dataset.collater, read, self.of_batch)
 
     def signal(self, sample: dict, device: torch.device, dtype: torch.dtype) -> Signal:
@@ -168,7 +171,7 @@ class StoredTeacher(TeacherSource):
                 hidden = found[f"hidden-{member}"].view(stored).to(wanted)
                 weight, bias = layer
                 layer = weight.to(device, wanted), None if bias is None else bias.to(device, wanted)
-                self.layers[member] = layer  # moved and converted for the first batch
+                self.layers[member] = layer  # moved and converted once, for the first batch
                 heads.append(Head(hidden, *layer))
             return Dense(heads, gold)
         if self.store.kind == "gold":
@@ -181,7 +184,7 @@ class StoredTeacher(TeacherSource):
 
 
 def concatenated(dataset: Any) -> list:
-    """The data sets that one side of the data consists of, under what pads, appends and concatenates."""
+    """Return the data sets that one side of the data was concatenated from, without fairseq's wrappers around them."""
     inner = unwrapped(dataset)
     return inner.datasets if isinstance(inner, ConcatDataset) else [inner]
 
@@ -193,7 +196,13 @@ def unwrapped(dataset: Any) -> Any:
 
 
 def numbering(dataset: Any) -> Callable[[int], int]:
-    """From an index of the data to the sentence's number, the same for one that is repeated (--upsample-primary)."""
+    """Return a function from an index of the data to the sentence's number, which ignores repetitions.
+
+    With --upsample-primary, the copies of a sentence have different indices and the same number.
+
+    Args:
+        dataset: one side of the data.
+    """
     inner = unwrapped(dataset)
     if not isinstance(inner, ConcatDataset):
         return int
@@ -207,16 +216,27 @@ def number_in(ends: list[int], sizes: list[int], index: int) -> int:
 
 
 class Reader:
-    """Reads what a store has of the sentences of a part of it, in the process that makes the batches."""
+    """Reads the stored output for the batches of one part of a store, in the process that collates them.
+
+    Args:
+        store: the store.
+        part: the part with the data set's sentences.
+        number: function from a sample's "id" to the sentence's number in the part, from :func:`numbering`.
+        pad: id of the padding token.
+    """
 
     def __init__(self, store: Store, part: Part, number: Callable[[int], int], pad: int):
         self.store, self.part, self.number, self.pad = store, part, number, pad
 
     def sentence(self, sample: dict, trained: bool = True) -> dict:
-        """Of one sample of the data; not `trained`: it may be one that is left out.
+        """Read the arrays of one sample (:meth:`Store.sentence`), after checking that the store has the same sentence.
+
+        Args:
+            sample: sample of the data set, with "id", "source" and "target".
+            trained: whether the sentence is used; if not, it may be one that was too long for the teacher.
 
         Raises:
-            UserError: the store has another sentence under its number, or nothing of it, or is damaged.
+            UserError: the store has another sentence under this number, no tokens of it, or is damaged.
         """
         number = int(sample["id"])
         found, arrays = self.store.sentence(self.part.first + self.number(number))
@@ -241,8 +261,11 @@ class Reader:
 
 
 def with_teacher(collater: Callable[..., dict], read: Reader, name: str, samples: list, **options) -> dict:
-    """A batch with what a store has of it; or the reason why it has nothing, for an error in a worker of the loader
-    would reach the user with two tracebacks."""
+    """Collate samples and add the stored output to the batch under the key `name`.
+
+    If the store cannot be read, {"problem": message} is added instead, and the error is raised in the main process: an
+    exception in a worker of the data loader would be shown with two tracebacks.
+    """
     batch = collater(samples, **options)
     if batch.get("target") is not None:
         try:

@@ -1,4 +1,4 @@
-"""Writes a store: a teacher is run once over data, and what it says of each target token is kept (`hgkd store`)."""
+"""The command ``hgkd store``: runs a teacher once over data and writes its output for each target token to a store."""
 
 from __future__ import annotations
 
@@ -35,52 +35,63 @@ logger = logging.getLogger(__name__)
 NO_TOKENS = (
     "a store has the sentences of one language pair without them; distil from the teacher itself (--teacher-path)"
 )
-TRAIN = "train"  # subsets of this name are of all data folders, with fairseq's train1, ...
+TRAIN = "train"  # this subset is read from all data folders, together with fairseq's train1, ...
 
 
 @dataclass(frozen=True)
 class StoreOptions:
-    """What is written."""
+    """Options of a store and of the run that writes it."""
 
-    kind: str  # of store.KINDS
+    kind: str  # one of store.KINDS
     subsets: tuple[str, ...] = ("train", "valid")
-    dtype: str = "bf16"  # of hidden states: a key of store.DTYPES
-    temperature: float = 1.5
-    draws: int = 32  # a token, of the kind sampled
-    tokens: int = 8  # the most probable ones that are kept, of the kind topk
-    max_tokens: int = 4000  # a batch
-    cpu: bool = False
-    overrides: str = "{}"  # of the teacher's checkpoint, as --teacher-model-overrides has them
-    folds: bool = False  # of N teachers the i-th is asked of the training sentences i, i + N, ... alone; kind gold
-    shard_size: int = 4096  # sentences
+    dtype: str = "bf16"  # data type of the hidden states, kind "hidden": a key of store.DTYPES
+    temperature: float = 1.5  # temperature of all that is stored, except log q at temperature 1 and hidden states
+    draws: int = 32  # draws per token, kind "sampled"; at most 255
+    tokens: int = 8  # most probable tokens to store per target token, kind "topk"
+    max_tokens: int = 4000  # per batch, including padding
+    cpu: bool = False  # whether to run on the CPU although there is a GPU
+    overrides: str = "{}"  # dict literal of options that replace those in the teacher's checkpoint
+    folds: bool = False  # whether the K-th of N teachers runs only on the K-th fold of the training set; kind "gold"
+    shard_size: int = 4096  # sentences per shard
 
 
 class Source:
-    """The sentences of one part of the store."""
+    """The data of one part of a store.
+
+    Args:
+        part: description of the part.
+        dataset: its sentences, a fairseq LanguagePairDataset.
+        keys: (S,) uint64, `store.key` of each sentence.
+        limits: longest source and longest target that the teacher accepts, in tokens.
+    """
 
     def __init__(self, part: Part, dataset: Any, keys: np.ndarray, limits: tuple[int, int]):
         self.part, self.dataset, self.keys, self.limits = part, dataset, keys, limits
 
     def kept(self, index: int) -> bool:
-        """Whether the teacher has positions for a sentence."""
+        """Return whether a sentence is short enough for the teacher."""
         sizes = (self.dataset.src_sizes[index], self.dataset.tgt_sizes[index])
         return all(size <= limit for size, limit in zip(sizes, self.limits, strict=True))
 
 
 def write(data: str, teacher_path: str, output: str, options: StoreOptions) -> str:
-    """Fill the folder `output`; a run that was killed goes on, and several fill it together.
+    """Run a teacher over data and write its output to a store.
+
+    A run that was killed is continued by calling the function again with the same arguments, and several processes may
+    write the same store at the same time.
 
     Args:
-        data: folder of fairseq-preprocess, or several with ':' between them.
-        teacher_path: fairseq checkpoint, or an ensemble.
-        output: folder, new, or begun with the same arguments.
-        options: what is written.
+        data: folder that fairseq-preprocess wrote, or several separated by ':'.
+        teacher_path: fairseq checkpoint, or several separated by ':': an ensemble, or with `options.folds` one per
+            fold.
+        output: folder of the store; new, or started with the same arguments.
+        options: options of the store.
 
     Returns:
-        What was written, in a line.
+        A summary in one line.
 
     Raises:
-        UserError: data, teacher or folder cannot be used, or there is no room.
+        UserError: the data, the teacher, the options or the folder cannot be used, or the disk is too small.
     """
     paths = split_paths(teacher_path)
     check_folds(options, len(paths))
@@ -108,7 +119,7 @@ def write(data: str, teacher_path: str, output: str, options: StoreOptions) -> s
         "k": options.tokens if options.kind == "topk" else 0, "vocabulary": vocabulary,
         "folds": len(paths) if options.folds else 0,
         "max_tokens": options.max_tokens, "members": len(teacher.models),
-        "teacher": " ".join(teacher.hashes) if options.folds else teacher.fingerprint,  # of folds their order matters
+        "teacher": " ".join(teacher.hashes) if options.folds else teacher.fingerprint,  # the order of folds matters
         "languages": list(languages),
         "dictionaries": [dictionary_hash(task.src_dict), dictionary_hash(task.tgt_dict)],
         "limits": list(limits),
@@ -133,8 +144,14 @@ def write(data: str, teacher_path: str, output: str, options: StoreOptions) -> s
 
 
 def check_folds(options: StoreOptions, teachers: int) -> None:
-    """Raises:
-    UserError: folds are asked for, and there are none.
+    """Check the options of a store with folds.
+
+    Args:
+        options: options of the store.
+        teachers: number of teachers.
+
+    Raises:
+        UserError: `options.folds` is set with another kind than "gold", with one teacher or without the subset "train".
     """
     if options.folds and (options.kind != "gold" or teachers < 2):
         raise UserError("--folds needs --kind gold and several teachers in --teacher-path, one for each fold")
@@ -145,8 +162,15 @@ def check_folds(options: StoreOptions, teachers: int) -> None:
 
 
 def check_fold(path: str, left_out: str | None, wanted: str | None) -> None:
-    """Raises:
-    UserError: a teacher that is asked of the fold `wanted` (K/N) of the sentences was not trained without it.
+    """Check that a teacher was trained without the fold that it runs on.
+
+    Args:
+        path: the teacher's checkpoint, for the error message.
+        left_out: value of --leave-out-fold in the teacher's training; None: not given.
+        wanted: fold that the teacher runs on, as K/N; None: no folds.
+
+    Raises:
+        UserError: `wanted` is given, and `left_out` differs from it.
     """
     if wanted is not None and left_out != wanted:
         trained = f"with --leave-out-fold {left_out}" if left_out else "without --leave-out-fold"
@@ -157,7 +181,18 @@ def check_fold(path: str, left_out: str | None, wanted: str | None) -> None:
 
 
 def make_task(data: str, teacher_path: str, overrides: str = "{}") -> TranslationTask:
-    """fairseq's own, with the teacher's languages, or those that the data's files have."""
+    """Create fairseq's translation task on the data, with the languages of the (first) teacher.
+
+    If the teacher's checkpoint does not name them, fairseq infers the languages from the names of the data files.
+
+    Args:
+        data: folder that fairseq-preprocess wrote, or several separated by ':'.
+        teacher_path: fairseq checkpoint, or several separated by ':'.
+        overrides: dict literal of options that replace those in the checkpoint.
+
+    Raises:
+        UserError: the checkpoint or the data cannot be used.
+    """
     first = split_paths(teacher_path)[0] if teacher_path else ""
     held = checkpoints.read(first, parse_overrides(overrides)).options("task") if first else {}
     wanted = {name: held.get(name) for name in ("source_lang", "target_lang")}
@@ -166,7 +201,17 @@ def make_task(data: str, teacher_path: str, overrides: str = "{}") -> Translatio
 
 
 def sources_of(task: TranslationTask, data: str, subsets: tuple[str, ...], limits: tuple[int, int]) -> Iterator[Source]:
-    """The data of each subset and folder."""
+    """Load the data of each subset and folder, and yield them as the parts of a store.
+
+    Args:
+        task: task on the data; its option `data` is set to each folder in turn.
+        data: folder that fairseq-preprocess wrote, or several separated by ':'.
+        subsets: names of the subsets.
+        limits: longest source and longest target that the teacher accepts, in tokens; a warning reports longer ones.
+
+    Raises:
+        UserError: a subset does not exist or cannot be used.
+    """
     first, folders = 0, utils.split_paths(data)
     for name in dict.fromkeys(subsets):
         for folder, path in enumerate(folders if name == TRAIN else folders[:1]):
@@ -187,10 +232,10 @@ def sources_of(task: TranslationTask, data: str, subsets: tuple[str, ...], limit
 
 
 def layers_of(teacher: LiveTeacher) -> dict[str, bytes]:
-    """The files of the output layers.
+    """Return the content of the files with the output layers of a teacher's members (.npy, fp32), by file name.
 
     Raises:
-        UserError: a model that has none.
+        UserError: a model has no linear output layer.
     """
     found = {}
     for member, model in enumerate(teacher.models):
@@ -211,8 +256,15 @@ def amount(size: float) -> str:
 
 
 def check_room(output: str, needed: float, kind: str) -> None:
-    """Raises:
-    UserError: the disk has no room for what is about to be written.
+    """Check before writing a store that the disk has enough free space.
+
+    Args:
+        output: folder of the store; arrays that it already contains are subtracted from `needed`.
+        needed: approximate size of the whole store, in bytes.
+        kind: kind of the store, for the error message.
+
+    Raises:
+        UserError: the free space is too small, or the parent folder does not exist.
     """
     there = Path(output).resolve()
     written = sum(file.stat().st_size for file in there.rglob("*.npy")) if there.is_dir() else 0
@@ -228,7 +280,7 @@ def check_room(output: str, needed: float, kind: str) -> None:
 
 
 class Writer:
-    """Makes shards."""
+    """Writes the shards of a store; :meth:`make` is the function that :meth:`Shards.fill` calls."""
 
     def __init__(
         self,
@@ -249,9 +301,9 @@ class Writer:
         )
 
     def make(self, shard: int, folder: Path) -> int:
-        """Write the files of a shard; its sentences."""
+        """Write the arrays of a shard to a folder, and return the number of its sentences."""
         numbers = self.shards.numbers(shard)
-        generator = torch.Generator(self.device).manual_seed(shard + 1)  # of draws, whoever makes the shard
+        generator = torch.Generator(self.device).manual_seed(shard + 1)  # independent of the process
         found: dict[int, dict[str, np.ndarray]] = {}
         keys = []
         for source in self.sources:
@@ -274,10 +326,12 @@ class Writer:
         return len(numbers)
 
     def any_one(self) -> dict[str, np.ndarray]:
-        """What is said of some sentence, for a shard all of whose sentences are left out.
+        """Run the teacher on an arbitrary sentence, and return its arrays.
+
+        A shard without any sentence that is short enough takes the names, widths and dtypes of its arrays from them.
 
         Raises:
-            UserError: all are.
+            UserError: all sentences of the data are too long for the teacher.
         """
         for source in self.sources:
             index = next(filter(source.kept, range(len(source.dataset))), None)
@@ -286,7 +340,7 @@ class Writer:
         raise UserError("--teacher-path: the teacher takes no sentence of these data, all of which are longer")
 
     def asked(self, source: Source, indices: list[int]) -> Iterator[tuple[list, list[int]]]:
-        """(models, the sentences that they are asked of)."""
+        """Yield pairs of models and the indices of the sentences that they run on; with folds, one pair per fold."""
         models = self.teacher.models
         if not self.options.folds or source.part.name != TRAIN:
             yield models, indices
@@ -295,7 +349,10 @@ class Writer:
             yield [model], [index for index in indices if index % len(models) == fold]
 
     def batches(self, source: Source, indices: list[int]) -> Iterator[list[int]]:
-        """Of similar length, of at most so many tokens with pads."""
+        """Yield batches of indices: sentences of similar length, at most `max_tokens` tokens including padding.
+
+        Sentences that are too long for the teacher are left out.
+        """
         dataset = source.dataset
         lengths = {i: (int(dataset.tgt_sizes[i]), int(dataset.src_sizes[i])) for i in indices if source.kept(i)}
         order = sorted(lengths, key=lambda i: (lengths[i], i))
@@ -305,7 +362,11 @@ class Writer:
     def ask(
         self, source: Source, indices: list[int], models: list, generator: torch.Generator
     ) -> list[dict[str, np.ndarray]]:
-        """What models say of some sentences, in their order."""
+        """Run models on a batch of sentences, and return the arrays of each sentence, in the order of `indices`.
+
+        Raises:
+            UserError: a statistic of a target token is not finite.
+        """
         batch = source.dataset.collater([source.dataset[index] for index in indices])
         batch = utils.move_to_cuda(batch) if self.device.type == "cuda" else batch
         kept: Tensor = batch["target"] != self.pad
@@ -320,7 +381,7 @@ class Writer:
             )
         cut = {}
         for name, values in rows.items():
-            of_tokens = rows.get(statistics.DRAWN.get(name, ""))  # how many a token has of it, where that is not one
+            of_tokens = rows.get(statistics.DRAWN.get(name, ""))  # number of values per token; None: one
             cut[name] = values.split(lengths if of_tokens is None else [int(n.sum()) for n in of_tokens.split(lengths)])
         of_id = {
             int(number): {name: narrow(name, parts[place], self.vocabulary) for name, parts in cut.items()}
@@ -330,7 +391,7 @@ class Writer:
 
 
 def narrow(name: str, values: Tensor, vocabulary: int) -> np.ndarray:
-    """As it is stored."""
+    """Convert the values of an array to the numpy dtype in which a store holds them."""
     found = bits(values)
     if name == "ids":
         return found.astype(np.uint16 if vocabulary <= 2**16 else np.uint32)

@@ -1,5 +1,7 @@
-"""A teacher that knows how frequent each target token is, and nothing of the sentence: label smoothing with a unigram
-prior is the loss `always` with it."""
+"""A teacher that predicts the unigram frequencies of the target tokens, whatever the sentence is.
+
+With the gate "always", this is label smoothing with a unigram prior.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,18 @@ from hgkd_fairseq.plugin.binarised import NoSubset
 from hgkd_fairseq.teacher.signals import Dense
 from hgkd_fairseq.teacher.source import Request, TeacherSource, register_source
 
-SENTENCES = 10_000  # counted together
+SENTENCES = 10_000  # sentences that are concatenated for one call of bincount
 
 
 def log_frequencies(sentences: Iterable[Tensor], vocabulary: int) -> Tensor:
-    """(vocabulary,) log-probabilities of the types in sentences (length,) of token ids below `vocabulary`, with EOS;
-    a type that never occurs counts once, so that no probability is 0."""
+    """Return the log-probabilities (vocabulary,) of the symbols, in nats, from their frequencies in some sentences.
+
+    A symbol that does not occur is counted once, so that no probability is 0.
+
+    Args:
+        sentences: token ids (length,) of each sentence, with EOS.
+        vocabulary: number of symbols.
+    """
     counts = torch.zeros(vocabulary, dtype=torch.int64)
     left = iter(sentences)
     while some := list(islice(left, SENTENCES)):
@@ -33,7 +41,11 @@ def log_frequencies(sentences: Iterable[Tensor], vocabulary: int) -> Tensor:
 
 @register_source("unigram", help="the frequencies of the training targets")
 class UnigramTeacher(TeacherSource):
-    """Log-probabilities (V,) of the types, as `log_frequencies` counts them."""
+    """Teacher with the same distribution for every token.
+
+    Args:
+        logprobs: (V,) log-probabilities of the symbols, from :func:`log_frequencies`.
+    """
 
     def __init__(self, logprobs: Tensor):
         self.logprobs = logprobs
@@ -41,7 +53,7 @@ class UnigramTeacher(TeacherSource):
 
     @classmethod
     def make(cls, request: Request) -> TeacherSource:
-        counted: Any = request.state.memory.get("unigram")  # as in the training, also where its data are not at hand
+        counted: Any = request.state.memory.get("unigram")  # from a checkpoint: validation may lack the data
         if counted is None:
             try:
                 counted = log_frequencies(request.training_targets(), len(request.target_dictionary))
@@ -56,6 +68,6 @@ class UnigramTeacher(TeacherSource):
 
     def signal(self, sample: dict, device: torch.device, dtype: torch.dtype) -> Dense:
         self.logprobs = self.logprobs.to(device)
-        # An output layer of width 1 and weight 0: its bias alone is the logits.
+        # The output layer has width 1 and weight 0, so that the logits are its bias.
         hidden = self.logprobs.new_zeros(*sample["target"].shape, 1)
         return Dense([Head(hidden, self.logprobs.new_zeros(self.logprobs.numel(), 1), self.logprobs)])

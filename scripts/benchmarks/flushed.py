@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
-"""How much of the gradient at the logits fp16 flushes to zero, with and without a factor on it.
+"""Measure how much of the gradient of the logits is flushed to zero in fp16, with and without a scaling factor.
 
     python scripts/benchmarks/flushed.py --vocabulary 10000 32000 --markdown flushed.md
 
-Gradients made in the forward pass know nothing of the loss scale that an fp16 optimizer multiplies in later, and a
-mean over N tokens divides them by N. The logits are peaked as a trained student's: normal noise, and for each token a
-lead of the gold one, its mean such that the gold token has a probability of 0.4 on average. Gate "token".
+Gradients that are computed in the forward pass do not contain the loss scale of an fp16 optimizer, which is applied
+later, and a mean over N tokens divides them by N. The logits are as peaked as those of a trained student: normal noise
+plus, for each token, a normally distributed lead of the gold token, whose mean is set so that the mean probability of
+the gold tokens is 0.4. The gate is "token". All columns are percentages:
 
-    dz flushed     of the entries of dz (N, V) that fp64 gives and that are not 0, those that are 0 in fp16
-    of |dz|        the share of sum |dz| that they hold
-    error of dH    of dH = dz W with dz rounded to fp16, against fp64, Frobenius norm; the products are exact
-    dH flushed     of the entries of that dH, still multiplied by the factor, those that are 0 in fp16
+    dz flushed     share of the nonzero fp64 entries of dz (N, V) that are 0 in fp16
+    of |dz|        share of sum |dz| that these entries hold
+    error of dH    relative error (Frobenius norm) of dH = dz W with dz rounded to fp16 and the product in fp64
+    dH flushed     share of the entries of that dH, including the factor, that are 0 in fp16 and not 0 in fp64
 """
 
 from __future__ import annotations
@@ -30,28 +31,28 @@ sys.path.insert(0, str(ROOT))
 from hgkd_fairseq.loss.chunked import FP16_SCALE  # noqa: E402
 
 GOLD_PROBABILITY = 0.4
-NOISE, SPREAD = 2.0, 4.0  # standard deviations of a logit, and of the gold token's lead
+NOISE, SPREAD = 2.0, 4.0  # standard deviations of a logit and of the gold token's lead
 TEACHER_TEMPERATURE = 1.5
 HEADER = ("factor on dz", "dz flushed", "of \\|dz\\|", "error of dH", "dH flushed")
 
 
 class Loss(NamedTuple):
-    """Shares, 0 to 1."""
+    """Precision that is lost in fp16, as shares from 0 to 1; see the columns in the module's docstring."""
 
-    entries: float
-    mass: float
-    hidden_error: float
-    hidden_entries: float
+    entries: float  # dz flushed
+    mass: float  # of |dz|
+    hidden_error: float  # error of dH
+    hidden_entries: float  # dH flushed
 
 
 def peaked_logits(tokens: int, vocabulary: int, target: Tensor, generator: torch.Generator) -> Tensor:
-    """(N, V) fp64 logits under which the gold token's mean probability is GOLD_PROBABILITY."""
+    """Return (N, V) fp64 logits under which the mean probability of the gold tokens is GOLD_PROBABILITY."""
     noise = NOISE * torch.randn(tokens, vocabulary, generator=generator, dtype=torch.float64)
     lead = SPREAD * torch.randn(tokens, generator=generator, dtype=torch.float64)
     rows = torch.arange(tokens)
     others = noise.scatter(1, target[:, None], -torch.inf).logsumexp(1)
     low, high = -50.0, 50.0
-    for _ in range(60):  # the probability grows with the mean lead
+    for _ in range(60):  # bisection: the probability increases with the mean lead
         middle = (low + high) / 2
         mean = torch.sigmoid(noise[rows, target] + lead + middle - others).mean()
         low, high = (middle, high) if mean < GOLD_PROBABILITY else (low, middle)
@@ -60,7 +61,10 @@ def peaked_logits(tokens: int, vocabulary: int, target: Tensor, generator: torch
 
 
 def exact_gradient(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-    """(N, V) dz of hard-gate distillation in fp64: p - q where the student leads the teacher, else p - onehot."""
+    """Return the (N, V) fp64 gradient of the summed loss of the gate "token" (HKD-T, arXiv:2210.12427) at the logits.
+
+    A row is p - q if the student gives the gold token more probability than the tempered teacher does, else p - onehot.
+    """
     p, q = torch.softmax(student, 1), torch.softmax(teacher / TEACHER_TEMPERATURE, 1)
     gold = target[:, None]
     to_teacher = p.gather(1, gold) > q.gather(1, gold)
@@ -68,7 +72,7 @@ def exact_gradient(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
 
 
 def flushed(dz: Tensor, weight: Tensor, factor: float) -> Loss:
-    """What is lost of `dz` (N, V) and of dz @ `weight` (V, d) where fp16 holds dz times `factor`."""
+    """Return what `dz` (N, V) and dz @ `weight` (V, d) lose if dz times `factor` is stored in fp16."""
     rounded = (dz * factor).half()
     lost = (rounded == 0) & (dz != 0)
     d_hidden, exact = rounded.double() @ weight, dz @ weight

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Proves the CUDA path on the machine in hand and measures it: one command, one folder of results. --help says the rest.
+# Tests and benchmarks the CUDA path on this machine and writes all results to one folder. See --help.
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
@@ -76,7 +76,7 @@ mkdir -p "$out" || exit 1
 out=$(cd "$out" && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-# Absolute, and not resolved: a virtual environment knows itself by its path.
+# An absolute path, but with symbolic links kept: a virtual environment is found through the path of its interpreter.
 python=${PYTHON:-$root/.venv/bin/python}
 [[ -n ${PYTHON:-} || -x $python ]] || python=python3
 python=$(command -v "$python") || fail "PYTHON names no program"
@@ -90,7 +90,7 @@ fi
 export PYTHONPATH=$root${site:+:$site}${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 [[ $device == cuda ]] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} CUDA_VISIBLE_DEVICES=
 
-# Packages on the path may come without their commands, which the recipes call.
+# Packages on PYTHONPATH may lack their console scripts, which the recipes call: create them.
 mkdir "$work/bin"
 for command in fairseq-{train,generate,preprocess}:fairseq_cli.@.cli_main hgkd:hgkd_fairseq.cli.main \
     sacrebleu:sacrebleu.sacrebleu.main sacremoses:sacremoses.cli.cli subword-nmt:subword_nmt.subword_nmt.main; do
@@ -128,7 +128,8 @@ END
 fi
 cat "$work/head"
 
-# Seconds of each part: at most 2, 3 and 2 minutes of 10 for the first three, and what is left for train; of one alone all.
+# limit PART: print the time limit of a part in seconds. With several parts: at most 2, 3 and 2 minutes for tests, loss
+# and step (scaled down if --minutes is below 10), and the remaining time for train. A single part gets all the time.
 begin=$SECONDS
 limit() {
     local left=$((minutes * 60 - (SECONDS - begin))) share
@@ -139,7 +140,8 @@ limit() {
     echo $((share > 5 ? share : 5))
 }
 
-# limited SECONDS LOG COMMAND...: in a group of its own, which is stopped as a whole
+# limited SECONDS LOG COMMAND...: run a command with a time limit. timeout runs it in its own process group and signals
+# the whole group.
 limited() {
     local seconds=$1 log=$2
     shift 2
@@ -149,7 +151,7 @@ limited() {
 report=$work/report
 : >"$report"
 failed=0
-# outcome PART STATUS LOG: a line of gpu.md
+# outcome PART STATUS LOG: add a heading with the outcome of a part to the report
 outcome() {
     local text="done"
     ((!$2)) || failed=1
@@ -175,7 +177,8 @@ part_tests() {
 part_loss() {
     local end=$((SECONDS + $(limit loss))) status=0 name one arguments table
     rm -f "$out"/loss*.md "$out/loss.csv"
-    # What matters most comes first. Compiling takes longer than measuring: one shape has the compiled peers.
+    # The most important runs come first, since the time may end before the last. Compiling takes longer than measuring,
+    # so only one shape includes the compiled peers.
     local runs=(
         "wmt-base-bf16 --shape wmt-base --dtype bf16 --time --errors --memory"
         "fp16 --shape wmt-base --dtype fp16 --time --memory --rungs triton --without compiled chunks TRL"
@@ -211,7 +214,7 @@ part_step() {
     [[ ! -f $out/step.md ]] || cat "$out/step.md" >>"$report"
 }
 
-# train_one METHOD SECONDS: by the recipe that made the folder
+# train_one METHOD SECONDS: train a method with the recipe that created the folder
 train_one() {
     local name style gpus=1
     read -r name style <"$recipe/recipe"
@@ -242,7 +245,7 @@ part_train() {
     summary >>"$report"
 }
 
-# Of every run in the recipe's folder how far it came, and its scores.
+# summary: print the progress and the scores of every run in the recipe's folder
 summary() {
     local run line
     for run in "$recipe"/*/train.log; do

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Registers, spills and shared memory of the Triton rows, compiled ahead of time; needs no GPU.
+"""Print the registers, spills and shared memory of the Triton kernels, compiled ahead of time; needs no GPU.
 
-    python scripts/benchmarks/kernel_resources.py            a selection that has each kernel, flag, dtype and chip
-    python scripts/benchmarks/kernel_resources.py --every    all combinations: some thousand compilations
-    python scripts/benchmarks/kernel_resources.py --few      of each kernel the largest variants, on each chip
-    python scripts/benchmarks/kernel_resources.py --plain    three kernels of plain settings on each chip
+    python scripts/benchmarks/kernel_resources.py            a selection that covers each kernel, flag, dtype and chip
+    python scripts/benchmarks/kernel_resources.py --every    all combinations: thousands of compilations
+    python scripts/benchmarks/kernel_resources.py --few      the largest variants of each kernel, on each chip
+    python scripts/benchmarks/kernel_resources.py --plain    three kernels with plain settings, on each chip
 
-Prints one line a compilation. Exit status 1 where one spills, has a stack, or asks for more than the chip has.
+Prints one line per compilation. The exit status is 1 if a kernel spills registers, uses a stack, or needs more
+resources than the chip has.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-# A process that interprets cannot compile. Triton reads both when it is imported.
+# Kernels cannot be compiled in Triton's interpreter mode, which is chosen when Triton is imported.
 os.environ.pop("TRITON_INTERPRET", None)
 
 from hgkd_fairseq.loss.triton.rows import Variant, all_variants  # noqa: E402
 
-# Bytes a program may ask for, by compute capability.
+# Maximum shared memory of a program in bytes, by compute capability.
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
-REGISTERS_LIMIT = 255  # a thread
+REGISTERS_LIMIT = 255  # per thread
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
-VOCABULARIES = (32000, 10152)  # two launch shapes; rows aligned to 16 bytes
-ODD_VOCABULARIES = (507, 32001)  # rows that lie further apart than they are long
+VOCABULARIES = (32000, 10152)  # two launch shapes; rows need no padding to be aligned to 16 bytes
+ODD_VOCABULARIES = (507, 32001)  # rows are padded to be aligned, so their stride is larger than their length
 
 POINTERS = {
     "target": "*i64",
@@ -47,22 +48,22 @@ POINTERS = {
     "data_weight": "*fp32",
     "teacher_weight": "*fp32",
 }
-ALIGNED = ("student_logits", "teacher_logits", "results", "flags", "statistics")  # fresh allocations
+ALIGNED = ("student_logits", "teacher_logits", "results", "flags", "statistics")  # to 16 bytes: new allocations
 
 
 class Job(NamedTuple):
     variant: Variant
     dtype: str  # of the logits, a key of ITEMSIZE
-    capability: int  # a key of SHARED_LIMIT
+    capability: int  # compute capability, a key of SHARED_LIMIT
 
 
 class Report(NamedTuple):
     job: Job
-    registers: int
-    stack: int  # bytes a thread
-    spills: int  # bytes a thread, stores and loads
-    shared: int  # bytes a program
-    seconds: float
+    registers: int  # per thread
+    stack: int  # bytes per thread
+    spills: int  # bytes per thread, stores and loads
+    shared: int  # bytes per program
+    seconds: float  # for the compilation
 
     @property
     def problem(self) -> str | None:
@@ -85,10 +86,12 @@ HEADER = "kernel          chip   type      V warps      tile registers stack spi
 
 
 def jobs(selection: str) -> list[Job]:
-    """ "every", "selection", "few" or "plain"."""
+    """Return the compilations of a selection: "every", "selection" (the default), "few" or "plain"."""
 
     def heavy(vocabulary: int, dtype: str) -> Iterator[Variant]:
-        """Of each kernel the variant of all flags and the one of few."""
+        """Yield the variant of each kernel with the most flags, and that of `token_rows` with the fewest; for "plain",
+        only the variant of each kernel with the fewest. All have a teacher, and make a gradient where that is a flag.
+        """
         for kernel in ("token_rows", "statistics_rows", "gradient_rows"):
             found = [v for v in all_variants(vocabulary, ITEMSIZE[dtype]) if v.kernel == kernel]
             found = [v for v in found if v.constants["HAS_TEACHER"] and v.constants.get("MAKE_GRADIENT", True)]
@@ -126,7 +129,11 @@ def jobs(selection: str) -> list[Job]:
 
 
 def report(job: Job) -> Report:
-    """Compile, and ask ptxas what the code needs."""
+    """Compile a kernel and return the resources that ptxas reports.
+
+    Raises:
+        subprocess.CalledProcessError: ptxas fails.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -169,7 +176,7 @@ def report(job: Job) -> Report:
 
 
 def reports(selected: Iterable[Job], processes: int = 2) -> Iterator[Report]:
-    """In order, compiled anew by that many processes."""
+    """Yield the reports in the order of the jobs, compiled by `processes` processes with an empty Triton cache."""
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         with ProcessPoolExecutor(processes, get_context("spawn")) as pool:

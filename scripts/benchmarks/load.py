@@ -1,13 +1,13 @@
-"""Load: does a pair, or a token, cost the same up to 10^6 pairs and 10^7 tokens, and does a vocabulary of 256k with a
-sentence of 1,024 tokens fit? Every measurement has a process of its own, on one thread; seconds are those of the CPU.
+"""Measure time and memory per pair and per token, up to 10^6 pairs and 10^7 tokens, and a loss step with 262,144 types.
 
-    python scripts/benchmarks/load.py runs/load --csv load.csv                     # all of it; about 30 minutes
-    python scripts/benchmarks/load.py runs/load --pairs 1000 10000 --only store    # parts with that in their name
-    python scripts/benchmarks/load.py --csv load.csv                               # the tables alone
+    python scripts/benchmarks/load.py runs/load --csv load.csv      # all parts; about 30 minutes
+    python scripts/benchmarks/load.py runs/load --csv load.csv --pairs 1000 10000 --only store    # parts by name
+    python scripts/benchmarks/load.py --csv load.csv                # only print the tables
 
-Memory is the most that was resident beyond what the program had before, without pages of files that are mapped, which
-the kernel takes back. A row says so where its cost a pair (a token) at the largest size is over 1.5 times that at the
-smallest, and where it takes over 1 kB a pair.
+Each measurement runs in a new process. Seconds are CPU time, summed over all threads; set OMP_NUM_THREADS=1 to measure
+a single thread. Memory is the peak resident memory beyond that before the measured function, without pages of mapped
+files, which the kernel can reclaim. The tables mark parts whose cost per pair (token) at the largest size is more than
+1.5 times that at the smallest size, and parts that take more than 1 KiB per pair (token).
 """
 
 from __future__ import annotations
@@ -25,13 +25,18 @@ from pathlib import Path
 from measuring import append_csv, environment, markdown
 
 PAIRS, TOKENS = (100_000, 300_000, 1_000_000), (1_000_000, 3_000_000, 10_000_000)
-GROWS, MOST_BYTES = 1.5, 1024
-SLACK_S, SLACK_MIB = 0.02, 2  # of a first call, and of what malloc has in stock: the smallest size is given these
-POLL_S = 0.005
+GROWS, MOST_BYTES = 1.5, 1024  # limits on the ratio of the costs and on the bytes per pair (token)
+# Added to the cost at the smallest size before it is compared, for the overhead of a first call and memory that malloc
+# keeps.
+SLACK_S, SLACK_MIB = 0.02, 2
+POLL_S = 0.005  # seconds between two samples of the memory
 
 
 def parts(kind: str) -> dict[str, tuple[Callable, float]]:
-    """By what they are: (function, its share of the pairs or tokens). The tables need none of what it imports."""
+    """Return the parts of a kind ("pair", "token" or "step") by name: (function, share of the pairs or tokens used).
+
+    The modules are imported here because printing the tables does not need them.
+    """
     if kind != "pair":
         import load_tokens
 
@@ -60,19 +65,19 @@ def parts(kind: str) -> dict[str, tuple[Callable, float]]:
 
 
 def child(kind: str, name: str, folder: Path, size: int, pipe) -> None:
-    warnings.simplefilter("ignore")  # of hydra's
+    warnings.simplefilter("ignore")  # hydra warns at every start
     run = parts(kind)[name][0](folder, size)
     pipe.send("ready")
     pipe.recv()
     start = time.process_time()
     found = run()
     pipe.send(time.process_time() - start)
-    pipe.recv()  # the memory is known
+    pipe.recv()  # waits until the parent has read the memory
     pipe.send(found() if callable(found) else "")
 
 
 def resident(process: int) -> int:
-    """kB, without mapped files; 0 of one that has ended."""
+    """Return the resident memory of a process in KiB, without mapped files; 0 if the process has ended."""
     try:
         text = Path(f"/proc/{process}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -81,7 +86,14 @@ def resident(process: int) -> int:
 
 
 def measure(kind: str, name: str, folder: Path, size: int) -> tuple[float, float, str]:
-    """(seconds, MiB, what else it has to say) of a part, in a new process."""
+    """Measure a part in a new process.
+
+    Returns:
+        CPU seconds, peak memory in MiB, and the additional text of the part ("" if it has none).
+
+    Raises:
+        EOFError: the part fails; the new process prints the traceback.
+    """
     context = get_context("forkserver")
     context.set_forkserver_preload(["load_folders", "load_pairs", "load_tokens"])
     ours, theirs = context.Pipe()
@@ -104,7 +116,7 @@ def measure(kind: str, name: str, folder: Path, size: int) -> tuple[float, float
 
 
 def table(rows: list[dict]) -> str:
-    """Of rows of pairs, or of tokens."""
+    """Return the markdown table of rows that are all of kind "pair" or all of kind "token"."""
     sizes = sorted({int(row["size"]) for row in rows})
     scale, unit = (1e6, "µs") if rows[0]["kind"] == "pair" else (1e9, "ns")
     header = ["", *[f"{unit} at {size:.0e}" for size in sizes], *[f"bytes at {size:.0e}" for size in sizes], "MiB", ""]
@@ -137,7 +149,7 @@ def steps(rows: list[dict]) -> str:
 
 
 def report(file: Path) -> str:
-    """The tables of a CSV file; of a part that was measured again, the last row."""
+    """Return the tables of a CSV file; if a measurement was repeated, its last row counts."""
     with file.open(newline="") as source:
         found = {(row["kind"], row["name"], row["size"]): row for row in csv.DictReader(source)}
     made = []

@@ -1,5 +1,5 @@
-"""The parts of load.py that write and read a folder or a file with all pairs: a teacher's store, its translations, and
-what fairseq-generate writes."""
+"""The parts of load.py that write or read a folder or file with one entry per pair: a teacher store, translations, and
+the output of fairseq-generate."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from hgkd_fairseq.evaluation import distil_data, inference
 from hgkd_fairseq.plugin import binarised
 from hgkd_fairseq.teacher import store, stored
 
-SHARD = 4096  # sentences of a store
-SHARD_OF_TRANSLATIONS = 10_000
+SHARD = 4096  # sentences per shard of a store
+SHARD_OF_TRANSLATIONS = 10_000  # sentences per shard of translations
 
 
 def store_of(folder: Path, pairs: int) -> tuple[FairseqTask, Path]:
@@ -31,7 +31,7 @@ def store_of(folder: Path, pairs: int) -> tuple[FairseqTask, Path]:
 
 
 def store_written(folder: Path, pairs: int) -> Run:
-    """What `hgkd store` does beside running the teacher, whose numbers are all 0 here."""
+    """Write a store of kind "gold" as `hgkd store` does, but without a teacher: all its values are 0."""
     task, output = store_of(folder, pairs)
     dataset = task.dataset("train")
     shutil.rmtree(output, ignore_errors=True)
@@ -75,7 +75,10 @@ def store_read(folder: Path, pairs: int) -> Run:
 
 
 def translated(folder: Path, pairs: int) -> tuple[Path, Path, Run]:
-    """The data, the folder of translations (the references, with other scores), and what writes it."""
+    """Return the data folder, the output folder, and the function that writes translations to the latter.
+
+    The translations are the references, with made-up scores.
+    """
     data, output = make_corpus(folder, "corpus", pairs), folder / f"translated-{pairs}"
     plugin.register()
     logging.disable(logging.INFO)
@@ -120,7 +123,8 @@ def distilled_data(folder: Path, pairs: int) -> Run:
 
 
 def generated(folder: Path, pairs: int) -> Run:
-    """`hgkd calibration inference` on what fairseq-generate would have written: nine of ten tokens are right."""
+    """Run `hgkd calibration inference` on a synthetic output of fairseq-generate in which about 90 % of the tokens are
+    right."""
     task, file = loaded(folder, pairs), folder / f"generated-{pairs}.txt"
     symbols, rng = task.target_dictionary.symbols, np.random.default_rng(1)
     with file.open("w") as out:

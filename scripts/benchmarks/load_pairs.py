@@ -1,6 +1,9 @@
-"""The parts of load.py that walk through a corpus. Each is a function of a folder and a number of pairs, which prepares
-and returns what is to be measured. Drawing the probabilities of a batch (`statistics`) is a part of what is measured
-where a part reads them."""
+"""The parts of load.py that process the sentence pairs of a corpus.
+
+Each part is a function of a folder and a number of pairs. It prepares its inputs and returns the function to measure.
+Parts that need token probabilities draw them at random for each batch (`statistics`), which is included in the
+measurement.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +31,8 @@ from hgkd_fairseq.teacher.unigram import log_frequencies
 
 Run = Callable[[], object]
 
-MAX_TOKENS = 4000  # a batch
-TYPES = {"corpus": 32_000, "short": 300}  # of the data, and of those that a model is run on
+MAX_TOKENS = 4000  # per batch
+TYPES = {"corpus": 32_000, "short": 300}  # vocabulary size of each kind of corpus; a model is run only on "short"
 TINY = (
     *("--arch", "transformer_iwslt_de_en", "--encoder-layers", 1, "--decoder-layers", 1, "--share-all-embeddings"),
     *("--encoder-embed-dim", 16, "--decoder-embed-dim", 16, "--encoder-ffn-embed-dim", 16),
@@ -38,7 +41,13 @@ TINY = (
 
 
 def make_corpus(folder: Path, kind: str, pairs: int) -> Path:
-    """The data of that many pairs, which are written where they are not there yet."""
+    """Return the folder with a corpus of `pairs` training pairs; write it unless a complete one exists.
+
+    Args:
+        folder: parent folder.
+        kind: key of TYPES: "corpus" (sentences of up to 1,024 tokens) or "short" (up to 24).
+        pairs: number of training pairs.
+    """
     data = folder / f"{kind}-{pairs}"
     if not (data / "whole").exists():
         shutil.rmtree(data, ignore_errors=True)
@@ -49,7 +58,10 @@ def make_corpus(folder: Path, kind: str, pairs: int) -> Path:
 
 
 def training(data: Path, *given) -> tuple:
-    """(configuration, task) of a fairseq-train of ours; its data are not loaded."""
+    """Return (configuration, task) of a distilling fairseq-train command with the further options `given`.
+
+    The data are not loaded. As side effects, the plugin is registered and messages up to INFO are disabled.
+    """
     plugin.register()
     logging.disable(logging.INFO)
     words = [data, *TINY, "--task", "translation_with_teacher", "--criterion", "hard_gate_kd", "--optimizer", "adam"]
@@ -101,7 +113,7 @@ def unigram(folder: Path, pairs: int) -> Run:
 
 
 def target_lengths(folder: Path, pairs: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of each batch of an epoch the numbers of its sentences and the lengths of their targets."""
+    """Return, for each batch of an epoch, the numbers and the target lengths of its sentences, both (sentences,)."""
     dataset = loaded(folder, pairs).dataset("train")
     batches = dataset.batch_by_size(dataset.ordered_indices(), max_tokens=MAX_TOKENS)
     return [(np.asarray(batch), dataset.tgt_sizes[batch]) for batch in batches]
@@ -114,7 +126,7 @@ def statistics(numbers: np.ndarray, lengths: np.ndarray, seed: int) -> TokenStat
 
 
 class Batch:
-    """What gates observe of a batch."""
+    """Stand-in for the loss output of a batch that a gate observes."""
 
     def __init__(self, found: TokenStatistics):
         self.token_nll = -found.student_logprob[None]
@@ -147,7 +159,10 @@ def weights_table(folder: Path, pairs: int) -> Run:
 
 
 def refresh(folder: Path, kind: str, pairs: int) -> tuple[Refresh, torch.nn.Module]:
-    """Of a tiny model under an untrained teacher of its own size."""
+    """Return the refresh of sentence weights, ready to run, and its student model.
+
+    Student and teacher are untrained models of the same tiny size.
+    """
     data = make_corpus(folder, kind, pairs)
     cfg, task = training(data, "--gate", "none")
     teacher = data / "teacher.pt"
@@ -163,7 +178,7 @@ def refresh(folder: Path, kind: str, pairs: int) -> tuple[Refresh, torch.nn.Modu
 
 
 def plain_config(data: Path) -> dict:
-    """Of a model that fairseq alone has trained."""
+    """Return the configuration that a checkpoint of a tiny model trained by plain fairseq contains."""
     words = [data, *TINY, "--optimizer", "adam"]
     arguments = options.parse_args_and_arch(options.get_training_parser(), [str(word) for word in words])
     cfg = convert_namespace_to_omegaconf(arguments)
@@ -182,7 +197,7 @@ def refresh_walk(folder: Path, pairs: int) -> Run:
 
 
 def predictions(folder: Path, pairs: int) -> Run:
-    """What `hgkd calibration forced` does beside running the model."""
+    """Accumulate and score predictions as `hgkd calibration forced` does, without running a model."""
     batches = target_lengths(folder, pairs)
 
     def run() -> None:

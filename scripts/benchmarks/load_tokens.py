@@ -1,5 +1,7 @@
-"""The parts of load.py that take tokens: every calibration score, and a step of the loss at a large vocabulary. Each is
-a function of a folder and a number, which prepares and returns what is to be measured."""
+"""The parts of load.py that process tokens: the calibration scores, and a loss step with a large vocabulary.
+
+Each part is a function of a folder and a number of tokens. It prepares its inputs and returns the function to measure.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,19 @@ from hgkd_fairseq.calibration import corp, correlation, distribution, fine, hist
 from hgkd_fairseq.calibration.scores import Predictions, Settings
 from hgkd_fairseq.loss import gated_distillation
 
-Run = Callable[[], object]  # what is returned is called after the measurement, if it can be, and says more
+# The function to measure. If its result is callable, load.py calls that after the measurement and reports the string
+# that it returns.
+Run = Callable[[], object]
 
-AT_ONCE = 4000  # tokens a batch
-SENTENCE = 25  # tokens
-TYPES = 32  # of the scores of whole distributions
-REPLICATES = 1000
+AT_ONCE = 4000  # tokens per batch
+SENTENCE = 25  # tokens per sentence
+TYPES = 32  # vocabulary size for the scores of whole distributions
+REPLICATES = 1000  # bootstrap resamples
 
 
 def tokens(count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(confidence, correct, sentence), (count,) each; the confidence crowds below 1, and is a little too high."""
+    """Return (confidence, correct, sentence), each of shape (count,); most confidences are near 1 and slightly too
+    high."""
     generator = torch.Generator().manual_seed(1)
     confidence = torch.rand(count, generator=generator) ** 0.3
     correct = torch.rand(count, generator=generator) < confidence**1.1
@@ -61,7 +66,7 @@ def of_arrays(score: Callable[[Tensor, Tensor], object]) -> Callable[[Path, int]
 
 
 def predictions(at_once: int | None) -> Callable[[Path, int], Run]:
-    """All scores with their intervals, of tokens that come in batches or all at once."""
+    """Return the part that computes all scores with intervals, in batches of `at_once` tokens (None: one batch)."""
 
     def part(_: Path, count: int) -> Run:
         found = tokens(count)
@@ -80,7 +85,7 @@ def predictions(at_once: int | None) -> Callable[[Path, int], Run]:
 
 
 def distributions(of: Callable[[Tensor, Tensor], object]) -> Callable[[Path, int], Run]:
-    """Of (N, TYPES) probabilities, a batch at a time."""
+    """Return the part that calls `of` on (AT_ONCE, TYPES) probabilities and (AT_ONCE,) gold tokens, batch by batch."""
 
     def part(_: Path, count: int) -> Run:
         probability = torch.randn(AT_ONCE, TYPES, generator=torch.Generator().manual_seed(1)).mul(2).softmax(1)
@@ -100,7 +105,8 @@ def tables(probability: Tensor, gold: Tensor) -> None:
 
 
 def fit(_: Path, count: int) -> Run:
-    """A temperature, of TYPES logits a token, which it holds a batch at a time, as `hgkd calibration temperature`."""
+    """Fit a temperature to (count, TYPES) logits that are processed batch by batch, as `hgkd calibration temperature`
+    does."""
     z = 3 * torch.randn(AT_ONCE, TYPES, generator=torch.Generator().manual_seed(1))
     gold = (z / 1.5).softmax(1).multinomial(1, generator=torch.Generator().manual_seed(2)).squeeze(1)
 
@@ -114,7 +120,7 @@ def fit(_: Path, count: int) -> Run:
 
 
 def rank_correlation(_: Path, count: int) -> Run:
-    """Of the sentences that so many tokens make, with its interval."""
+    """Compute Spearman's rank correlation of `count` / SENTENCE sentences and its bootstrap interval."""
     generator = torch.Generator().manual_seed(1)
     first, noise = torch.randn(2, count // SENTENCE, generator=generator, dtype=torch.float64)
     numbers = list(range(count // SENTENCE))
@@ -132,7 +138,7 @@ def sentences(count: int) -> list[list[str]]:
 
 
 def ter(_: Path, count: int) -> Run:
-    """One token of ten is wrong, and one of ten missing."""
+    """Compute TER labels of hypotheses in which about one token in ten is wrong and one in ten is missing."""
     references = sentences(count)
 
     def run() -> None:
@@ -155,6 +161,7 @@ def words(_: Path, count: int) -> Run:
     return run
 
 
+# (function, share of the requested number of tokens that it processes)
 PARTS: dict[str, tuple[Callable[[Path, int], Run], float]] = {
     "ECE": (binned(histogram.ece), 1),
     "MCE": (binned(histogram.mce), 1),
@@ -176,11 +183,16 @@ PARTS: dict[str, tuple[Callable[[Path, int], Run], float]] = {
     "pieces to words": (words, 1),
 }
 
+# Of `step`: tokens of the sentence, types, size of a hidden state, and tokens per slice of the fp64 reference.
 TOKENS, VOCABULARY, WIDTH, SLICE = 1024, 262_144, 64, 64
 
 
 def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """A sentence: the student's hidden states and output layer, the teacher's, and the target."""
+    """Return one sentence as (hidden, weight, teacher_hidden, teacher_weight, target).
+
+    The shapes are (1, TOKENS, WIDTH), (VOCABULARY, WIDTH), the same two for the teacher, and (1, TOKENS). The values do
+    not depend on `dtype`, except for rounding.
+    """
     generator = torch.Generator().manual_seed(1)
     hidden, teacher = torch.randn(2, 1, TOKENS, WIDTH, generator=generator)
     weight, other = torch.randn(2, VOCABULARY, WIDTH, generator=generator) / WIDTH**0.5
@@ -190,7 +202,7 @@ def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def truth(folder: Path) -> Path:
-    """Loss and gradients by `eager` in fp64, some tokens at a time; written once."""
+    """Return the file with the loss and gradients of the eager implementation in fp64; write it if it is missing."""
     file = folder / "truth.pt"
     if not file.exists():
         hidden, weight, teacher, other, target = inputs(torch.float64)
@@ -220,7 +232,8 @@ def step(implementation: str, folder: Path, _: int) -> Run:
 
 
 def errors(file: Path, loss: Tensor, hidden: Tensor, weight: Tensor) -> str:
-    """Of the norms, relative."""
+    """Format the relative error of each result: the norm of its difference from :func:`truth` over the norm of the
+    latter."""
     found = {"loss": loss, "hidden": hidden, "weight": weight}
     expected = torch.load(file, weights_only=True, mmap=True)
     apart = {name: (value - expected[name]).norm() / expected[name].norm() for name, value in found.items()}

@@ -1,11 +1,13 @@
-"""Hours of one training: is its memory flat? A fairseq-train with a live teacher and a gate that remembers, a small
-model, many epochs, validations, checkpoints that replace older ones; its resident memory is written down as it runs.
+"""Measure whether the memory of a training that runs for hours stays constant.
 
     python scripts/benchmarks/long_training.py runs/long --minutes 180     # trains, then prints the table
     python scripts/benchmarks/long_training.py --table runs/long/memory.csv   # the table alone, at any time
 
-The slope is by least squares over the last two thirds of the time. Its 95 % interval is a moving-block bootstrap of the
-residuals, in blocks of five minutes: neighbouring samples are nearly the same number.
+The training is a fairseq-train of a small model with a live teacher and a stateful gate, with many epochs, validations
+and checkpoints that replace older ones. Its resident memory is recorded in memory.csv at regular intervals.
+
+The slope is a least-squares fit over the last two thirds of the time. Its 95 % interval is a moving-block bootstrap of
+the residuals with blocks of five minutes, because neighbouring samples are strongly correlated.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ from typing import NamedTuple
 import numpy as np
 
 ROOT = Path(__file__).parents[2]
-BLOCK_S = 300
+BLOCK_S = 300  # seconds
 RESAMPLES = 4000
-STOPPED = 75  # what a training that was told to stop exits with
+STOPPED = 75  # exit status of a training that stops on SIGTERM
 
 SIZE = (
     *("--arch", "transformer_iwslt_de_en", "--encoder-layers", 2, "--decoder-layers", 2),
@@ -49,7 +51,7 @@ def fairseq_train(*options) -> list[str]:
 
 
 def memory(process: int) -> tuple[float, float]:
-    """Resident MiB of a process, and of the processes that it started."""
+    """Return the resident memory in MiB of a process, and of all its child processes together."""
 
     def resident(folder: Path) -> int:
         found = re.search(r"^VmRSS:\s+(\d+) kB", (folder / "status").read_text(), flags=re.MULTILINE)
@@ -63,12 +65,12 @@ def memory(process: int) -> tuple[float, float]:
             elif int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == process:
                 others += resident(folder)
         except (FileNotFoundError, ProcessLookupError):
-            continue  # it has ended meanwhile
+            continue  # the process has ended in the meantime
     return own / 1024, others / 1024
 
 
 def updates_done(log: Path) -> int:
-    """The last number of updates in the end of a training's log; 0 where there is none."""
+    """Return the last number of updates in the final 20 kB of a training log, or 0 if there is none."""
     with log.open("rb") as source:
         source.seek(max(0, log.stat().st_size - 20_000))
         found = re.findall(rb'num_updates": "(\d+)"', source.read())
@@ -76,8 +78,21 @@ def updates_done(log: Path) -> int:
 
 
 def train(folder: Path, minutes: float, every_s: float, pairs: int) -> int:
-    """The exit status of the distilling training, stopped after that time."""
-    import corpora  # and fairseq with it, which the table does not need
+    """Train a teacher, then a student for a limited time while its memory is recorded in `folder`/memory.csv.
+
+    Args:
+        folder: output folder for data, models, logs and memory.csv.
+        minutes: time after which the training of the student is stopped.
+        every_s: seconds between two samples of the memory.
+        pairs: number of training pairs.
+
+    Returns:
+        Exit status of the student's training; STOPPED if it was stopped as planned.
+
+    Raises:
+        subprocess.CalledProcessError: the training of the teacher fails; its output is in `folder`/teacher.log.
+    """
+    import corpora  # imports fairseq, which --table does not need
 
     data, teacher, student = folder / "data", folder / "teacher", folder / "student"
     corpora.write(data, {"train": pairs, "valid": 200}, types=2000, longest=100)
@@ -101,7 +116,7 @@ def train(folder: Path, minutes: float, every_s: float, pairs: int) -> int:
                 row = (time.monotonic() - start, *memory(process.pid))
                 if row[1]:
                     writer.writerow([f"{value:.2f}" for value in row] + [updates_done(log)])
-                    table.flush()  # what ends this process leaves the numbers
+                    table.flush()  # keeps the samples if this process is killed
         finally:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
@@ -110,13 +125,16 @@ def train(folder: Path, minutes: float, every_s: float, pairs: int) -> int:
 
 
 class Trend(NamedTuple):
-    slope: float  # MiB an hour
-    low: float
+    slope: float  # MiB per hour
+    low: float  # of the 95 % interval
     high: float
 
 
 def trend(seconds: np.ndarray, mib: np.ndarray, seed: int = 1) -> Trend:
-    """Least squares, with a 95 % interval from a moving-block bootstrap of the residuals."""
+    """Fit the slope of `mib` (samples,) over `seconds` (samples,) by least squares.
+
+    The 95 % interval is from a moving-block bootstrap of the residuals.
+    """
     hours = seconds / 3600
     design = np.stack([np.ones_like(hours), hours], 1)
     solve = np.linalg.pinv(design)  # (2, n)
@@ -166,7 +184,7 @@ def main() -> int:
     if args.table:
         print(report(args.table))
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped before its time"))  # and the training with it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped before its time"))  # lets `train` stop the training
     status = train(args.folder, args.minutes, args.every, args.pairs)
     print(report(args.folder / "memory.csv"))
     if status != STOPPED:

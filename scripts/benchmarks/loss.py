@@ -1,30 +1,37 @@
 #!/usr/bin/env python3
-"""The loss head alone, against its floor and its peers: time, gradient error, peak memory, compile time.
+"""Benchmark the loss head alone against a lower bound and other implementations: time, error, memory, compile time.
 
     python scripts/benchmarks/loss.py --csv loss.csv --markdown loss.md      everything, on the CPU
     python scripts/benchmarks/loss.py --time --tokens 16384                  time alone, larger batches
     python scripts/benchmarks/loss.py --device cuda --shape iwslt wmt-base wmt-big nllb --time --memory
 
-A contestant does one forward and one backward pass over N tokens, hidden size d for student and teacher, vocabulary V:
-the student's hidden states and weight get their gradients. There are no pads, and every sentence has 32 tokens.
+Each contestant runs one forward and one backward pass over N tokens, with hidden size d for student and teacher and
+vocabulary V, and computes the gradients of the student's hidden states and weight. There is no padding, and every
+sentence has 32 tokens. "Ours" is this package's loss; peers are other implementations.
 
-    products   the FLOOR: the four matrix products alone, in the chunks that ours uses, into buffers used again
+    products   the floor: only the four matrix products, in the same chunks as ours, with reused output buffers
     token, sentence   hard-gate distillation; peer: log_softmax of both heads, kl_div, a mask, autograd on full logits
-    token, stored   the same, where the teacher's log-probabilities of the gold tokens are known (from a store) and give
-               it a share of the tokens, 0.3 or 0.6: its product is made for those alone
-    KL         the teacher alone at temperature 1, no gate; peer: liger-kernel's compiled chunked loss, which divides by
-               N itself (pip install --no-deps liger-kernel==0.8.5)
-    CE         cross-entropy alone; peer: torch's linear_cross_entropy, plain and chunked
+    token, stored   the same, where the teacher's log-probabilities of the gold tokens are known in advance (from a
+               store), so that its product is computed only for the tokens that the gate gives to the teacher. A random
+               0.3 or 0.6 of the tokens are less probable under the teacher than under the student: this is the share
+               of the teacher for the token gate. The sentence gate ("sentence, stored") decides by the sum over each
+               sentence, which gives the teacher about 0.01 or 0.87 of the tokens.
+    KL         KL divergence from the teacher at temperature 1, no gate; peer: liger-kernel's compiled chunked loss,
+               which divides by N itself (pip install --no-deps liger-kernel==0.8.5)
+    CE         only cross-entropy; peer: torch's linear_cross_entropy, plain and chunked
 
-TRL-style peers take the KL in chunks of 256 tokens and make each chunk's logits again in the backward pass. On a GPU
-ours also runs in chunks of several sizes, and the eager peers also under torch.compile.
+TRL-style peers compute the loss in chunks of 256 tokens and recompute each chunk's logits in the backward pass. On a
+GPU, ours also runs with several chunk sizes, and the eager peers also under torch.compile.
 
-Time: all contestants in one process, taking turns; the median, its 20th and 80th percentiles, and the median of the
-ratios within a round. On a GPU between two events, with the L2 cache flushed before each; and once more ("queued") with
-the device kept busy until the host has queued the whole pass, as it has where training keeps ahead of the device.
-Error: of the gradients of KL against fp64 arithmetic on the same inputs; the largest entry's and the Frobenius norm's.
-Memory: the peak over the inputs, gradients included; floor and ours also at 4 N. On the CPU each in a fresh process.
-Compile time: the first call minus the second in a fresh process, with an empty cache on disk and with the one it left.
+Time: all contestants run in turn in one process; the median, the 20th and 80th percentiles, and the median of the
+ratios within a round. On a GPU, measured between two events, with the L2 cache flushed before each pass; and once more
+("queued") with the device kept busy until the host has queued the whole pass, as in a training whose host is ahead of
+the device.
+Error: of the gradients of KL against fp64 arithmetic on the same inputs, in the maximum and in the Frobenius norm.
+Memory: the peak beyond the inputs, including gradients; for the floor and ours also at 4 N. On the CPU, each contestant
+runs in a fresh process.
+Compile time: the first call minus the second in a fresh process, first with an empty cache on disk, then with the cache
+of that process.
 """
 
 from __future__ import annotations
@@ -70,19 +77,19 @@ sys.path.insert(0, str(ROOT))
 
 from hgkd_fairseq.loss import chunked, gated_distillation  # noqa: E402
 
-logging.disable(logging.INFO)  # importing fairseq turns on everybody's messages
+logging.disable(logging.INFO)  # importing fairseq enables the messages of all libraries
 
-TAU = 1.5
+TAU = 1.5  # teacher temperature, except for KL
 PADDING = 1
-GATES = {"token": "token", "sentence": "sentence", "KL": "always", "CE": "none"}
-STORED_SHARES = (0.3, 0.6)  # of the tokens that the gate gives to a stored teacher
+GATES = {"token": "token", "sentence": "sentence", "KL": "always", "CE": "none"}  # value of `gate` for each work
+STORED_SHARES = (0.3, 0.6)  # of the tokens to which the stored teacher gives a lower probability than the student
 LIGER_CHUNKS = {"cpu": (256, 1024), "cuda": (1024, 2048, 4096)}
-OUR_CHUNKS = (1024, 2048, 4096, 8192)  # on a GPU, besides the default and one chunk for all
+OUR_CHUNKS = (1024, 2048, 4096, 8192)  # on a GPU, in addition to the default and to a single chunk
 TRL_CHUNK = 256
 TIME, QUEUED = "time", "time, queued"  # measures
-GROWTH = 4  # memory is measured at N and at this many times N
-# Blocks of 64 KiB and more come from the kernel and go back to it when freed; small ones come from one heap. So what is
-# resident is what is in use, to some hundred KiB.
+GROWTH = 4  # memory is measured at N and at GROWTH N
+# With these settings glibc takes blocks of 64 KiB and more from the kernel and returns them when they are freed;
+# smaller ones come from a single heap. So resident memory equals memory in use, up to a few hundred KiB.
 MEMORY_ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -92,7 +99,7 @@ MEMORY_ENVIRONMENT = {
 }
 
 
-# (tokens, dim, vocabulary) of a batch of published training settings.
+# (tokens, dim, vocabulary) of batches in published training settings.
 SHAPES = {
     "iwslt": (4096, 512, 10152),
     "wmt-base": (8192, 512, 37000),
@@ -113,7 +120,16 @@ class Shape(NamedTuple):
 
 
 class Problem:
-    """Inputs of one shape: sentences of 32 tokens, no pads. Logits are about normal."""
+    """Random inputs of a shape, without padding; the logits have approximately a standard normal distribution.
+
+    Attributes:
+        hidden: (sentences, length, dim) hidden states of the student, with a gradient.
+        weight: (vocabulary, dim) output layer of the student, with a gradient.
+        teacher_hidden: (sentences, length, dim) hidden states of the teacher.
+        teacher_weight: (vocabulary, dim) output layer of the teacher.
+        target: (sentences, length) int64 gold tokens.
+        lengths: tokens of each sentence.
+    """
 
     def __init__(self, shape: Shape, length: int = 32):
         generator = torch.Generator(shape.device).manual_seed(0)
@@ -132,8 +148,10 @@ class Problem:
 
     @functools.lru_cache  # noqa: B019  a few problems
     def gold(self, share: float) -> Tensor:
-        """(sentences, length) a teacher's log-probabilities of the gold tokens that are below the student's for a share
-        of them, at random."""
+        """Return (sentences, length) log-probabilities (nats) of the gold tokens under a stored teacher.
+
+        They are 1 nat below the student's for a random `share` of the tokens, and 1 nat above for the others.
+        """
         opened = (
             torch.rand(self.target.shape, generator=torch.Generator().manual_seed(1)).to(self.target.device) < share
         )
@@ -154,12 +172,12 @@ class Contestant(NamedTuple):
     name: str
     work: str  # "products" or a key of GATES
     run: Callable[[Problem], None]
-    peer: bool = False  # may be missing or unable to run on this device
-    mean: bool = False  # its loss is divided by N
+    peer: bool = False  # another implementation, which may not be installed or not run on this device
+    mean: bool = False  # whether its loss is divided by N
 
 
 def floor(p: Problem) -> None:
-    """The four products, in chunks, each into a buffer that is used again."""
+    """Compute the four products of a loss head in chunks, with output buffers that are reused."""
     hidden, teacher = p.hidden.detach().flatten(0, 1), p.teacher_hidden.flatten(0, 1)
     weight, teacher_weight = p.weight.detach(), p.teacher_weight
     d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
@@ -187,7 +205,7 @@ def ours(work: str, implementation: str) -> Callable[[Problem], None]:
 
 
 def stored(work: str, implementation: str, share: float) -> Callable[[Problem], None]:
-    """Ours, with what a store holds of the teacher."""
+    """Return our loss with the teacher's log-probabilities of the gold tokens given, as from a store."""
 
     def run(p: Problem) -> None:
         gated_distillation(
@@ -200,7 +218,7 @@ def stored(work: str, implementation: str, share: float) -> Callable[[Problem], 
 
 
 def in_chunks_of(size: int, run: Callable[[Problem], None]) -> Callable[[Problem], None]:
-    """Ours, with another size of its chunks."""
+    """Return `run`, which must be our loss on a GPU, with chunks of `size` tokens."""
 
     def resized(p: Problem) -> None:
         chunked.CHUNK_TOKENS["cuda"] = size
@@ -213,7 +231,16 @@ def in_chunks_of(size: int, run: Callable[[Problem], None]) -> Callable[[Problem
 
 
 def eager_loss(work: str, hidden, weight, teacher_hidden, teacher_weight, target) -> Tensor:
-    """KD as public fairseq code does it: log_softmax of both, gather, kl_div, a mask."""
+    """Return the summed loss computed on full logits, as in published fairseq code.
+
+    Args:
+        work: "token", "sentence" or "KL".
+        hidden: (sentences, length, dim) hidden states of the student.
+        weight: (vocabulary, dim) output layer of the student.
+        teacher_hidden: (sentences, length, dim) hidden states of the teacher.
+        teacher_weight: (vocabulary, dim) output layer of the teacher.
+        target: (sentences, length) gold tokens.
+    """
     temperature = 1.0 if work == "KL" else TAU
     lprobs = F.log_softmax(F.linear(hidden, weight).float(), dim=-1)
     with torch.no_grad():
@@ -229,7 +256,7 @@ def eager_loss(work: str, hidden, weight, teacher_hidden, teacher_weight, target
 
 
 def eager_peer(work: str) -> Callable[[Problem], None]:
-    """Autograd over full logits."""
+    """Return the loss on full logits with autograd."""
 
     def run(p: Problem) -> None:
         eager_loss(work, p.hidden, p.weight, p.teacher_hidden, p.teacher_weight, p.target).backward()
@@ -238,7 +265,7 @@ def eager_peer(work: str) -> Callable[[Problem], None]:
 
 
 def compiled_peer(work: str) -> Callable[[Problem], None]:
-    """The eager peer under torch.compile, for one shape."""
+    """Return the eager peer under torch.compile with static shapes."""
 
     def run(p: Problem) -> None:
         with torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=64):
@@ -253,11 +280,12 @@ def compiled_loss(work: str) -> Callable[..., Tensor]:
 
 
 def trl_peer(work: str) -> Callable[[Problem], None]:
-    """Chunks of 256 tokens, whose logits are made again in the backward pass (torch's checkpoint), as TRL does it."""
+    """Return the loss in chunks of 256 tokens with activation checkpointing, as in TRL: the backward pass recomputes
+    the logits."""
 
     def run(p: Problem) -> None:
         total: Tensor | float = 0.0
-        # Whole sentences, as there are 32 tokens in each.
+        # Chunks of whole sentences, which have 32 tokens each.
         rows = max(1, TRL_CHUNK // p.target.size(1))
         for start in range(0, p.target.size(0), rows):
             part = slice(start, start + rows)
@@ -271,10 +299,10 @@ def trl_peer(work: str) -> Callable[[Problem], None]:
 
 
 def liger_kl(chunk: int) -> Callable[[Problem], None]:
-    """liger-kernel's chunked distillation loss, KL(teacher || student) alone, compiled as it compiles itself."""
+    """Return liger-kernel's chunked distillation loss with only KL(teacher || student) and its own compilation."""
 
     def run(p: Problem) -> None:
-        # Each chunk size gets code of its own: one that fits both would be slower.
+        # Compile each chunk size separately: code with dynamic shapes is slower.
         with torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=64):
             loss = liger_function().apply(
                 p.hidden.flatten(0, 1), p.weight, p.teacher_hidden.flatten(0, 1), p.teacher_weight,
@@ -313,7 +341,7 @@ def liger_function() -> type[torch.autograd.Function]:
 
 
 def torch_cross_entropy(in_chunks: bool) -> Callable[[Problem], None]:
-    """torch's own, from 2.13 on: the plain path by default, in chunks with its options."""
+    """Return torch's linear_cross_entropy (torch 2.13 and later): plain, or chunked if its options are given."""
 
     def run(p: Problem) -> None:
         options = {"options": torch.nn.LinearCrossEntropyOptions()} if in_chunks else {}
@@ -325,7 +353,17 @@ def torch_cross_entropy(in_chunks: bool) -> Callable[[Problem], None]:
 
 
 def contestants(rungs: tuple[str, ...], device: str, only: str = "", without: Sequence[str] = ()) -> list[Contestant]:
-    """Those whose name holds `only` and none of `without`, ours on the same work, and the floor."""
+    """Return the contestants to run.
+
+    Args:
+        rungs: implementations of our loss; the first is "ours", which the others are compared with.
+        device: "cpu" or "cuda".
+        only: select contestants whose name contains this.
+        without: exclude contestants whose name contains any of these.
+
+    Returns:
+        The selected contestants and, in any case, the floor and the first rung on the same work.
+    """
     found = [Contestant("floor", "products", floor)]
     for work in GATES:
         found += [Contestant(f"{rung} {work}", work, ours(work, rung)) for rung in rungs]
@@ -357,12 +395,19 @@ def contestants(rungs: tuple[str, ...], device: str, only: str = "", without: Se
 
 
 def runs_here(contestant: Contestant, problem: Problem) -> bool:
-    """Runs it twice, so that compilation, caches and the allocator are warm; False for a peer that cannot."""
+    """Run a contestant twice to warm up compilation, caches and the allocator.
+
+    Returns:
+        False if it is a peer that cannot run here; the reason is printed on standard error.
+
+    Raises:
+        Exception: one of our implementations fails.
+    """
     try:
         for _ in range(2):
             problem.clear()
             contestant.run(problem)
-    except Exception as error:  # whatever a peer raises: another library, another version of it, another device
+    except Exception as error:  # a peer may raise anything, depending on its version and on the device
         if not contestant.peer:
             raise
         print(f"    {contestant.name}: cannot run here: {str(error).strip().splitlines()[0]}", file=sys.stderr)
@@ -381,13 +426,13 @@ class Row(NamedTuple):
     over_floor: float | None
     over_ours: float | None
     repeats: int
-    p20: float | None = None  # of the same unit
+    p20: float | None = None  # in the same unit
     p80: float | None = None
-    over_predicted: float | None = None  # of ours on a GPU in bf16: over what roofline.py predicts
+    over_predicted: float | None = None  # ratio to the prediction of roofline.py, for ours on a GPU in bf16
 
 
 def time_rows(shape: Shape, entrants: list[Contestant], repeats: int) -> Iterator[Row]:
-    torch._dynamo.reset()  # code compiled for another shape would count towards the limit of recompilations
+    torch._dynamo.reset()  # code compiled for previous shapes counts towards the limit of recompilations
     problem = Problem(shape)
     entrants = [c for c in entrants if runs_here(c, problem)]
     runs = {c.name: functools.partial(c.run, problem) for c in entrants}
@@ -412,7 +457,11 @@ def time_rows(shape: Shape, entrants: list[Contestant], repeats: int) -> Iterato
 
 
 def prediction(contestant: Contestant, shape: Shape) -> float | None:
-    """Seconds that the roofline gives ours in these chunks; None where it says nothing."""
+    """Return the time in seconds that the roofline model predicts for our loss with the contestant's chunk size.
+
+    None if the model does not apply: a peer, another work than "token" or "sentence", another data type than bf16, or
+    an unknown chip.
+    """
     chip = roofline.chip_of(torch.cuda.get_device_name()) if shape.device == "cuda" else None
     if chip is None or shape.dtype != "bf16" or contestant.peer or contestant.work not in ("token", "sentence"):
         return None
@@ -426,12 +475,12 @@ def prediction(contestant: Contestant, shape: Shape) -> float | None:
 
 
 def ours_by_work(entrants: list[Contestant]) -> dict[str, str]:
-    """Of each work the first contestant that is no peer: ours."""
+    """Return the name of the first contestant of each work that is not a peer."""
     return {c.work: c.name for c in reversed(entrants) if not c.peer and c.work in GATES}
 
 
 def error_rows(shape: Shape, entrants: list[Contestant]) -> Iterator[Row]:
-    """Relative errors of the gradients of KL."""
+    """Yield the relative errors of the gradients of KL against fp64."""
     torch._dynamo.reset()
     problem = Problem(shape)
     truth = true_gradients(problem)
@@ -455,7 +504,7 @@ def error_rows(shape: Shape, entrants: list[Contestant]) -> Iterator[Row]:
 
 
 def true_gradients(problem: Problem) -> dict[str, Tensor]:
-    """dH (N, d) and dW (V, d) of the summed KL at temperature 1, in fp64."""
+    """Return the gradients dH (N, d) and dW (V, d) of the summed KL at temperature 1, in fp64."""
     hidden, teacher_hidden = (x.detach().flatten(0, 1).double() for x in (problem.hidden, problem.teacher_hidden))
     weight, teacher_weight = problem.weight.detach().double(), problem.teacher_weight.double()
     d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
@@ -467,8 +516,11 @@ def true_gradients(problem: Problem) -> dict[str, Tensor]:
 
 
 def memory_rows(shape: Shape, entrants: list[Contestant], rungs: tuple[str, ...]) -> Iterator[Row]:
-    """On the CPU each contestant in a process of its own, after another one that filled the compiler's cache on disk.
-    On a GPU torch's own allocator counts, in this process."""
+    """Yield the peak memory of each contestant at N tokens, and of the floor and ours at GROWTH N.
+
+    On the CPU each contestant runs in a new process, after another one that fills the compiler's cache on disk. On a
+    GPU they run in this process and torch's allocator reports the peak.
+    """
     best = ours_by_work(entrants)
     peaks: dict[str, int] = {}
     measure: Callable[..., int | None] = functools.partial(in_fresh_process, peak_bytes, environment=MEMORY_ENVIRONMENT)
@@ -490,10 +542,10 @@ def memory_rows(shape: Shape, entrants: list[Contestant], rungs: tuple[str, ...]
 
 
 def peak_bytes(name: str, rungs: tuple[str, ...], shape: Shape, warm_tokens: int) -> int | None:
-    """Peak memory over the inputs of one pass; None for a peer that cannot run. For a fresh process.
+    """Return the peak memory of one pass in bytes, beyond the inputs; None for a peer that cannot run.
 
-    It has run before on `warm_tokens` tokens: what compiling takes, what a library sets up once and what its threads
-    need is not counted.
+    On the CPU it must be called in a new process. A pass on `warm_tokens` tokens runs first, so that the memory for
+    compilation, for the initialisation of libraries and for their threads is not counted.
     """
     (contestant,) = [c for c in contestants(rungs, shape.device) if c.name == name]
     try:
@@ -511,7 +563,7 @@ def peak_bytes(name: str, rungs: tuple[str, ...], shape: Shape, warm_tokens: int
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again at what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the current resident memory
     before = resident_bytes("VmRSS")
     contestant.run(problem)
     return resident_bytes("VmHWM") - before
@@ -523,7 +575,7 @@ def resident_bytes(field: str) -> int:
 
 
 def compile_rows(shape: Shape, rungs: tuple[str, ...], only: str) -> Iterator[Row]:
-    """Of the rungs that compile, for each work."""
+    """Yield the compile times of the rungs that are compiled, for each work."""
     for rung, work in itertools.product([rung for rung in rungs if rung != "chunked"], GATES):
         name = f"{rung} {work}"
         if only not in name:
@@ -536,16 +588,16 @@ def compile_rows(shape: Shape, rungs: tuple[str, ...], only: str) -> Iterator[Ro
 
 
 def compile_seconds(name: str, rungs: tuple[str, ...], shape: Shape) -> float:
-    """The first call minus the second, on one sentence. For a fresh process."""
+    """Return the seconds of the first call minus those of the second, on one sentence; to be run in a new process."""
     (contestant,) = [c for c in contestants(rungs, shape.device) if c.name == name]
     problem = Problem(shape._replace(tokens=32))
-    floor(problem)  # the libraries of the products are loaded
+    floor(problem)  # loads the libraries for matrix products
     first, second = (seconds(functools.partial(contestant.run, problem), shape.device) for _ in range(2))
     return first - second
 
 
 def profile(shape: Shape, rungs: tuple[str, ...]) -> str:
-    """torch's table of what one pass of ours (gate token) runs on the device, and the roofline's of its phases."""
+    """Return torch's profile of one pass of ours (gate "token") and, for bf16 on a known GPU, the roofline's phases."""
     problem, run = Problem(shape), ours("token", rungs[0])
     for _ in range(3):
         problem.clear()
@@ -570,13 +622,13 @@ def profile(shape: Shape, rungs: tuple[str, ...]) -> str:
 
 
 class Claim(NamedTuple):
-    """What is wanted of ours: on 2 CPU cores at N=4096, d=512, by dtype; on an H100 at the shape wmt-base in bf16."""
+    """A performance target: on 2 CPU cores at N=4096, d=512, by dtype; on an H100 at the shape wmt-base in bf16."""
 
     text: str
-    at_most: bool  # else at least
-    wanted: dict[str, float]  # by dtype
-    vocabulary: int | None = None  # on the CPU; None: of each
-    on_gpu: float | None = None
+    at_most: bool  # whether the target is an upper bound; otherwise a lower bound
+    wanted: dict[str, float]  # targets on the CPU, by dtype
+    vocabulary: int | None = None  # the only vocabulary size with a target on the CPU; None: any
+    on_gpu: float | None = None  # target on the GPU
 
     def aim(self, shape: Shape) -> float | None:
         if shape.device == "cuda":
@@ -601,7 +653,7 @@ MEMORY_GROWTH = Claim(f"peak memory, growth to {GROWTH} N over the floor's", Tru
 
 
 def claims(rows: list[Row], rungs: tuple[str, ...]) -> Iterator[tuple[Claim, str, float]]:
-    """(claim, work, measured) for the rows of one shape."""
+    """Yield (claim, work, measured value) for the rows of a shape."""
     by = {(row.measure, row.name): row for row in rows}
     grown = f"peak memory at {GROWTH} N"
     for work in ("token", "sentence"):
@@ -630,7 +682,7 @@ def claims(rows: list[Row], rungs: tuple[str, ...]) -> Iterator[tuple[Claim, str
 
 
 def summary(results: dict[Shape, list[Row]], rungs: tuple[str, ...], title: str) -> str:
-    """Markdown: what was claimed and what was measured, then every measurement."""
+    """Return a markdown report: the targets with the measured values, then all measurements of each shape."""
     lines = [f"{title}\n"]
     claimed = []
     for shape, rows in results.items():
@@ -729,7 +781,7 @@ def main() -> int:
             )
             if args.csv:
                 append_csv(args.csv, [{**shape._asdict(), **where, **row._asdict()}])
-        if args.markdown:  # again after each shape: a run that is cut short leaves what it has
+        if args.markdown:  # rewritten after each shape, so that an interrupted run leaves partial results
             args.markdown.write_text(summary(results, args.rungs, title))
         if args.profile:
             print(profile(shape, args.rungs))

@@ -1,4 +1,5 @@
-"""What the benchmarks share: where they run, interleaved timing, fresh processes, CSV rows and markdown tables."""
+"""Utilities shared by the benchmarks: description of the environment, interleaved timing, fresh processes, CSV rows and
+markdown tables."""
 
 from __future__ import annotations
 
@@ -18,9 +19,9 @@ from pathlib import Path
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Implementations of the loss worth measuring on a device; the first is "ours".
+# Implementations of the loss to measure on each device type; the first is the default one ("ours").
 RUNGS = {"cpu": ("native", "chunked"), "cuda": ("triton", "chunked")}
-LEAST_REPEATS = 7  # a median of fewer says little
+LEAST_REPEATS = 7  # the median of fewer values is too unreliable
 
 
 def cpu_model() -> str:
@@ -39,7 +40,7 @@ def version(package: str) -> str:
 
 
 def environment(device: str) -> dict[str, str | int]:
-    """The columns that say where a number comes from."""
+    """Return the columns that describe hardware and software, for a measurement on `device` ("cpu" or "cuda")."""
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "cpu": cpu_model(),
@@ -56,7 +57,7 @@ def synchronize(device: str) -> None:
 
 
 def seconds(run: Callable[[], None], device: str) -> float:
-    """Wall-clock time of the host until the device has done everything."""
+    """Return the wall-clock time of `run` in seconds, until the device has finished all of its work."""
     synchronize(device)
     start = time.perf_counter()
     run()
@@ -64,7 +65,7 @@ def seconds(run: Callable[[], None], device: str) -> float:
     return time.perf_counter() - start
 
 
-FLUSH_BYTES = 2**28  # more than any L2
+FLUSH_BYTES = 2**28  # larger than any L2 cache
 
 
 @functools.cache
@@ -72,13 +73,17 @@ def _flush_buffer() -> torch.Tensor:
     return torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
 
-BUSY_CYCLES = 20_000_000  # some 10 ms of a GPU: longer than the host takes to queue one pass of a loss
+BUSY_CYCLES = 20_000_000  # about 10 ms on a GPU, to exceed the time that the host takes to queue one pass of a loss
 
 
 def device_seconds(run: Callable[[], None], device: str, queued: bool = False) -> float:
-    """As `seconds`; on a GPU what its own clock says, between two events, after its L2 was filled with other things.
+    """Return the time of `run` in seconds; on a GPU, measure it between two CUDA events with a flushed L2 cache.
 
-    `queued`: the device is kept busy until the host has queued all of it, so that nothing waits for the host.
+    Args:
+        run: function to measure.
+        device: "cpu", which is the same as :func:`seconds`, or "cuda".
+        queued: on a GPU, first occupy the device for BUSY_CYCLES, so that the host can queue all work of `run` before
+            the first of it is executed and launch latency is not measured.
     """
     if device != "cuda":
         return seconds(run, device)
@@ -86,7 +91,7 @@ def device_seconds(run: Callable[[], None], device: str, queued: bool = False) -
     synchronize(device)
     if queued:
         torch.cuda._sleep(BUSY_CYCLES)
-    _flush_buffer().zero_()  # the host queues the first launches meanwhile
+    _flush_buffer().zero_()  # takes long enough for the host to queue the first launches of `run`
     start.record()
     run()
     end.record()
@@ -102,10 +107,19 @@ def interleaved(
     clock: Callable[[Callable[[], None], str], float] = seconds,
     seed: int = 0,
 ) -> dict[str, list[float]]:
-    """Seconds of each run in each round; all take turns, so that what disturbs a round disturbs all of it. Their order
-    is another one in each round: what one leaves behind, in caches and in memory given back, falls on no other always.
+    """Time several functions in turn and return the seconds of each function in each round.
 
-    Called once a round, it needs another `seed` each time. `before` is called before each run and not timed.
+    Every round calls each function once, so that a disturbance affects all functions of the round. The order is random
+    in each round, so that the state that one function leaves behind (caches, freed memory) does not always affect the
+    same other function.
+
+    Args:
+        runs: functions by name.
+        repeats: number of rounds.
+        device: "cpu" or "cuda".
+        before: function that is called, untimed, before each run.
+        clock: function that returns the seconds of one run: :func:`seconds` or :func:`device_seconds`.
+        seed: seed of the orders. Callers that make one call per round must pass a different seed each time.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)
@@ -119,17 +133,21 @@ def interleaved(
 
 
 def median_ratio(values: Sequence[float], base: Sequence[float]) -> float:
-    """Median over the rounds of the ratio within a round."""
+    """Return the median over the rounds of value / base, where entry i of both sequences is from round i.
+
+    Raises:
+        ValueError: the sequences have different lengths.
+    """
     return statistics.median(value / other for value, other in zip(values, base, strict=True))
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """Of few values: the one at that share of their order."""
+    """Return the `share` quantile (0 to 1) of the values by nearest rank, without interpolation."""
     return sorted(values)[round(share * (len(values) - 1))]
 
 
 def in_fresh_process(function: Callable, *arguments, environment: dict[str, str]):
-    """The result of a module-level function in a new interpreter that starts with these variables."""
+    """Run a module-level function in a new interpreter with additional environment variables; return its result."""
     before = dict(os.environ)
     os.environ.update(environment)
     try:
@@ -141,7 +159,10 @@ def in_fresh_process(function: Callable, *arguments, environment: dict[str, str]
 
 
 def append_csv(file: Path, rows: list[dict]) -> None:
-    """Append rows of equal keys; the first ones of a file write the header."""
+    """Append rows to a CSV file; write the header if the file is new.
+
+    All rows must have the same keys. The header of an existing file is not compared with them.
+    """
     new = not file.exists()
     with file.open("a", newline="") as out:
         writer = csv.DictWriter(out, fieldnames=list(rows[0]))
@@ -151,6 +172,6 @@ def append_csv(file: Path, rows: list[dict]) -> None:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first column is text and whose other columns are numbers."""
+    """Return a markdown table whose first column is aligned left and whose other columns are aligned right."""
     lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
     return "\n".join([lines[0], f"|---|{'---:|' * (len(header) - 1)}", *lines[1:]]) + "\n"

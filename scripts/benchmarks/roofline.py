@@ -1,28 +1,30 @@
 #!/usr/bin/env python3
-"""What the loss head should cost on a GPU, on paper: flops, bytes moved, what binds, which chunk size; needs no GPU.
+"""Roofline model of the loss head on a GPU: flops, memory traffic, bottleneck and best chunk size; needs no GPU.
 
     python scripts/benchmarks/roofline.py                       A100, H100 and H200 at four shapes, every chunk size
     python scripts/benchmarks/roofline.py --phases              and each phase at the best and the default chunk size
 
-For N tokens, hidden size d (student and teacher), vocabulary V and chunks of C tokens, in logits of b = 2 bytes, each
-chunk takes five phases, as hgkd_fairseq.loss.chunked runs them with the Triton rows:
+For N tokens, hidden size d (student and teacher), vocabulary V, chunks of C tokens and logits of b = 2 bytes, each
+chunk has five phases, as in hgkd_fairseq.loss.chunked with the Triton kernels:
 
     student    z_s = h_s W_s^T      2 C V d flops   reads h, W; writes C V b of logits
     teacher    z_t = h_t W_t^T      2 C V d flops   reads h, W; writes C V b
     rows       z_s, z_t -> dz       no product      pass 1 reads 2 C V b, pass 2 reads 2 C V b and writes C V b
     d_hidden   dz W_s               2 C V d flops   reads C V b, W; writes C d b
-    d_weight   dW += dz^T h_s       2 C V d flops   reads C V b, h; dW is fp32, V d 4 bytes: a product writes it to a
-                                                    temporary, which is read and added to the total: 4 V d 4 bytes;
-                                                    "fused", one product that accumulates, moves 2 V d 4: what torch
-                                                    has from 2.8 on
+    d_weight   dW += dz^T h_s       2 C V d flops   reads C V b, h; dW is fp32 and has 4 V d bytes: the product writes a
+                                                    temporary, which is read and added to the total, 16 V d bytes;
+                                                    "fused": the product accumulates in place, 8 V d bytes (torch 2.8
+                                                    and later)
 
-A phase takes the longest of: its flops at the peak, divided by how well its tiles fill the chip; its HBM bytes; its L2
-bytes. What touches a chunk's logits is L2 traffic where both blocks of logits, 2 C V b, fit in L2, and HBM traffic
-otherwise, except that pass 2 reads again what pass 1 of the same row has just read: L2 traffic as long as the rows in
-flight fit. Weights, hidden states and dW are HBM traffic. The host needs HOST_SECONDS a chunk to launch them.
+The time of a phase is the maximum of three times: its flops at peak throughput, divided by the share of the chip that
+its tiles fill; its HBM traffic; and its L2 traffic. Accesses to a chunk's logits are L2 traffic if both blocks of
+logits, 2 C V b bytes, fit in L2, and HBM traffic otherwise. An exception is the second read of the logits in pass 2,
+which is L2 traffic as long as the rows in flight fit in L2. Weights, hidden states and dW are HBM traffic. The host
+needs HOST_SECONDS to launch a chunk.
 
-Peaks are peaks: real products reach 60 to 80 % of them. The model ranks chunk sizes and names what binds; it is no
-promise of a time. Not modelled: tiles that read operands from L2 again, and products that find a weight still in L2.
+Peak numbers are data-sheet values, of which real products reach 60 to 80 %. The model is meant to rank chunk sizes and
+to find the bottleneck, not to predict times. It ignores that tiles read operands from L2 repeatedly, and that a weight
+may still be in L2 from the previous product.
 """
 
 from __future__ import annotations
@@ -37,30 +39,30 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-HALF, FULL = 2, 4  # bytes of a bf16 and of an fp32 number
-CHUNKS = tuple(2**i for i in range(6, 15))
-TILES = ((128, 256), (128, 128), (64, 128))  # rows and columns of a product that one multiprocessor makes at a time
-MOST_SPLITS = 16  # parts into which a product may cut its inner dimension where tiles are few
-ROWS_A_PROCESSOR = 2  # of the row kernel in flight on a multiprocessor: loss/triton/rows.launch_shape at V >= 16384
-# About 15 torch operations and a Triton launch from Python. An assumption, to be replaced by a measurement.
+HALF, FULL = 2, 4  # bytes per bf16 and per fp32 number
+CHUNKS = tuple(2**i for i in range(6, 15))  # tokens
+TILES = ((128, 256), (128, 128), (64, 128))  # rows and columns of the output that a multiprocessor computes at a time
+MOST_SPLITS = 16  # maximum number of parts of a product's inner dimension (split-K), for products with few tiles
+ROWS_A_PROCESSOR = 2  # rows in flight on a multiprocessor: loss/triton/rows.launch_shape at V >= 16384
+# An assumption, not a measurement: about 15 torch operations and a Triton launch from Python.
 HOST_SECONDS = 100e-6
 
 
 @dataclass(frozen=True)
 class Chip:
     name: str
-    flops: float  # a second, dense bf16
-    hbm: float  # bytes a second
-    l2_bytes: float
-    l2: float  # bytes a second
-    processors: int
+    flops: float  # flop/s, dense bf16
+    hbm: float  # bytes/s
+    l2_bytes: float  # size of the L2 cache
+    l2: float  # bytes/s
+    processors: int  # number of streaming multiprocessors
 
 
 # Data sheets: nvidia.com/en-us/data-center/a100 (312 TFLOP/s, 80 GB SXM 2,039 GB/s), /h100 (SXM: 1,979 TFLOP/s with
-# sparsity, half of it dense; 3.35 TB/s) and /h200 (the same processors, 4.8 TB/s). L2 sizes and processors: NVIDIA A100
-# and H100 architecture white papers. L2 bandwidth: 5,120 bytes a clock (A100 white paper) at 1,410 and 1,755 MHz, as
-# tabulated in doi:10.1016/j.ultsonch.2023.106546, table 3 (7,219 and 8,986 GB/s); no figure of NVIDIA's own is known
-# for the H100.
+# sparsity, half of it dense; 3.35 TB/s) and /h200 (the same processors, 4.8 TB/s). L2 sizes and number of processors:
+# NVIDIA A100 and H100 architecture white papers. L2 bandwidth: 5,120 bytes per clock (A100 white paper) at 1,410 and
+# 1,755 MHz, as tabulated in doi:10.1016/j.ultsonch.2023.106546, table 3 (7,219 and 8,986 GB/s); NVIDIA publishes no
+# value for the H100.
 CHIPS = (
     Chip("A100", 312e12, 2.039e12, 40e6, 7.219e12, 108),
     Chip("H100", 989e12, 3.35e12, 50e6, 8.986e12, 132),
@@ -69,7 +71,7 @@ CHIPS = (
 
 
 def chip_of(device: str) -> Chip | None:
-    """The chip of that device name ("NVIDIA H100 80GB HBM3"), if it is one of them."""
+    """Return the entry of CHIPS for a device name such as "NVIDIA H100 80GB HBM3", or None if there is none."""
     return next((chip for chip in CHIPS if chip.name in device), None)
 
 
@@ -80,7 +82,7 @@ class Shape(NamedTuple):
     vocabulary: int
 
 
-# Tokens a batch on one GPU: fairseq's recipes give IWSLT14 --max-tokens 4096 and the WMT ones 3584 to 8192.
+# Tokens per batch on one GPU: fairseq's recipes use --max-tokens 4096 for IWSLT14 and 3584 to 8192 for WMT.
 SHAPES = (
     Shape("IWSLT14", 4096, 512, 10_000),
     Shape("WMT base", 8192, 512, 32_000),
@@ -90,7 +92,7 @@ SHAPES = (
 
 
 class Phase(NamedTuple):
-    """One phase of one chunk."""
+    """Work of one phase of one chunk."""
 
     name: str
     flops: float
@@ -99,7 +101,7 @@ class Phase(NamedTuple):
     fill: float  # share of the chip that the product's tiles keep busy
 
     def limits(self, chip: Chip) -> dict[str, float]:
-        """Seconds that each resource asks for."""
+        """Return the seconds that the phase would take if only "compute", only "HBM" or only "L2" limited it."""
         return {
             "compute": self.flops / (chip.flops * self.fill),
             "HBM": self.hbm / chip.hbm,
@@ -116,12 +118,16 @@ class Phase(NamedTuple):
 
 class Product(NamedTuple):
     fill: float  # share of the chip that is busy
-    partial: float  # L2 bytes of partial sums, where the inner dimension is split
+    partial: float  # L2 traffic of partial sums in bytes, if the inner dimension is split
 
 
 def product(rows: int, columns: int, inner: int, chip: Chip) -> Product:
-    """The best of TILES and of the splits of `inner`. Ragged tiles and a last wave that does not fill the chip count
-    as idle; each split writes and reads fp32 partial sums."""
+    """Return the fastest combination of a tile size and a number of splits for a (rows, inner) @ (inner, columns)
+    product.
+
+    The parts of tiles outside the output and of the last wave without tiles count as idle. Each split writes and reads
+    fp32 partial sums.
+    """
 
     def seconds(option: Product) -> float:
         return 2 * rows * columns * inner / (chip.flops * option.fill) + option.partial / chip.l2
@@ -139,7 +145,14 @@ def product(rows: int, columns: int, inner: int, chip: Chip) -> Product:
 
 
 def phases(shape: Shape, chunk: int, chip: Chip, *, fused: bool = False) -> list[Phase]:
-    """The phases of one chunk of `chunk` tokens."""
+    """Return the five phases of a chunk.
+
+    Args:
+        shape: size of the loss head.
+        chunk: tokens in the chunk.
+        chip: GPU.
+        fused: whether the product of d_weight accumulates in place.
+    """
     _, _, d, V = shape
     logits, weight, hidden = chunk * V * HALF, V * d * HALF, chunk * d * HALF
     resident = 2 * logits <= chip.l2_bytes
@@ -147,7 +160,15 @@ def phases(shape: Shape, chunk: int, chip: Chip, *, fused: bool = False) -> list
     flops = 2 * chunk * V * d
 
     def phase(name: str, on_logits: float, hbm: float, shape: tuple[int, int, int] | None, again: float = 0) -> Phase:
-        """`on_logits`: bytes that meet a block of logits; `again`: those read for a second time; `hbm`: all others."""
+        """Return a phase.
+
+        Args:
+            name: name of the phase.
+            on_logits: bytes of logits that are read for the first time or written.
+            hbm: bytes of all other operands and results.
+            shape: (rows, columns, inner) of the product; None if the phase has no product.
+            again: bytes of logits that are read for a second time.
+        """
         made = product(*shape, chip) if shape else Product(1.0, 0)
         far = (0 if resident else on_logits) + (0 if reread else again)
         near = on_logits + again - far + made.partial
@@ -176,7 +197,10 @@ class Prediction(NamedTuple):
 
 
 def predict(shape: Shape, chunk: int, chip: Chip, *, fused: bool = False) -> Prediction:
-    """The whole head. A last chunk that is not full counts as a share of one."""
+    """Return the predicted cost of the whole loss head; arguments as in :func:`phases`.
+
+    On the device, a partial last chunk costs its share of a full one. `chunk` is limited to the tokens of the shape.
+    """
     count = shape.tokens / min(chunk, shape.tokens)
     parts = phases(shape, min(chunk, shape.tokens), chip, fused=fused)
     return Prediction(
@@ -190,20 +214,21 @@ def predict(shape: Shape, chunk: int, chip: Chip, *, fused: bool = False) -> Pre
 
 
 def best_chunk(shape: Shape, chip: Chip, *, fused: bool = False) -> int:
-    """The smallest chunk size within 2 % of the shortest time: chunks cost memory."""
+    """Return the smallest chunk size within 2 % of the shortest predicted time; larger chunks need more memory."""
     found = [predict(shape, chunk, chip, fused=fused) for chunk in CHUNKS if chunk <= shape.tokens]
     shortest = min(p.seconds for p in found)
     return next(p.chunk for p in found if p.seconds <= 1.02 * shortest)
 
 
 def minimum(shape: Shape) -> tuple[float, float]:
-    """(flops, bytes): four products; each input read once and each gradient written once, in bf16."""
+    """Return the minimum (flops, bytes) of the loss head: four products; inputs read and gradients written once, in
+    bf16."""
     _, N, d, V = shape
     return 8 * N * V * d, HALF * (2 * N * d + 2 * V * d + N * d + V * d)
 
 
-# Passes of eager distillation over its N x V matrices: log_softmax of both heads in fp32, kl_div, autograd. The least
-# that each operation moves, as (numbers of 2 bytes, numbers of 4 bytes).
+# Passes of eager distillation over its N x V matrices: log_softmax of both heads in fp32, kl_div, autograd. The minimum
+# that each operation moves per matrix entry, as (2-byte numbers, 4-byte numbers).
 EAGER_PASSES = {
     "two products write logits": (2, 0),
     "both logits to fp32": (2, 2),
@@ -219,7 +244,7 @@ EAGER_PASSES = {
 
 
 def eager_bytes(shape: Shape) -> float:
-    """HBM bytes of eager distillation: its passes over N x V matrices, and the least for everything else."""
+    """Return the HBM traffic of eager distillation in bytes: EAGER_PASSES, and the minimum for everything else."""
     a_number = sum(halves * HALF + fulls * FULL for halves, fulls in EAGER_PASSES.values())
     return shape.tokens * shape.vocabulary * a_number + minimum(shape)[1]
 

@@ -1,18 +1,20 @@
 #!/usr/bin/env python3
-"""A whole training step of fairseq, forward, backward and optimizer: distillation over cross-entropy, ours over eager.
+"""Benchmark a whole training step of fairseq (forward, backward, optimizer) with cross-entropy and with distillation.
 
     python scripts/benchmarks/step.py --csv step.csv --markdown step.md      a small student and teacher
     python scripts/benchmarks/step.py --arch-size iwslt                      6 + 6 layers of 512, vocabulary 10k
     python scripts/benchmarks/step.py --device cuda --arch-size iwslt wmt-base --dtype bf16 fp16
 
-Synthetic sentences of 8 to 40 tokens in fairseq's binary format; task, models, criterions and trainers are made by
-fairseq from the options of its command line, the teacher is an untrained checkpoint. All take turns on the same batches
-in one process: medians, target tokens a second, and the median over the batches of the ratio within a batch. Of the
-distilling step the teacher's forward pass and its product with the output layer are also timed alone, and what a
-loader's worker takes to read a stored teacher (hidden states in the model's dtype). A student without an output layer,
-whose loss is the sum of its features, and the three products of an output layer (forward, gradients of features and of
-weight) say what no loss can save. On a GPU also the peak of the memory that a step takes beyond what stands there
-before it (parameters, optimizer's state).
+The data are synthetic sentences of 8 to 40 tokens in fairseq's binary format. fairseq builds the task, models,
+criterions and trainers from command-line options; the teacher is an untrained checkpoint. All trainers run in turn on
+the same batches in one process. The tables show the median time of a step, its 20th and 80th percentiles, target tokens
+per second, and the median over the batches of the ratio to another trainer's time on the same batch.
+
+Some parts are also timed separately: the teacher's forward pass; its product with the output layer; and the time that a
+data-loading worker takes to read a stored teacher (hidden states in the model's dtype). The lower bound for any exact
+loss is the step of a student without an output layer, whose loss is the sum of its features, plus the three matrix
+products of an output layer (logits, gradient of the features, gradient of the weight). On a GPU the table also shows
+the peak memory of a forward and backward pass beyond what is allocated before it (parameters, optimizer state).
 """
 
 from __future__ import annotations
@@ -53,14 +55,14 @@ from measuring import (
 
 USER_DIR = Path(__file__).parents[2] / "hgkd_fairseq"
 LANGUAGES = ("de", "en")
-MAX_UPDATE = 100_000  # more than are made
-WARM_ROUNDS = 3
+MAX_UPDATE = 100_000  # never reached
+WARM_ROUNDS = 3  # batches that are not counted
 PRODUCTS = "output layer's three products"
 HEADINGS = ["a training step", "ms", "p20 to p80", "/ CE, fairseq", "/ KD, ours", "tokens/s", "peak MiB"]
 
 
 class Size(NamedTuple):
-    """Of a transformer."""
+    """Size of a transformer."""
 
     dim: int
     ffn: int
@@ -93,7 +95,7 @@ SETTINGS = {
 
 @register_criterion("sum_of_features", dataclass=FairseqDataclass)
 class SumOfFeatures(FairseqCriterion):
-    """No output layer, and next to no loss: what is left of a step."""
+    """Sum of the decoder's features, without an output layer: the part of a step that no loss can save."""
 
     def forward(self, model: torch.nn.Module, sample: dict) -> tuple[torch.Tensor, int, dict]:
         features, _ = model(**sample["net_input"], features_only=True)
@@ -111,7 +113,7 @@ class SumOfFeatures(FairseqCriterion):
 
 
 def write_data(folder: Path, vocabulary: int, pairs: int) -> None:
-    """Sentence pairs of random words, as fairseq-preprocess --joined-dictionary leaves them."""
+    """Write training pairs of random tokens in the format of `fairseq-preprocess --joined-dictionary`."""
     dictionary = Dictionary()
     for index in range(vocabulary - len(dictionary)):
         dictionary.add_symbol(f"w{index}", n=1)
@@ -127,7 +129,7 @@ def write_data(folder: Path, vocabulary: int, pairs: int) -> None:
 
 
 def make_trainer(data: Path, size: Size, setting: Setting, device: str, dtype: str, *extra: str) -> Trainer:
-    """fairseq's trainer, as fairseq-train makes it of its command line."""
+    """Build the trainer that fairseq-train builds from the same command line; `extra` are further options."""
     command = [
         str(data), f"--user-dir={USER_DIR}", "--arch=transformer_iwslt_de_en", *size.options(),
         "--share-all-embeddings", f"--dropout={setting.dropout}", f"--max-tokens={setting.max_tokens}", "--seed=1",
@@ -145,7 +147,7 @@ def make_trainer(data: Path, size: Size, setting: Setting, device: str, dtype: s
 def competitors(
     data: Path, teacher: Path, store: Path, setting: Setting, device: str, dtype: str, rungs: Sequence[str]
 ) -> dict[str, Trainer]:
-    """Students that start equal and differ in their criterion."""
+    """Return trainers whose students have the same initial weights and differ in their criterion or teacher."""
     build = functools.partial(make_trainer, data, setting.student, setting, device, dtype)
     task = ("--task=translation_with_teacher", "--criterion=hard_gate_kd")
     distil = (*task, f"--teacher-path={teacher}")
@@ -159,10 +161,13 @@ def competitors(
 
 
 def teacher_parts(trainer: Trainer) -> dict[str, Callable[[dict], None]]:
-    """What a distilling step does for its teacher: the forward pass, and then the product with the output layer."""
+    """Return the parts of a distillation step that run the teacher, as functions of a batch.
+
+    The forward pass must be called before the output product, which uses the hidden states of the last forward pass.
+    """
     source = trainer.task.load_teacher()
     dtype = next(trainer.model.parameters()).dtype
-    heads: list = []  # of hgkd_fairseq.loss.Head
+    heads: list = []  # hgkd_fairseq.loss.Head of each teacher
 
     def forward(batch: dict) -> None:
         sample, _ = trainer._prepare_sample(batch)
@@ -178,7 +183,10 @@ def teacher_parts(trainer: Trainer) -> dict[str, Callable[[dict], None]]:
 
 
 def three_products(trainer: Trainer) -> dict[str, Callable[[dict], None]]:
-    """Logits, and of their gradient those of features and weight: the least that a student's output layer takes."""
+    """Return the three products of the student's output layer as a function of a batch.
+
+    They compute the logits and the gradients of the features and of the weight: the minimum for any exact loss.
+    """
     weight = next(trainer.model.decoder.output_projection.parameters()).detach()
 
     @torch.no_grad()
@@ -192,7 +200,10 @@ def three_products(trainer: Trainer) -> dict[str, Callable[[dict], None]]:
 
 
 def reading(trainer: Trainer) -> dict[str, Callable[[dict], None]]:
-    """What a worker of the loader does for a batch of a stored teacher, besides making the batch."""
+    """Return what a data-loading worker does to read the stored teacher, as a function of a batch.
+
+    This includes fetching the samples from the data set, but not their collation.
+    """
     dataset = trainer.task.datasets["train"]
     _, reader, _ = dataset.collater.args
 
@@ -207,10 +218,10 @@ class Row(NamedTuple):
     median_ms: float
     p20_ms: float
     p80_ms: float
-    over_ce: float  # over "CE, fairseq"
-    over_ours: float  # over ours, the first of the rungs
-    tokens_a_second: float  # of the targets, without pads
-    peak_mib: float | None  # on a GPU, beyond what stands there before a step
+    over_ce: float  # ratio to "CE, fairseq"
+    over_ours: float  # ratio to distillation with the first rung
+    tokens_a_second: float  # target tokens, without padding
+    peak_mib: float | None  # on a GPU, beyond what is allocated before the pass; None for parts and on the CPU
 
 
 def measure(setting: Setting, device: str, dtype: str, rungs: Sequence[str], repeats: int) -> list[Row]:
@@ -221,9 +232,9 @@ def measure(setting: Setting, device: str, dtype: str, rungs: Sequence[str], rep
         teacher = folder / "teacher.pt"
         build = functools.partial(make_trainer, folder, setting.teacher, setting, device, "fp32")
         untrained = build("--criterion=cross_entropy")
-        untrained.consolidate_optimizer()  # a trainer cannot be saved before
+        untrained.consolidate_optimizer()  # Trainer.save_checkpoint requires it
         untrained.save_checkpoint(str(teacher), {})
-        from hgkd_fairseq.teacher import storing  # by now fairseq has imported --user-dir, as it does only once
+        from hgkd_fairseq.teacher import storing  # only after fairseq has imported --user-dir
 
         store = folder / "store"
         storing.write(str(folder), str(teacher), str(store), storing.StoreOptions("hidden", ("train",), dtype))
@@ -250,8 +261,10 @@ def measure(setting: Setting, device: str, dtype: str, rungs: Sequence[str], rep
 
 
 def peak(trainer: Trainer, batch: dict) -> float:
-    """MiB that forward and backward pass take at most, beyond what is allocated before them. (fairseq's own step sets
-    the allocator's peak back before it ends.)"""
+    """Return the peak memory of a forward and backward pass in MiB, beyond what is allocated before it.
+
+    The peak of a whole `Trainer.train_step` cannot be read, because that resets the allocator's peak before it returns.
+    """
     sample, _ = trainer._prepare_sample(batch)
     trainer.model.train()
     trainer.zero_grad()
@@ -268,9 +281,15 @@ def peak(trainer: Trainer, batch: dict) -> float:
 def take_turns(
     trainers: dict[str, Trainer], parts: dict[str, Callable[[dict], None]], batches: list[dict], device: str
 ) -> dict[str, list[float]]:
-    """Seconds of every step, and of its `parts` in their order (the teacher's product is of what its forward pass
-    gave), on every batch but the first ones, which warm up. A batch passes once untimed: on a GPU the first trainer
-    that meets a batch of a new shape takes 100 ms longer or more, whichever it is."""
+    """Time a step of every trainer and every part on each batch.
+
+    Every trainer first runs an untimed step on the batch: on a GPU, the first step on a batch of a new shape takes at
+    least 100 ms longer, whichever trainer it is. The parts run after the trainers, in their order, because the
+    teacher's output product uses the result of its forward pass.
+
+    Returns:
+        Seconds by name, one value for each batch except the first WARM_ROUNDS.
+    """
 
     def step(trainer: Trainer, batch: dict) -> None:
         trainer.train_step([batch])

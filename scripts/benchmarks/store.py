@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""What a stored teacher costs and loses: bytes a token, and the gradient's error against the live teacher's, by kind.
+"""Measure the size, gradient error and writing speed of a stored teacher, by kind of store.
 
     store.py DATA --teacher-path CKPT --student-path CKPT [--subset valid] [--teacher-temperature 1.5] [--repeats 7]
 
-The student's gradient at its output layer (KL alone, --gate always) is made batch by batch from the live teacher and
-from a store of each kind, written anew. Printed: the norm of the difference over that of the live gradient, the mean
-over batches and of the sum of all; and the gates of HKD-T that differ. With --repeats also how many target tokens a
-second `hgkd store` writes, over fairseq-validate of the teacher: both whole, in this process, taking turns. Tables for
-a page.
+For each batch the gradient of the student's output weight (only KL, --gate always) is computed with the live teacher
+and with a newly written store of each kind. The first markdown table shows bytes per target token; the norm of the
+difference of the gradients relative to that of the live gradient, as the mean over the batches and for the sum over all
+batches; and the number of tokens for which the gate of HKD-T differs. With --repeats, a second table shows how many
+target tokens per second `hgkd store` writes, and the ratio of this speed to that of fairseq-validate with the same
+teacher; both are whole runs that alternate in this process.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ KINDS = {
     "hidden, bf16": {"kind": "hidden"},
     "sampled, 32 draws": {"kind": "sampled"},
 }
-SENTENCES = 32  # a batch
+SENTENCES = 32  # per batch
 
 
 def kinds(args: argparse.Namespace) -> dict[str, dict]:
@@ -50,13 +51,13 @@ def kinds(args: argparse.Namespace) -> dict[str, dict]:
 
 
 def write(args: argparse.Namespace, kind: str, folder: Path) -> None:
-    moved = repr({"data": args.data})  # the dictionaries of the checkpoints
+    moved = repr({"data": args.data})  # where the checkpoints find their dictionaries
     how = {"subsets": (args.subset,), "temperature": args.teacher_temperature, "cpu": True, "overrides": moved}
     storing.write(args.data, args.teacher_path, str(folder), storing.StoreOptions(**how, **kinds(args)[kind]))
 
 
 def gradients(student, target: torch.Tensor, gate: str, tau: float, pad: int, **teacher):
-    """The loss's output, and its gradient at the output layer."""
+    """Return the output of the loss and the gradient (V, D) of the student's output weight."""
     hidden, weight = (tensor.detach().clone().requires_grad_() for tensor in student[:2])
     out = gated_distillation(
         hidden, weight, target=target, padding_idx=pad, gate=gate, teacher_temperature=tau, student_bias=student.bias,
@@ -124,7 +125,7 @@ def speeds(args: argparse.Namespace, folder: Path) -> list[list[str]]:
     for kind in kinds(args):
         runs[kind] = lambda kind=kind: write(args, kind, folder / str(next(numbers)))
     for run in runs.values():
-        run()  # once untimed
+        run()  # to warm up
     times = interleaved(runs, args.repeats, "cpu")
     first = Store(str(folder / "0"))
     tokens = sum(len(first.sentence(number)[1]["gold"]) for number in range(first.shards.rows))

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""How fast a teacher translates training sentences: `hgkd translate` over fairseq-generate with the same search.
+"""Compare the speed of `hgkd translate` with that of fairseq-generate with the same search options.
 
     translate.py DATA --teacher-path CKPT [--subset train] [--beam 5] [--threads 2] [--repeats 7] [--csv FILE]
 
-Whole commands on the CPU, each in a new process and into a new folder, taking turns: loading counts, and with few
-sentences it is much of the time. "processes": as many of them on one folder as there are threads, of one thread each.
-Printed: sentences a second, the ratio to fairseq-generate, and how many translations are the same as its own.
+Each run is a whole command on the CPU, in a new process and with a new output folder; the commands alternate in random
+order. The time includes loading the model, which dominates with few sentences. "processes" runs one single-threaded
+process per thread, all on the same folder. The table shows sentences per second, the ratio to fairseq-generate, and the
+percentage of translations that are equal to those of fairseq-generate.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from hgkd_fairseq.errors import UserError, guarded
 from hgkd_fairseq.evaluation import generated
 
 PEER = "fairseq-generate"
-WAYS = {  # further options of hgkd translate, and whether several processes share a folder
+WAYS = {  # additional options of hgkd translate, and whether several processes share the output folder
     "hgkd translate": ([], False),
     "hgkd translate, processes": (["--shard-size", "1000"], True),
     "CTranslate2": (["--engine", "ctranslate2"], False),
@@ -37,7 +38,11 @@ WAYS = {  # further options of hgkd translate, and whether several processes sha
 
 
 def run(commands: list[list[str]], threads: int, log: Path) -> float:
-    """Seconds until all of them, started side by side, have ended."""
+    """Run commands concurrently and return the seconds until all have ended.
+
+    Raises:
+        UserError: a command fails; the message contains the end of the log.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
     begin = time.perf_counter()
     with log.open("w") as out:
@@ -49,13 +54,14 @@ def run(commands: list[list[str]], threads: int, log: Path) -> float:
 
 
 def measure(args: argparse.Namespace, way: str, folder: Path) -> tuple[float, list[list[str]]]:
-    """Seconds, and the pieces of the best translation of each sentence."""
+    """Translate the subset once; return the seconds and the pieces of the best translation of each sentence."""
     log, output = folder / "log", folder / "translations"
     search = ["--beam", args.beam, "--max-len-a", 1.5, "--max-len-b", 10, "--max-tokens", args.max_tokens, "--cpu"]
     bin = Path(sys.executable).parent
     if way == PEER:
         words = [bin / PEER, args.data, "--path", args.teacher_path, "--gen-subset", args.subset, *search]
-        # --user-dir reads the checkpoint with a new torch; a last batch that is no multiple of 8 would be left out.
+        # --user-dir lets recent torch versions load the checkpoint. With a larger batch size multiple, fairseq may drop
+        # the sentences of the last batch.
         words += ["--user-dir", Path(hgkd_fairseq.__file__).parent, "--required-batch-size-multiple", 1]
         seconds = run([list(map(str, words))], args.threads, log)
         found = generated.read_lines(log)["H"]

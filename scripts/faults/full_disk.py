@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""A disk that fills while a file is written: the earlier file is as it was, and one message says what happened where.
+"""Check that commands keep the files of an earlier run and print one error message if the disk becomes full.
 
     python scripts/faults/full_disk.py [WRITER...]
 
-Each command first runs with room enough, on a small disk in memory; then again with less than it took, from none to
-nine tenths of it, over the files of an earlier run. It must end with a status other than 0 and one error message, which
-names a file of that disk; each earlier file must be as it was, or whole and new; nothing half-written may be left; and
-with room again the same command must make what it made at first. A line a writer; exit status 1 where anything is
-otherwise, 2 where no disk can be made: that takes Linux, and root or namespaces of users (`unshare`).
+Each command first runs with enough free space, on a small disk in memory; then again, over the files of an earlier run,
+with 0, 30, 60 and 90 % of the space that it needed. It must end with a nonzero exit status and one error message that
+names a file on that disk; each earlier file must be unchanged, or complete and new; no temporary files may be left; and
+with enough free space the same command must then produce the same files as at first. Prints one line per writer. The
+exit status is 1 if a check fails, and 2 if the disk cannot be created, which requires Linux and either root or user
+namespaces (`unshare`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from writers import WRITERS, Writer, run_to_its_end
 
 SHARES = (0.0, 0.3, 0.6, 0.9)
 SIZE_MB = 48
-PAGE = 4096
+PAGE = 4096  # bytes
 BALLAST = "ballast"
 UNSHARE = ("unshare", "--map-root-user", "--mount")
 FULL = r"(?:No space left on device|about .* do not fit)"
@@ -40,7 +41,12 @@ MESSAGE = re.compile(rf"^\S+: error: (?:--output )?(\S+?)(?: cannot be (?:writte
 
 
 class Disk:
-    """A tmpfs of SIZE_MB under a folder."""
+    """A tmpfs of SIZE_MB that is mounted on a new folder.
+
+    Raises:
+        OSError: `mount` is not installed, or the folder exists.
+        subprocess.CalledProcessError: the file system cannot be mounted.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -57,7 +63,7 @@ class Disk:
             os.posix_fallocate(stream.fileno(), 0, max(self.free() - room, 1))
 
     def begin(self, content: Path) -> Path:
-        """A folder on it with that content, and all else removed."""
+        """Remove everything from the disk, copy the folder `content` to it, and return the copy."""
         for part in self.folder.iterdir():
             shutil.rmtree(part) if part.is_dir() else part.unlink()
         return Path(shutil.copytree(content, self.folder / "place"))
@@ -67,12 +73,21 @@ class Disk:
 
 
 def faults(writer: Writer, status: int, said: str, disk: Disk, earlier: Path, whole: Path) -> list[str]:
-    """What is wrong with a run on a disk without room."""
+    """Return what is wrong after a run on a disk with too little free space.
+
+    Args:
+        writer: command that was run.
+        status: its exit status.
+        said: its output.
+        disk: disk that it ran on.
+        earlier: folder with the files before the run.
+        whole: folder with the files of a run with enough free space.
+    """
     place, wrong = disk.folder / "place", []
     if writer.falls_back:
         if status or "No space left on device" not in said:
             wrong.append(f"status {status}, it said {said[-200:]!r}")
-    elif status == 0:  # it took less this time
+    elif status == 0:  # it needed less space this time
         wrong += [f"status 0, and {one}" for one in kills.compare(whole, place)[0]]
     else:
         messages = [line for line in said.splitlines() if re.match(r"\S+: error: ", line)]
@@ -99,13 +114,13 @@ def faults(writer: Writer, status: int, said: str, disk: Disk, earlier: Path, wh
 
 
 def new_files(earlier: Path, whole: Path) -> list[Path]:
-    """Those that a run has made or changed."""
+    """Return the files in `whole` that a run has created or changed."""
     found = [file for file in whole.rglob("*") if file.is_file()]
     return [file for file in found if content(earlier / file.relative_to(whole)) != file.read_bytes()]
 
 
 def pages(file: Path) -> int:
-    """Bytes that it takes."""
+    """Return the bytes that a file occupies on the disk, in whole pages."""
     return -(-file.stat().st_size // PAGE) * PAGE
 
 
@@ -114,7 +129,7 @@ def content(file: Path) -> bytes:
 
 
 def loads(file: Path) -> bool:
-    """A whole checkpoint, or JSON, of neither of the two runs' ends."""
+    """Return whether a file is a complete checkpoint or JSON file, such as an intermediate state of a run."""
     with contextlib.suppress(Exception):
         if file.suffix == ".pt":
             return bool(torch.load(file, map_location="cpu", weights_only=False))
@@ -123,7 +138,7 @@ def loads(file: Path) -> bool:
 
 
 def check(writer: Writer, disk: Disk, folder: Path) -> tuple[str, bool]:
-    """What is said of a writer, and whether all is well."""
+    """Check a writer; return the line to print and whether it passed."""
     start, log = time.monotonic(), folder / "command.log"
     earlier = folder / "earlier"
     earlier.mkdir()
@@ -185,7 +200,7 @@ def main() -> int:
         )
         return 2
     toys.begin_program()
-    os.environ["XDG_CACHE_HOME"] = str(shared / "cache")  # not the user's
+    os.environ["XDG_CACHE_HOME"] = str(shared / "cache")  # not the user's cache
     all_well = True
     try:
         for name in args.writers or WRITERS:

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""kill -9 at random moments, and the same command again: what comes out is that of a run that nobody has killed.
+"""Check that commands killed with SIGKILL at random times and restarted give the same files as an uninterrupted run.
 
     python scripts/faults/kills.py [KIND...] [--kills N] [--seed S]
 
-Of each kind a run is left alone; then the same is killed, with all that it has started, and begun again in the same
-folder until it ends, and anew in another folder until it was killed so often. Every second moment is drawn evenly from
-the time that an unbroken run takes, the others are those of a file's writing. Then all files are compared: of
-checkpoints model, optimizer, learned parameters, memory and position in the data, of the others each byte. A line a
-kind; exit status 1 where anything differs.
+For each kind, one run is not interrupted. Then the same command, with all its child processes, is repeatedly killed and
+restarted in the same folder until it ends; this is repeated in new folders until N kills have been made. The times of
+the kills alternate between uniformly random ones within the duration of an uninterrupted run, and ones while a file is
+being written. After each run all files except logs and locks are compared: checkpoints by their content (model,
+optimizer, learned parameters, memory, position in the data), JSON files by their values, all others byte by byte.
+Durations and metrics are ignored. Prints one line per kind. The exit status is 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ import toys
 from hgkd_fairseq.arguments import number
 from hgkd_fairseq.evaluation.steps import RECORD
 
-TIMES = {"previous_training_time", "metrics", "minutes"}  # of a run, in its checkpoints and scores
-LOGS = {".log", ".lock"}  # what they hold is told by whoever ran
-WRITTEN = (".tmp", ".partial")  # what is being written is named so, or as the next
-TEMPORARY = (".hgkd-", "tmp")
+TIMES = {"previous_training_time", "metrics", "minutes"}  # keys in checkpoints and scores that depend on durations
+LOGS = {".log", ".lock"}  # suffixes of files whose content differs between runs
+WRITTEN = (".tmp", ".partial")  # parts of the names of unfinished files and folders
+TEMPORARY = (".hgkd-", "tmp")  # prefixes of their names
 
 
 def unfinished(file: str) -> bool:
@@ -50,7 +51,10 @@ def names(folder: Path) -> Iterator[str]:
 
 
 def being_written(folder: Path) -> set[tuple[str, int]]:
-    """Names of what is unfinished in a folder, and when it was changed: one that was killed may have left the name."""
+    """Return the names and modification times (ns) of unfinished files and folders.
+
+    The times distinguish a new one from one of the same name that a killed process has left.
+    """
     found = set()
     for place, folders, files in os.walk(folder):
         for name in filter(unfinished, (*folders, *files)):
@@ -60,13 +64,21 @@ def being_written(folder: Path) -> set[tuple[str, int]]:
 
 
 class Moments:
-    """When a run is killed."""
+    """Random times at which to kill a run.
+
+    Args:
+        seed: seed of the random generator.
+        seconds: duration of an uninterrupted run.
+    """
 
     def __init__(self, seed: int, seconds: float):
         self.rng, self.seconds, self.drawn = random.Random(seed), seconds, 0
 
     def wait(self, process: kinds.Process, folder: Path) -> None:
-        """Until the next one, or until the process has ended."""
+        """Wait until the next time to kill the process, or until it has ended.
+
+        Every second time is up to 4 ms after an unfinished file or folder appears or changes.
+        """
         before = being_written(folder)
         self.drawn += 1
         deadline = time.monotonic() + self.rng.uniform(0, self.seconds)
@@ -84,20 +96,20 @@ class Moments:
 
 
 def content(file: Path) -> Any:
-    """What must be equal in it."""
+    """Return the part of a file's content that must be equal in both runs."""
     if file.suffix == ".pt":
-        state = torch.load(file, map_location="cpu", weights_only=False)  # of a training that this script ran
-        history = state.get("optimizer_history", [])[-1:]  # each start adds to it
+        state = torch.load(file, map_location="cpu", weights_only=False)  # this script has written it
+        history = state.get("optimizer_history", [])[-1:]  # each restart adds an entry
         return {**state, "optimizer_history": history}
     if file.name == RECORD:
-        return sorted(json.loads(file.read_bytes()))  # the rest is hashes of what is compared here anyway
+        return sorted(json.loads(file.read_bytes()))  # the values are hashes of files that are compared anyway
     if file.suffix == ".json":
         return json.loads(file.read_bytes())
     return file.read_bytes()
 
 
 def difference(one: Any, other: Any, where: str = "") -> str | None:
-    """Where two contents differ first; None: nowhere."""
+    """Return a description of the first difference between two nested values, or None; keys in TIMES are ignored."""
     if isinstance(one, dict) and isinstance(other, dict):
         if one.keys() != other.keys():
             return f"{where}: {sorted(map(str, one.keys() ^ other.keys()))[0]} is on one side only"
@@ -113,12 +125,16 @@ def difference(one: Any, other: Any, where: str = "") -> str | None:
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """So that nan is equal to nan."""
+    """Return the bytes of a tensor, which can be compared although NaN is not equal to itself."""
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
 def compare(unbroken: Path, killed: Path) -> tuple[list[str], int]:
-    """What differs, and how many files and folders of killed processes are left."""
+    """Compare the files of two folders.
+
+    Returns:
+        Descriptions of the differences, and the number of unfinished files and folders that are left in both.
+    """
     found: dict[Path, dict[str, Path]] = {}
     left = 0
     for folder in (unbroken, killed):
@@ -139,7 +155,7 @@ def compare(unbroken: Path, killed: Path) -> tuple[list[str], int]:
 
 
 def run(kind: kinds.Kind, kills: int, seed: int, folder: Path) -> tuple[str, bool]:
-    """What is said of a kind, and whether all is well."""
+    """Check a kind; return the line to print and whether it passed."""
     begin = time.monotonic()
     kind.prepare()
     unbroken = folder / "unbroken"
@@ -167,7 +183,7 @@ def run(kind: kinds.Kind, kills: int, seed: int, folder: Path) -> tuple[str, boo
                 killed += 1
                 writing += bool(being_written(place) - before)
                 continue
-            if starts == 1 and killed < kills:  # it was faster than the moments were drawn for
+            if starts == 1 and killed < kills:  # it ended before it was killed: draw the times from a shorter interval
                 moments.seconds = min(moments.seconds, time.monotonic() - began)
             if process.status():
                 wrong = [f"status {process.status()}: {process.end()}"]
@@ -197,7 +213,7 @@ def main() -> int:
     toys.begin_program()
     all_well = True
     shared = Path(tempfile.mkdtemp(prefix="kills-"))
-    os.environ["XDG_CACHE_HOME"] = str(shared / "cache")  # not the user's
+    os.environ["XDG_CACHE_HOME"] = str(shared / "cache")  # not the user's cache
     try:
         for name in args.kinds or kinds.KINDS:
             folder = shared / name

@@ -1,4 +1,4 @@
-"""What kills.py kills: trainings, of each method that has a state, and the commands that write many files."""
+"""Commands for kills.py to kill: trainings with each stateful method, and commands that write many files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PAIRS = (
     *("--encoder-langtok", "tgt", "--decoder-langtok", "--num-workers", "0"),
 )
 EVEN = ("--gate", "always", "--kd-weight", "0.3", "--teacher-temperature", "1")
-# Options that a gate or a source of teachers needs, or that have its state change within so short a run.
+# Options that a gate or teacher source requires, or that make its state change within such a short run.
 NEEDED: dict[str, tuple[str, ...]] = {
     "instance": ("--held-out", "0.2", "--refresh-interval", "1"),
     "selective-global": ("--gate-queue", "150"),
@@ -43,13 +43,19 @@ WORLD = (
     *("--distributed-world-size", "2", "--distributed-no-spawn", "--ddp-backend", "legacy_ddp"),
     *("--distributed-backend", "gloo"),
 )
-FROM_FILES = ("checkpoint", "store")
-DRAWN = ("random", "beta")  # gates that draw at random in each step
+FROM_FILES = ("checkpoint", "store")  # teacher sources that only read files and have no state
+DRAWN = ("random", "beta")  # gates that draw random numbers in each step
 
 
 @dataclass
 class Process:
-    """One that toys.begin has begun."""
+    """A process that `toys.begin` has started.
+
+    Attributes:
+        number: process id.
+        log: file with its output.
+        found: exit status, negative for a signal; None until it is known.
+    """
 
     number: int
     log: Path
@@ -70,14 +76,14 @@ class Process:
         self.found = self.wait()
 
     def end(self) -> str:
-        """What it said last."""
+        """Return the last two lines of the output, at most 400 characters."""
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
         return " / ".join(lines[-2:])[-400:]
 
 
 @functools.cache
 def folder() -> Path:
-    """For what several kinds need."""
+    """Create the temporary folder for files that several kinds share, on the first call; return it."""
     return Path(tempfile.mkdtemp(prefix="kills-shared-"))
 
 
@@ -93,7 +99,7 @@ def data(pairs: str) -> str:
 
 @functools.cache
 def teacher(pairs: str) -> str:
-    """A checkpoint, and a small one."""
+    """Train a small teacher on the first call for these language pairs; return the path of its checkpoint."""
     place = folder() / f"teacher-{pairs.replace(',', '+')}"
     place.mkdir()
     task = () if pairs == "de-en" else (PAIRS[0], "translation_multi_simple_epoch", *PAIRS[2:])
@@ -109,11 +115,12 @@ def once(run: Callable[[], int], place: Path) -> None:
 
 @dataclass
 class Kind:
-    """A command that is killed.
+    """A command to kill.
 
     Attributes:
-        command: what it does in a folder of its own.
-        begin: what is in that folder before.
+        name: name on the command line of kills.py.
+        command: function that prepares the command and returns it; the command works in the current folder.
+        begin: function that creates the folder of a run, with the files that the command needs.
     """
 
     name: str
@@ -135,7 +142,7 @@ class Kind:
 
 
 def training(*options: str) -> Callable[[], Callable[[], int]]:
-    """TEACHER among the options is a checkpoint."""
+    """Return a function that prepares a training; the option value TEACHER is replaced by a teacher's checkpoint."""
     pairs = "de-en,fr-en" if "--lang-pairs" in options else "de-en"
 
     def command() -> Callable[[], int]:
@@ -150,7 +157,7 @@ def distilling(*options: str) -> Callable[[], Callable[[], int]]:
 
 
 def two_workers(*options: str) -> Callable[[], Callable[[], int]]:
-    """Joined by gloo; both are in the process group that is killed."""
+    """Return a function that prepares a training with two workers (gloo), both in the process group that is killed."""
 
     def command() -> Callable[[], int]:
         words = [data("de-en"), *toys.SIZE, *toys.STEPS, *UPDATES, *OURS, "--teacher-path", teacher("de-en"), *options]
@@ -171,7 +178,7 @@ def two_workers(*options: str) -> Callable[[], Callable[[], int]]:
 
 
 def trainings() -> dict[str, Callable[[], Callable[[], int]]]:
-    """By the name of the kind."""
+    """Return the trainings by the name of their kind."""
     found = {
         "teacher": training(*toys.USER_DIR, "--criterion", "cross_entropy"),
         "none": training(*OURS, "--gate", "none"),
@@ -198,7 +205,8 @@ def trainings() -> dict[str, Callable[[], Callable[[], int]]]:
 
 
 def hgkd(*words: str) -> Callable[[], Callable[[], int]]:
-    """DATA and TEACHER among the words are the data and a checkpoint."""
+    """Return a function that prepares an `hgkd` command; the words DATA and TEACHER are replaced by the data and a
+    teacher's checkpoint."""
 
     def command() -> Callable[[], int]:
         given = {"DATA": data("de-en"), "TEACHER": teacher("de-en")}
@@ -210,7 +218,7 @@ def hgkd(*words: str) -> Callable[[], Callable[[], int]]:
 
 @functools.cache
 def trained() -> Path:
-    """A run to score, with a log."""
+    """Train a small model on the first call; return its folder, with checkpoints and a log, for commands that score."""
     place = folder() / "trained"
     place.mkdir()
     once(training(*OURS, "--gate", "none", "--max-update", "40", "--save-interval-updates", "0")(), place)
@@ -237,7 +245,10 @@ def with_translations(place: Path) -> None:
 
 
 def distilled() -> Callable[[], int]:
-    """As scripts call it: not again where all was made before it was killed, for it refuses a folder that is there."""
+    """Prepare `hgkd distil-data`, which is skipped if its output exists, since it refuses an existing folder.
+
+    The output exists if the command was killed after it had finished writing.
+    """
     make = hgkd("distil-data", "set", "DATA", "--output", "bin")()
     return lambda: 0 if Path("bin").exists() else make()
 
@@ -253,12 +264,12 @@ def run_study() -> Callable[[], int]:
 
 
 def quickstart() -> Callable[[], int]:
-    """Its smallest run; HGKD_DATA names the folder with the data."""
+    """Prepare the smallest run of quickstart.sh; HGKD_DATA must name the folder with the data."""
     words = ["bash", str(toys.ROOT / "scripts/quickstart.sh"), "--smoke", "--dir", "run"]
 
     def run() -> int:
         status = subprocess.run(words, check=False).returncode
-        Path("run/report.html").unlink(missing_ok=True)  # it shows the minutes that the trainings took
+        Path("run/report.html").unlink(missing_ok=True)  # it contains the duration of the trainings
         return status
 
     return run

@@ -1,4 +1,5 @@
-"""What the scripts here share: small data and trainings, and programs that begin at once, in processes of their own."""
+"""Utilities shared by the scripts in this folder: small data sets and trainings, and forked processes that start
+without import time."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # the checkout that this script lies in, installed or not
+sys.path.insert(0, str(ROOT))  # use this checkout, even if another version is installed
 
-import fairseq_cli.generate  # noqa: E402  all that takes long to import, once
+import fairseq_cli.generate  # noqa: E402  slow to import, so done once before forking
 import fairseq_cli.train  # noqa: E402
 import torch._dynamo  # noqa: E402
 import torch.distributed.fsdp  # noqa: E402
@@ -40,11 +41,14 @@ STEPS = (
     *("--optimizer", "adam", "--lr", "0.005", "--max-tokens", "300", "--dropout", "0.2", "--cpu", "--no-progress-bar"),
     *("--log-format", "json", "--required-batch-size-multiple", "1", "--save-dir", "run"),
 )
-WORDS = 30
+WORDS = 30  # per language
 
 
 def sentences(seed: int, count: int) -> list[tuple[list[int], list[int]]]:
-    """Pairs of 3 to 9 words; the translation has one word for each, one of ten at random."""
+    """Return `count` sentence pairs of 3 to 9 word numbers.
+
+    The target repeats the numbers of the source, with each replaced by a random one with a probability of 0.1.
+    """
     rng = random.Random(seed)
     sources = [rng.choices(range(WORDS), k=rng.randint(3, 9)) for _ in range(count)]
     return [(one, [i if rng.random() < 0.9 else rng.randrange(WORDS) for i in one]) for one in sources]
@@ -55,7 +59,19 @@ def text(letter: str, words: Sequence[int]) -> str:
 
 
 def write_data(folder: Path, sizes: dict[str, int], pairs: Sequence[str] = ("de-en",)) -> Path:
-    """What fairseq-preprocess would make, under one dictionary for all languages."""
+    """Write binarised data as fairseq-preprocess does, with one dictionary for all languages.
+
+    Args:
+        folder: folder to create.
+        sizes: number of sentence pairs by split.
+        pairs: language pairs, of the languages de, fr and en.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: the folder exists.
+    """
     folder.mkdir(parents=True)
     dictionary, letters = Dictionary(), {"de": "w", "fr": "v", "en": "t"}
     for letter in letters.values():
@@ -86,7 +102,10 @@ def write_text(folder: Path, sizes: dict[str, int]) -> Path:
 
 
 def training(words: Sequence[str]) -> Callable[[], int]:
-    """fairseq-train, whose options are read beforehand: that takes longer than so small a training."""
+    """Return a function that runs fairseq-train with these arguments and returns 0.
+
+    The arguments are parsed here, before the fork, because that takes longer than such a small training.
+    """
     given = options.parse_args_and_arch(options.get_training_parser(), list(words))
     cfg = convert_namespace_to_omegaconf(given)
 
@@ -99,12 +118,20 @@ def training(words: Sequence[str]) -> Callable[[], int]:
 
 
 def begin(run: Callable[[], int], folder: Path, log: Path) -> int:
-    """A process, in a process group of its own, that runs the function in a folder: its number. What it prints is added
-    to the log."""
+    """Fork a process, in a new process group, that runs a function in a folder.
+
+    Args:
+        run: function that returns the exit status. The status is 1 if it raises an exception other than SystemExit.
+        folder: working directory of the process.
+        log: file that standard output and standard error are appended to.
+
+    Returns:
+        The process id, to be passed to :func:`ended` or :func:`wait`.
+    """
     sys.stdout.flush()
     pid = os.fork()
     if pid:
-        with contextlib.suppress(OSError):  # both may; whoever comes first
+        with contextlib.suppress(OSError):  # parent and child both try; the second may fail
             os.setpgid(pid, pid)
         return pid
     status = 1
@@ -129,7 +156,10 @@ def begin(run: Callable[[], int], folder: Path, log: Path) -> int:
 
 
 def ended(pid: int) -> int | None:
-    """The exit status, negative for a signal; None while it runs. What it has started ends with it."""
+    """Return the exit status of a process of :func:`begin`, negative for a signal, or None while it is running.
+
+    Once it has ended, the rest of its process group is killed. A status can be retrieved only once.
+    """
     found, status = os.waitpid(pid, os.WNOHANG)
     if not found:
         return None
@@ -138,10 +168,10 @@ def ended(pid: int) -> int | None:
 
 
 def descendants(pid: int) -> set[int]:
-    """A process and all that it has started, also in process groups of their own."""
+    """Return the ids of a process and its running descendants, including those in other process groups."""
     parents = {}
     for file in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended
+        with contextlib.suppress(OSError):  # the process has ended
             parents[int(file.parent.name)] = int(file.read_text().rpartition(")")[2].split()[1])
     found = [pid]
     for one in found:
@@ -150,7 +180,11 @@ def descendants(pid: int) -> set[int]:
 
 
 def kill(pid: int) -> None:
-    """With its descendants, stopped first: what they start meanwhile would have no parent, and be found no more."""
+    """Kill a process of :func:`begin`, its process group and its descendants with SIGKILL.
+
+    They are all stopped before any is killed. Otherwise a child that is started in the meantime would be reparented and
+    could not be found.
+    """
     stopped: set[int] = set()
     while more := descendants(pid) - stopped:
         for one in more:
@@ -179,7 +213,11 @@ def send(pid: int, number: signal.Signals) -> None:
 
 
 def wait(pid: int, seconds: float = 600) -> int:
-    """The exit status. Raises TimeoutError where there is none in that time; the process is killed then."""
+    """Wait for a process of :func:`begin` and return its exit status, negative for a signal.
+
+    Raises:
+        TimeoutError: the process has not ended after `seconds`; it is killed.
+    """
     deadline = time.monotonic() + seconds
     while (status := ended(pid)) is None:
         if time.monotonic() > deadline:
@@ -191,8 +229,9 @@ def wait(pid: int, seconds: float = 600) -> int:
 
 
 def begin_program() -> None:
-    """Of the scripts here: one thread, which may be forked, and nothing of what fairseq and others log and warn of."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was made is removed
+    """Set up this process for :func:`begin`: one thread, since a process with several cannot be forked safely, and no
+    warnings or messages below WARNING."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files are removed
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")

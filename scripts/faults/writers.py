@@ -1,4 +1,4 @@
-"""What full_disk.py fills the disk under: the commands that write files, and what is there before."""
+"""Commands that write files, and the files of earlier runs that they replace, for full_disk.py."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ Run = Callable[[], int]
 
 @dataclass
 class Writer:
-    """A command, and what is there before it.
+    """A command that writes files, and the files that exist before it runs.
 
     Attributes:
-        before: makes the files of an earlier run in a folder; commands go through `toys.begin`.
-        run: what the command does in that folder.
-        falls_back: it does its work all the same, with a warning.
+        name: name on the command line of full_disk.py.
+        before: function that creates the files of an earlier run in a folder.
+        run: function that returns the command, which works in the current folder.
+        falls_back: whether the command succeeds with a warning if it cannot write its files.
     """
 
     name: str
@@ -36,7 +37,17 @@ class Writer:
 
 
 def run_to_its_end(run: Run, place: Path, log: Path, watch: Callable[[], int] = lambda: 0) -> tuple[int, str, int]:
-    """(exit status, what it said, the most that `watch` gave)"""
+    """Run a command in a new process until it ends.
+
+    Args:
+        run: command, as of :func:`toys.begin`.
+        place: folder that it runs in.
+        log: file for its output; a previous one is removed.
+        watch: function that is called about every 0.5 ms while the command runs.
+
+    Returns:
+        Exit status, output, and the maximum value of `watch`.
+    """
     log.unlink(missing_ok=True)
     number, most = toys.begin(run, place, log), 0
     while (status := toys.ended(number)) is None:
@@ -46,7 +57,10 @@ def run_to_its_end(run: Run, place: Path, log: Path, watch: Callable[[], int] = 
 
 
 def after(*commands: Callable[[], Run], begin: Callable[[Path], None] = lambda place: None) -> Callable[[Path], None]:
-    """The files of commands, one after another."""
+    """Return a function that calls `begin` on a folder and then runs commands there, one after another.
+
+    That function raises AssertionError if a command fails.
+    """
 
     def make(place: Path) -> None:
         begin(place)
@@ -62,7 +76,7 @@ def with_run(place: Path) -> None:
 
 
 def without_shards(name: str, *commands: Callable[[], Run]) -> Callable[[Path], None]:
-    """Two of the shards are still to be made."""
+    """Return a function that runs commands in a folder and then removes two of the shards that they made in `name`."""
 
     def make(place: Path) -> None:
         after(*commands)(place)
@@ -90,7 +104,7 @@ def kernel() -> int:
 
 
 def study(place: Path) -> None:
-    """Of two finished cells."""
+    """Write a study with two finished cells, with made-up scores."""
     references = [f"the cat number {i} sat on the mat" for i in range(12)]
     (place / "study" / "text").mkdir(parents=True)
     (place / "study" / "text" / "test.en").write_text("".join(f"{line}\n" for line in references))

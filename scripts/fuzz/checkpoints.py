@@ -1,4 +1,7 @@
-"""Damaged, odd and hostile checkpoints, and the loader that must answer each with tensors or one error message."""
+"""Fuzzing of checkpoints: damaged, unusual and hostile files, which the loader must read or refuse with a UserError.
+
+The module also contains the fuzzing loop (`fuzz`) and mutations of bytes that the other modules use.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import OmegaConf
 from torch._utils import _rebuild_tensor_v2
 
-import hgkd_fairseq.tasks  # noqa: F401  fairseq's eval becomes ours
+import hgkd_fairseq.tasks  # noqa: F401  replaces eval in fairseq by `literal`
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.plugin import checkpoints
 from hgkd_fairseq.plugin.literals import literal
@@ -39,7 +42,7 @@ ODD_OPTIONS = (None, [1], {"a": 1}, "lstm", "fconv", "[(4, 3)] * 9", 10**5, 3)
 
 
 def state() -> dict[str, Any]:
-    """As fairseq-train saves one, without its size."""
+    """Return a small checkpoint with the structure of those that fairseq-train saves."""
     options = {"data": "bin", "source_lang": "de", "target_lang": "en", "arch": "transformer", "encoder_layers": 1}
     options |= {"adam_betas": "(0.9, 0.98)", "lr": [0.1], "max_source_positions": 1024, "share_all_embeddings": True}
     counts = {"val": np.arange(4), "sum": np.arange(4.0), "count": 1, "round": None}
@@ -55,7 +58,7 @@ def state() -> dict[str, Any]:
 
 
 def odd(rng: random.Random, depth: int = 0) -> Any:
-    """A value that fairseq would not expect."""
+    """Return a random value that fairseq does not expect in a checkpoint."""
     kinds = ["string", "number", "tensor", "array", "none", "set", "bytes", "named"]
     kinds += [] if depth > 2 else ["list", "dict", "namespace", "deep"]
     kind = rng.choice(kinds)
@@ -79,7 +82,7 @@ def odd(rng: random.Random, depth: int = 0) -> Any:
         for _ in range(rng.choice((10, 60, 200))):
             value = rng.choice((list, tuple))([value] * rng.choice((1, 2)))
         return value
-    if kind == "named":  # what torch lets a file name, and tensors that are more than their numbers
+    if kind == "named":  # objects that torch allows in a file, and a tensor subclass
         hooked = torch.nn.Parameter(torch.ones(2))
         counted = Counter(a=odd(rng, depth + 1)) if depth < 2 else Counter("a")
         return rng.choice((_rebuild_tensor_v2, codecs.encode, counted, torch.Size([1]), torch.int8, CPU, hooked))
@@ -90,7 +93,7 @@ CPU = torch.device("cpu")
 
 
 def changed(value: Any, rng: random.Random) -> Any:
-    """The same with an odd value in one place, or without it, or under an odd name."""
+    """Return a copy of a nested value in which one random item is replaced, removed or renamed."""
     if isinstance(value, Namespace) and vars(value):
         return Namespace(**changed(vars(value), rng))
     if isinstance(value, dict) and value:
@@ -106,7 +109,7 @@ def changed(value: Any, rng: random.Random) -> Any:
     if isinstance(value, list | tuple) and value:
         place = rng.randrange(len(value))
         found = [changed(item, rng) if index == place else item for index, item in enumerate(value)]
-        return found if isinstance(value, list) else tuple(found)  # torch.Size takes nothing but integers
+        return found if isinstance(value, list) else tuple(found)  # torch.Size accepts only integers
     return odd(rng)
 
 
@@ -117,7 +120,7 @@ def saved(content: Any, zipped: bool) -> bytes:
 
 
 def bytes_changed(content: bytes, rng: random.Random) -> bytes:
-    """Some bytes replaced, inserted, left out or repeated, or the end cut off."""
+    """Return a copy with random bytes replaced, inserted, removed or repeated, or with its end truncated."""
     found = bytearray(content)
     for _ in range(rng.choice((1, 1, 2, 5, 30))):
         place = rng.randrange(len(found) + 1)
@@ -137,7 +140,7 @@ def bytes_changed(content: bytes, rng: random.Random) -> bytes:
 
 
 def pickle_changed(content: bytes, rng: random.Random) -> bytes:
-    """A zip whose data.pkl has other bytes, with all checksums right, so that it reaches the unpickler."""
+    """Mutate the bytes of data.pkl in a zip checkpoint, with valid checksums, so that they reach the unpickler."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(buffer, "w") as new:
         for entry in old.infolist():
@@ -147,7 +150,7 @@ def pickle_changed(content: bytes, rng: random.Random) -> bytes:
 
 
 def cases(rng: random.Random) -> Iterator[bytes]:
-    """Contents of files, without end."""
+    """Generate mutated checkpoint files endlessly."""
     formats = [saved(state(), zipped) for zipped in (True, False)]
     while True:
         kind = rng.randrange(5)
@@ -163,15 +166,16 @@ def cases(rng: random.Random) -> Iterator[bytes]:
                 content = changed(content, rng)
             try:
                 yield saved(content, zipped=rng.random() < 0.7)
-            except (RuntimeError, NotImplementedError, UnicodeEncodeError):  # torch does not save everything
+            except (RuntimeError, NotImplementedError, UnicodeEncodeError):  # torch cannot save every value
                 continue
 
 
 def read(path: str | Path) -> None:
-    """What the commands do with a checkpoint before a model is built of it.
+    """Load a checkpoint as the commands do before they build its model.
 
     Raises:
-        UserError: as it must for a file that is none.
+        UserError: the file is not a valid checkpoint.
+        AssertionError: the loaded state is not plain (:func:`check_plain`).
     """
     checkpoints.read(path, model=False)
     found = checkpoints.read(path, {"data": "x"})
@@ -184,10 +188,10 @@ LEAVES = (type(None), bool, int, float, str, bytes, torch.Size, torch.dtype, tor
 
 
 def check_plain(state: Any) -> None:
-    """That a state holds tensors and literal values alone, wherever in it.
+    """Check that a state contains, at any depth, only plain tensors, literal values and plain containers.
 
     Raises:
-        AssertionError: it holds something else.
+        AssertionError: the state contains anything else.
     """
     seen: set[int] = set()
     left = [state]
@@ -216,7 +220,7 @@ def check_plain(state: Any) -> None:
 
 @functools.cache
 def transformer() -> tuple[TranslationTask, dict[str, Any]]:
-    """A task, and the state of a model under it of random weights."""
+    """Return a translation task and the checkpoint of a small model with random weights for it."""
     dictionary = Dictionary()
     for name in "abc":
         dictionary.add_symbol(name)
@@ -224,29 +228,33 @@ def transformer() -> tuple[TranslationTask, dict[str, Any]]:
     parts = {"layers": 1, "attention_heads": 1, "embed_dim": 4, "ffn_embed_dim": 4}
     sizes = {f"{side}_{part}": size for side in ("encoder", "decoder") for part, size in parts.items()}
     options = Namespace(arch="transformer", _name="transformer", **sizes)
-    model = models.build_model(options, task)  # which fills the options in
+    model = models.build_model(options, task)  # adds the defaults to the options
     return task, {**state(), "cfg": {**state()["cfg"], "model": options}, "model": model.state_dict()}
 
 
 def transformers(rng: random.Random) -> Iterator[bytes]:
-    """Checkpoints of a small model with odd options."""
+    """Generate checkpoints of a small model with unexpected option values endlessly."""
     _, found = transformer()
     while True:
         options = vars(found["cfg"]["model"]).copy()
         for name in rng.sample(list(options), rng.choice((1, 1, 1, 2, 4))):
             options[name] = rng.choice((*STRINGS, *NUMBERS, *ODD_OPTIONS))
-        with contextlib.suppress(RuntimeError, UnicodeEncodeError):  # torch does not save everything
+        with contextlib.suppress(RuntimeError, UnicodeEncodeError):  # torch cannot save every value
             yield saved({**found, "cfg": {**found["cfg"], "model": Namespace(**options)}}, zipped=True)
 
 
 def build(path: str | Path) -> None:
-    """What the commands do with a checkpoint to have its model."""
+    """Load a checkpoint and build its model, as the commands do.
+
+    Raises:
+        UserError: the file is not a valid checkpoint, or its options do not fit its weights.
+    """
     task, _ = transformer()
     checkpoints.build(checkpoints.read(path), task)
 
 
 def literals(rng: random.Random) -> Iterator[bytes]:
-    """Option values."""
+    """Generate random option values endlessly."""
     while True:
         yield "".join(rng.choices(PIECES, k=rng.randrange(1, 40))).encode()
 
@@ -260,7 +268,15 @@ HUGE = (b"9" * 30, b"9" * 5000, b"-1", b"1e999", b"NaN", b"18446744073709551616"
 
 
 def spliced(content: bytes, corpus: list[bytes], rng: random.Random) -> bytes:
-    """Bytes without a thought of what they mean: parts of other inputs, bits flipped, numbers of any size."""
+    """Mutate an input as bytes, independent of its format.
+
+    Append the end of another input, replace a decimal number, flip bits, or apply :func:`bytes_changed`.
+
+    Args:
+        content: input to mutate.
+        corpus: other inputs to take parts from; may be empty.
+        rng: random generator.
+    """
     kind = rng.randrange(4)
     if kind == 0 and corpus:
         other = rng.choice(corpus)
@@ -278,7 +294,19 @@ def spliced(content: bytes, corpus: list[bytes], rng: random.Random) -> bytes:
 
 
 def fuzz(inputs: int, seed: int, make=cases, reader=read) -> tuple[Counter, float]:
-    """Counts of outcomes, and the CPU seconds of the slowest input. One input in six is made of others as bytes."""
+    """Run a reader on generated inputs; on average one input in six is also mutated by :func:`spliced`.
+
+    Args:
+        inputs: number of inputs.
+        seed: seed of the inputs.
+        make: generator of inputs from a random generator.
+        reader: function that reads a file by its path.
+
+    Returns:
+        Counts by outcome and the CPU seconds of the slowest input. The outcomes are "read", "refused" (a UserError),
+        "not printable" (a refusal whose message has unprintable characters, which is also counted as "refused"), and
+        the type and message of any other exception.
+    """
     counts: Counter = Counter()
     slowest = 0.0
     rng, corpus = random.Random(-seed - 1), []

@@ -1,7 +1,7 @@
-"""Damaged, odd and hostile folders of translations and of a teacher's store, and the readers that must answer each with
-what is in it or with one error message. fuzz.py runs them.
+"""Fuzzing of folders with translations and teacher stores, which their readers must read or refuse with a UserError.
 
-Records with hashes are written to fit what was damaged: what is read then is what a stranger wrote on purpose.
+The recorded hashes are computed after the files are mutated, so that the readers see the mutated content and do not
+merely refuse the hash, as with files that were crafted on purpose. fuzz.py runs the readers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,17 @@ FIELDS = (*NUMBERS, *PIECES, "whole", "limit", "skipped", "0\t0", "\t", "</s>", 
 
 
 def written(folder: Path, manifest: bytes, content: dict[str, bytes], rows: int) -> Path:
-    """A folder with one shard, and a record that fits the manifest where it is one."""
+    """Write a folder with one shard, and with a matching record if the manifest is valid.
+
+    Args:
+        folder: folder to write; what it contained is removed.
+        manifest: content of the manifest.
+        content: content of the shard's files by name.
+        rows: number of rows in the record.
+
+    Returns:
+        The folder.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "shard-00000").mkdir(parents=True)
     (folder / "manifest.json").write_bytes(manifest)
@@ -58,7 +68,7 @@ def written(folder: Path, manifest: bytes, content: dict[str, bytes], rows: int)
 
 @functools.cache
 def data() -> Path:
-    """Binarised data of three sentences, in a folder that is removed at the end."""
+    """Write binarised data of three sentences to a temporary folder, which is removed at exit; return the folder."""
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     dictionary = Dictionary()
@@ -96,7 +106,7 @@ def lines() -> list[str]:
 
 
 def tables(rng: random.Random) -> Iterator[bytes]:
-    """Files of a shard."""
+    """Generate mutated translations.tsv files of a shard endlessly."""
     yield "".join(lines()).encode()
     while True:
         rows = lines().copy()
@@ -117,7 +127,7 @@ def tables(rng: random.Random) -> Iterator[bytes]:
 
 
 def read_translations(path: str | Path) -> None:
-    """What `hgkd distil-data` does with them; the data, which take long to write, once in 20."""
+    """Process translations as `hgkd distil-data` does; write the data, which is slow, only for one input in 20."""
     folder = written(Path(path).with_name("set"), as_json(manifest()).encode(), {FILE: Path(path).read_bytes()}, 3)
     choice = Choice(filters=Filters(off=frozenset({"ratio", "unknown"})))
     if next(TURN) % 20 == 0:
@@ -162,7 +172,7 @@ def record() -> dict[str, Any]:
 
 
 def read_scores(path: str | Path) -> None:
-    """What `hgkd distil-data --select scores:FILE` does with the file."""
+    """Select hypotheses by the scores in a file, as `hgkd distil-data --select scores:FILE` does."""
     select = selection.ByFile(str(path))
     hypothesis = Hypothesis(["a"], -0.5, False)
     for number in range(2):
@@ -206,7 +216,12 @@ STORE: dict[str, Any] = {
 
 
 def read_store(path: str | Path, layer: bytes = WEIGHT) -> None:
-    """What a training with `--teacher-store` does: the file is the manifest."""
+    """Read a store as a training with `--teacher-store` does.
+
+    Args:
+        path: file with the manifest of the store.
+        layer: content of the file with the weight of the teacher's output layer.
+    """
     folder = written(Path(path).with_name("set"), Path(path).read_bytes(), ARRAYS, 2)
     (folder / "member-0.weight.npy").write_bytes(layer)
     store = Store(str(folder))
@@ -225,7 +240,7 @@ def store() -> dict[str, Any]:
 
 
 def arrays(rng: random.Random) -> Iterator[bytes]:
-    """Files of numpy."""
+    """Generate valid, unusual and mutated .npy files endlessly."""
     odd = [np.ones(shape, kind) for shape in ((7, 2), (7,), (0, 2), (2, 7), ()) for kind in ("f4", "f8", "i8", "S2")]
     odd.append(np.array([{}, None], dtype=object))
     while True:
@@ -234,7 +249,7 @@ def arrays(rng: random.Random) -> Iterator[bytes]:
 
 
 def read_layer(path: str | Path) -> None:
-    """The file is the teacher's output layer."""
+    """Read a store in which the file is the weight of the teacher's output layer."""
     layer = Path(path).read_bytes()
     digest = files.sha256(path)
     manifest = Path(path).with_name("manifest")

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Every reader of files that others may have written, on damaged, odd and hostile inputs of it.
+"""Fuzz every reader of untrusted files with damaged, unusual and hostile inputs.
 
     python scripts/fuzz/fuzz.py [READER...] [--inputs N] [--seed S] [--record FILE]
 
-Each input must be answered with its content or one UserError, within 2 s of the CPU. A line for each reader says how
-many were read and refused, which other errors came out (their tracebacks are on standard error), and the slowest; exit
-status 1 where there are any, or one took longer. Inputs come in parts of 5,000, each of a seed of its own. With
---record a part that is in FILE is not run again: interrupt it anywhere, and the same command goes on.
+For each input a reader must return the content or raise one UserError, within 2 s of CPU time. For each reader one line
+reports how many inputs were read and refused, which other errors occurred (with tracebacks on standard error), and the
+slowest input. The exit status is 1 if there were other errors or an input took longer. Inputs are generated in parts of
+5,000 with a seed for each part. With --record, parts whose results are in FILE are not run again, so that the same
+command resumes after an interruption.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout that this script lies in, installed or not
+sys.path.insert(0, str(Path(__file__).parents[2]))  # use this checkout, even if another version is installed
 
 import checkpoints
 import folders
@@ -45,11 +46,11 @@ READERS = {
 }
 
 
-PART = 5000
+PART = 5000  # inputs
 
 
 def run(name: str, inputs: int, seed: int, record: Path | None) -> tuple[str, bool]:
-    """What is said of a reader, and whether all is well."""
+    """Fuzz a reader; return the line to print and whether all inputs were handled as required."""
     counts: Counter = Counter()
     slowest = 0.0
     known = [json.loads(line) for line in record.read_text().splitlines()] if record and record.exists() else []
@@ -57,7 +58,7 @@ def run(name: str, inputs: int, seed: int, record: Path | None) -> tuple[str, bo
         part = [name, min(PART, inputs - first), 1000 * seed + place]
         found = next((one[1:] for one in known if one[0] == part), None)
         if found is None:
-            with contextlib.redirect_stdout(io.StringIO()):  # of the readers that print
+            with contextlib.redirect_stdout(io.StringIO()):  # some readers print
                 found = checkpoints.fuzz(part[1], part[2], *READERS[name])
             if record:
                 with record.open("a") as lines:
@@ -82,7 +83,7 @@ def main() -> int:
     unknown = [name for name in args.readers if name not in READERS]
     if unknown:
         parser.error(f"no reader {unknown[0]}; there are {', '.join(READERS)}")
-    logging.getLogger().setLevel(logging.WARNING)  # fairseq, once imported, logs what every library has to say
+    logging.getLogger().setLevel(logging.WARNING)  # importing fairseq enables the messages of all libraries
     all_well = True
     for name in args.readers or READERS:
         line, well = run(name, args.inputs, args.seed, args.record)

@@ -1,5 +1,5 @@
-"""Checkpoints that hold code, in every form that a pickle has for it and in every form of file, and the reader that
-must refuse each and run nothing. fuzz.py runs them."""
+"""Fuzzing of checkpoints with code, for every pickle operation that can call code and every file format; the loader
+must not run it. fuzz.py runs the reader."""
 
 from __future__ import annotations
 
@@ -23,14 +23,18 @@ from hgkd_fairseq.plugin import checkpoints as loader
 
 @functools.cache
 def mark() -> Path:
-    """What the code would make."""
+    """Return the path of the marker file that the code creates if it is run."""
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder / "code_has_run"
 
 
 def calls() -> list[tuple[str, str, tuple]]:
-    """(module, name, arguments) of calls that make it, at once or once what they return is called or built."""
+    """Return (module, name, arguments) of calls that an unpickler must not make.
+
+    Most of them create the marker file, directly or through the code that they run. The others import a module, load a
+    file or return a callable.
+    """
     file = str(mark())
     python, shell = f"open({file!r}, 'w')", f"touch {file}"
     return [
@@ -62,7 +66,17 @@ def calls() -> list[tuple[str, str, tuple]]:
 
 
 def operations(module: str, name: str, arguments: tuple, kind: str) -> bytes:
-    """The call in operations of a pickle, which leave one value on the stack."""
+    """Encode a call as pickle operations that leave one value on the stack.
+
+    Args:
+        module: module of the callable.
+        name: name of the callable.
+        arguments: arguments of the call.
+        kind: element of KINDS: the operations that make the call.
+
+    Raises:
+        ValueError: unknown kind.
+    """
     packed = pickle.dumps(arguments, protocol=2)[2:-1] if print not in arguments else b"cbuiltins\nprint\n\x85"
     named = f"c{module}\n{name}\n".encode()
     if kind == "reduce":
@@ -82,9 +96,9 @@ def operations(module: str, name: str, arguments: tuple, kind: str) -> bytes:
     if kind == "stack":
         words = b"".join(b"\x8c" + bytes([len(word)]) + word.encode() for word in (module, name))
         return words + b"\x93" + packed + b"R"
-    if kind == "state":  # __setstate__ of what torch allows, with a call among its state
+    if kind == "state":  # __setstate__ of an allowed object, with a call in its state
         return b"cnumpy\ndtype\nX\x02\0\0\0i8\x85R(K\x03" + named + packed + b"RNNNNNtb"
-    if kind == "hooks":  # of a tensor, to be called with its gradient
+    if kind == "hooks":  # a backward hook of a parameter
         return b"ctorch._utils\n_rebuild_parameter\n(" + named + b"\x88ccollections\nOrderedDict\n)RtR"
     if kind == "persistent":
         return named + packed + b"RQ"
@@ -96,7 +110,7 @@ FORMS = ("zip", "old", "raw", "tar", "raw in zip")
 
 
 def with_code(content: bytes, code: bytes, place: str) -> bytes:
-    """A pickle that runs the code before it ends, in place of what it holds, or within."""
+    """Insert code into a pickle: at its "end", as its only content ("alone"), or at its beginning ("begin")."""
     if place == "end":
         return content[:-1] + code + b"0."
     if place == "alone":
@@ -138,14 +152,14 @@ def file_of(code: bytes, place: str, form: str) -> bytes:
 
 
 def pickle_end(stream: io.BytesIO) -> None:
-    """Read on to behind the end of one pickle."""
+    """Advance the stream past the end of one pickle."""
     for _ in pickletools.genops(stream):
         pass
 
 
 @functools.cache
 def plain() -> tuple[bytes, bytes]:
-    """A checkpoint in the zip format, and in the old one."""
+    """Return the same checkpoint in torch's zip format and in the legacy format."""
     return checkpoints.saved(checkpoints.state(), zipped=True), checkpoints.saved(checkpoints.state(), zipped=False)
 
 
@@ -159,7 +173,12 @@ def hostile(rng: random.Random) -> Iterator[bytes]:
 
 
 def read(path: str | Path) -> None:
-    """What the commands do with a checkpoint; what is left of it is plain."""
+    """Load a checkpoint as the commands do, and check that no code was run and that the loaded state is plain.
+
+    Raises:
+        UserError: the checkpoint is refused.
+        AssertionError: code was run (the marker file exists), or the state is not plain.
+    """
     try:
         found = loader.read(path)
         checkpoints.check_plain(found.state)

@@ -1,6 +1,5 @@
-"""Damaged, odd and hostile inputs of the readers that are left: what a teacher's checkpoint says of its task and of
-what was learned, files of binarised data, lines of scores, claims, records of a study and of `hgkd score`, and pages of
-HTML. fuzz.py runs them."""
+"""Fuzzing of the remaining readers: task options and extra state of checkpoints, binarised data, score files,
+references, claims, records of a study and of `hgkd score`, HTML pages and sentencepiece models. fuzz.py runs them."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ SCRIPTS = Path(__file__).parents[1]
 
 
 def script(path: Path):
-    """A script as a module."""
+    """Import a script from its path and return it as a module."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -75,7 +74,10 @@ NAMES = ("translation", "translation_multi_simple_epoch", "translation_from_pret
 
 
 def tasks(rng: random.Random) -> Iterator[bytes]:
-    """Options of a teacher's task. Where they name a folder or a file, it is one of ours, a device or none."""
+    """Generate mutated options of a teacher's task endlessly.
+
+    Names of folders and files in them are those of the test data, of devices or of nothing.
+    """
     where = (str(folders.data()), "/dev/zero", "/proc/self/mem", "/dev/stdin", "/", "")
     made = contents(TASK, as_json, rng)
     while True:
@@ -97,7 +99,11 @@ def dictionary() -> Dictionary:
 
 
 def from_json(path: str | Path) -> dict[str, Any]:
-    """A part of a checkpoint, which the loader refuses where it is no dict."""
+    """Read a part of a checkpoint from JSON.
+
+    Raises:
+        UserError: it is not a dict, which the checkpoint loader refuses as well.
+    """
     try:
         found = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError):
@@ -108,7 +114,7 @@ def from_json(path: str | Path) -> dict[str, Any]:
 
 
 def read_task(path: str | Path) -> None:
-    """What is asked of a teacher's task before its model is built."""
+    """Check the options of a teacher's task and load its own dictionaries, as done before its model is built."""
     task = from_json(path)
     inputs.check_added("x.pt", task, {})
     live.own_dictionaries("x.pt", task, (dictionary(), dictionary()), ("de", "en"))
@@ -122,7 +128,7 @@ MEMORY: dict[str, Any] = {
 
 
 def read_memory(path: str | Path) -> None:
-    """What is asked of a checkpoint's extra state where a run is resumed."""
+    """Read the extra state of a checkpoint as a resumed training does."""
     extra = from_json(path)
     memory = training_state.memory_in(extra)
     held = training_state.method_of({"cfg": argparse.Namespace(criterion=CRITERION), "extra_state": extra})
@@ -139,12 +145,12 @@ CRITERION = argparse.Namespace(_name="hard_gate_kd", gate="token")
 
 
 def indices(rng: random.Random) -> Iterator[bytes]:
-    """Files of sizes and places."""
+    """Generate mutated .idx files (sizes and offsets of the sentences) endlessly."""
     yield from binaries(rng, "idx")
 
 
 def identities(rng: random.Random) -> Iterator[bytes]:
-    """Files of token ids."""
+    """Generate mutated .bin files (token ids) endlessly."""
     yield from binaries(rng, "bin")
 
 
@@ -153,7 +159,7 @@ def binaries(rng: random.Random, kind: str) -> Iterator[bytes]:
     yield content
     while True:
         found = bytearray(content)
-        for _ in range(rng.choice((0, 1, 1, 2))):  # numbers
+        for _ in range(rng.choice((0, 1, 1, 2))):  # overwrite whole integers
             size = rng.choice((1, 4, 8))
             place = rng.randrange(0, len(found) - size + 1)
             number = rng.choice((0, 1, 2, 255, 2 ** (8 * size) - 1, 2 ** (8 * size - 1), rng.getrandbits(8 * size)))
@@ -162,12 +168,17 @@ def binaries(rng: random.Random, kind: str) -> Iterator[bytes]:
 
 
 def read_data(path: str | Path, kind: str = "idx") -> None:
-    """What training and the commands do with a subset."""
+    """Load a subset as training and the commands do, and check its token ids.
+
+    Args:
+        path: replacement for one of the files of the source side.
+        kind: suffix of the file to replace: "idx" or "bin".
+    """
     folder = Path(path).with_name("bin")
     if not folder.exists():
         shutil.copytree(folders.data(), folder)
     target = folder / f"train.de-en.de.{kind}"
-    target.unlink(missing_ok=True)  # mapped to memory, perhaps
+    target.unlink(missing_ok=True)  # not overwritten, because it may still be memory-mapped
     shutil.copyfile(path, target)
     task = binarised.translation_task(str(folder), "x", {"source_lang": "de", "target_lang": "en"})
     dataset = binarised.subset(task, "train")
@@ -195,7 +206,7 @@ def texts(rng: random.Random) -> Iterator[bytes]:
 
 
 def read_references(path: str | Path) -> None:
-    """As many as a line feed ends, and one more where text follows the last."""
+    """Check that only line feeds separate references and that a last line without one counts."""
     content = Path(path).read_bytes()
     last = content != b"" and not content.endswith(b"\n")
     assert len(generated.read_references(path)) == content.count(b"\n") + last
@@ -207,7 +218,7 @@ OWNER = {"host": "x", "pid": 3, "started": "7", "token": "abc"}
 
 
 def read_claim(path: str | Path) -> None:
-    """What another process does with a claim that it finds."""
+    """Try to take an existing claim, as a process that fills shards does."""
     file = Path(path).with_name("shard-00000.claim")
     shutil.copyfile(path, file)
     claim = Claim(file, expires=1e9)
@@ -217,7 +228,7 @@ def read_claim(path: str | Path) -> None:
 
 
 def read_scored(path: str | Path) -> None:
-    """What `hgkd score` does with its record of a run that was killed."""
+    """Resume from a record as `hgkd score` does after it was killed."""
     shutil.copyfile(path, Path(path).with_name(steps.RECORD))
     with contextlib.redirect_stderr(io.StringIO()):
         made = steps.Steps(Path(path).parent, "x").once("made", lambda file: file.write_text("x"), "y")
@@ -228,7 +239,7 @@ SCORED = {"made": ["0" * 64, "1" * 64], "forced.json": ["2" * 64, "3" * 64]}
 
 
 def commands(rng: random.Random) -> Iterator[bytes]:
-    """cell.json of the first cell of a grid."""
+    """Generate mutated cell.json files of the first cell of a grid endlessly."""
     with tempfile.TemporaryDirectory() as folder:
         about = grid(Path(folder)).cells()[0].description()
     quotes = ("fairseq-train 'x", 'hgkd "', "\\", "--user-dir $(hgkd user-dir)", "; rm x", "--generate=--beam 9")
@@ -238,7 +249,7 @@ def commands(rng: random.Random) -> Iterator[bytes]:
 
 
 def read_commands(path: str | Path) -> None:
-    """What run.py does with cell.json of a cell that is there."""
+    """Check the cell.json of an existing cell as run.py does."""
     folder = Path(path).parent / "study"
     cell = grid(folder.parent).cells()[0]
     (folder / cell.folder).mkdir(parents=True, exist_ok=True)
@@ -281,7 +292,7 @@ def pages(rng: random.Random) -> Iterator[bytes]:
 def read_page(path: str | Path) -> None:
     try:
         found = align.read_page(Path(path))
-    except SystemExit as error:  # of the script, with one line
+    except SystemExit as error:  # the script exits with a one-line message
         raise UserError(str(error)) from None
     for text in found.values():
         align.split_sentences(text)
@@ -296,7 +307,10 @@ def sentencepiece_model() -> bytes:
 
 
 def sentencepiece_models(rng: random.Random) -> Iterator[bytes]:
-    """Most of one is a table for the normalisation; the pieces are at its beginning."""
+    """Generate mutated sentencepiece models endlessly.
+
+    Most mutations affect only the beginning, which contains the pieces; the rest is mostly the normalisation table.
+    """
     model = sentencepiece_model()
     yield model
     while True:

@@ -1,5 +1,5 @@
-"""Damaged, odd and hostile files of JSON, grids of studies, lists of numbers and tables of weights, and the readers
-that must answer each with what is in it or with one error message. fuzz.py runs them."""
+"""Fuzzing of JSON files, grids of studies, lists of numbers and tables of sentence weights, which their readers must
+read or refuse with a UserError. fuzz.py runs them."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def odd_value(rng: random.Random, depth: int = 0) -> Any:
 
 
 def changed(value: Any, rng: random.Random) -> Any:
-    """A copy with an odd value in one place, or without it, or with it twice or under another name."""
+    """Return a copy of a nested value in which one random item is replaced, removed, repeated or renamed."""
     found = copy.copy(value)
     if isinstance(value, dict) and value and rng.random() < 0.95:
         key, chance = rng.choice(list(value)), rng.random()
@@ -151,7 +151,7 @@ def as_json(value: Any) -> str:
 
 
 def as_toml(value: Any, inline: bool = False) -> str:
-    """TOML of a table; what TOML does not have is written as it is in Python."""
+    """Return a value as TOML; values that TOML cannot represent are written as in Python, which is invalid TOML."""
     if isinstance(value, dict) and not inline:
         return "".join(f"{as_toml(key, True)} = {as_toml(one, True)}\n" for key, one in value.items())
     if isinstance(value, dict):
@@ -164,7 +164,14 @@ def as_toml(value: Any, inline: bool = False) -> str:
 
 
 def contents(sample: Any, write: Callable[[Any], str], rng: random.Random) -> Iterator[bytes]:
-    """Files that hold the sample, changed in what it says, in its text, or not at all."""
+    """Generate files with mutations of a sample endlessly, after one with the sample itself.
+
+    Args:
+        sample: value to mutate.
+        write: function that formats a value, :func:`as_json` or :func:`as_toml`. The formatted text is sometimes
+            mutated as well.
+        rng: random generator.
+    """
     yield write(sample).encode()
     while True:
         value = sample
@@ -187,7 +194,7 @@ def axes() -> list:
 
 
 def read_drawn(path: str | Path) -> None:
-    """What `hgkd calibration diagram` does; the figure, which takes long, once in 200."""
+    """Process results as `hgkd calibration diagram` does; write the figure, which is slow, only for one file in 200."""
     found = files.read_json(path, results.DRAWN, results.WHAT)
     results.check_bars(path, found)
     which = ("eos:yes", "eos:no")[next(TURN) % 2]
@@ -201,7 +208,7 @@ def read_drawn(path: str | Path) -> None:
 
 
 def read_results(path: str | Path) -> None:
-    """What `hgkd report` does with forced.json, but for the figures."""
+    """Process forced.json as `hgkd report` does, except for the figures."""
     run = runs.Run(Path("run"), "run", forced=results.read(path))
     other = runs.Run(Path("other"), "other", forced=copy.deepcopy(RESULTS))
     for pair in ([run, other], [other, run]):
@@ -213,7 +220,7 @@ def read_temperature(path: str | Path) -> None:
 
 
 def read_cell_scores(path: str | Path) -> None:
-    """What the study does with scores.json of a cell, whose name is asked for."""
+    """Read scores.json of a cell as the study does; the link gives the file the name that the study expects."""
     link = Path(path).with_name("scores.json")
     link.unlink(missing_ok=True)
     link.hardlink_to(path)
@@ -228,7 +235,7 @@ def read_cell(path: str | Path) -> None:
 
 
 def read_grid(path: str | Path) -> None:
-    """What `run.py --dry-run` does with a grid."""
+    """Read a grid and describe its cells as `run.py --dry-run` does."""
     for cell in study.Grid(Path(path)).cells():
         assert ".." not in Path(cell.folder).parts
         assert not Path(cell.folder).is_absolute()
@@ -264,7 +271,7 @@ def read_numbers(path: str | Path) -> None:
 
 
 def weight_tables(rng: random.Random) -> Iterator[bytes]:
-    """Checkpoints of a run with --gate instance."""
+    """Generate mutated checkpoints of a training with `--gate instance` endlessly."""
     while True:
         one = torch.rand(rng.choice((0, 1, 5)))
         table: dict[str, Any] = {"data": one, "teacher": 1 - one, "held_out": one > 0.7, "epoch": torch.tensor(1)}
@@ -288,12 +295,12 @@ def weight_tables(rng: random.Random) -> Iterator[bytes]:
         content["extra_state"]["TranslationWithTeacherTask"] = memory if rng.random() < 0.95 else odd(rng)
         try:
             yield saved(content, zipped=rng.random() < 0.7)
-        except (RuntimeError, NotImplementedError, UnicodeEncodeError):  # torch does not save everything
+        except (RuntimeError, NotImplementedError, UnicodeEncodeError):  # torch cannot save every value
             continue
 
 
 def read_weights(path: str | Path) -> None:
-    """What `hgkd weights` does; its figure, which takes long, once in 200."""
+    """Write the table of weights as `hgkd weights` does; write the figure, which is slow, only for one file in 200."""
     plot = f"{path}.svg" if next(TURN) % 200 == 0 else None
     weight_table.report(str(path), f"{path}.tsv", None, plot)
 

@@ -1,5 +1,5 @@
-"""Damaged, odd and hostile logs, outputs of fairseq-generate and dictionaries, and the readers that must answer each
-with what is in it or with one error message.
+"""Fuzzing of training logs, outputs of fairseq-generate and dictionaries, which their readers must read or refuse with
+a UserError.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ PIECES = (
 
 
 def statistics(rng: random.Random) -> str:
-    """A line of a progress bar."""
+    """Return a random line of a progress bar."""
     pairs = [(rng.choice(STATISTICS), rng.choice(NUMBERS)) for _ in range(rng.randrange(8))]
     kind = rng.randrange(4)
     if kind == 0:
@@ -100,7 +100,7 @@ def statistics(rng: random.Random) -> str:
 
 
 def settings(rng: random.Random) -> str:
-    """The repr of a configuration, or what looks like one."""
+    """Return the repr of a random configuration, or something similar to one."""
     pairs = [
         (rng.choice(NAMES), rng.choice(CHOICES if rng.random() < 0.4 else VALUES)) for _ in range(rng.randrange(9))
     ]
@@ -128,7 +128,7 @@ TURN = itertools.count()
 
 
 def read_train_log(path: str | Path) -> None:
-    """What `hgkd report` does with a log; the page, which takes long, once in 500."""
+    """Process a log as `hgkd report` does; render the page, which is slow, only for one log in 500."""
     log = logs.read(Path(path))
     run = runs.Run(Path("run"), "run", log=log, generation=log)
     for program in commands.PARSERS:
@@ -141,7 +141,7 @@ def read_train_log(path: str | Path) -> None:
 
 
 def outputs(rng: random.Random) -> Iterator[bytes]:
-    """Of fairseq-generate."""
+    """Generate outputs of fairseq-generate endlessly."""
     while True:
         lines = []
         for index in range(rng.choice((1, 2, 4))):
@@ -165,7 +165,7 @@ def outputs(rng: random.Random) -> Iterator[bytes]:
 
 
 def read_output(path: str | Path) -> None:
-    """What the commands do with it."""
+    """Read and score an output of fairseq-generate as the commands do."""
     generated.read_texts(Path(path))
     inference.evaluate(str(path), settings=Settings(replicates=0)).to_json()
 
