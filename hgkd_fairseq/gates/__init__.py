@@ -1,12 +1,14 @@
-"""WHEN to distil: per-token statistics in, per-token weights out. No fairseq here.
+"""Gates decide WHEN to distil: they map per-token statistics to per-token loss weights. Independent of fairseq.
 
-A gate reads how probable a token is under the student and under the teacher and returns the weights of the terms of
+A gate reads the log-probability of a token under the student and under the teacher. It returns the weights of the terms
+of the loss
 
     loss = sum_t  data_t * CE(y_t, P_student)  +  teacher_t * KL(P_teacher^tau || P_student)
                   +  uniform_t * CE(1/V, P_student).
 
-The statistics come detached: no gradient passes from a gate into the student. Most gates are pure functions; one that
-remembers something (a queue) or learns something is a class, made once for a run. README.md says how to add one.
+The statistics are detached: no gradient passes from a gate into the student. Most gates are pure functions; a gate with
+state (such as a queue) or with learned parameters is a class, instantiated once per run. README.md explains how to add
+a gate.
 """
 
 from hgkd_fairseq.gates import hard, learned, pairs, published  # noqa: F401  they register their gates

@@ -1,4 +1,4 @@
-"""What a gate sees, what it answers, and what it may be: the contract between gates and loss."""
+"""The interface between gates and loss: the statistics that a gate reads, its weights, and its description."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from hgkd_fairseq.ranges import Range
 
 
 class TokenStatistics(NamedTuple):
-    """What a gate sees: n of the N non-pad tokens of a batch, in order (all detached, fp32 or fp64).
+    """Statistics of n of the N non-pad tokens of a batch, in order: the input of a gate. Detached, in fp32 or fp64.
 
-    Which n: whole sentences for a gate of scope "sentence", all N of them for scope "batch", any run of neighbours for
-    scope "token".
+    The n tokens are whole sentences for a gate of scope "sentence", all N tokens for scope "batch", and any run of
+    consecutive tokens for scope "token".
     """
 
-    student_logprob: Tensor  # (n,) nats, of the token the gate reads, under the student (temperature 1)
-    teacher_logprob: Tensor  # (n,) nats, of the same token, under the teacher
-    sentence: Tensor  # (n,) int64, row of `sentence_count` that the token belongs to
-    sentence_count: int  # S
-    vocabulary: int = 0  # V
-    progress: float = 0.0  # share of the training's updates that are made, 0 to 1
-    instance: Tensor | None = None  # (n,) int64, number of the token's sentence in the training set, None
-    #                                outside of it; for the gate "pair" of its language pair
-    asked: Mapping[str, Tensor] = MappingProxyType({})  # (n,) each, what the gate asks for of ASKED
+    student_logprob: Tensor  # (n,) nats, student's log-probability of the token that the gate reads, untempered
+    teacher_logprob: Tensor  # (n,) nats, teacher's log-probability of the same token
+    sentence: Tensor  # (n,) int64, index of the token's sentence, from 0 to sentence_count - 1
+    sentence_count: int  # S; may exceed the number of sentences, so that some indices do not occur
+    vocabulary: int = 0  # V, number of tokens in the vocabulary
+    progress: float = 0.0  # fraction of the training updates that are done, 0 to 1
+    instance: Tensor | None = None  # (n,) int64, index of the token's sentence in the training set, None outside
+    #                                of it; for the gate "pair" index of the token's language pair
+    asked: Mapping[str, Tensor] = MappingProxyType({})  # (n,) each, the further statistics of `Gate.asks`, by name
 
 
-# What a gate may ask for by name, of the student's distribution p and the teacher's q as the gate reads it.
+# Further statistics that a gate may request by name. p is the student's distribution, q the teacher's at the
+# temperature at which the gate reads it.
 ASKED = {
     "student_above": "sum_v p(v) 1[p(v) > q(v)]",
     "student_entropy": "H(p), nats",
@@ -40,20 +41,20 @@ ASKED = {
 
 
 class GateWeights(NamedTuple):
-    """Weights of the terms of the loss, each (n,) and of the statistics' dtype."""
+    """Weights of the terms of the loss, each of shape (n,) and of the statistics' dtype."""
 
     data: Tensor
     teacher: Tensor
-    uniform: Tensor | None = None  # of the cross-entropy with the uniform distribution; None: 0
+    uniform: Tensor | None = None  # weight of the cross-entropy with the uniform distribution; None: 0
 
     @property
     def teacher_share(self) -> Tensor:
-        """(n,) teacher / (data + teacher); 0 where both are."""
+        """The teacher's share of the two weights, teacher / (data + teacher), (n,); 0 where both are 0."""
         return self.teacher / (self.data + self.teacher).clamp(min=torch.finfo(self.teacher.dtype).tiny)
 
 
 class GateError(ValueError):
-    """A gate, or a parameter of one, that does not exist or does not fit; `option` is the parameter, or "gate"."""
+    """Raised for an unknown or invalid gate or gate parameter; `option` is the parameter's name, or "gate"."""
 
     def __init__(self, message: str, option: str = "gate"):
         super().__init__(message)
@@ -61,18 +62,18 @@ class GateError(ValueError):
 
 
 class Option(NamedTuple):
-    """Of a gate's parameter what its type and default do not say; written where the parameter is::
+    """Help text, range and choices of a gate's parameter, given in the annotation of the parameter::
 
     def soft(statistics, *, gate_sharpness: Annotated[float, Option("slope k", WEIGHT)] = 1.0)
     """
 
     help: str
-    range: Range | None = None  # a number without one must be finite
+    range: Range | None = None  # allowed values of a number; None: any finite number
     choices: tuple[str, ...] = ()
 
 
 class Parameter(NamedTuple):
-    """A gate's parameter, which is an option of the command line: gate_share is --gate-share."""
+    """A parameter of a gate. It is also a command-line option: gate_share is --gate-share."""
 
     name: str
     type: type  # float, int or str
@@ -80,7 +81,10 @@ class Parameter(NamedTuple):
     option: Option
 
     def problem(self, value: Any, gate: str) -> str | None:
-        """None for a value that it may have in that gate; otherwise what is wrong with it."""
+        """Return None if the parameter of `gate` may have this value, otherwise a message that says why it may not.
+
+        Choices and range are checked; the type is not.
+        """
         if self.option.choices and value not in self.option.choices:
             return f'"{value}" is none of {", ".join(self.option.choices)}'
         span = self.option.range
@@ -91,48 +95,51 @@ class Parameter(NamedTuple):
 
 @runtime_checkable
 class Observer(Protocol):
-    """A gate that sees what came of each training step."""
+    """A gate that receives the outcome of each training step."""
 
     def observe(self, output, gather: Callable[[Tensor], Tensor]) -> None:
-        """Called with each batch that a worker trains on, before its gradient is used.
+        """Process the outcome of one training batch. Each worker calls it for each batch, before the gradient is used.
 
         Args:
-            output: the :class:`hgkd_fairseq.loss.DistillationOutput` of the worker's batch. Where the batch was only
-                repeated to keep the workers in step, its `tokens_mask` is False everywhere.
-            gather: joins one tensor of the same size from each data-parallel worker, along the first dimension.
+            output: the :class:`hgkd_fairseq.loss.DistillationOutput` of the worker's batch. If the batch is repeated
+                only to keep the workers in step, its `tokens_mask` is False everywhere.
+            gather: function that concatenates the tensors of all data-parallel workers, which have the same size, along
+                the first dimension.
         """
 
 
 @runtime_checkable
 class Remembering(Protocol):
-    """A gate that remembers: `state` is saved with the checkpoints and given back when training resumes."""
+    """A gate with state: `state` is saved with the checkpoints and restored when training resumes."""
 
     state: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Gate:
-    """An answer to "when", with its parameters bound.
+    """The function that computes a gate's weights, and the properties of the gate that loss and criterion rely on.
+
+    The gates in `GATES` are unbound; `get_gate` returns a gate with its parameters bound.
 
     Attributes:
         name: the value of ``--gate``.
-        weights: ``TokenStatistics -> GateWeights``.
-        scope: ``"token"`` where each token is decided alone, ``"sentence"`` where whole sentences must be in view (the
-            loss cuts its chunks between sentences), ``"batch"`` where all tokens must be (the loss then makes the
-            forward products twice: once for the statistics, once for the gradients).
+        weights: callable ``TokenStatistics -> GateWeights``; of an unbound gate that is a class, the class.
+        scope: ``"token"`` if each token is decided alone, ``"sentence"`` if the gate needs whole sentences (the loss
+            then cuts its chunks between sentences), ``"batch"`` if it needs all tokens of the batch (the loss then
+            computes the forward products twice: once for the statistics, once for the gradients).
         needs_teacher: False for a gate whose teacher weight is always 0.
-        compares: whether it compares the student's probability of a token with the teacher's, so that ``gate_on`` and
-            ``tempered_gate`` mean something.
-        uniform: whether its weights have a `uniform` part.
-        timed: whether it changes with `progress`, so that the length of the training must be known.
-        constant: whether its weights do not depend on the two log-probabilities, so that they are known beforehand.
-        asks: the statistics of `ASKED` that it sees beside them. The kernels make the teacher's entropy, at the loss's
-            temperature; with any other plain torch does the rows.
-        closes: whether it gives tokens the teacher's weight 0, so that it pays to decide before the teacher's logits
-            are made, where the teacher's log-probabilities of the gold tokens are known.
-        parameters: by name, as the gate declares them.
-        equation: one line, as ``hgkd gates`` prints it.
-        source: the paper it comes from.
+        compares: whether the gate compares the student's probability of a token with the teacher's, so that ``gate_on``
+            and ``tempered_gate`` apply to it.
+        uniform: whether the weights have a `uniform` part.
+        timed: whether the weights depend on `progress`, so that the length of the training must be known.
+        constant: whether the weights do not depend on the two log-probabilities, so that they are known in advance.
+        asks: names of the further statistics, keys of `ASKED`, that the gate requests. The kernels compute only the
+            teacher's entropy, and only at the loss's temperature; for anything else plain torch computes the rows.
+        closes: whether the gate gives some tokens the teacher weight 0. If the teacher's log-probabilities of the gold
+            tokens are known in advance, such a gate is evaluated first, and their logits are not computed.
+        parameters: declared parameters by name.
+        equation: the weights in one line, as printed by ``hgkd gates``.
+        source: the paper that the gate comes from.
     """
 
     name: str
@@ -151,15 +158,15 @@ class Gate:
 
     @property
     def learned(self) -> bool:
-        """Whether the gate has parameters that are trained with the student's."""
+        """Whether the gate is an nn.Module, whose parameters are trained with the student's."""
         return isinstance(self.weights, torch.nn.Module)
 
     @property
     def observer(self) -> Observer | None:
-        """Itself, where it sees what came of each training step."""
+        """The gate's `weights` if they are an `Observer`, otherwise None."""
         return self.weights if isinstance(self.weights, Observer) else None
 
     @property
     def remembering(self) -> Remembering | None:
-        """Itself, where it has a memory that is kept with the checkpoints."""
+        """The gate's `weights` if they are `Remembering`, otherwise None."""
         return self.weights if isinstance(self.weights, Remembering) else None

@@ -1,4 +1,4 @@
-"""The paper's gates, token and sentence, the data alone, and the hard gates' controls.
+"""The paper's hard gates, "token" and "sentence", variants and controls of them, and "none": the data alone.
 
 Lee et al., "Hard Gate Knowledge Distillation", EMNLP 2022, arXiv:2210.12427.
 """
@@ -30,7 +30,7 @@ def none(statistics: TokenStatistics) -> GateWeights:
 
 @register_gate("token", closes=True, equation="g_t = 1[p_t > q_t]; data 1 - g_t, teacher g_t", source=f"HKD-T, {HKD}")
 def token(statistics: TokenStatistics) -> GateWeights:
-    # Strict: where both agree exactly the data teaches.
+    # A strict inequality: a token of equal probability is learned from the data.
     return hard_weights(statistics.student_logprob > statistics.teacher_logprob, statistics.student_logprob.dtype)
 
 
@@ -100,7 +100,11 @@ def floored(decided: GateWeights, gate_floor: str) -> GateWeights:
 
 
 def floor_weights(text: str) -> tuple[float, float]:
-    """(weight of the teacher where the gate is closed, where it is open), of "LO,HI"; either may be the larger."""
+    """Parse "LO,HI": return the teacher's weights where the gate is closed and where it is open; LO may exceed HI.
+
+    Raises:
+        GateError: the text is not two numbers between 0 and 1.
+    """
     try:
         closed, opened = map(float, text.split(","))
     except ValueError:

@@ -1,4 +1,4 @@
-"""Gates without a step, and gates that learn."""
+"""Gates that replace the step of the hard gate by a sigmoid, with fixed or learned parameters."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ def soft(statistics: TokenStatistics, *, gate_sharpness: Sharpness = 1.0) -> Gat
     source="in the spirit of Wei et al. 2024, whose exact form is unpublished; ours",
 )
 class SoftLearned(torch.nn.Module):
-    """Its parameters follow the gradient of the loss: where the teacher's term is the smaller, the gate opens."""
+    """Sigmoid gate with learned offset and slope, trained by the gradient of the loss.
+
+    The gradient opens the gate for tokens whose teacher term is smaller than their data term.
+    """
 
     def __init__(self, *, gate_sharpness: Sharpness = 1.0):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The registered gates as text and as tables in markdown."""
+"""The registered gates as text and as Markdown tables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hgkd_fairseq.gates.registry import GATES, all_parameters
 
 
 def defaults(gate: str) -> list[str]:
-    """The options of a gate with their defaults."""
+    """Return the options of a gate, each followed by its default unless that is None."""
     options = {flag(name): it.default for name, it in GATES[gate].parameters.items()}
     return [option if default is None else f"{option} {default}" for option, default in options.items()]
 
@@ -28,12 +28,12 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def markdown() -> str:
-    """A table of the gates and one of their options."""
+    """Return two Markdown tables: the gates, and their options."""
     gates = [
         [f"`{name}`", gate.equation, re.sub(r"arXiv:([\d.]*\d)", r"[\g<0>](https://arxiv.org/abs/\1)", gate.source)]
         for name, gate in GATES.items()
     ]
-    taken: dict[tuple[str, str], list[str]] = {}  # of an option and its meaning: the gates, with their defaults
+    taken: dict[tuple[str, str], list[str]] = {}  # (option, meaning) -> gates with defaults
     for name, takers in all_parameters().items():
         for gate, it in takers:
             default = "" if it.default is None else f" {it.default}"

@@ -1,4 +1,4 @@
-"""The gate of several language pairs: each learns from its teacher while it is below it."""
+"""The gate for several language pairs: a pair learns from its teacher while its accuracy is below a threshold."""
 
 from __future__ import annotations
 
@@ -24,16 +24,19 @@ Margin = Annotated[float, Option("per cent of accuracy by which a student must b
     constant=True,
 )
 class Pair:
-    """State: "open" (P,) bool, whether each pair learns from its teacher: all, until they are compared. The statistics'
-    `instance` is the token's pair. The authors' code (RayeRen/multilingual-kd-pytorch, alpha-strategy threshold) has
-    the same rule with m = 1 BLEU and a = 0.9."""
+    """Gate that distils a language pair while the student's accuracy is below the teacher's plus `pair_margin`.
+
+    `instance` of the statistics is the index of the token's pair. State: "open" (P,) bool, whether each pair learns
+    from its teacher; before the first comparison all pairs do. The authors' code (RayeRen/multilingual-kd-pytorch,
+    alpha-strategy threshold) has the same rule with m = 1 BLEU and a = 0.9.
+    """
 
     def __init__(self, *, kd_weight: KdShare = 0.5, pair_margin: Margin = 1.0):
         self.weight, self.margin = kd_weight, pair_margin
         self.state: dict[str, Tensor] = {}
 
     def compare(self, student: Tensor, teacher: Tensor) -> None:
-        """Decide by the accuracies (P,) of each pair, in per cent."""
+        """Decide which pairs learn from their teachers, from the accuracies of student and teacher, (P,) per cent."""
         self.state["open"] = student < teacher + self.margin
 
     def __call__(self, statistics: TokenStatistics) -> GateWeights:

@@ -1,4 +1,4 @@
-"""Other published answers to "when": constant and scheduled weights, the selection by loss, smoothing by the token."""
+"""Gates of other papers: constant and scheduled weights, selection by loss, per-token label smoothing, WSL."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hgkd_fairseq.ranges import POSITIVE, SHARE, WEIGHT, Range
 KdWeight = Annotated[float, Option("a, weight of the teacher's term", WEIGHT)]
 FirstStage = Annotated[float, Option("share of the updates that the first stage takes", SHARE)]
 Selected = Annotated[float, Option("share of the tokens that are selected", SHARE)]
-# 2**24: the most that torch.quantile takes
+# 2**24: the largest input that torch.quantile accepts
 QUEUE = Range(1, 2**24, "a number of tokens, 1 to 16 million; the paper's is 30000 to 50000")
 Queue = Annotated[int, Option("tokens whose NLL is remembered", QUEUE)]
 VirtualGold = Annotated[float, Option("c, the virtual teacher's probability of the gold token", SHARE)]
@@ -77,7 +77,10 @@ SELECTIVE = "Selective-KD, Wang et al., ACL 2021, arXiv:2105.12967"
 
 
 def selected(statistics: TokenStatistics, threshold: Tensor, kd_weight: float) -> GateWeights:
-    """Data 1 on all tokens, the teacher beside it where the student's NLL reaches `threshold` (0-d)."""
+    """Return weights with data 1 for all tokens and teacher `kd_weight` where the student's NLL reaches `threshold`.
+
+    The threshold is 0-d, in nats.
+    """
     student = statistics.student_logprob
     return GateWeights(data=torch.ones_like(student), teacher=kd_weight * (-student >= threshold).to(student.dtype))
 
@@ -110,15 +113,16 @@ def selective_batch(
     compares=False,
 )
 class SelectiveGlobal:
-    """The quantile of the last `gate_queue` tokens that training has seen, of all workers.
+    """Gate that distils the tokens whose NLL reaches a quantile of the NLLs of the last training tokens of all workers.
 
-    It is taken before a batch joins the queue; while the queue is empty every token is selected.
+    The queue holds `gate_queue` tokens. The threshold of a batch is computed before the batch enters the queue; while
+    the queue is empty, every token is selected.
     """
 
     def __init__(self, *, kd_weight: KdWeight = 1.0, gate_share: Selected = 0.5, gate_queue: Queue = 30000):
         self.kd_weight, self.share = kd_weight, gate_share
         self.size = gate_queue
-        # The newest NLLs, with nan before them until there are so many, and their quantile.
+        # The newest NLLs (nats), padded with nan at the front while there are fewer than `size`, and their quantile.
         self.state = {"queue": torch.zeros(0), "threshold": torch.tensor(-torch.inf)}
 
     def __call__(self, statistics: TokenStatistics) -> GateWeights:
@@ -127,19 +131,21 @@ class SelectiveGlobal:
         return selected(statistics, threshold, self.kd_weight)
 
     def observe(self, output, gather: Callable[[Tensor], Tensor] = lambda values: values) -> None:
-        """Add a batch. `gather` joins one tensor of the same size from each worker. The host never waits: all sizes are
-        known beforehand."""
+        """Add the NLLs of a batch to the queue and update the threshold; see `Observer.observe` for the arguments.
+
+        All sizes are known in advance, so the host never waits for the device.
+        """
         nll = -output.token_read.float().masked_fill(~output.tokens_mask, torch.nan).flatten()
         fresh = gather(newest(nll, self.size))
         before = {name: value.to(fresh, non_blocking=True) for name, value in self.state.items()}
         queue = newest(torch.cat([before["queue"], fresh]), self.size)
-        threshold = torch.nanquantile(queue.double(), 1 - self.share).float()  # nan of none
-        threshold = threshold if self.share else torch.full_like(threshold, torch.inf)  # none is above that
+        threshold = torch.nanquantile(queue.double(), 1 - self.share).float()  # nan if all are nan
+        threshold = threshold if self.share else torch.full_like(threshold, torch.inf)  # selects no token
         self.state.update(queue=queue, threshold=torch.where(threshold.isnan(), before["threshold"], threshold))
 
 
 def newest(values: Tensor, size: int) -> Tensor:
-    """(size,) the last of the `values` (n,) that are not nan, in their order; nan before them where they are few."""
+    """Return the last `size` of the `values` (n,) that are not nan, in order, (size,), padded with nan at the front."""
     order = values.isnan().logical_not().to(torch.uint8).argsort(stable=True)  # nan first
     return torch.cat([values.new_full((size,), torch.nan), values[order]])[-size:]
 
@@ -163,7 +169,8 @@ def virtual_teacher(
     virtual_form: VirtualForm = "logits",
 ) -> GateWeights:
     others = math.log(statistics.vocabulary - 1)
-    # By how much the logit of gold is above each other one; odds in logarithms, so that no power overflows.
+    # `above` is the logit of the gold token minus that of each other token. `odds` are in logarithms, so that no power
+    # overflows.
     if virtual_form == "logits":
         known = (math.log(virtual_gold) if virtual_gold else -math.inf) - math.log(max(1 - virtual_gold, 1e-12))
         above = known + others
@@ -191,7 +198,7 @@ def beta(
     beta_shape: BetaShape = 4.0,
 ) -> GateWeights:
     teacher = statistics.teacher_logprob
-    # Beta(c, 1) is u^(1 / c) of a uniform u.
+    # u^(1 / c) with a uniform u has the distribution Beta(c, 1).
     drawn = torch.rand(teacher.shape, device=teacher.device, dtype=teacher.dtype).pow(1 / beta_shape).sort().values
     gold = torch.empty_like(drawn)
     gold[teacher.argsort()] = drawn
@@ -199,7 +206,7 @@ def beta(
 
 
 def wsl_weight(statistics: TokenStatistics, kd_weight: float) -> Tensor:
-    """(n,) a (1 - exp(-CE_s / CE_t)): the teacher's weight grows where the student is behind it."""
+    """Return the teacher's weight a (1 - exp(-CE_s / CE_t)), (n,): the larger, the further the student is behind."""
     student, teacher = -statistics.student_logprob, -statistics.teacher_logprob
     ratio = student / teacher.clamp(min=torch.finfo(teacher.dtype).tiny)
     return kd_weight * -torch.expm1(-ratio)

@@ -1,4 +1,4 @@
-"""All gates by name, with their parameters: ``--gate``, its options and `hgkd gates` are made of it."""
+"""The registry of gates, from which ``--gate``, the gates' options and `hgkd gates` are generated."""
 
 from __future__ import annotations
 
@@ -36,18 +36,19 @@ def register_gate(
     asks: tuple[str, ...] = (),
     closes: bool = False,
 ) -> Callable[[Any], Any]:
-    """Decorator: register a gate under ``name``, the value that ``--gate`` takes.
+    """Return a decorator that registers a gate under ``name``, the value of ``--gate``. `Gate` describes the arguments.
 
-    On a function ``TokenStatistics -> GateWeights``, whose keyword-only arguments are the gate's parameters; or on a
-    class that is made from its parameters once for a run and is called like that function. Such an object may be an
-    `Observer` and `Remembering`; where it is an nn.Module its parameters are trained with the student's.
+    The decorator takes a function ``TokenStatistics -> GateWeights`` whose keyword-only arguments are the gate's
+    parameters, or a class that is instantiated with its parameters once per run and whose instances are called like
+    that function. An instance may be an `Observer` and `Remembering`; if it is an nn.Module, its parameters are trained
+    with the student's.
 
-    A parameter is a float, an int or a str with a default, and `Annotated` with an `Option`, its help, range and
-    choices. It becomes an option of the criterion, of that name.
+    A parameter is a float, an int or a str with a default, `Annotated` with an `Option` for its help, range and
+    choices. It becomes an option of the criterion with the same name.
 
     Raises:
-        ValueError: the name is taken, the scope is none of "token", "sentence" and "batch", it asks for statistics that
-            there are not or learns beside them, or a parameter has no default, no `Option`, or another type.
+        ValueError: the name is registered already, the scope is not "token", "sentence" or "batch", `asks` has an
+            unknown statistic or belongs to an nn.Module, or a parameter has no default, no `Option` or another type.
     """
     if scope not in SCOPES:
         raise ValueError(f'scope of gate "{name}" is "{scope}"; it must be one of "token", "sentence", "batch"')
@@ -82,7 +83,11 @@ def register_gate(
 
 
 def declared_parameters(gate: str, made: Any) -> dict[str, Parameter]:
-    """The keyword-only arguments of a gate's function or class, by name."""
+    """Return the parameters of a gate by name: the keyword-only arguments of its function or class.
+
+    Raises:
+        ValueError: a parameter has no default, no `Option` or an unsupported type.
+    """
     function = made.__init__ if inspect.isclass(made) else made
     hints = typing.get_type_hints(function, include_extras=True)
     found = {}
@@ -90,7 +95,7 @@ def declared_parameters(gate: str, made: Any) -> dict[str, Parameter]:
         if argument.kind != argument.KEYWORD_ONLY:
             continue
         kind, option = (*typing.get_args(hints.get(name)), None, None)[:2]
-        kind = next((one for one in typing.get_args(kind) if one is not type(None)), kind)  # of Optional[...]
+        kind = next((one for one in typing.get_args(kind) if one is not type(None)), kind)  # the T of Optional[T]
         if kind not in TYPES or not isinstance(option, Option) or argument.default is argument.empty:
             raise ValueError(
                 f'parameter {name} of gate "{gate}" must be Annotated[float, int or str, Option(help, ...)] = default'
@@ -102,11 +107,13 @@ def declared_parameters(gate: str, made: Any) -> dict[str, Parameter]:
 
 
 def get_gate(gate: str | Gate, **values: Any) -> Gate:
-    """The gate of that name with these parameters; a `Gate` of bound ones passes through.
+    """Return the gate of that name with its parameters bound to `values`; return a bound `Gate` as it is.
+
+    Parameters that are not given have their defaults. If any are given, the gate is called once, with no tokens.
 
     Raises:
-        GateError: an unknown name (the known ones are listed), a parameter that this gate does not have or refuses, a
-            `Gate` with parameters beside it, or one whose class is not made yet.
+        GateError: the name is unknown (the message lists the known ones), a parameter is not one of this gate's or has
+            an invalid value, or a `Gate` is given that is unbound (a class) or together with parameters.
     """
     if isinstance(gate, Gate):
         if values or inspect.isclass(gate.weights):
@@ -127,15 +134,15 @@ def get_gate(gate: str | Gate, **values: Any) -> Gate:
     elif kind.parameters:
         made = functools.partial(made, **values)
     if values:
-        made(NO_TOKENS)  # where a gate refuses a value itself it is here, not in the first step
+        made(NO_TOKENS)  # a gate that checks its values itself raises here, not in the first step
     return replace(kind, weights=made)
 
 
 def all_parameters() -> Mapping[str, list[tuple[str, Parameter]]]:
-    """Of each parameter that some gate has: (gate's name, its parameter of that name), in the order of registration.
+    """Return all parameters by name: for each a list of (gate name, parameter), in the order of registration.
 
     Raises:
-        ValueError: two gates have a parameter of one name and different types.
+        ValueError: two gates have a parameter with the same name and different types.
     """
     found: dict[str, list[tuple[str, Parameter]]] = {}
     for gate in GATES.values():

@@ -1,4 +1,4 @@
-"""HOW to distil: from hidden states and output layers to a summed loss and its gradients; without fairseq."""
+"""HOW to distil: the loss, from hidden states and output layers to a sum and its gradients. Independent of fairseq."""
 
 from hgkd_fairseq.loss.api import IMPLEMENTATIONS, DistillationOutput, gated_distillation, unusable
 from hgkd_fairseq.loss.equations import DIVERGENCES, register_divergence

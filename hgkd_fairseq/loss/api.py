@@ -1,7 +1,4 @@
-"""How it is distilled: from hidden states and output heads to a summed loss and its gradients.
-
-One public function, :func:`gated_distillation`; importable and usable without fairseq.
-"""
+"""The public function of the loss, :func:`gated_distillation`, and its output. Independent of fairseq."""
 
 from __future__ import annotations
 
@@ -32,53 +29,53 @@ __all__ = ["IMPLEMENTATIONS", "DistillationOutput", "Head", "Options", "Sparse",
 
 logger = logging.getLogger(__name__)
 
-# What decides the gate first beside what does the rows; the Triton rows do not.
+# For each row step the one that evaluates the gate first; there is none for Triton.
 GATED_STEPS = {rows.row_step: gate_first.gated_step, cpu_rows.row_step: gated.gated_step}
 IMPLEMENTATIONS = ("auto", "eager", "chunked", "native", "triton")
 
 
 @dataclass(frozen=True)
 class DistillationOutput:
-    """Sums over the non-pad tokens of a batch (never means: the caller divides), in nats.
+    """Sums (never means) over the non-pad tokens of a batch, in nats, and per-token results.
 
-    Only `loss` carries gradients. Scalars are 0-d tensors on the inputs' device, so that reading none of them costs no
-    synchronisation; per-token tensors are (B, T), 0 or False at pads, and made when they are first asked for.
+    Only `loss` carries gradients. Scalars are 0-d tensors on the inputs' device, so that computing them does not
+    synchronise; per-token tensors are (B, T), 0 or False at pads, and computed on first access.
     """
 
     loss: Tensor  # scalar, the gated objective
     nll: Tensor  # scalar, plain -log p(gold): cross-entropy without smoothing or gate
-    kd: Tensor  # scalar, KL(teacher || student) over the tokens that the gate gave to the teacher
+    kd: Tensor  # scalar, unweighted divergence, KL(teacher || student), of the tokens with a teacher weight above 0
     gap: Tensor  # scalar, log p - log q of the token that the gate reads
     teacher_share: Tensor  # scalar, sum over the tokens of teacher weight / (data weight + teacher weight)
-    teacher_tokens: Tensor  # scalar int64, those with a teacher weight above 0
-    tokens: Tensor  # scalar int64
+    teacher_tokens: Tensor  # scalar int64, number of tokens with a teacher weight above 0
+    tokens: Tensor  # scalar int64, number N of non-pad tokens
     tokens_mask: Tensor  # (B, T) bool, False at pads
-    rows: Tensor  # (N,) int64, the places of the N tokens in B T
-    results: TokenResults  # of the N tokens, in their order
+    rows: Tensor  # (N,) int64, indices of the N tokens in the flattened (B T) batch
+    results: TokenResults  # results of the N tokens, in order
 
     @functools.cached_property
     def teacher_mask(self) -> Tensor:
-        """(B, T) bool, the tokens with a teacher weight above 0."""
+        """Tokens with a teacher weight above 0, (B, T) bool."""
         return self._spread(self.results.teacher_mask)
 
     @functools.cached_property
     def confidence(self) -> Tensor | None:
-        """(B, T) probability of the student's argmax; with top1=True."""
+        """Probability of the student's argmax, (B, T); None unless it was needed, as with ``top1=True``."""
         return None if self.results.confidence is None else self._spread(self.results.confidence)
 
     @functools.cached_property
     def correct(self) -> Tensor | None:
-        """(B, T) bool, that argmax is the gold token; with top1=True."""
+        """Whether the student's argmax is the gold token, (B, T) bool; None unless needed, as with ``top1=True``."""
         return None if self.results.correct is None else self._spread(self.results.correct)
 
     @functools.cached_property
     def token_read(self) -> Tensor:
-        """(B, T) nats, what the gate read of the student."""
+        """Student's log-probability that the gate read, (B, T) nats."""
         return self._spread(self.results.student_read)
 
     @functools.cached_property
     def token_nll(self) -> Tensor:
-        """(B, T) nats, plain -log p(gold)."""
+        """Negative log-likelihood of the gold token, plain -log p(gold), (B, T) nats."""
         return self._spread(self.results.nll)
 
     def _spread(self, values: Tensor) -> Tensor:
@@ -89,8 +86,8 @@ class DistillationOutput:
 def gated_distillation(
     student_hidden: Tensor,  # (B, T, Ds), or (B, T, V) where student_weight is None
     student_weight: Tensor | None,  # (V, Ds)
-    teacher_hidden: Tensor | Sequence[Tensor] | None,  # (B, T, Dt), or one for each member of an ensemble
-    teacher_weight: Tensor | Sequence[Tensor | None] | None,  # (V, Dt), likewise
+    teacher_hidden: Tensor | Sequence[Tensor] | None,  # (B, T, Dt), or one per member of an ensemble
+    teacher_weight: Tensor | Sequence[Tensor | None] | None,  # (V, Dt), or one per member
     target: Tensor,  # (B, T) int64
     *,
     padding_idx: int = 1,
@@ -105,7 +102,7 @@ def gated_distillation(
     confidence_penalty: float = 0.0,
     progress: float = 0.0,
     student_bias: Tensor | None = None,  # (V,)
-    teacher_bias: Tensor | Sequence[Tensor | None] | None = None,  # (V,), likewise
+    teacher_bias: Tensor | Sequence[Tensor | None] | None = None,  # (V,), or one per member
     top1: bool = False,
     lengths: Sequence[int] | None = None,
     instance: Tensor | None = None,  # (B,) int64
@@ -115,53 +112,62 @@ def gated_distillation(
     teacher_entropy: Tensor | None = None,  # (B, T)
     implementation: str = "auto",
 ) -> DistillationOutput:
-    """Distillation gated token by token (hard-gate KD: Lee et al., EMNLP 2022, arXiv:2210.12427).
+    """Compute the loss of gated distillation, summed over tokens (hard gate: Lee et al., EMNLP 2022, arXiv:2210.12427).
 
         loss = sum_t  data_t * CE(y_t, P_student)  +  teacher_t * KL(P_teacher^tau || P_student)
 
-    where the gate chooses (data_t, teacher_t), and for some a uniform_t * CE(1/V, P_student) beside them, from how
-    probable a token is under the student and under the teacher.
-    Differentiable once, in student_hidden, student_weight and student_bias; the teacher gets no gradient.
+    The gate chooses the weights data_t and teacher_t from the log-probabilities of a token under student and teacher;
+    some gates also weight a third term, uniform_t * CE(1/V, P_student). The loss has gradients with respect to
+    student_hidden, student_weight, student_bias and the parameters of a learned gate, not with respect to the teacher.
+    It can be differentiated once, except with ``implementation="eager"``.
 
     Args:
-        student_hidden: features of the student's decoder. With ``student_weight=None`` they are taken as the logits.
-        student_weight: the output projection.
-        teacher_hidden: the teacher's features. A sequence is an ensemble: its members are averaged in probability
-            space. None for a gate that needs no teacher (``gate="none"`` is plain cross-entropy).
-        teacher_weight: the teacher's output projection(s); None as for the student.
-        target: gold tokens; those equal to ``padding_idx`` count for nothing.
-        gate: a name registered in :mod:`hgkd_fairseq.gates`, or a `Gate`.
-        gate_on: the token whose probability the gate compares: the "gold" one, the student's "argmax", or one drawn
-            from the student's or the teacher's distribution, "student-draw" and "teacher-draw".
-        teacher_temperature: tau; divides the teacher's logits only, so no tau^2 factor belongs to the loss.
-        tempered_gate: whether the gate's teacher probability is tempered too.
-        divergence: of the student from the teacher: "kl", as above, or another of `equations.DIVERGENCES`.
-        jsd_beta: of "jsd", the teacher's share of the mixture; 0 and 1 stand for the limits, "kl" and "reverse-kl".
-        skew_alpha: of "skew-kl", the teacher's share of the mixture that takes the student's place.
-        label_smoothing: fairseq's eps on the data term: every token gets eps / (V - 1).
-        confidence_penalty: beta; the data term loses beta H(P_student) (Pereyra et al. 2017, arXiv:1701.06548).
-        progress: share of the training that is over, for gates that change with it.
-        top1: also return the student's top-1 confidence and whether it is right.
-        lengths: number of non-pad targets of each sentence, as host integers. Given, the host never waits for the
-            device; otherwise it waits once, to count them.
-        teacher_gold: log q (nats) of the gold tokens as the gate reads it, known beforehand: at the teacher's
-            temperature, or at 1 without `tempered_gate`. A gate that closes (`Gate.closes`) then decides first, and the
-            teacher's product is made for its tokens alone ("chunked", "native"; "triton" makes it for all). Not used
-            where the gate reads another token (``gate_on="argmax"``), and a gate that learns needs all products.
-        teacher_sparse: what is known of the teacher's distribution at its temperature, in place of `teacher_hidden`;
-            with `teacher_gold`, and for the divergence "kl".
-        teacher_entropy: nats, of the teacher's distribution as the gate reads it, known beforehand with `teacher_gold`,
-            for a gate that asks for it.
-        instance: number of each sentence in the training set, for gates that know sentences (``gate="instance"``).
-        student_logprob: nats, of the gold token, what the gate reads in place of what student_hidden gives: of the
-            student without dropout, say.
-        implementation: "eager" (the oracle: full logits, autograd), "chunked" (chunks of tokens, gradients made in
-            the forward pass, fp32 softmax and accumulation), "native" (chunked, with the rows in a C kernel, on the
-            CPU), "triton" (chunked, with the rows in Triton kernels), or "auto": triton on a GPU and native on the CPU
-            where their kernels pass a self-check, else chunked; eager without linear heads.
+        student_hidden: hidden states of the student's decoder; with ``student_weight=None`` the logits.
+        student_weight: output projection of the student.
+        teacher_hidden: hidden states of the teacher. A sequence is an ensemble, whose probabilities are averaged. None
+            for a gate that needs no teacher (``gate="none"`` is plain cross-entropy).
+        teacher_weight: output projection(s) of the teacher; None as for the student.
+        target: gold tokens; tokens equal to ``padding_idx`` are ignored.
+        gate: name registered in :mod:`hgkd_fairseq.gates`, or a bound `Gate`.
+        gate_on: token whose probability the gate compares: "gold", the student's "argmax", or a token sampled from
+            the student's ("student-draw") or the teacher's distribution ("teacher-draw").
+        teacher_temperature: tau; it divides only the teacher's logits, so the loss has no factor tau^2.
+        tempered_gate: whether the gate, too, reads the teacher at temperature tau, rather than at 1.
+        divergence: divergence of the student from the teacher: "kl", as above, or another key of
+            `equations.DIVERGENCES`.
+        jsd_beta: the teacher's share of the mixture in "jsd"; 0 and 1 select the limits "kl" and "reverse-kl".
+        skew_alpha: the teacher's share of the mixture that replaces the student in "skew-kl".
+        label_smoothing: fairseq's eps, applied to the data term: every other token gets eps / (V - 1).
+        confidence_penalty: beta; beta H(P_student) is subtracted from the data term (Pereyra et al. 2017,
+            arXiv:1701.06548).
+        progress: fraction of the training that is done, 0 to 1, for gates that depend on it.
+        top1: whether to return the probability of the student's argmax and whether it is correct.
+        lengths: number of non-pad targets of each sentence, as host integers, not checked. If given, the host never
+            waits for the device; otherwise it waits once, to count them.
+        student_bias: bias of the student's output layer.
+        teacher_bias: bias(es) of the teacher's output layer.
+        instance: index of each sentence in the training set, for gates with per-sentence weights
+            (``gate="instance"``), or of its language pair (``gate="pair"``).
+        student_logprob: log p of the gold tokens (nats) that the gate reads in place of the one computed from
+            student_hidden, for example that of the student without dropout.
+        teacher_gold: log q of the gold tokens (nats) as the gate reads it, known in advance: at temperature tau, or at
+            1 without `tempered_gate`. A gate that closes (`Gate.closes`) is then evaluated first, and "chunked" and
+            "native" compute the teacher's logits only for tokens with a teacher weight. Not so for a gate that is
+            learned or requests further statistics. Ignored unless ``gate_on="gold"``.
+        teacher_sparse: known part of the teacher's distribution at temperature tau, in place of `teacher_hidden`. It
+            needs `teacher_gold`, ``gate_on="gold"`` and the divergence "kl".
+        teacher_entropy: entropy of the teacher's distribution (nats) as the gate reads it, known in advance, for a gate
+            that requests it. It needs `teacher_gold`.
+        implementation: "eager" (the reference: full logits, autograd), "chunked" (chunks of tokens, gradients computed
+            in the forward pass, fp32 softmax and accumulation), "native" (chunked, rows in a C kernel, on the CPU),
+            "triton" (chunked, rows in Triton kernels), or "auto": "triton" on a GPU and "native" on the CPU if their
+            kernels pass a self-check, else "chunked"; "eager" for heads without a weight.
 
     Raises:
-        ValueError: an unknown gate or implementation, an option out of its range, shapes that do not fit together.
+        ValueError: an unknown gate, divergence or implementation, an implementation that cannot be used, an option out
+            of its range, a missing teacher, or shapes that do not match.
+        IndexError: a target outside the vocabulary ("native").
+        MemoryError: the C kernel cannot allocate its buffers ("native").
     """
     options = Options(
         get_gate(gate),
@@ -196,18 +202,18 @@ def gated_distillation(
         raise ValueError(f'implementation="{implementation}" needs linear heads; logits (weight=None) take "eager"')
     row_step = _row_step(implementation, student) if linear else None
 
-    # Pads are dropped before anything is computed: what stands at a pad can reach neither loss nor gradient.
+    # Pads are dropped before anything is computed, so that values at pads cannot affect the loss or the gradient.
     kept = target != padding_idx  # (B, T)
     if lengths is None:
         lengths = kept.sum(1).tolist()
-    # Their indices, in order: the k-th is the first row with k tokens up to it. nonzero() would make the host wait for
-    # the device to count them.
+    # The index of the k-th kept token is the first position with k kept tokens up to it. nonzero() would make the host
+    # wait for the device to count them.
     so_far = kept.flatten().cumsum(0)
     kept_rows = torch.searchsorted(so_far, torch.arange(1, sum(lengths) + 1, device=target.device))  # (N,)
     student, *teachers = [_flat(head) for head in (student, *teachers)]
     gold = target.flatten()[kept_rows]
     known = known.map(lambda tensor: tensor.detach().to(target.device).flatten(0, 1)[kept_rows])
-    # Made where a gate asks for it: on a GPU each operation costs the host some 15 microseconds.
+    # Computed only if it is needed: on a GPU each operation costs the host some 15 microseconds.
     sentence = functools.cache(functools.partial(_sentence_index, kept, kept_rows))
     if instance is not None:
         instance = instance.to(target.device)[:, None].expand_as(target).flatten()[kept_rows]  # (N,)
@@ -228,7 +234,7 @@ def gated_distillation(
 def _gate_gradient(
     results: TokenResults, sentence: Tensor, instance: Tensor | None, options: Options, student: Head
 ) -> Tensor:
-    """0, with the gradient of the loss in the gate's own parameters."""
+    """Return a scalar 0 whose gradient is that of the loss with respect to the gate's own parameters."""
     view = (sentence, results.nll.numel(), student.vocabulary, options.progress, instance)
     weights = options.gate.weights(TokenStatistics(results.student_read, results.teacher_read, *view))
     loss = weights.data * results.data_term + weights.teacher * results.kl
@@ -240,7 +246,11 @@ def _gate_gradient(
 
 
 def _row_step(implementation: str, student: Head) -> chunked.RowStep | None:
-    """What does the rows of a chunk; None for the eager implementation."""
+    """Return the function that computes the rows of a chunk; None for the eager implementation.
+
+    Raises:
+        ValueError: the implementation cannot be used on the student's device.
+    """
     if implementation == "eager":
         return None
     if implementation == "chunked":
@@ -257,7 +267,7 @@ def _row_step(implementation: str, student: Head) -> chunked.RowStep | None:
 
 
 def _kernel(implementation: str, device: torch.device) -> tuple[str | None, chunked.RowStep]:
-    """(why it cannot be used on this device, or None; what it does the rows with)."""
+    """Return (reason why the kernel cannot be used on this device, or None; its row step)."""
     if implementation == "native":
         return cpu_rows.usable(device), cpu_rows.row_step
     from hgkd_fairseq.loss.triton import rows as triton_rows
@@ -266,7 +276,10 @@ def _kernel(implementation: str, device: torch.device) -> tuple[str | None, chun
 
 
 def unusable(implementation: str, device: torch.device | str) -> str | None:
-    """Why an implementation cannot be used on a device; None where it can. (Some need linear heads besides.)"""
+    """Return the reason why an implementation cannot be used on a device, or None if it can.
+
+    All but "eager" and "auto" also need linear heads, which this function does not know.
+    """
     return _kernel(implementation, torch.device(device))[0] if implementation in ("native", "triton") else None
 
 
@@ -276,15 +289,17 @@ def _log_once(message: str) -> None:
 
 
 def _flat(head: Head) -> Head:
-    """Its features as (B T, D)."""
+    """Return the head with hidden states (B T, D)."""
     return head._replace(hidden=head.hidden.reshape(-1, head.hidden.size(-1)))
 
 
 def _sentence_index(kept: Tensor, kept_rows: Tensor) -> Tensor:
-    """(N,) number of the sentence that each token belongs to, counting only sentences that have tokens: of k
-    neighbouring tokens the numbers differ by less than k. Made on the device: a copy from the host could not be part of
-    a CUDA graph."""
-    rank = kept.any(1).cumsum(0) - 1  # (B,) of each sentence among those that have tokens
+    """Return the index of each token's sentence, (N,) int64, among the sentences that have tokens.
+
+    The indices of k consecutive tokens therefore differ by less than k. They are computed on the device, because a copy
+    from the host could not be part of a CUDA graph.
+    """
+    rank = kept.any(1).cumsum(0) - 1  # (B,), index of each sentence among those that have tokens
     return rank[kept_rows // max(kept.size(1), 1)]
 
 

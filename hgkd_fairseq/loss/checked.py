@@ -1,4 +1,4 @@
-"""The arguments of the loss, checked."""
+"""Checks of the arguments of the loss."""
 
 from __future__ import annotations
 
@@ -29,7 +29,13 @@ def teacher_heads(hidden, weight, bias, options: Options) -> list[Head]:
 def known(
     gold: Tensor | None, sparse: Sparse | None, student: Tensor | None, entropy: Tensor | None, options: Options
 ) -> Known:
-    """What is of use to the gate."""
+    """Return the given values that the loss can use: none of the teacher's without a teacher.
+
+    If the gate reads another token than the gold one, `gold` and `entropy` are ignored.
+
+    Raises:
+        ValueError: a value lacks another one that it needs, or does not provide what gate and divergence read.
+    """
     if student is not None and (options.gate_on != "gold" or options.gate.asks):
         raise ValueError("student_logprob is of the gold token: with it a gate reads no other and asks for nothing")
     if not options.gate.needs_teacher:

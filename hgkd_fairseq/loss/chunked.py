@@ -1,11 +1,11 @@
-"""The loss in chunks, gradients made in the forward pass: nothing of size [tokens x vocabulary] outlives a chunk.
+"""The loss in chunks, with gradients computed in the forward pass: no [tokens x vocabulary] tensor outlives a chunk.
 
-For each chunk of tokens, FOUR products and one row step:
+Each chunk of tokens takes four matrix products and one row step:
 
     z_s = h_s W_s^T      z_t = h_t W_t^T      dz = row_step(z_s, z_t)      dh_s = dz W_s      dW_s += dz^T h_s
 
-The gradients wait, in fp32 where they are sums over chunks, for the factor that the backward pass brings (fp16's loss
-scale, update_freq): it multiplies them. Pads never reach a product. Validation makes no gradient.
+The gradients are kept, in fp32 if they are sums over chunks, until the backward pass multiplies them by its incoming
+gradient (which includes fp16's loss scale). Pads never reach a product. Validation computes no gradient.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from hgkd_fairseq.loss.options import NOTHING, Decide, Head, Known, Options, Tok
 from hgkd_fairseq.loss.products import add_product, product, scaled
 
 RowStep = Callable[..., tuple[TokenResults, Tensor | None]]  # with the signature of rows.row_step
-# The teachers' logits of some rows of a chunk, by their places in it, or of all; in one place for all of them.
+# Function that returns each teacher's logits for the rows of a chunk with the given indices, or for all rows if None.
+# Each call overwrites the logits of the one before.
 TeacherLogits = Callable[[Tensor | None], list[Tensor]]
 
-# Tokens a chunk, by device type. CPU: measured on 2 cores at hidden 512, vocabulary 10k and 32k; smaller ones make the
-# products slower, larger ones only take more memory. A device type that is not here takes as many as fit CHUNK_BYTES.
+# Tokens per chunk, by device type. CPU: measured on 2 cores at hidden 512, vocabulary 10k and 32k; with fewer tokens
+# the products are slower, more tokens only take more memory. On other devices, as many tokens as fit CHUNK_BYTES.
 CHUNK_TOKENS = {"cpu": 256}
 
-# Of one head's logits in a chunk on a GPU, and the fewest and most tokens that are taken for it. Measured on an H200
-# in bf16, gate token, 8192 tokens, hidden 512, 37000 types: ms a pass, ms where the host has queued it before, MiB at
-# its peak:
+# Bytes of one head's logits per chunk on a GPU, and the smallest and largest number of tokens. Measured on an H200 in
+# bf16, gate token, 8192 tokens, hidden 512, vocabulary 37000: ms per pass, ms per pass if the host has queued it in
+# advance, and peak memory in MiB:
 #
 #     tokens a chunk    1024    2048    3072    4096    8192
 #     alone             6.17    3.44    3.24    3.24    3.15
@@ -42,25 +43,26 @@ CHUNK_TOKENS = {"cpu": 256}
 CHUNK_BYTES = 320 * 2**20
 FEWEST_TOKENS, MOST_TOKENS = 1024, 8192
 
-# |dz| is at most the gate's weight and often near 1e-8, where fp16 flushes to zero before the optimizer's loss scale
-# is known: fp16 gradients at the logits carry this factor until the backward pass divides it out.
+# |dz| is at most of the order of the gate's weight and often near 1e-8, which is 0 in fp16, and the forward pass does
+# not know the optimizer's loss scale. fp16 gradients at the logits carry this factor until the backward pass divides it
+# out.
 FP16_SCALE = 1024.0
 
 
 def chunk_tokens(device: torch.device, dtype: torch.dtype, vocabulary: int) -> int:
-    """Tokens a chunk."""
+    """Return the number of tokens per chunk for hidden states of this device and dtype."""
     tokens = CHUNK_TOKENS.get(device.type)
     if tokens is None:
         fitting = CHUNK_BYTES // (vocabulary * dtype.itemsize)
         return min(max(fitting // FEWEST_TOKENS * FEWEST_TOKENS, FEWEST_TOKENS), MOST_TOKENS)
-    # On the CPU as many as fit the same memory.
+    # Twice as many logits of 2 bytes take the same memory.
     return tokens * 2 if device.type == "cpu" and dtype.itemsize == 2 else tokens
 
 
 def chunk_bounds(tokens: int, lengths: Sequence[int] | None, chunk_tokens: int) -> list[tuple[int, int]]:
-    """[start, end) of each chunk over `tokens` rows; with sentence `lengths`, chunks of whole sentences.
+    """Return (start, end) of each chunk of `tokens` rows, end exclusive; with sentence `lengths`, of whole sentences.
 
-    A sentence longer than `chunk_tokens` is a chunk of its own.
+    A chunk has at most `chunk_tokens` rows, unless a single sentence is longer: it is then a chunk of its own.
     """
     if lengths is None:
         return [(start, min(start + chunk_tokens, tokens)) for start in range(0, tokens, chunk_tokens)]
@@ -76,7 +78,10 @@ def chunk_bounds(tokens: int, lengths: Sequence[int] | None, chunk_tokens: int) 
 
 
 def project(features: Tensor, head: Head, out: Tensor | None = None) -> Tensor:
-    """(C, V) logits of (C, D) features, in the inputs' dtype; those of a head without a weight are its features."""
+    """Return the logits (C, V) of hidden states (C, D), in their dtype; without a weight, `features` are the logits.
+
+    The logits are written to `out` (C, V) if it is given and the head has a weight.
+    """
     if head.weight is None:
         return features
     if head.bias is None:
@@ -85,32 +90,37 @@ def project(features: Tensor, head: Head, out: Tensor | None = None) -> Tensor:
 
 
 class Rows(NamedTuple):
-    """A head and the rows of its features that count, in order: all but the pads."""
+    """A head and the indices of the rows of its hidden states that are used, in order: all but the pads."""
 
     head: Head  # hidden (R, D)
     kept: Tensor  # (N,) int64
 
     def features(self, start: int, end: int, places: Tensor | None = None) -> Tensor:
-        """(end - start, D) features of some of the N rows, or of those at some places among them; a copy of that size,
-        never one of all rows."""
+        """Return a copy of the hidden states of rows `start` to `end` (exclusive) of the N rows, (end - start, D).
+
+        With `places` (G,), return only those of the G rows with these indices among them, (G, D).
+        """
         kept = self.kept[start:end]
         return self.head.hidden.index_select(0, kept if places is None else kept[places])
 
     def logits(self, features: Tensor, buffer: Tensor) -> Tensor:
-        """(C, V) logits of (C, D) features, in the first rows of `buffer`."""
+        """Return the logits (C, V) of hidden states (C, D), written to the first C rows of `buffer`."""
         return project(features, self.head, buffer[: features.size(0)])
 
 
 def row_stride(vocabulary: int, itemsize: int) -> int:
-    """Distance of two rows of logits on a GPU: a multiple of 16 bytes, so that whatever the vocabulary is a thread can
-    load 16 bytes at a time. (At 256,206 types in bf16 rows read 4 bytes at a time took 0.94 to 1.68 ms a chunk of 1,024
-    tokens on an H200. The products of that size take three times what their flops ask for, at this distance too.)"""
+    """Return the stride of the rows of logits on a GPU, in elements of `itemsize` bytes: a multiple of 16 bytes.
+
+    A thread can then load 16 bytes at a time for any vocabulary. At a vocabulary of 256,206 in bf16, rows read 4 bytes
+    at a time took 0.94 to 1.68 ms per chunk of 1,024 tokens on an H200. Matrix products of that size take three times
+    the time that their flops require, with this stride too.
+    """
     vector = 16 // itemsize
     return -(-vocabulary // vector) * vector
 
 
 def logits_buffer(head: Head, tokens: int) -> Tensor:
-    """(tokens, V) room for logits."""
+    """Return an uninitialised buffer (tokens, V) for logits, in the dtype and on the device of the hidden states."""
     hidden, vocabulary = head.hidden, head.vocabulary
     if hidden.device.type != "cuda":
         return hidden.new_empty(tokens, vocabulary)
@@ -118,15 +128,18 @@ def logits_buffer(head: Head, tokens: int) -> Tensor:
 
 
 class Chunks:
-    """Iterates over the chunks of a batch: ((start, end), the student's features (C, D), its logits (C, V), what makes
-    the teachers'). The logits of all chunks share a buffer a head: take what is needed before the next."""
+    """Iterable over the chunks of a batch.
+
+    It yields ((start, end), the student's hidden states (C, D), its logits (C, V), a `TeacherLogits`). All chunks share
+    one buffer per head: logits must be used before the next chunk is requested.
+    """
 
     def __init__(self, student: Rows, teachers: Sequence[Rows], bounds: Sequence[tuple[int, int]]):
         self.student, self.teachers, self.bounds = student, teachers, bounds
 
     def __iter__(self) -> Iterator[tuple[tuple[int, int], Tensor, Tensor, TeacherLogits]]:
         longest = max((end - start for start, end in self.bounds), default=0)
-        # In one place for all chunks: memory that is asked for again and again may come from the kernel each time.
+        # One allocation for all chunks, because each allocation of this size may be a request to the operating system.
         buffers = [logits_buffer(rows.head, longest) for rows in (self.student, *self.teachers)]
         for start, end in self.bounds:
             features = self.student.features(start, end)
@@ -143,16 +156,22 @@ class Chunks:
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, kept, teachers, bounds, step, options, needs):
-        """`hidden` (R, D), `weight` (V, D), `bias` (V,) or None, `kept` (N,); `needs`: which of the first three wants a
-        gradient.
+        """Compute the summed loss, the per-token results and the gradients.
 
-        `bounds`: [start, end) of each chunk; `step(start, end, logits, TeacherLogits, gradient_scale)` does its rows.
+        Args:
+            hidden, weight, bias: the student's head, (R, D), (V, D), and (V,) or None.
+            kept: (N,) indices of the rows that are used.
+            teachers: sequence of `Rows`.
+            bounds: (start, end) of each chunk.
+            step: function `step(start, end, logits, TeacherLogits, gradient_scale)` that computes the rows of a chunk.
+            options: options of the loss.
+            needs: for each of the first three, whether it needs a gradient.
         """
         needs_hidden, needs_weight, needs_bias = needs
         accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         scale = FP16_SCALE if hidden.dtype == torch.float16 else 1.0
 
-        # fp16 rows carry `scale`, with which their products may pass fp16's largest number, 65504: kept in fp32.
+        # fp16 gradients carry `scale`, so that their products may exceed fp16's largest number, 65504: fp32 is used.
         row_dtype = accumulate if hidden.dtype == torch.float16 else hidden.dtype
         d_hidden = torch.zeros(hidden.shape, dtype=row_dtype, device=hidden.device) if needs_hidden else None
         d_weight = torch.empty(weight.shape, dtype=accumulate, device=weight.device) if needs_weight else None
@@ -179,7 +198,7 @@ class _Chunked(torch.autograd.Function):
         results = concatenate(parts, hidden.new_zeros(0, dtype=accumulate), options)
         results = results._replace(loss=results.loss.sum())
         ctx.mark_non_differentiable(*[value for value in results[1:] if value is not None])
-        ctx.set_materialize_grads(False)  # no zeros for those
+        ctx.set_materialize_grads(False)  # allocate no zeros for the other outputs
         return tuple(results)
 
     @staticmethod
@@ -193,7 +212,7 @@ class _Chunked(torch.autograd.Function):
 
 
 def concatenate(parts: list[TokenResults], empty: Tensor, options: Options) -> TokenResults:
-    """The chunks' results as one; `empty` (0,) gives device and dtype where there is no chunk."""
+    """Concatenate the results of the chunks; `empty` (0,) gives device and dtype if there is no chunk."""
     if not parts:
         no = torch.zeros_like(empty, dtype=torch.bool)
         top = (empty, no) if options.needs_argmax else (None, None)
@@ -202,29 +221,29 @@ def concatenate(parts: list[TokenResults], empty: Tensor, options: Options) -> T
     if len(parts) == 1:
         return parts[0]
     joined = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
-    return TokenResults(*joined)  # type: ignore[arg-type]  # what may be None is the same in all
+    return TokenResults(*joined)  # type: ignore[arg-type]  # the same columns are None in all chunks
 
 
 def token_results(
     student: Head,  # hidden (R, D)
     teachers: Sequence[Head],  # hidden (R, Dt) each
-    kept: Tensor,  # (N,) int64, the rows of R that are no pads
-    target: Tensor,  # (N,)
-    sentence: Callable[[], Tensor],  # (N,)
-    lengths: Sequence[int],  # of the sentences, host integers, in order, summing to N
+    kept: Tensor,  # (N,) int64, indices of the rows that are not pads
+    target: Tensor,  # (N,) int64
+    sentence: Callable[[], Tensor],  # returns (N,) int64, index of each token's sentence
+    lengths: Sequence[int],  # numbers of tokens of the sentences, host integers, in order, summing to N
     options: Options,
-    instance: Tensor | None = None,  # (N,) int64, number of the token's sentence in the training set
+    instance: Tensor | None = None,  # (N,) int64, index of the token's sentence in the training set
     row_step: RowStep = rows.row_step,
     known: Known = NOTHING,
     gated_step: gate_first.GatedStep | None = gate_first.gated_step,
 ) -> TokenResults:
-    """As :func:`hgkd_fairseq.loss.eager.token_results`, but `loss` is the scalar sum.
+    """Return the results of N tokens, as :func:`hgkd_fairseq.loss.eager.token_results`, but with `loss` their sum.
 
-    `row_step` does the rows; `gated_step` those of a gate that is decided before the teachers' logits are made, where
-    the log-probabilities that it reads are known. None: then, too, `row_step`.
+    `row_step` computes the rows of a chunk. `gated_step`, if not None, replaces it if the gate can be evaluated before
+    the teachers' logits (`Options.closes_first`) and `known` has the log-probabilities of the gold tokens.
     """
     inputs: tuple = (student.hidden, student.weight, student.bias)
-    # Asked for outside the Function: inside, needs_input_grad stays True under torch.no_grad().
+    # Determined outside the Function: inside, needs_input_grad is True even under torch.no_grad().
     needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
     device = student.hidden.device
     if torch.is_autocast_enabled(device.type):
@@ -240,17 +259,17 @@ def token_results(
         options = options.asked_outside
     size = chunk_tokens(device, inputs[0].dtype, vocabulary)
     if first is not None and device.type == "cpu" and inputs[0].dtype == torch.float32:
-        size *= 2  # a part of a chunk's rows reaches the teacher's product, which is slower the fewer they are
+        size *= 2  # only some rows reach the teacher's product, which is slower per row the fewer there are
     bounds = chunk_bounds(tokens, whole_sentences, size)
 
     def weights(start: int, end: int, student_read: Tensor, teacher_read: Tensor, *asked: dict) -> GateWeights:
         if known.student is not None:
             student_read = known.student[start:end].to(student_read.dtype)
         some = sentence()[start:end]
-        # There are at most as many sentences as tokens.
         numbers = None if instance is None else instance[start:end]
         if known.gold is not None:
             teacher_read = known.gold[start:end].to(student_read.dtype)
+        # The number of tokens stands in for that of sentences, which is at most as large.
         view = (some - some[:1], end - start, vocabulary, options.progress, numbers)
         more = known.asked(asked, student_read.dtype, slice(start, end))
         return options.gate.weights(TokenStatistics(student_read, teacher_read, *view, *more))
@@ -263,7 +282,7 @@ def token_results(
 
     with torch.autocast(device.type, enabled=False):
         if options.gate.scope == "batch" and tokens:
-            # Where all that it reads of the teacher is known, without the teacher's products.
+            # If all that the gate reads of the teacher is known, the teachers' logits are not computed.
             chunks = Chunks(Rows(Head(*inputs), kept), [] if known.suffices(options) else views, bounds)
             decided = _decide_whole_batch(chunks, target, weights, options, row_step)
 
@@ -286,7 +305,7 @@ def token_results(
 
 @torch.no_grad()
 def _decide_whole_batch(chunks: Chunks, target: Tensor, weights, options: Options, row_step: RowStep) -> GateWeights:
-    """The weights of a gate that has to see all tokens: a pass of its own, the forward products without a gradient."""
+    """Return the weights (N,) of a gate that needs all tokens, in a separate forward pass without gradients."""
     reads: list[tuple[Tensor, ...]] = []
 
     def read(student_read: Tensor, teacher_read: Tensor, *asked: dict[str, Tensor]) -> GateWeights:

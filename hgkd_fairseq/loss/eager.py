@@ -1,11 +1,11 @@
-"""The oracle: the equations of gated distillation in plain torch over full [tokens x vocabulary] logits and autograd.
+"""The reference implementation (the oracle): gated distillation in plain torch, with full logits and autograd.
 
     z_s = h_s W_s^T + b_s        z_t = (h_t W_t^T + b_t) / tau
     log p = log_softmax(z_s)     q = mean over teachers of softmax(z_t)
     loss_t = data_t * data term + teacher_t * divergence of p from q + uniform_t * uniform term
 
-with the terms of equations.py, weights from the gate and no gradient through it (arXiv:2210.12427).
-Softmax arithmetic is fp32, or fp64 for fp64 inputs.
+The terms are those of equations.py; the weights come from the gate, through which no gradient passes
+(arXiv:2210.12427). Softmax arithmetic is in fp32, or in fp64 for fp64 inputs.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from hgkd_fairseq.loss.options import DRAWN, NOTHING, Decide, Head, Known, Optio
 
 
 def logits(head: Head) -> Tensor:
-    """(N, V) logits in fp32 (fp64 for fp64 inputs); the product itself runs in the inputs' dtype."""
+    """Return the logits (N, V) in fp32 (fp64 for fp64 inputs); the product itself is computed in the inputs' dtype."""
     z = head.hidden if head.weight is None else F.linear(head.hidden, head.weight, head.bias)
     return z if z.dtype == torch.float64 else z.float()
 
 
 def mean_logprobs(heads: Sequence[Head], temperature: float) -> Tensor:
-    """(N, V) log of the mean over an ensemble of the probabilities at that temperature."""
+    """Return the log of the mean of an ensemble's probabilities at that temperature, (N, V)."""
     members = [F.log_softmax(logits(head) / temperature, dim=-1) for head in heads]
     return members[0] if len(members) == 1 else torch.logsumexp(torch.stack(members), dim=0) - math.log(len(members))
 
 
 @torch.no_grad()
 def teacher_logprobs(teachers: Sequence[Head], options: Options) -> tuple[Tensor | None, Tensor | None]:
-    """(N, V) log q at the teacher's temperature, and as the gate reads it; None without teachers."""
+    """Return log q (N, V) at the teacher's temperature and as the gate reads it; (None, None) without teachers."""
     if not options.gate.needs_teacher or not teachers:
         return None, None
     logq = mean_logprobs(teachers, options.teacher_temperature)
@@ -44,22 +44,22 @@ def teacher_logprobs(teachers: Sequence[Head], options: Options) -> tuple[Tensor
 
 
 def from_logits(
-    z: Tensor,  # (N, V), the student's, in fp32 or fp64
-    logq: Tensor | None,  # (N, V), the teacher's at its temperature; None for a gate that needs none
-    gate_logq: Tensor | None,  # (N, V), what the gate reads of the teacher
+    z: Tensor,  # (N, V), the student's logits, in fp32 or fp64
+    logq: Tensor | None,  # (N, V), the teacher's log-probabilities at its temperature; None without a teacher
+    gate_logq: Tensor | None,  # (N, V), the teacher's log-probabilities as the gate reads them
     target: Tensor,  # (N,) int64
     decide: Decide,
     options: Options,
     known: Known = NOTHING,
 ) -> TokenResults:
-    """The results of N tokens; `loss` (N,) has a gradient where `z` has one."""
+    """Return the results of N tokens; `loss` (N,) is differentiable with respect to `z`."""
     logp = F.log_softmax(z, dim=-1)
     gold = logp.gather(1, target[:, None]).squeeze(1)
     data_term = equations.data_term(logp, target, options)
     confidence = correct = None
     read = target
     if options.needs_argmax:
-        argmax = z.detach().argmax(1)  # the lowest index where several are equal
+        argmax = z.detach().argmax(1)  # the lowest index among equal ones
         confidence, correct = logp.detach().gather(1, argmax[:, None]).squeeze(1).exp(), argmax == target
         read = argmax if options.gate_on == "argmax" else target
     if logq is not None and gate_logq is not None and options.gate_on in DRAWN:
@@ -102,12 +102,12 @@ def from_logits(
 
 def token_results(
     student: Head,  # hidden (N, Ds)
-    teachers: Sequence[Head],  # hidden (N, Dt) each; empty for a gate that needs none
+    teachers: Sequence[Head],  # hidden (N, Dt) each; empty without a teacher
     target: Tensor,  # (N,) int64
     sentence: Tensor,  # (N,) int64
     sentence_count: int,
     options: Options,
-    instance: Tensor | None = None,  # (N,) int64, number of the token's sentence in the training set
+    instance: Tensor | None = None,  # (N,) int64, index of the token's sentence in the training set
     known: Known = NOTHING,
 ) -> TokenResults:
     logq, gate_logq = teacher_logprobs(teachers, options)

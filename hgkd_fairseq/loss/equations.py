@@ -1,7 +1,7 @@
-"""The terms of the loss, each written once, on log-probabilities (N, V) in fp32 or fp64. Autograd goes through them.
+"""The terms of the loss as functions of log-probabilities (N, V) in fp32 or fp64, differentiable by autograd.
 
-`eager` adds them up as they stand, and so does `rows.autograd_step`, a chunk at a time, for what no kernel knows. Plain
-torch, C and Triton compute the same of the divergence "kl" faster, and are tested against these.
+`eager` sums these terms; so does `rows.autograd_step`, one chunk at a time, for options that no kernel supports. For
+the divergence "kl", the rows in plain torch, C and Triton compute the same faster and are tested against these terms.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from hgkd_fairseq.loss.options import JSD_BETA, SKEW_ALPHA, Options, Sparse
 
 
 def data_term(logp: Tensor, target: Tensor, options: Options) -> Tensor:
-    """(N,) nats: (1 - eps - eps_i) * -log p(gold) + eps_i * sum_v -log p(v) - beta H(p), eps_i = eps / (V - 1).
+    """Return the data term, (N,) nats: cross-entropy with fairseq's label smoothing eps and a confidence penalty beta.
 
-    fairseq's label smoothing; the entropy bonus is Pereyra et al.'s (2017, arXiv:1701.06548).
+    It is (1 - eps - eps_i) * -log p(gold) + eps_i * sum_v -log p(v) - beta H(p) with eps_i = eps / (V - 1). The
+    confidence penalty is that of Pereyra et al. (2017, arXiv:1701.06548).
     """
     gold_weight, every_weight = options.gold_weight(logp.size(1))
     term = -gold_weight * logp.gather(1, target[:, None]).squeeze(1)
@@ -31,28 +32,31 @@ def data_term(logp: Tensor, target: Tensor, options: Options) -> Tensor:
 
 
 def uniform_term(logp: Tensor) -> Tensor:
-    """(N,) nats, the cross-entropy with the uniform distribution: -1/V sum_v log p(v)."""
+    """Return the cross-entropy with the uniform distribution, -1/V sum_v log p(v), (N,) nats."""
     return -logp.mean(1)
 
 
 def expectation(logw: Tensor, values: Tensor) -> Tensor:
-    """(N,) sum_v w(v) values(v). Where w underflows to 0 its token contributes 0, whatever the value is."""
+    """Return sum_v w(v) values(v), (N,), from log w and values, (N, V) each; a term is 0 where w(v) underflows to 0."""
     w = logw.exp()
-    return (w * torch.where(w > 0, values, torch.zeros_like(w))).sum(1)  # a product of 0 and inf has no gradient
+    return (w * torch.where(w > 0, values, torch.zeros_like(w))).sum(1)  # 0 * inf and its gradient are nan
 
 
 def weighted(weight: Tensor, divergence: Tensor) -> Tensor:
-    """(N,) their product; 0 where the weight is 0, also of a divergence that is infinite: of a token that the teacher
-    allows and the student forbids, with a bias of minus infinity, and that a closed gate gives to the data."""
+    """Return `weight` times `divergence`, (N,), and 0 where the weight is 0 even if the divergence is infinite.
+
+    The divergence is infinite if the student excludes, by a bias of minus infinity, a token that the teacher allows.
+    """
     return torch.where(weight != 0, weight * divergence, torch.zeros_like(divergence))
 
 
 def above(logp: Tensor, logq: Tensor) -> Tensor:
-    """(N,) sum_v p(v) 1[p(v) > q(v)]."""
+    """Return sum_v p(v) 1[p(v) > q(v)], (N,): the student's mass on the tokens with p(v) > q(v)."""
     return (logp.exp() * (logp > logq)).sum(1)
 
 
-# (log p, log q), (N, V) each -> (N,): what a gate may ask for, `hgkd_fairseq.gates.contract.ASKED`.
+# The statistics that a gate may request, `hgkd_fairseq.gates.contract.ASKED`: functions of log p and log q, (N, V)
+# each, that return (N,).
 STATISTICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "student_above": above,
     "student_entropy": lambda logp, logq: -expectation(logp, logp),
@@ -61,29 +65,31 @@ STATISTICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def drawn(logp: Tensor) -> Tensor:
-    """(N,) int64, a token of each distribution (N, V), drawn at random: of its cumulative sums the first above u."""
+    """Sample a token from each row of log-probabilities (N, V), by inverting its cumulative sums; (N,) int64."""
     sums = logp.exp().cumsum(1)
     u = torch.rand((len(logp), 1), dtype=logp.dtype, device=logp.device)
     return torch.searchsorted(sums, u * sums[:, -1:], right=True).squeeze(1).clamp(max=logp.size(1) - 1)
 
 
 class Divergence(NamedTuple):
-    """Of the student's distribution p from the teacher's q."""
+    """A divergence of the student's distribution p from the teacher's q."""
 
-    of: Callable[..., Tensor]  # (log p, log q), (N, V) each, and the parameter where there is one -> (N,) nats
+    of: Callable[..., Tensor]  # function of log p, log q, (N, V) each, and the parameter if any; returns (N,) nats
     equation: str
-    parameter: str | None = None  # a field of Options
+    parameter: str | None = None  # the field of Options that has the parameter's value
 
 
 DIVERGENCES: dict[str, Divergence] = {}
 
 
 def register_divergence(name: str, equation: str, parameter: str | None = None) -> Callable:
-    """Decorator: register a function (log p, log q) -> (N,) under the value that ``divergence`` takes; one with a
-    parameter, a field of :class:`Options`, is given its value as a third argument.
+    """Return a decorator that registers a divergence under `name`, a value of the option ``divergence``.
+
+    The decorated function takes log p and log q, (N, V) each, and returns (N,) nats. `parameter` names a field of
+    :class:`Options`, whose value is passed as a third argument.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is registered already.
     """
 
     def register(of: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -96,7 +102,7 @@ def register_divergence(name: str, equation: str, parameter: str | None = None) 
 
 
 def divergence(logp: Tensor, logq: Tensor, options: Options) -> Tensor:
-    """(N,) nats, the one of the options."""
+    """Return the divergence that the options select, (N,) nats, from log p and log q, (N, V) each."""
     found = DIVERGENCES[options.divergence]
     return found.of(logp, logq) if found.parameter is None else found.of(logp, logq, getattr(options, found.parameter))
 
@@ -112,10 +118,10 @@ def reverse_kl(logp: Tensor, logq: Tensor) -> Tensor:
 
 
 def mixture(logp: Tensor, logq: Tensor, share: float) -> Tensor:
-    """(N, V) log(share q + (1 - share) p), for a share below 1; where both are 0, anything finite."""
+    """Return log(share q + (1 - share) p), (N, V), for 0 <= share < 1; finite for a share above 0 even if p = q = 0."""
     if not share:
         return logp
-    neither = logp.isneginf() & logq.isneginf()  # counts for nothing, and has no gradient as it stands
+    neither = logp.isneginf() & logq.isneginf()  # of no weight, but the gradient would be nan
     return torch.logaddexp(logp.masked_fill(neither, 0) + math.log(1 - share), logq + math.log(share))
 
 
@@ -126,10 +132,11 @@ def js(logp: Tensor, logq: Tensor) -> Tensor:
 
 @register_divergence("jsd", "b KL(q || m) + (1 - b) KL(p || m), m = b q + (1 - b) p (--jsd-beta b)", "jsd_beta")
 def jsd(logp: Tensor, logq: Tensor, beta: float = JSD_BETA) -> Tensor:
-    """The generalised Jensen-Shannon divergence of GKD (Agarwal et al., ICLR 2024, arXiv:2306.13649).
+    """Return the generalised Jensen-Shannon divergence, (N,) nats: GKD, Agarwal et al., ICLR 2024, arXiv:2306.13649.
 
-    As the paper has it, not scaled: it tends to 0 with b and with 1 - b, and over b to KL(q || p), over 1 - b to
-    KL(p || q). These two stand at b = 0 and b = 1, as in TRL's GKDTrainer.
+    As in the paper, it is not scaled: it tends to 0 as b tends to 0 or to 1. Divided by b it tends to KL(q || p) as b
+    tends to 0, and divided by 1 - b to KL(p || q) as b tends to 1. As in TRL's GKDTrainer, these two limits are the
+    values at b = 0 and b = 1.
     """
     if beta in (0, 1):
         return reverse_kl(logp, logq) if beta else kl(logp, logq)
@@ -139,16 +146,16 @@ def jsd(logp: Tensor, logq: Tensor, beta: float = JSD_BETA) -> Tensor:
 
 @register_divergence("skew-kl", "KL(q || a q + (1 - a) p) (--skew-alpha a)", "skew_alpha")
 def skew_kl(logp: Tensor, logq: Tensor, alpha: float = SKEW_ALPHA) -> Tensor:
-    """The skew KL of DistiLLM (Ko et al., ICML 2024, arXiv:2402.03898); at a = 0 the KL itself."""
+    """Return the skew KL of DistiLLM, (N,) nats (Ko et al., ICML 2024, arXiv:2402.03898); at a = 0 it is the KL."""
     return expectation(logq, logq - mixture(logp, logq, alpha))
 
 
 def sparse_kl(logp: Tensor, sparse: Sparse) -> Tensor:
-    """(N,) nats, KL(q || p) of a teacher of which K tokens are known: sum_k q_k (log q_k - log p_k), and with a rest r
-    that of one bucket of all other tokens, r (log r - log sum_others p).
+    """Return KL(q || p), (N,) nats, for a teacher of which K tokens are known.
 
-    Where q are shares of draws (Anshumann et al., ACL 2025, arXiv:2503.16870), the gradient is an unbiased estimate of
-    that of the whole KL, and with the whole q's entropy so is the value.
+    It is sum_k q_k (log q_k - log p_k), plus, with a rest r, r (log r - log sum_others p): all other tokens are one
+    bucket. If q are relative frequencies of sampled tokens (Anshumann et al., ACL 2025, arXiv:2503.16870), the gradient
+    is an unbiased estimate of that of the full KL, and so is the value if the entropy of the full q is given.
     """
     others = None
     if sparse.rest is not None:
@@ -157,7 +164,7 @@ def sparse_kl(logp: Tensor, sparse: Sparse) -> Tensor:
 
 
 def sparse_kl_of(logp: Tensor, others: Tensor | None, sparse: Sparse) -> Tensor:
-    """The same, of log p at the known tokens (N, K) and of all others together (N,)."""
+    """Return `sparse_kl` from log p of the known tokens (N, K) and of all other tokens together (N,)."""
     q, r = sparse.probability, sparse.rest
     cross = -(q * torch.where(q > 0, logp, torch.zeros_like(logp))).sum(1)
     entropy = -torch.special.xlogy(q, q).sum(1)

@@ -1,7 +1,9 @@
-"""The rows of a chunk where the gate is decided first: the teacher's log-probabilities of the gold tokens are known,
-and its product is made for the rows alone that the gate gives to it.
+"""The row step that evaluates the gate first, in plain torch.
 
-    z_s = h_s W_s^T,  log p of the gold tokens      gate      z_t = h_t W_t^T / tau of the rows with a teacher's weight
+The teacher's log-probabilities of the gold tokens are known in advance, so that the teacher's logits are computed only
+for the rows to which the gate gives a teacher weight:
+
+    z_s = h_s W_s^T,  log p of the gold tokens      gate      z_t = h_t W_t^T / tau of the rows with a teacher weight
 """
 
 from __future__ import annotations
@@ -19,15 +21,18 @@ GatedStep = Callable[..., tuple[TokenResults, Tensor | None]]  # with the signat
 
 def gated_step(
     student_logits: Tensor,  # (C, V)
-    teacher_logits: Callable[[Tensor | None], list[Tensor]],  # (G, V) each of G rows by their places; None: of all
+    teacher_logits: Callable[[Tensor | None], list[Tensor]],  # (G, V) each, of the rows with these indices (None: all)
     target: Tensor,  # (C,) int64
     decide: Decide,
     options: Options,
     gradient_scale: float | None,
     teacher_read: Tensor,  # (C,) nats, what the gate reads of the teacher
 ) -> tuple[TokenResults, Tensor | None]:
-    """As :func:`hgkd_fairseq.loss.rows.row_step`, in plain torch. The results' `teacher_read` is that of the logits,
-    and their `kl` is 0 where there is no teacher's weight."""
+    """Compute what :func:`hgkd_fairseq.loss.rows.row_step` computes, with the gate evaluated first.
+
+    In the results, `kl` is 0 in rows without a teacher weight. `teacher_read` is not the argument: it comes from the
+    teacher's logits or, in rows without a teacher weight, is equal to `student_read`.
+    """
     weights = decide
     if not isinstance(weights, GateWeights):
         weights = weights(gold_logprob(student_logits, target), teacher_read)
@@ -49,14 +54,14 @@ def gated_step(
 
 
 def gold_logprob(logits: Tensor, target: Tensor) -> Tensor:
-    """(C,) as rows.row_statistics makes it."""
+    """Return log p of the gold tokens, (C,) nats, computed with the operations of `rows.row_statistics`."""
     z = rows.widen(logits)
     shifted = z - z.amax(1, keepdim=True)
     return rows.logprob(shifted, shifted.exp().sum(1).log(), target)
 
 
 def joined(parts: list, values: Sequence[Tensor | None]) -> Tensor | None:
-    """What was made of the rows of each part, in their order."""
+    """Merge values of the rows of each part into one tensor in the order of the rows; None if no part has values."""
     given = [value for value in values if value is not None]
     if not given:
         return None

@@ -1,4 +1,4 @@
-"""The settings of the loss, checked once, and the per-token results that every implementation returns."""
+"""Options of the loss, and the inputs and per-token results that its implementations share."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ GATE_ON = {
     "teacher-draw": "one drawn from the teacher's, as the gate reads it",
 }
 DRAWN = ("student-draw", "teacher-draw")
-FUSED_GATE_ON = ("gold", "argmax")  # of these, what the kernels know
-FUSED = "kl"  # the divergence that the kernels know
-FUSED_ASKS = {"teacher_entropy"}  # what gates may ask for of the kernels, at the teacher's temperature, and of stores
-TEACHER_TEMPERATURE = 1.5  # of the paper
-JSD_BETA, SKEW_ALPHA = 0.5, 0.1  # the Jensen-Shannon divergence; as DistiLLM has it
+FUSED_GATE_ON = ("gold", "argmax")  # the values of gate_on that the kernels support
+FUSED = "kl"  # the divergence that the kernels implement
+# The statistics requested by gates that the kernels compute (at the teacher's temperature) and that stores contain.
+FUSED_ASKS = {"teacher_entropy"}
+TEACHER_TEMPERATURE = 1.5  # the paper's
+JSD_BETA, SKEW_ALPHA = 0.5, 0.1  # the ordinary Jensen-Shannon divergence; the value of DistiLLM
 RANGES = {
     "teacher_temperature": POSITIVE,
     "label_smoothing": BELOW_1,
@@ -33,8 +34,8 @@ RANGES = {
     "skew_alpha": BELOW_1,
 }
 
-# A chunk's weights: known beforehand, or made from the log-probability of the token that the gate reads under the
-# student and under the teacher, each (C,), and from what else the gate asks for, where it does.
+# The weights of a chunk of C tokens, or a function that computes them: from the log-probabilities (C,) of the token
+# that the gate reads, under student and teacher, and, if the gate requests further statistics, a dict of these.
 Decide = GateWeights | Callable[..., GateWeights]
 
 
@@ -43,25 +44,27 @@ def decided(decide: Decide, student_read: Tensor, teacher_read: Tensor, *asked: 
 
 
 class Sparse(NamedTuple):
-    """A teacher's distribution q, at its temperature, of which the probabilities of K tokens are known; exactly, or as
-    an unbiased estimate of all of q, the shares of draws from it."""
+    """The probabilities of K tokens under the teacher's distribution q at its temperature.
 
-    ids: Tensor  # (..., K) int64; fewer than K repeat the first, with probability 0
-    probability: Tensor  # (..., K), with the rest they sum to 1
-    rest: Tensor | None = None  # (...,) the probability of all other tokens together; None: 0
-    entropy: Tensor | None = None  # (...,) nats, of the whole q, for the value of the KL; None: that of what is known
+    They are either exact, or the relative frequencies of tokens sampled from q, which are an unbiased estimate of q.
+    """
+
+    ids: Tensor  # (..., K) int64; if fewer than K tokens are known, the first is repeated with probability 0
+    probability: Tensor  # (..., K); their sum plus the rest is 1
+    rest: Tensor | None = None  # (...,) total probability of all other tokens; None: 0
+    entropy: Tensor | None = None  # (...,) nats, of the full q, for the value of the KL; None: of the known part
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Sparse:
         return Sparse(*[None if tensor is None else function(tensor) for tensor in self])  # type: ignore[arg-type]
 
 
 class Known(NamedTuple):
-    """What is known beforehand of N tokens, besides the logits or in place of them."""
+    """Values of N tokens that are known in advance, in addition to the logits or in place of them."""
 
     gold: Tensor | None = None  # (N,) nats, log q of the gold token as the gate reads it
-    sparse: Sparse | None = None  # (N, K)
-    student: Tensor | None = None  # (N,) nats, log p of the gold token, which the gate reads in place of the student's
-    entropy: Tensor | None = None  # (N,) nats, of q as the gate reads it, for a gate that asks for it
+    sparse: Sparse | None = None  # (N, K), q in place of the teacher's logits
+    student: Tensor | None = None  # (N,) nats, log p of the gold token, read by the gate in place of its own
+    entropy: Tensor | None = None  # (N,) nats, entropy of q as the gate reads it, for a gate that requests it
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Known:
         sparse = None if self.sparse is None else self.sparse.map(function)
@@ -70,15 +73,17 @@ class Known(NamedTuple):
         return Known(gold, sparse, student, entropy)
 
     def suffices(self, options: Options) -> bool:
-        """Whether it is all that the gate reads of the teacher."""
+        """Return whether these values are all that the gate reads of the teacher."""
         asks = set(options.gate.asks) - ({"teacher_entropy"} if self.entropy is not None else set())
         return self.gold is not None and not asks
 
     def asked(
         self, made: Sequence[dict[str, Tensor]], dtype: torch.dtype, rows: slice = slice(None)
     ) -> Sequence[dict[str, Tensor]]:
-        """What the gate asks for of some rows: of what was `made` for it, one dict or none, and what is known, which
-        goes before."""
+        """Return the statistics of some rows that the gate requests, as a sequence of at most one dict.
+
+        They are those in `made`, which were computed from the logits, and the known ones, which take precedence.
+        """
         if self.entropy is None:
             return made
         return [{**dict(*made), "teacher_entropy": self.entropy[rows].to(dtype)}]
@@ -88,12 +93,12 @@ NOTHING = Known()
 
 
 class Head(NamedTuple):
-    """Features and the linear layer that turns them into logits over the vocabulary.
+    """Hidden states and the linear layer that projects them to logits over the vocabulary.
 
-    ``weight=None`` means that ``hidden`` holds the logits themselves (or log-probabilities).
+    ``weight=None`` means that ``hidden`` is the logits themselves (or log-probabilities).
     """
 
-    hidden: Tensor  # (..., D), or (..., V) where weight is None
+    hidden: Tensor  # (..., D), or (..., V) if weight is None
     weight: Tensor | None  # (V, D)
     bias: Tensor | None = None  # (V,)
 
@@ -102,13 +107,17 @@ class Head(NamedTuple):
         return self.hidden.size(-1) if self.weight is None else self.weight.size(0)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Head:
-        """The head with `function` of each tensor that it has."""
+        """Return the head with `function` applied to each of its tensors."""
         return Head(*[None if tensor is None else function(tensor) for tensor in self])  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Options:
-    """How the loss is computed; see :func:`hgkd_fairseq.loss.gated_distillation` for the meaning of each."""
+    """Options of the loss; :func:`hgkd_fairseq.loss.gated_distillation` documents each of them.
+
+    Raises:
+        ValueError: `gate_on` is unknown, or a number is out of its range.
+    """
 
     gate: Gate
     gate_on: str = "gold"
@@ -135,57 +144,66 @@ class Options:
 
     @property
     def fused(self) -> bool:
-        """Whether the rows' own mathematics, and so the kernels, may know it; else `rows.autograd_step` does it."""
+        """Whether `rows.row_statistics` (and a kernel) can compute these options; else `rows.autograd_step` does."""
         asks = not self.gate.asks or (set(self.gate.asks) <= FUSED_ASKS and not self.reads_untempered)
         return self.divergence == FUSED and self.gate_on in FUSED_GATE_ON and asks
 
     @property
     def needs_mean(self) -> bool:
-        """Whether the mean log-probability over the vocabulary is part of the loss."""
+        """Whether the loss contains the mean log-probability over the vocabulary."""
         return self.label_smoothing > 0 or self.gate.uniform
 
     @property
     def reads_untempered(self) -> bool:
-        """Whether the gate reads the teacher at temperature 1 and the loss another one."""
+        """Whether the gate reads the teacher at temperature 1 while the loss uses another temperature."""
         return self.gate.needs_teacher and not self.tempered_gate and self.teacher_temperature != 1
 
     @property
     def closes_first(self) -> bool:
-        """Whether the gate may be decided before the teacher's logits are made, and it pays: it gives tokens no
-        teacher, and asks nothing of it but the gold token's log-probability."""
+        """Whether the gate can be evaluated first, so that the teacher's logits are not needed for all tokens.
+
+        This is so if it gives some tokens no teacher weight, reads nothing of the teacher but the log-probability of
+        the gold token, and is not learned.
+        """
         more = self.gate_on != "gold" or bool(self.gate.asks) or self.gate.learned
         return self.gate.closes and not more
 
     @property
     def asked_outside(self) -> Options:
-        """The same with a gate that no kernel recognises: it reads other numbers than the kernel's own."""
-        if self.gate.learned:  # none does
+        """These options with a gate that no kernel recognises, so that it is evaluated outside the kernel.
+
+        A kernel would apply a gate that it recognises to the log-probabilities that it computes, not to given ones.
+        """
+        if self.gate.learned:  # no kernel recognises it
             return self
         return replace(self, gate=replace(self.gate, weights=functools.partial(self.gate.weights)))
 
     @property
     def without_teacher(self) -> Options:
-        """The same for rows to which the gate gives no teacher."""
+        """These options for rows whose teacher weight is 0."""
         return replace(self, gate=replace(self.gate, needs_teacher=False))
 
     def gold_weight(self, vocabulary: int) -> tuple[float, float]:
-        """(weight of the gold token, weight of every token) of fairseq's label smoothing: eps_i = eps / (V - 1)."""
+        """Return fairseq's label smoothing as (weight of the gold token, weight of every token).
+
+        They are 1 - eps - eps_i and eps_i, with eps_i = eps / (V - 1); the gold token has both.
+        """
         every = self.label_smoothing / (vocabulary - 1)
         return 1 - self.label_smoothing - every, every
 
 
 class TokenResults(NamedTuple):
-    """Per-token results for N tokens, detached except `loss`; `None` where not asked for."""
+    """Per-token results of N tokens, detached except for `loss`; None if not requested."""
 
-    loss: Tensor  # (N,) or, where an implementation sums as it goes, a scalar sum
+    loss: Tensor  # (N,) nats, or their sum, a scalar, from an implementation that computes chunks
     nll: Tensor  # (N,) nats, plain -log p(gold)
-    data_term: Tensor  # (N,) nats, what the gate's data weight multiplies
-    kl: Tensor  # (N,) nats, the divergence, KL(teacher || student), of every token, whatever its weight; 0: no teacher,
-    #             or a gate that was decided first gave the token none
-    uniform_term: Tensor | None  # (N,) nats, the cross-entropy with the uniform distribution; of a gate that weights it
-    student_read: Tensor  # (N,) nats, log p of the token the gate reads
-    teacher_read: Tensor  # (N,) nats, log q of it; that of the student without a teacher
+    data_term: Tensor  # (N,) nats, the term that the data weight multiplies
+    kl: Tensor  # (N,) nats, the divergence of the student from the teacher, whatever its weight; 0 without a teacher
+    #             and if the gate, evaluated before the teacher's logits, gives the token no teacher weight
+    uniform_term: Tensor | None  # (N,) nats, the cross-entropy with the uniform distribution, if the gate weights it
+    student_read: Tensor  # (N,) nats, log p of the token that the gate reads
+    teacher_read: Tensor  # (N,) nats, log q of the same token; without a teacher equal to student_read
     teacher_mask: Tensor  # (N,) bool, teacher weight > 0
     confidence: Tensor | None  # (N,) probability of the student's argmax
-    correct: Tensor | None  # (N,) bool, the student's argmax is the gold token
-    teacher_share: Tensor | None = None  # (N,) teacher weight of both weights; None: teacher_mask says it, 0 or 1
+    correct: Tensor | None  # (N,) bool, whether the student's argmax is the gold token
+    teacher_share: Tensor | None = None  # (N,) teacher weight / (data + teacher weight); None: teacher_mask, 0 or 1

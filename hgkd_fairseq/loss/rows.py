@@ -1,12 +1,12 @@
-"""The row mathematics of one chunk in plain torch: logits in, per-token results and the gradient at the logits out.
+"""The row step in plain torch: from a chunk's logits to per-token results and the gradient at the student's logits.
 
     statistics   max, log-normalizer, gold, E_q[z_t - z_s], ... of each row       one pass over the logits
     gate         (data, teacher, uniform) of each row
     gradient     dz_s = data (p - (1 - eps - eps_i) onehot - eps_i) + teacher (p - q) + uniform (p - 1/V)
                         + data beta p (log p + H)                                  a second pass
 
-Everything is fp32 (fp64 for fp64 logits), whatever the logits' dtype is. `row_step` keeps p and q between the passes;
-an implementation that fuses each pass makes them again from the statistics.
+All arithmetic is in fp32 (fp64 for fp64 logits), whatever the dtype of the logits is. `row_step` keeps p and q between
+the passes; an implementation that fuses each pass may recompute them from the statistics.
 """
 
 from __future__ import annotations
@@ -24,24 +24,27 @@ from hgkd_fairseq.loss.options import Decide, Head, Known, Options, Sparse, Toke
 
 
 class RowStatistics(NamedTuple):
-    """Of each of C rows, (C,); None where the options do not ask for it."""
+    """Statistics of C rows, (C,) each, log-probabilities and entropies in nats.
+
+    Plain torch leaves those None that the options do not need; the C kernel computes all, `correct` only if needed.
+    """
 
     student_max: Tensor  # m, the largest logit
     student_sum: Tensor  # l = sum exp(z - m)
-    teacher_max: Tensor | None  # M, of the tempered logits; None without a teacher and for an ensemble
-    teacher_sum: Tensor | None  # L
+    teacher_max: Tensor | None  # M, the largest tempered logit (C kernel: untempered); None unless there is one teacher
+    teacher_sum: Tensor | None  # L = sum exp(z_t / tau - M) with M tempered; None unless there is one teacher
     student_read: Tensor  # log p of the token that the gate reads
-    teacher_read: Tensor  # log q of it
-    gold: Tensor  # log p(gold)
+    teacher_read: Tensor  # log q of the same token
+    gold: Tensor  # log p of the gold token
     mean: Tensor | None  # mean of log p over the vocabulary
     entropy: Tensor | None  # H(p)
     kl: Tensor  # KL(q || p); 0 without a teacher
-    correct: Tensor | None  # bool, the argmax is the gold token
+    correct: Tensor | None  # bool, whether the argmax is the gold token
     teacher_entropy: Tensor | None = None  # H(q)
 
 
 def asked(options: Options, teacher_entropy: Tensor | None) -> list[dict[str, Tensor]]:
-    """What the gate asks for beside the log-probabilities: the last argument of `decided`, where it is one."""
+    """Return the further statistics that the gate requests, as the last arguments of `decided`: one dict or none."""
     return [{"teacher_entropy": teacher_entropy}] if options.gate.asks and teacher_entropy is not None else []
 
 
@@ -50,7 +53,7 @@ def widen(z: Tensor) -> Tensor:
 
 
 def logprob(shifted: Tensor, log_sum: Tensor, index: Tensor) -> Tensor:
-    """(C,) log-probability of one token a row, from z - max z and log sum exp(z - max z)."""
+    """Return log p of one token per row, (C,) nats, from z - max z, (C, V), and log sum exp(z - max z), (C,)."""
     return shifted.gather(1, index[:, None]).squeeze(1) - log_sum
 
 
@@ -61,11 +64,11 @@ def row_statistics(
     inverse_temperature: float,
     options: Options,
 ) -> tuple[RowStatistics, Tensor, Tensor | None]:
-    """The statistics, p (C, V) and q (C, V) or None."""
+    """Return the statistics, p (C, V), and q (C, V) or None without a teacher."""
     z = widen(student_logits)
     student_max = z.amax(1)
     shifted = z - student_max[:, None]
-    # exp(z - m) / l, not exp(z - lse): lse is rounded at the size of m, which may be large.
+    # exp(z - m) / l, not exp(z - lse): the rounding error of lse grows with m, which may be large.
     exponential = shifted.exp()
     student_sum = exponential.sum(1)
     p = exponential / student_sum[:, None]
@@ -73,7 +76,7 @@ def row_statistics(
     gold = logprob(shifted, log_sum, target)
     mean = shifted.mean(1) - log_sum if options.needs_mean else None
     entropy = None
-    if options.confidence_penalty:  # 0 * inf where p is 0 is 0: of a token that a bias of minus infinity forbids
+    if options.confidence_penalty:  # 0 * inf counts as 0, for a token excluded by a bias of minus infinity
         entropy = log_sum - (p * torch.where(p > 0, shifted, torch.zeros_like(p))).sum(1)
 
     correct = None
@@ -95,7 +98,7 @@ def row_statistics(
         exponential_t = shifted_t.exp()
         teacher_sum = exponential_t.sum(1)
         q = exponential_t / teacher_sum[:, None]
-        # One expectation of the difference: two of nearly equal size would cancel. 0 * inf where q underflows is 0.
+        # One expectation of a difference, because two nearly equal ones would cancel. 0 * inf where q underflows is 0.
         difference = torch.where(q > 0, shifted_t - shifted, torch.zeros_like(q))
         kl = (q * difference).sum(1) - teacher_sum.log() + log_sum
         if options.reads_untempered:
@@ -119,7 +122,7 @@ def row_statistics(
 
 
 def row_results(statistics: RowStatistics, weights: GateWeights, vocabulary: int, options: Options) -> TokenResults:
-    """The loss of each row under the gate's weights."""
+    """Return the results of the rows, including the loss, under the gate's weights."""
     gold_weight, every_weight = options.gold_weight(vocabulary)
     data_term = -gold_weight * statistics.gold
     if options.label_smoothing:
@@ -159,12 +162,15 @@ def row_gradient(
     scale: float,
     options: Options,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of the summed loss at the student's logits, times `scale`: (C, V) but for the gold tokens' own part, and
-    that part (C,), which remains to be added to them."""
+    """Return the gradient of the summed loss at the student's logits, times `scale`, in two parts.
+
+    They are (C, V) without the onehot term, and the onehot term (C,), which the caller adds at the gold tokens. Without
+    `q` the teacher's part -q is missing; without `entropy` (H(p), nats) so is the confidence penalty.
+    """
     gold_weight, every_weight = options.gold_weight(p.size(1))
     data, teacher, uniform = weights
     whole = data + teacher
-    every = data * every_weight if options.label_smoothing else None  # the share of each token in the target
+    every = data * every_weight if options.label_smoothing else None  # weight of each token in the smoothed target
     if uniform is not None:
         whole = whole + uniform
         every = uniform / p.size(1) if every is None else every + uniform / p.size(1)
@@ -189,11 +195,11 @@ def row_step(
     gradient_scale: float | None,
     sparse: Sparse | None = None,  # (C, K) in place of `teacher_logits`
 ) -> tuple[TokenResults, Tensor | None]:
-    """Results for a chunk of C tokens and the gradient of the summed loss at the student's logits.
+    """Return the results of a chunk of C tokens and the gradient of the summed loss at the student's logits.
 
-    `decide` gives the gate's weights for the probabilities that the gate reads. The gradient (C, V), in the logits'
-    dtype, is multiplied by `gradient_scale`; None: no gradient is made. An implementation of this function may write it
-    over `student_logits`.
+    `decide` is the gate's weights or computes them from the log-probabilities that the gate reads. The gradient (C, V),
+    in the dtype of the logits, is multiplied by `gradient_scale`; if that is None, no gradient is computed and None is
+    returned. Other implementations of this function may write the gradient over `student_logits`.
     """
     if not options.fused or sparse is not None:
         return autograd_step(student_logits, teacher_logits, target, decide, options, gradient_scale, sparse)
@@ -216,8 +222,10 @@ def autograd_step(
     gradient_scale: float | None,
     sparse: Sparse | None = None,
 ) -> tuple[TokenResults, Tensor | None]:
-    """`row_step` for any divergence and any statistic, from the equations as they stand and
-    autograd, in a chunk's memory some times."""
+    """Do what `row_step` does for any divergence and any statistic, with the equations of `eager` and autograd.
+
+    It needs several times the memory of a chunk's logits.
+    """
     logq, gate_logq = eager.teacher_logprobs([Head(logits, None) for logits in teacher_logits], options)
     with torch.set_grad_enabled(gradient_scale is not None):
         z = widen(student_logits).detach().requires_grad_(gradient_scale is not None)
@@ -229,20 +237,20 @@ def autograd_step(
 
 
 def mean_probability(logits: list[Tensor], inverse_temperature: float, dtype: torch.dtype) -> Tensor:
-    """(C, V) mean over an ensemble of the tempered probabilities."""
+    """Return the mean of an ensemble's tempered probabilities, (C, V), from the logits (C, V) of each member."""
     total = torch.softmax(widen(logits[0]).to(dtype) * inverse_temperature, dim=1)
     for z in logits[1:]:
         total = total + torch.softmax(widen(z).to(dtype) * inverse_temperature, dim=1)
     return total / len(logits)
 
 
-# How a kernel that does the same is checked.
+# The self-check of the kernels that implement `row_step`.
 
-LARGEST_DIFFERENCE = 1e-4  # of a kernel from plain torch, on logits of size 1
+LARGEST_DIFFERENCE = 1e-4  # allowed between a kernel and plain torch, on logits of order 1
 
 
 def difference_of(step: Callable, device: torch.device) -> float:
-    """The largest difference of another implementation of `row_step` from this one, on four rows, gate "token"."""
+    """Return the largest absolute difference of `step` from `row_step`, on four random rows with the gate "token"."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn((2, 4, 40), generator=generator).to(device)
     target = torch.arange(4, device=device)

@@ -1,1 +1,1 @@
-"""The rows of a chunk in C, for the CPU."""
+"""The row step on a C kernel, for CPUs."""

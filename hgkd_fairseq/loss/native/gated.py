@@ -1,7 +1,9 @@
-"""The rows of a chunk on the C kernel, where the gate is decided first: it does what `gate_first.gated_step` does.
+"""The row step that evaluates the gate first, on the C kernel; the counterpart of `gate_first.gated_step`.
 
-gate "token"   a call for all rows: statistics, gate, and the gradient of those that the data get; one for the rest
-another gate   one for the statistics, and after the gate one for the rows of the data and one for the teacher's
+Rows are closed if the gate gives them no teacher weight, otherwise open. Calls of the kernel, in training:
+
+    gate "token"   one for all rows: statistics, gate, and the gradient of closed rows; one for the open rows
+    other gates    one for the statistics of all rows; after the gate, one for the closed rows and one for the open rows
 """
 
 from __future__ import annotations
@@ -28,13 +30,13 @@ TEACHER_READ = STATISTICS.index("teacher_read")
 
 
 def gated_step(
-    student_logits: Tensor,  # (C, V), overwritten by the gradient where they are contiguous
-    teacher_logits: Callable[[Tensor | None], list[Tensor]],  # (G, V) each of G rows by their places; None: of all
+    student_logits: Tensor,  # (C, V), overwritten by the gradient if contiguous
+    teacher_logits: Callable[[Tensor | None], list[Tensor]],  # (G, V) each, of the rows with these indices (None: all)
     target: Tensor,  # (C,) int64
     decide: Decide,
     options: Options,
     gradient_scale: float | None,
-    teacher_read: Tensor,  # (C,)
+    teacher_read: Tensor,  # (C,) nats, what the gate reads of the teacher
 ) -> tuple[TokenResults, Tensor | None]:
     if student_logits.dtype not in dtypes() or options.divergence != FUSED:
         return gate_first.gated_step(
@@ -51,7 +53,7 @@ def gated_step(
         chunk.run(GRADIENT_ALONE, weights, places=(weights.teacher == 0).nonzero().squeeze(1))
     if len(opened):
         others, temperature = teacher_logits(opened), options.teacher_temperature
-        if len(others) > 1:  # log of the mean probability: logits at temperature 1
+        if len(others) > 1:  # log of the mean probability, which are logits at temperature 1
             others = [rows.mean_probability(others, 1 / temperature, torch.float32).log_()]
             temperature = 1.0
         mode = STATISTICS_ALONE if gradient_scale is None else WEIGHTED

@@ -1,12 +1,12 @@
-/* The row mathematics of one chunk on a CPU: what rows.py does in plain torch, while a row is in the cache.
+/* The row step on a CPU: what loss/rows.py computes in plain torch, done row by row while a row is in the cache.
  *
  *   p = e / l,  e = exp(z - m),  l = sum e,  m = max z        of the student's logits
  *   q = f / L,  f = exp((t - M) / tau), ...                    of the teacher's
  *   KL(q || p) = sum f ((t - M) / tau - (z - m)) / L - log L + log l
  *   dz = data (p - gold_weight onehot - every_weight) + teacher (p - q) + uniform (p - 1/V) + data beta p (log p + H)
  *
- * rows.py compiles this file on first use and calls it. Each thread widens a row of either head into an fp32 buffer
- * of its own and keeps e and f there, so that a row is read once and its exponentials are made once.
+ * native/rows.py compiles this file on first use. Each thread converts a row of either head to fp32 in its own buffer
+ * and keeps e and f there, so that a row is read once and its exponentials are computed once.
  */
 
 #include <math.h>
@@ -15,20 +15,20 @@
 #include <string.h>
 
 enum { FP32, BF16, FP16 };           /* dtype of the logits */
-/* What to do: statistics; the gradient, from statistics and weights; both, with weights that are known; both, gate "token";
- * both, gate "token" with a teacher's log-probability that is known (TEACHER_READ), of the rows that the data get: the
- * others' logits stay. */
+/* Modes: only the statistics; only the gradient, from statistics and weights; both, with given weights; both, with the
+ * gate "token"; both, with the gate "token" and given log-probabilities of the teacher (TEACHER_READ), except that no
+ * gradient is written in rows that the gate gives to the teacher. */
 enum { STATISTICS_ALONE, GRADIENT_ALONE, WEIGHTED, TOKEN, TOKEN_CLOSED };
 
-/* Rows of `statistics`, (STATISTICS, rows); rows.py has the same order. */
+/* Rows of `statistics`, (11, rows); native/rows.py has the same order. */
 enum { STUDENT_MAX, STUDENT_SUM, TEACHER_MAX, TEACHER_SUM, STUDENT_READ, TEACHER_READ, GOLD, MEAN, ENTROPY, KL,
        TEACHER_ENTROPY };
 
 enum { NO_MEMORY = 1, NO_SUCH_TOKEN };
 
-enum { BLOCK = 2048 }; /* partial sums of fp32 are no longer than this; a block of each head stays in the first cache */
+enum { BLOCK = 2048 }; /* maximum length of an fp32 partial sum; a block of each head fits the L1 cache */
 
-/* Relative error 1.7e-7 (coefficients of Cephes' expf); 0 where the result would be no normal number; nan stays nan. */
+/* exp(x) for x <= 0 with relative error 1.7e-7 (coefficients of Cephes' expf); 0 below -87.3; nan stays nan. */
 static inline float exp_nonpositive(float x) {
     float y = x < -87.3f ? -87.3f : x;
     float n = rintf(y * 1.44269504088896341f);
@@ -53,7 +53,7 @@ static inline float from_bf16(uint16_t half) {
     return x;
 }
 
-/* To the nearest, ties to even. */
+/* Rounds to nearest, ties to even. */
 static inline uint16_t to_bf16(float x) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
@@ -61,7 +61,7 @@ static inline uint16_t to_bf16(float x) {
     return x == x ? (uint16_t)(bits >> 16) : 0x7fc0;
 }
 
-/* Whether rows of half precision can be given: old compilers lack the type on some processors. */
+/* Whether fp16 is supported: old compilers lack _Float16 on some processors. */
 int knows_half(void) {
 #ifdef __FLT16_MAX__
     return 1;
@@ -70,7 +70,7 @@ int knows_half(void) {
 #endif
 }
 
-/* Copies a row into `out` and returns its maximum. */
+/* Converts a row to fp32 in `out` and returns its maximum. */
 static float widen(float *restrict out, const void *restrict row, int64_t size, int dtype) {
     float most = -INFINITY;
     if (dtype == FP32) {
@@ -121,7 +121,7 @@ typedef struct {
     double teacher, difference, teacher_entropy; /* L, sum f ((t - M) / tau - (z - m)), sum f (t - M) / tau */
 } Sums;
 
-/* Replaces z by e and, where there is a teacher, t by f. */
+/* Replaces z by e and, unless t is NULL, t by f; returns their sums. */
 static Sums exponentials(float *restrict z, float *restrict t, int64_t size, float m, float M, float inverse_temperature) {
     Sums sums = {0};
     for (int64_t start = 0; start < size; start += BLOCK) {
@@ -136,9 +136,9 @@ static Sums exponentials(float *restrict z, float *restrict t, int64_t size, flo
                 t[i] = f;
                 l += e;
                 shifted += a;
-                entropy += e > 0 ? e * a : 0.0f; /* where p underflows, as of a forbidden token, 0 and not 0 inf */
+                entropy += e > 0 ? e * a : 0.0f; /* 0 instead of 0 * inf where p underflows, as for an excluded token */
                 L += f;
-                difference += f > 0 ? f * (b - a) : 0.0f; /* where q underflows, 0 and not 0 inf */
+                difference += f > 0 ? f * (b - a) : 0.0f; /* 0 instead of 0 * inf where q underflows */
                 teacher_entropy += f > 0 ? f * b : 0.0f;
             }
         } else {
@@ -162,7 +162,7 @@ static Sums exponentials(float *restrict z, float *restrict t, int64_t size, flo
     return sums;
 }
 
-/* log of the sum of exp(t - M): the teacher's normalizer at temperature 1. */
+/* Returns log sum exp(t - M), the teacher's log-normalizer at temperature 1. */
 static float log_sum(const float *t, int64_t size, float M) {
     double sum = 0;
     for (int64_t start = 0; start < size; start += BLOCK) {
@@ -175,7 +175,7 @@ static float log_sum(const float *t, int64_t size, float M) {
     return logf((float)sum);
 }
 
-/* The lowest index of the maximum. */
+/* Returns the lowest index of the maximum m. */
 static int64_t position(const float *z, int64_t size, float m) {
     for (int64_t i = 0; i < size; i++)
         if (z[i] == m) return i;
@@ -187,18 +187,18 @@ static inline const void *at(const void *logits, int64_t index, int dtype) {
 }
 
 typedef struct {
-    float student, teacher, every;    /* dz = student e - teacher f - every, but for */
-    float ratio, constant;            /* e (1 + ratio (z + constant)) in place of e, the entropy's part, */
-    float gold;                       /* and this less at the gold token */
+    float student, teacher, every;    /* dz = student e - teacher f - every */
+    float ratio, constant;            /* for the confidence penalty e is replaced by e (1 + ratio (z + constant)) */
+    float gold;                       /* subtracted at the gold token */
 } Factors;
 
-/* Of the sums m, l, M, L, H of a row and its weights. */
+/* Returns the factors of a row's gradient from its statistics m, l, L, H and its weights. */
 static Factors factors(float data, float teacher, float uniform, float m, float l, float L, float entropy,
                        float gold_weight, float every_weight, float penalty, float scale, int64_t V) {
     float whole = data + teacher + uniform;
     return (Factors){
         .student = scale * whole / l,
-        .teacher = teacher != 0 && L != 0 ? scale * teacher / L : 0, /* L 0: no teacher's logits */
+        .teacher = teacher != 0 && L != 0 ? scale * teacher / L : 0, /* L is 0 without teacher's logits */
         .every = scale * (data * every_weight + uniform / V),
         .ratio = penalty != 0 && data != 0 ? penalty * data / whole : 0,
         .constant = entropy - logf(l) - m,
@@ -206,8 +206,8 @@ static Factors factors(float data, float teacher, float uniform, float m, float 
     };
 }
 
-/* Writes the gradient over a row of the student's logits, from its exponentials or, where these are NULL, from the logits
- * of both heads. */
+/* Writes the gradient over a row of the student's logits. It is computed from the exponentials of each head or, where
+ * they are NULL, from its logits. */
 static void write_gradient(char *row, const void *teacher, const float *exponentials_s, const float *exponentials_t,
                            int64_t V, int64_t gold, float m, float M, float inverse_temperature, Factors by, int dtype,
                            int teacher_dtype) {
@@ -244,17 +244,17 @@ static void write_gradient(char *row, const void *teacher, const float *exponent
     }
 }
 
-/* 0, NO_MEMORY or NO_SUCH_TOKEN (a target outside the vocabulary). */
+/* Processes `count` rows of a chunk. Returns 0, NO_MEMORY or NO_SUCH_TOKEN (a target is outside the vocabulary). */
 int rows(
     void *student,         /* (rows, V), contiguous; overwritten by the gradient unless mode is STATISTICS_ALONE */
-    const void *teacher,   /* (count, V), contiguous, not tempered; NULL: none */
+    const void *teacher,   /* (count, V), contiguous, not tempered; NULL: no teacher */
     const int64_t *target, /* (rows,) */
-    float *statistics,     /* (11, rows): written, but read in modes GRADIENT_ALONE and TOKEN_CLOSED */
-    uint8_t *correct,      /* (rows,) the argmax is the target; NULL: not asked for */
+    float *statistics,     /* (11, rows): output; input of GRADIENT_ALONE; TOKEN_CLOSED also reads TEACHER_READ */
+    uint8_t *correct,      /* (rows,) output, whether the argmax is the target; NULL: not requested */
     const float *data, const float *teacher_weight, /* (rows,) in modes GRADIENT_ALONE and WEIGHTED */
     const float *uniform,                           /* (rows,) or NULL */
-    const int64_t *places, /* (count,) the rows to do; NULL: all. `teacher` has those alone */
-    int64_t count, int64_t stride, int64_t V, /* stride: of `statistics`, the rows in all */
+    const int64_t *places, /* (count,) indices of the rows to process, the only ones in `teacher`; NULL: all rows */
+    int64_t count, int64_t stride, int64_t V, /* stride: total number of rows, that is, the stride of `statistics` */
     int dtype, int teacher_dtype, int mode, int threads, int read_argmax, int untempered_gate,
     float inverse_temperature, float gold_weight, float every_weight, float penalty, float scale
 ) {
@@ -311,7 +311,7 @@ int rows(
             found[KL * stride] = teacher ? (float)(sums.difference / sums.teacher) - log_L + log_l : 0;
             found[TEACHER_ENTROPY * stride] = teacher ? log_L - (float)(sums.teacher_entropy / sums.teacher) : 0;
             if (mode == STATISTICS_ALONE || (mode == TOKEN_CLOSED && student_read > teacher_read)) continue;
-            /* Gate "token", strict: where both agree exactly the data teaches. */
+            /* Gate "token", a strict inequality: a token of equal probability is learned from the data. */
             float to_teacher = student_read > teacher_read, to_data = 1 - to_teacher, to_uniform = 0;
             if (mode == WEIGHTED) {
                 to_data = data[row];

@@ -1,10 +1,10 @@
-"""The row mathematics of one chunk on the C kernel: `row_step` does what `rows.row_step` does, on CPUs.
+"""The row step on the C kernel, for CPUs: `row_step` computes what `rows.row_step` computes.
 
-kernels.c is compiled for the processor in hand on first use, by the C compiler of the machine (some tenths of a
-second), and kept in ``~/.cache/hgkd_fairseq``, where nobody else may write. `usable` says whether that works here.
+kernels.c is compiled for this machine's processor on first use, by the machine's C compiler (some tenths of a second),
+and cached in ``~/.cache/hgkd_fairseq``, to which no other user may write. `usable` returns whether this works.
 
-    gate "token", and weights that are known   one call: statistics, gate and gradient while a row is in the cache
-    any other gate                             two, and the gate's torch function between them
+    gate "token" or known weights   one call of the kernel: statistics, gate and gradient while a row is in the cache
+    any other gate                  two calls, with the gate's torch function between them
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from hgkd_fairseq.loss.options import Decide, Options, Sparse, TokenResults, dec
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.c")
-# No flag that changes what nan and inf do: an overflow in the logits must reach fairseq's loss scaler as it is.
+# No flag that changes the semantics of nan and inf: fairseq's loss scaler must see an overflow in the logits.
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 COMPILE_TIMEOUT_S = 60
 
-# The order of the kernel's enums. The last is known where the compiler has _Float16: `dtypes`.
+# In the order of the kernel's enums. fp16 is supported only if the compiler has _Float16: see `dtypes`.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STATISTICS_ALONE, GRADIENT_ALONE, WEIGHTED, TOKEN, TOKEN_CLOSED = range(5)
 STATISTICS = (
@@ -48,28 +48,32 @@ NO_MEMORY, NO_SUCH_TOKEN = 1, 2
 
 
 def compiler() -> str | None:
-    """The C compiler: the program of the variable CC, else cc, gcc or clang."""
+    """Return the path of the C compiler, or None: the program in the variable CC, else cc, gcc or clang."""
     return next(filter(None, map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")))), None)
 
 
 def processor() -> str:
-    """What "-march=native" depends on: a home folder may be shared by machines of several kinds."""
+    """Return a description of what "-march=native" depends on, because machines may share a home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    # x86 lists "flags", Arm "Features" and the number of the core's design.
+    # x86 lists "model name" and "flags", Arm "Features" and "CPU part", the number of the core's design.
     kinds = {line for line in lines if line.startswith(("model", "flags", "Features", "CPU part"))}
     return f"{platform.machine()} {platform.processor()} {sorted(kinds)}"
 
 
 def name_of(content: bytes, key: str) -> str:
-    """The name of a compiled kernel: what it was compiled from and for, and what it is."""
+    """Return the file name of a compiled kernel: it contains the key of its inputs and a hash of its content."""
     return f"rows-{key}-{hashlib.sha256(content).hexdigest()[:32]}.so"
 
 
 def whole(file: Path, key: str) -> bool:
-    """Whether a file of the cache is what was put there: this user's, written by nobody else, not cut short."""
+    """Return whether a cached file is intact: owned by this user, not writable by others, with the content in its name.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     status = file.lstat()
     return (
         stat.S_ISREG(status.st_mode)
@@ -80,11 +84,13 @@ def whole(file: Path, key: str) -> bool:
 
 
 def library() -> Path:
-    """The compiled kernel, compiled first where it is not in the cache. Where the cache cannot be used it is compiled
-    for this process alone, and a warning says why.
+    """Return the path of the compiled kernel, from the cache or compiled into it.
+
+    If that fails, log a warning and compile the kernel into a temporary folder, for this process only.
 
     Raises:
         OSError: there is no compiler, it fails, or nothing can be written.
+        subprocess.TimeoutExpired: the compiler takes more than COMPILE_TIMEOUT_S.
     """
     program = compiler()
     if program is None:
@@ -97,9 +103,9 @@ def library() -> Path:
         for file in folder.glob(f"rows-{key}-*.so"):
             if whole(file, key):
                 return file
-            file.unlink()  # cut short, or not this user's alone
+            file.unlink()  # truncated, or other users may have changed it
         return compiled(program, folder, key)
-    except (OSError, RuntimeError) as error:  # also of a cache that is full, or read-only
+    except (OSError, RuntimeError) as error:  # also a file system that is full or read-only
         logger.warning("the row kernel is compiled for this process alone: %s", error)
         folder = Path(tempfile.mkdtemp(prefix="hgkd_fairseq-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -107,8 +113,8 @@ def library() -> Path:
 
 
 def compiled(program: str, folder: Path, key: str) -> Path:
-    """Compile the kernel into `folder`."""
-    # Under another name first: several workers may start at once, and one may be killed.
+    """Compile the kernel into `folder` and return its path; raises OSError if the compiler fails."""
+    # Under a temporary name first, because several workers may start at once, and one may be killed.
     descriptor, made = tempfile.mkstemp(suffix=".so", dir=folder)
     os.close(descriptor)
     try:
@@ -128,19 +134,19 @@ def compiled(program: str, folder: Path, key: str) -> Path:
 
 @functools.cache
 def loaded() -> ctypes.CDLL:
-    """The library of kernels.c."""
+    """Return the loaded library of kernels.c, compiled if needed; raises what `library` raises."""
     return ctypes.CDLL(str(library()))
 
 
 @functools.cache
 def dtypes() -> tuple[torch.dtype, ...]:
-    """Of logits, those that the kernel reads and writes."""
+    """Return the dtypes of logits that the kernel supports."""
     return DTYPES if loaded().knows_half() else DTYPES[:-1]
 
 
 @functools.cache
 def kernel():
-    """The function `rows` of kernels.c."""
+    """Return the function `rows` of kernels.c; raises what `library` raises."""
     function = loaded().rows
     pointer, size, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
     function.argtypes = [*[pointer] * 9, *[size] * 3, *[number] * 6, *[real] * 5]
@@ -149,7 +155,7 @@ def kernel():
 
 
 def usable(device: torch.device | str) -> str | None:
-    """None where `row_step` runs on `device` and agrees with plain torch; otherwise why not, as an error message."""
+    """Return None if `row_step` runs on `device` and agrees with plain torch, otherwise an error message."""
     device = torch.device(device)
     return _usable() if device.type == "cpu" else f'the row kernel is for CPUs, and this is "{device}".'
 
@@ -158,7 +164,7 @@ def usable(device: torch.device | str) -> str | None:
 def _usable() -> str | None:
     try:
         kernel()
-    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:  # RuntimeError: there is no home folder
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
         return f"the row kernel cannot be compiled or loaded: {error}"
     difference = rows.difference_of(row_step, torch.device("cpu"))
     if not difference < rows.LARGEST_DIFFERENCE:
@@ -167,11 +173,11 @@ def _usable() -> str | None:
 
 
 class Chunk:
-    """C rows of the student's logits, and what the kernel finds of them.
+    """C rows of the student's logits, with the statistics and the gradient that calls of the kernel compute for them.
 
-    Raises of its calls:
-        IndexError: a target outside the vocabulary.
-        MemoryError: there is no room for two rows a thread.
+    `run` calls the kernel; it raises:
+        IndexError: a target is outside the vocabulary.
+        MemoryError: two rows of fp32 per thread cannot be allocated.
     """
 
     def __init__(self, logits: Tensor, target: Tensor, options: Options, gradient_scale: float | None):
@@ -186,13 +192,13 @@ class Chunk:
         weights: GateWeights | None = None,  # (C,)
         teacher: Tensor | None = None,  # (G, V)
         temperature: float = 1.0,
-        places: Tensor | None = None,  # (G,) int64, the rows to do; None: all
+        places: Tensor | None = None,  # (G,) int64, indices of the rows to process; None: all
     ) -> None:
         options, (count, vocabulary) = self.options, self.student.shape
         if teacher is not None:
             teacher = (teacher if teacher.dtype in dtypes() else teacher.float()).contiguous()
         kinds = [DTYPES.index(one.dtype) for one in (self.student, self.student if teacher is None else teacher)]
-        # Kept until the kernel has run.
+        # A reference keeps the converted tensors alive until the kernel has run.
         known = [None if part is None else part.float().contiguous() for part in weights or [None] * 3]
         tensors = (self.student, teacher, self.target, self.found, self.correct, *known, places)
         failed = kernel()(
@@ -214,7 +220,7 @@ class Chunk:
 
 
 def row_step(
-    student_logits: Tensor,  # (C, V), overwritten by the gradient where they are contiguous
+    student_logits: Tensor,  # (C, V), overwritten by the gradient if contiguous
     teacher_logits: list[Tensor],  # (C, V) each, not tempered
     target: Tensor,  # (C,) int64
     decide: Decide,
@@ -222,22 +228,24 @@ def row_step(
     gradient_scale: float | None,
     sparse: Sparse | None = None,
 ) -> tuple[TokenResults, Tensor | None]:
-    """As :func:`hgkd_fairseq.loss.rows.row_step`, with the gradient written over `student_logits`.
+    """Compute what :func:`hgkd_fairseq.loss.rows.row_step` computes, and write the gradient over `student_logits`.
+
+    Inputs and options that the kernel does not support are left to that function.
 
     Raises:
-        IndexError: a target outside the vocabulary.
-        MemoryError: there is no room for two rows a thread.
+        IndexError: a target is outside the vocabulary.
+        MemoryError: two rows of fp32 per thread cannot be allocated.
     """
     dtype, ensemble = student_logits.dtype, len(teacher_logits) > 1
-    # A row of an ensemble has a mean probability for each temperature.
     if sparse is not None and sparse.rest is None and dtype == torch.float32:
         return sparse_step(student_logits, sparse, target, decide, options, gradient_scale)
     ordinary = dtype in dtypes() and options.fused and sparse is None
+    # An ensemble is passed as its mean probabilities at one temperature; a gate that reads untempered needs two.
     if not ordinary or (ensemble and options.reads_untempered):
         return rows.row_step(student_logits, teacher_logits, target, decide, options, gradient_scale, sparse)
     temperature, teacher = options.teacher_temperature, None
     if ensemble:
-        # log of the mean probability: logits at temperature 1
+        # The log of the mean probability, which are logits at temperature 1.
         teacher = rows.mean_probability(teacher_logits, 1 / temperature, torch.float32).log_()
         temperature = 1.0
     elif teacher_logits and options.gate.needs_teacher:
@@ -262,14 +270,14 @@ def row_step(
 
 
 def sparse_step(
-    student_logits: Tensor,  # (C, V) fp32, overwritten by the gradient where they are contiguous
+    student_logits: Tensor,  # (C, V) fp32, overwritten by the gradient if contiguous
     sparse: Sparse,  # (C, K) without a rest
     target: Tensor,
     decide: Decide,
     options: Options,
     gradient_scale: float | None,
 ) -> tuple[TokenResults, Tensor | None]:
-    """`row_step` with a sparse teacher: p's part of the gradient is the kernel's, q's is taken from its tokens."""
+    """Do `row_step` for a sparse teacher without a rest: the kernel computes the part of p, torch adds that of q."""
     chunk = Chunk(student_logits, target, options, gradient_scale)
     chunk.run(STATISTICS_ALONE)
     found = chunk.statistics()

@@ -1,1 +1,1 @@
-"""The rows of a chunk in Triton kernels, for a GPU."""
+"""The row step on Triton kernels, for GPUs."""

@@ -1,28 +1,29 @@
-"""The row mathematics of one chunk as Triton kernels: logits in, per-token results out, the gradient in place.
+"""Triton kernels of the row step: from a chunk's logits to per-token results, and the gradient in place.
 
-One program a row, two passes over it, everything in fp32. For the student's logits z and the teacher's t of one row of
-V, and the teacher's temperature tau,
+One program per row makes two passes over the row, in fp32. For the student's logits z and the teacher's logits t of a
+row of V, and the teacher's temperature tau:
 
     pass 1   m = max z                      l = sum exp(z - m)
              M = max t                      L = sum exp((t - M) / tau)
              KL = sum q ((t - M) / tau - (z - m)) - log L + log l,          q = exp((t - M) / tau) / L
-    gate     (data, teacher), in the kernel for the gates "token" and "none", in torch between two kernels for others
+    gate     (data, teacher), in the kernel for the gates "token" and "none", else in torch between two kernels
     pass 2   dz = (data + teacher) p - teacher q - data eps_i - data (1 - eps - eps_i) onehot,     p = exp(z - m) / l
 
-Where it lives. A row goes by in tiles of DEPTH x THREADS x VECTOR logits, VECTOR neighbours in one load. Each thread
-keeps its own maxima and sums of pass 1 in registers, rescaled once a tile; threads exchange (through shared memory, 4
-bytes a warp) only once a row. Pass 2 reads the row again, from L2 while the rows in flight fit there, and writes dz
-over z. Nothing of size V but the logits is in memory. Rows may lie further apart than V: where the distance is a
-multiple of 16 bytes a thread loads 16 bytes at a time whatever V is, the columns between V and the next multiple too.
+Memory. A row is processed in tiles of DEPTH x THREADS x VECTOR logits, with VECTOR consecutive logits per load. In pass
+1, each thread keeps its own maxima and sums in registers and rescales them once per tile; threads exchange data
+(through shared memory, 4 bytes per warp) only at the end of the row. Pass 2 reads the row again, from L2 as long as all
+rows in flight fit there, and writes dz over z. The logits are the only arrays of size V in memory. The stride of the
+rows may exceed V: if it is a multiple of 16 bytes, a thread loads 16 bytes at a time for any V, including the columns
+from V to the next multiple.
 
-Bytes a row, of logits of b bytes: pass 1 reads 2 V b, pass 2 reads 2 V b and writes V b; a row that the gate leaves to
-the data is spared the teacher's V b in pass 2. Without a teacher: V b, V b and V b.
+Traffic per row, for logits of b bytes: pass 1 reads 2 V b, pass 2 reads 2 V b and writes V b. For a row with teacher
+weight 0, pass 2 does not read the teacher's V b. Without a teacher, pass 1 reads V b, pass 2 reads V b and writes V b.
 
-Numerics. exp(z - m) / l and never exp(z - lse): lse is rounded at the size of m. KL is one expectation of a difference
-of logits already shifted by their maxima. A weight below NEGLIGIBLE adds nothing to it, so that a student's logit of
--inf costs nothing where the teacher's probability is 0 too (0 * inf). Maxima start at LOWEST, not at -inf, because
--inf - -inf is nan. Student and teacher go through the same operations: at tau = 1 equal logits have equal
-log-probabilities, to the bit.
+Numerics. p is exp(z - m) / l, not exp(z - lse), because the rounding error of lse grows with m. KL is one expectation
+of a difference of logits that are already shifted by their maxima. A weight below NEGLIGIBLE contributes 0, so that a
+student's logit of -inf does not give nan (0 * inf) where the teacher's probability is 0 too. Maxima start at LOWEST,
+not at -inf, because -inf - -inf is nan. Student and teacher go through the same operations, so that at tau = 1 equal
+logits have bitwise equal log-probabilities.
 """
 
 import triton
@@ -33,15 +34,15 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1e38)  # below every logit; finite also when multiplied by log2(e)
 NEGLIGIBLE = tl.constexpr(1e-20)
 MINUS_INF = tl.constexpr(float("-inf"))
-# No constant that is nan: Triton compares a kernel's globals with those it was compiled with, and nan differs from nan.
+# No global constant may be nan: Triton compares a kernel's globals with those of its compilation, and nan != nan.
 
-# Rows of `results` (7, C) fp32, of `flags` (2, C) int8 and of `statistics` (5, C) fp32. One base pointer each: the
-# address of a row of an odd number of tokens would be aligned or not, and either would be compiled.
+# Rows of `results` (7, C) fp32, of `flags` (2, C) int8 and of `statistics` (5, C) fp32. Each has one base pointer:
+# pointers to rows would be aligned or not, depending on the number of tokens, and each case would be compiled.
 LOSS, NLL, DATA_TERM, KL, STUDENT_READ, TEACHER_READ, CONFIDENCE = (tl.constexpr(i) for i in range(7))
 TEACHER, CORRECT = (tl.constexpr(i) for i in range(2))
 STUDENT_MAX, STUDENT_SUM, TEACHER_MAX, TEACHER_SUM, ENTROPY = (tl.constexpr(i) for i in range(5))
 
-# Integers and addresses that change from chunk to chunk: not worth a compilation for those divisible by 16.
+# Integers and addresses that change from chunk to chunk: Triton shall not compile further kernels for multiples of 16.
 _UNSPECIALIZED = {
     "do_not_specialize": ["rows"],
     "do_not_specialize_on_alignment": ["target", "data_weight", "teacher_weight"],
@@ -50,7 +51,7 @@ _UNSPECIALIZED = {
 
 @triton.jit
 def _columns(start, THREADS: tl.constexpr, VECTOR: tl.constexpr, DEPTH: tl.constexpr):
-    """(DEPTH, THREADS, VECTOR) column of each element of a tile: a thread has DEPTH loads of VECTOR neighbours."""
+    """Return the column of each element of a tile, (DEPTH, THREADS, VECTOR); a load has VECTOR consecutive columns."""
     depth = tl.arange(0, DEPTH)[:, None, None]
     thread = tl.arange(0, THREADS)[None, :, None]
     return start + (depth * THREADS + thread) * VECTOR + tl.arange(0, VECTOR)[None, None, :]
@@ -58,8 +59,10 @@ def _columns(start, THREADS: tl.constexpr, VECTOR: tl.constexpr, DEPTH: tl.const
 
 @triton.jit
 def _load(row, column, V: tl.constexpr, WIDTH: tl.constexpr):
-    """The logits of these columns in fp32, -inf outside the row. Whole vectors are loaded, up to WIDTH; what stands
-    there beyond V may be anything."""
+    """Return the logits of these columns in fp32, -inf for columns from V on.
+
+    Whole vectors are loaded, up to column WIDTH; the values in memory from V on are arbitrary.
+    """
     z = tl.load(row + column, mask=column < WIDTH, other=MINUS_INF).to(tl.float32)
     if WIDTH != V:
         z = tl.where(column < V, z, MINUS_INF)
@@ -68,15 +71,16 @@ def _load(row, column, V: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _sum(x):
-    """(THREADS,) sum of what each thread has of a tile."""
+    """Return the sum over the elements of each thread, (THREADS,), of a tile (DEPTH, THREADS, VECTOR)."""
     return tl.sum(tl.sum(x, 2), 0)
 
 
 @triton.jit
 def _meet(sums, factor):
-    """Sum over the threads of `sums` (THREADS,), each rescaled.
+    """Return the sum over the threads of `sums` (THREADS,) times `factor` (THREADS,).
 
-    With fma the product is rounded. With * the compiler may fuse it into the sum, for the student and not the teacher.
+    The fma rounds the product. The compiler could fuse a plain product into the sum for the student and not for the
+    teacher, whose results would then differ.
     """
     return tl.sum(tl.fma(sums, factor, 0.0), 0)
 
@@ -84,7 +88,7 @@ def _meet(sums, factor):
 @triton.jit
 def _row_statistics(
     student_row,  # pointer to (V,) logits
-    teacher_row,  # likewise
+    teacher_row,  # pointer to (V,) logits
     target,  # int32 scalar
     inverse_temperature,
     gold_weight,
@@ -101,19 +105,22 @@ def _row_statistics(
     GATE_TEMPERATURE: tl.constexpr,
     TEACHER_ENTROPY: tl.constexpr,
 ):
-    """Pass 1. Exponents are in bits, (z - m) log2(e): the hardware's exponential is of base 2."""
+    """Compute pass 1 of a row and return its statistics, scalars.
+
+    Exponents have base 2, (z - m) log2(e), because the hardware's exponential does.
+    """
     TILE: tl.constexpr = DEPTH * THREADS * VECTOR
     teacher_bits = inverse_temperature * LOG2E
     m_s = tl.full((THREADS,), LOWEST, tl.float32)
     l_s = tl.zeros((THREADS,), tl.float32)
     m_t = tl.full((THREADS,), LOWEST, tl.float32)
     l_t = tl.zeros((THREADS,), tl.float32)
-    untempered = tl.zeros((THREADS,), tl.float32)  # the teacher's l at temperature 1
+    untempered = tl.zeros((THREADS,), tl.float32)  # the teacher's sum of exponentials at temperature 1
     difference = tl.zeros((THREADS,), tl.float32)  # sum of exp(t) (t - z), both shifted by the thread's maxima
     surprise = tl.zeros((THREADS,), tl.float32)  # sum of exp(t) t, shifted by the thread's maximum
     shifted_sum = tl.zeros((THREADS,), tl.float32)  # sum of the shifted z
-    place = tl.zeros((THREADS,), tl.int32)  # of the first maximum
-    seen = 0.0  # tokens of each thread before this tile: only the last tile is ragged
+    place = tl.zeros((THREADS,), tl.int32)  # column of the first maximum
+    seen = 0.0  # columns of each thread before this tile; only the last tile may be incomplete
     for start in range(0, WIDTH, TILE):
         column = _columns(start, THREADS, VECTOR, DEPTH)
         z = _load(student_row, column, V, WIDTH)
@@ -150,7 +157,7 @@ def _row_statistics(
                 )
             m_t = top_t
 
-    # In pass 2 other threads write dz over this logit: it is read here, before the threads meet.
+    # Read before the threads synchronise: in pass 2 other threads overwrite this logit with dz.
     known = (target >= 0) & (target < V)
     gold_logit = tl.load(student_row + target, mask=known, other=float("nan")).to(tl.float32)
     read_logit = gold_logit
@@ -164,7 +171,7 @@ def _row_statistics(
     data_term = -gold_weight * gold
     if SMOOTHING:
         last = _columns((WIDTH - 1) // TILE * TILE, THREADS, VECTOR, DEPTH)
-        tokens = (WIDTH - 1) // TILE * (DEPTH * VECTOR) + _sum(tl.where(last < V, 1.0, 0.0))  # of each thread
+        tokens = (WIDTH - 1) // TILE * (DEPTH * VECTOR) + _sum(tl.where(last < V, 1.0, 0.0))  # columns of each thread
         total = LN2 * tl.sum(shifted_sum + tokens * moved, 0)
         data_term -= every_weight * (total - V * student_log)
     student_read = gold
@@ -223,7 +230,7 @@ def _write_gradient(
     DEPTH: tl.constexpr,
     HAS_TEACHER: tl.constexpr,
 ):
-    """Pass 2."""
+    """Compute pass 2 of a row: write the gradient over the student's logits."""
     teacher_bits = inverse_temperature * LOG2E
     for start in range(0, WIDTH, DEPTH * THREADS * VECTOR):
         column = _columns(start, THREADS, VECTOR, DEPTH)
@@ -265,10 +272,10 @@ def _finish_row(
     HAS_TEACHER: tl.constexpr,
     MAKE_GRADIENT: tl.constexpr,
 ):
-    """What follows the gate: the weighted loss and the gradient."""
+    """Compute what follows the gate: the weighted loss and, if MAKE_GRADIENT, the gradient."""
     loss = data * data_term
     if HAS_TEACHER:
-        loss += tl.where(teacher != 0, teacher * kl, 0.0)  # 0 inf is 0: see equations.weighted
+        loss += tl.where(teacher != 0, teacher * kl, 0.0)  # 0 * inf counts as 0, as in equations.weighted
     tl.store(results + LOSS * rows + row, loss)
     tl.store(flags + TEACHER * rows + row, (teacher > 0).to(tl.int8))
     if MAKE_GRADIENT:
@@ -279,7 +286,7 @@ def _finish_row(
         gold = data * gold_weight
         every = data * every_weight
         if HAS_TEACHER:
-            if teacher != 0:  # nan too
+            if teacher != 0:  # true for nan
                 _write_gradient(
                     student_row, teacher_row, target, student_max, student_factor, teacher_max, teacher_factor,
                     inverse_temperature, gold, every, V, WIDTH, THREADS, VECTOR, DEPTH, True,
@@ -298,7 +305,7 @@ def _finish_row(
 
 @triton.jit(**_UNSPECIALIZED)
 def token_rows(
-    student_logits,  # (C, V), overwritten by dz where MAKE_GRADIENT
+    student_logits,  # (C, V), overwritten by dz if MAKE_GRADIENT
     teacher_logits,  # (C, V)
     target,  # (C,) int64
     results,  # (7, C) fp32
@@ -322,7 +329,7 @@ def token_rows(
     GATE_TEMPERATURE: tl.constexpr,
     MAKE_GRADIENT: tl.constexpr,
 ):
-    """Both passes and the gate "token", g = 1[p > q]; without a teacher the gate "none", g = 0."""
+    """Compute pass 1, the gate "token", g = 1[p > q] (without a teacher "none", g = 0), and what follows the gate."""
     row = tl.program_id(0).to(tl.int64)
     student_row = student_logits + row * STUDENT_STRIDE
     teacher_row = teacher_logits + row * TEACHER_STRIDE
@@ -333,7 +340,7 @@ def token_rows(
             V, WIDTH, THREADS, VECTOR, DEPTH, HAS_TEACHER, SMOOTHING, ARGMAX, GATE_ON_ARGMAX, GATE_TEMPERATURE, False,
         )
     )  # fmt: skip
-    teacher = tl.where(student_read > teacher_read, 1.0, 0.0)  # strict: where both agree exactly the data teaches
+    teacher = tl.where(student_read > teacher_read, 1.0, 0.0)  # strict: 0 at equal probabilities
     tl.store(results + NLL * rows + row, -gold)
     tl.store(results + DATA_TERM * rows + row, data_term)
     tl.store(results + KL * rows + row, kl)
@@ -354,8 +361,8 @@ def statistics_rows(
     student_logits,  # (C, V)
     teacher_logits,  # (C, V)
     target,  # (C,) int64
-    results,  # (7, C) fp32: all but LOSS are written
-    flags,  # (2, C) int8: CORRECT is written
+    results,  # (7, C) fp32: all but LOSS are written, CONFIDENCE only if ARGMAX
+    flags,  # (2, C) int8: CORRECT is written if ARGMAX
     statistics,  # (5, C) fp32
     rows,  # C
     inverse_temperature,
@@ -375,7 +382,7 @@ def statistics_rows(
     GATE_TEMPERATURE: tl.constexpr,
     TEACHER_ENTROPY: tl.constexpr,
 ):
-    """Pass 1 alone, for a gate that is a torch function."""
+    """Compute pass 1, for a gate that is then evaluated in torch."""
     row = tl.program_id(0).to(tl.int64)
     student_row = student_logits + row * STUDENT_STRIDE
     teacher_row = teacher_logits + row * TEACHER_STRIDE
@@ -405,7 +412,7 @@ def statistics_rows(
 
 @triton.jit(**_UNSPECIALIZED)
 def gradient_rows(
-    student_logits,  # (C, V), overwritten by dz where MAKE_GRADIENT
+    student_logits,  # (C, V), overwritten by dz if MAKE_GRADIENT
     teacher_logits,  # (C, V)
     target,  # (C,) int64
     results,  # (7, C) fp32: LOSS is written, DATA_TERM and KL are read
@@ -428,7 +435,7 @@ def gradient_rows(
     HAS_TEACHER: tl.constexpr,
     MAKE_GRADIENT: tl.constexpr,
 ):
-    """The weighted loss and pass 2, after the gate."""
+    """Compute what follows the gate, with its weights: the weighted loss and, if MAKE_GRADIENT, the gradient."""
     row = tl.program_id(0).to(tl.int64)
     _finish_row(
         student_logits + row * STUDENT_STRIDE,

@@ -1,9 +1,9 @@
-"""The row mathematics of one chunk on the Triton kernels: `row_step` does what `rows.row_step` does, on CUDA devices.
+"""The row step on the Triton kernels, for CUDA devices: `row_step` computes what `rows.row_step` computes.
 
-Imported only where it is asked for: Triton is an optional dependency. `usable` says whether it runs on a device.
+Triton is an optional dependency and imported only on use. `usable` returns whether the kernels run on a device.
 
     gate "token" or "none"   one launch: statistics, gate and gradient
-    any other gate           two, and the gate's torch function between them on the device; the host never waits
+    any other gate           two launches, with the gate's torch function between them; the host never waits
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ WARP = 32
 
 
 class Variant(NamedTuple):
-    """One kernel as it is compiled."""
+    """A kernel with the values for which it is compiled."""
 
-    kernel: str  # a name in triton_kernels
-    constants: dict[str, int | bool]  # its constexpr arguments
+    kernel: str  # the name of a function in kernels.py
+    constants: dict[str, int | bool]  # the constexpr arguments
     num_warps: int
 
 
 def launch_shape(stride: int, itemsize: int) -> tuple[int, int, int]:
-    """(num_warps, VECTOR, DEPTH): a thread takes DEPTH loads of VECTOR neighbouring logits from each tile.
+    """Return (num_warps, VECTOR, DEPTH): a thread loads VECTOR consecutive logits DEPTH times from each tile.
 
-    A load of VECTOR logits has at most 16 bytes, and fewer where rows are not aligned to 16: `stride` logits apart.
-    DEPTH keeps a thread at 64 registers, so that a multiprocessor has room for two programs of 16 warps
-    (scripts/benchmarks/kernel_resources.py prints them). Measured on an H200, ms a chunk, gate token:
+    `stride` is the greatest common divisor of both heads' row strides, in logits of `itemsize` bytes. A load has at
+    most 16 bytes, and fewer if the stride is not a multiple of 16 bytes. DEPTH keeps a thread at 64 registers, so that
+    two programs of 16 warps fit on a multiprocessor (scripts/benchmarks/kernel_resources.py prints the registers).
+    Measured on an H200, ms per chunk, gate token:
 
         V, tokens, dtype        4 warps  8 warps  16 warps  32 warps        (DEPTH 2)
         37000, 3072, bf16        0.322    0.294     0.271     0.354
@@ -46,7 +47,7 @@ def launch_shape(stride: int, itemsize: int) -> tuple[int, int, int]:
         10152, 4096, bf16        0.116    0.097     0.149     0.189
         37000, 2048, fp32        0.555    0.538     0.491     0.340
 
-    One tile for the whole row (10152 in 16 warps and DEPTH 4) took 0.220: a row is read twice at any size.
+    A single tile for the whole row (10152 logits, 16 warps, DEPTH 4) took 0.220: the row is read twice all the same.
     """
     vector = math.gcd(stride, 16 // itemsize)
     num_warps = 4 if stride < 4096 else 8 if stride < 16384 else 16 if itemsize < 4 else 32
@@ -54,14 +55,17 @@ def launch_shape(stride: int, itemsize: int) -> tuple[int, int, int]:
 
 
 def fused(gate: Gate) -> bool:
-    """Whether the gate is one that the kernel knows: by its function, for any gate may bear any name."""
+    """Return whether the kernel implements the gate, which is recognised by its function: gates may have any name."""
     return gate.weights in (hard.token, hard.none)
 
 
 def variants(
     vocabulary: int, strides: tuple[int, int], itemsize: int, options: Options, make_gradient: bool
 ) -> list[Variant]:
-    """The kernels that a step launches, in their order; `strides` are those of the student's and the teacher's rows."""
+    """Return the kernels that a step launches, in order.
+
+    `strides` are those of the rows of the student's and the teacher's logits, in logits; `itemsize` is in bytes.
+    """
     num_warps, vector, depth = launch_shape(math.gcd(*strides), itemsize)
     student, teacher_stride = strides
     shape = {
@@ -93,7 +97,7 @@ def variants(
 
 
 def all_variants(vocabulary: int, itemsize: int) -> list[Variant]:
-    """Every kernel that any options can launch at a vocabulary, on rows as `chunked` lays them out on a GPU."""
+    """Return all kernels that `row_step` can launch at a vocabulary, for rows with the stride of `chunked` on a GPU."""
     found = []
     strides = (chunked.row_stride(vocabulary, itemsize),) * 2
     split = (
@@ -111,7 +115,7 @@ def all_variants(vocabulary: int, itemsize: int) -> list[Variant]:
 
 
 def _launch(variant: Variant, logits: Tensor, *arguments: Tensor | float) -> None:
-    """One program a row."""
+    """Launch a kernel with one program per row."""
     from hgkd_fairseq.loss.triton import kernels as triton_kernels
 
     kernel = getattr(triton_kernels, variant.kernel)
@@ -119,15 +123,17 @@ def _launch(variant: Variant, logits: Tensor, *arguments: Tensor | float) -> Non
 
 
 def _rows(logits: Tensor) -> Tensor:
-    """Rows of neighbouring logits that do not overlap, at whatever distance; a copy where these are others."""
+    """Return the logits with contiguous, non-overlapping rows at any stride: as they are if possible, else a copy."""
     plain = logits.stride(1) == 1 and logits.stride(0) >= logits.size(1)
     return logits if plain else logits.contiguous()
 
 
 def _known(student_logits: Tensor, teachers: int, options: Options) -> bool:
-    """Whether the kernels can do it. They read one teacher at one temperature (an ensemble has other means at tau and
-    at 1), know no fp64, no confidence penalty, no uniform term and one divergence, and read the gold token or the
-    argmax."""
+    """Return whether the kernels support logits, number of teachers and options.
+
+    They support one divergence, the gold token or the argmax as the token that the gate reads, and an ensemble only if
+    gate and loss read it at the same temperature; not fp64, a confidence penalty or a uniform term.
+    """
     return not (
         student_logits.dtype not in DTYPES
         or not student_logits.size(0)
@@ -139,7 +145,7 @@ def _known(student_logits: Tensor, teachers: int, options: Options) -> bool:
 
 
 def row_step(
-    student_logits: Tensor,  # (C, V), overwritten by the gradient where the logits of a row are neighbours
+    student_logits: Tensor,  # (C, V), overwritten by the gradient if its rows are contiguous
     teacher_logits: list[Tensor],  # (C, V) each, not tempered
     target: Tensor,  # (C,) int64
     decide: Decide,
@@ -147,10 +153,10 @@ def row_step(
     gradient_scale: float | None,
     sparse: Sparse | None = None,
 ) -> tuple[TokenResults, Tensor | None]:
-    """As :func:`hgkd_fairseq.loss.rows.row_step`, with the gradient written over `student_logits`.
+    """Compute what :func:`hgkd_fairseq.loss.rows.row_step` computes, and write the gradient over `student_logits`.
 
-    Where rows lie further apart than V, what stands between them may be overwritten. A target outside the vocabulary
-    gives nan.
+    Inputs and options that the kernels do not support are left to that function. If the stride of the rows exceeds V,
+    the memory between them may be overwritten. A target outside the vocabulary gives nan.
     """
     tokens, vocabulary = student_logits.shape
     if sparse is not None or not _known(student_logits, len(teacher_logits), options):
@@ -162,7 +168,7 @@ def row_step(
     elif len(teacher_logits) == 1:
         teacher = _rows(teacher_logits[0])
     else:
-        # log of the mean probability: logits at temperature 1
+        # The log of the mean probability, which are logits at temperature 1.
         teacher = rows.mean_probability(teacher_logits, 1 / temperature, torch.float32).log_()
         temperature = 1.0
 
@@ -181,7 +187,7 @@ def row_step(
             statistics = torch.empty((5, tokens), dtype=torch.float32, device=student.device)
             _launch(steps[0], *outputs, statistics, *scalars)
             asked = rows.asked(options, statistics[4])
-            weights = decided(decide, results[4], results[5], *asked)  # what the gate reads
+            weights = decided(decide, results[4], results[5], *asked)  # STUDENT_READ, TEACHER_READ
             data, teacher_weight = (weight.to(torch.float32).contiguous() for weight in weights[:2])
             teacher_share = weights.teacher_share
             _launch(steps[1], *outputs, statistics, data, teacher_weight, *scalars, scale)
@@ -195,7 +201,7 @@ def row_step(
 
 
 def usable(device: torch.device | str) -> str | None:
-    """None where `row_step` runs on `device` and agrees with plain torch; otherwise why not, as an error message."""
+    """Return None if `row_step` runs on `device` and agrees with plain torch, otherwise an error message."""
     device = torch.device(device)
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
