@@ -10,7 +10,7 @@ VERSION = next(
     if line.startswith("__version__")
 )
 
-# A package index shows the page alone: a link to a file beside it names the file, which the source distribution has.
+# A package index shows this page alone, so links to other files become their names; the source distribution has them.
 README = re.sub(r"\[([^]]+)\]\((?!\w+:)([^)]+)\)", r"\1 (`\2`)", (HERE / "README.md").read_text())
 
 setup(
@@ -22,7 +22,7 @@ setup(
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["hgkd_fairseq", "hgkd_fairseq.*"]),
     package_data={"hgkd_fairseq": ["methods.toml"], "hgkd_fairseq.loss.native": ["*.c"]},
-    # Ranges; the set that is tested is pinned in scripts/constraints.txt.
+    # Version ranges; the tested versions are pinned in scripts/constraints.txt.
     install_requires=[
         "torch>=2.6",
         "ve-fairseq>=0.12.3,<0.13",

@@ -1,4 +1,4 @@
-"""Arguments of our commands: numbers in their range, files that can be written, inputs that stay as they are."""
+"""Argument types and shared options of the `hgkd` commands: numbers in a range, and checked input and output files."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 from hgkd_fairseq import files
 from hgkd_fairseq.errors import UserError, printable
 
-COMPUTED = ("bleu", "chrf", "ter")  # metrics that no file gives
-TOKENIZERS = ("13a", "none", "intl", "zh", "char")  # some of sacreBLEU's for BLEU, its default first
+COMPUTED = ("bleu", "chrf", "ter")  # metrics that this package computes; files of scores need other names
+TOKENIZERS = ("13a", "none", "intl", "zh", "char")  # supported tokenizers of sacreBLEU for BLEU, the default first
 
 
 class Parser(argparse.ArgumentParser):
-    """Of the command and of its subcommands, which argparse makes of the same class."""
+    """Argument parser with the option ``--debug``. argparse makes the parsers of subcommands from the same class."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -27,7 +27,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(low: float, high: float = 2**53, kind: type = int) -> Callable[[str], float]:
-    """An argument's type: a number from `low` to `high`, a whole one unless `kind` is float."""
+    """Return an argparse type for numbers.
+
+    The returned function raises argparse.ArgumentTypeError for text that is not a number in the range.
+
+    Args:
+        low: smallest allowed value.
+        high: largest allowed value.
+        kind: int, for whole numbers only, or float.
+    """
 
     def convert(text: str) -> float:
         what = "number" if kind is float else "whole number"
@@ -35,7 +43,7 @@ def number(low: float, high: float = 2**53, kind: type = int) -> Callable[[str],
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{printable(text[:40])} is no {what}") from None
-        if not low <= value <= high:  # NaN is not
+        if not low <= value <= high:  # false for NaN
             limits = f"above {low - 1}" if (low, kind) == (1, int) and value < low else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"{printable(text[:40])} is no {what} {limits}")
         return value
@@ -44,7 +52,11 @@ def number(low: float, high: float = 2**53, kind: type = int) -> Callable[[str],
 
 
 def part(text: str) -> tuple[int, int]:
-    """An argument's type: I/N, the part I of N, as (I - 1, N)."""
+    """Convert the text "I/N", part I of N parts, to (I - 1, N). This is an argparse type.
+
+    Raises:
+        argparse.ArgumentTypeError: the text has another form, or I is not from 1 to N.
+    """
     first, slash, count = text.partition("/")
     if not (slash and first.isdecimal() and count.isdecimal() and len(text) < 16 and 1 <= int(first) <= int(count)):
         raise argparse.ArgumentTypeError(f"{printable(text[:40])} is no part I/N, with I from 1 to N")
@@ -52,7 +64,11 @@ def part(text: str) -> tuple[int, int]:
 
 
 class Output(str):
-    """The name of a file that a command writes; it can be written: told before the work, not after it."""
+    """Argparse type for the name of a file to write, which is checked before the command does any work.
+
+    Raises:
+        argparse.ArgumentTypeError: the file cannot be written.
+    """
 
     def __new__(cls, text: str):
         try:
@@ -63,7 +79,11 @@ class Output(str):
 
 
 class NewOutput(Output):
-    """The name of a file or folder that is not there yet."""
+    """Argparse type for the name of a file or folder to create.
+
+    Raises:
+        argparse.ArgumentTypeError: it exists already or cannot be written.
+    """
 
     def __new__(cls, text: str):
         if os.path.lexists(text):
@@ -72,9 +92,13 @@ class NewOutput(Output):
 
 
 class Input(str):
-    """The name of what a command reads: a file, several with ':' between them, or a folder."""
+    """Argparse type for the name of an input: a file, several files separated by ':', or a folder.
 
-    content: tuple[str, ...] = ("*",)  # what is read of a folder
+    Raises:
+        argparse.ArgumentTypeError: the name is empty.
+    """
+
+    content: tuple[str, ...] = ("*",)  # patterns of the file names that are read in a folder
 
     def __new__(cls, text: str):
         if not text:
@@ -82,7 +106,7 @@ class Input(str):
         return super().__new__(cls, text)
 
     def is_read(self, output: str) -> bool:
-        """Whether an output would write over it, or over what is read in it."""
+        """Return whether writing the file `output` would overwrite this input, or a file that is read in it."""
         if not os.path.isfile(output):
             return False
         for part in {str(self), *self.split(":")}:
@@ -104,7 +128,11 @@ class RunFolder(Input):
 
 
 class SegmentScores(Input):
-    """NAME=FILE: the name of a file of scores, and of the metric that they are of."""
+    """Argparse type for NAME=FILE: a file of sentence scores, and the name of the metric that computed them.
+
+    Raises:
+        argparse.ArgumentTypeError: the text has another form, or NAME is a metric that this package computes.
+    """
 
     metric: str
 
@@ -120,7 +148,14 @@ class SegmentScores(Input):
 
 
 def refuse_overwriting(args) -> None:
-    """An output that is an input, or another output."""
+    """Check that no output of a command overwrites one of its inputs or another output.
+
+    Args:
+        args: parsed arguments; those of the types Input and Output are compared.
+
+    Raises:
+        UserError: an output is also an input or another output.
+    """
     named = [one for value in vars(args).values() for one in (value if isinstance(value, list) else [value])]
     outputs = [one for one in named if isinstance(one, Output)]
     for place, output in enumerate(outputs):
@@ -132,7 +167,14 @@ def refuse_overwriting(args) -> None:
 
 
 def add(commands, name: str, run: Callable, about: str) -> Callable:
-    """A command that `run` does, with an exit status or None; gives what adds arguments to it."""
+    """Add a subcommand and return the method that adds arguments to its parser.
+
+    Args:
+        commands: result of the parent parser's `add_subparsers`.
+        name: name of the subcommand.
+        run: function that runs it, given the parsed arguments; returns an exit status, or None for 0.
+        about: description in the list of subcommands.
+    """
     command = commands.add_parser(name, help=about)
     command.set_defaults(run=run)
     return command.add_argument
@@ -150,14 +192,14 @@ def add_batches(option, subset: str) -> None:
 
 
 def add_running(option) -> None:
-    """Options of a command that runs a model."""
+    """Add the options of a command that runs a model."""
     option("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
     plugin = "plugin of the model's architecture, as fairseq-train's: its code is run"
     option("--user-dir", type=Input, metavar="DIR", help=plugin)
 
 
 def add_search(option, beam: int | None = 5) -> None:
-    """`beam`: what stands where none is given."""
+    """Add the options of the beam search. `beam` is the value of ``--beam`` if it is not given."""
     option("--beam", type=number(1, 1000), default=beam, metavar="N", help="width of the beam (default: 5)")
     option("--lenpen", type=number(-10, 10, float), default=1.0, metavar="P", help="length penalty (default: 1)")
     longest = "translations have at most A x + B pieces, x those of the longest source in the batch (default: 0)"

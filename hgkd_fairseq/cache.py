@@ -1,4 +1,4 @@
-"""The folder of what is made once for a user and kept: compiled kernels, fitted temperatures of teachers."""
+"""The user's cache folder, which holds compiled kernels and fitted teacher temperatures."""
 
 from __future__ import annotations
 
@@ -8,21 +8,26 @@ from pathlib import Path
 
 
 def open_to_others(path: Path) -> bool:
-    """Whether another user may change what lies under the name of this existing file or folder. In a folder such as
-    /tmp, with the sticky bit, nobody replaces what is somebody else's."""
+    """Return whether another user may modify an existing file or folder.
+
+    That is the case if its owner is neither this user nor root, or if its group or others may write to it. A folder
+    with the sticky bit, such as /tmp, is not open: users cannot replace each other's files in it.
+    """
     status = path.lstat()
     writable = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX
     return bool(writable) or status.st_uid not in (0, os.geteuid())
 
 
 def folder() -> Path:
-    """The folder, made where it is missing (mode 0700, as each missing folder above it).
+    """Return the cache folder, ``$XDG_CACHE_HOME/hgkd_fairseq`` or ``~/.cache/hgkd_fairseq``.
+
+    It is created if it is missing, with mode 0700, and so are missing parent folders.
 
     Raises:
-        OSError: it cannot be made, or another user may write to it or to a folder above it.
-        RuntimeError: there is no home folder.
+        OSError: the folder cannot be created, or another user may write to it or to one of its parents.
+        RuntimeError: the home folder cannot be determined.
     """
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))  # a relative one is to be ignored, says its specification
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))  # its specification requires that relative paths are ignored
     path = (given if given.is_absolute() else Path.home() / ".cache") / "hgkd_fairseq"
     missing = [part for part in (path, *path.parents) if not part.exists()]
     for part in reversed(missing):

@@ -1,7 +1,7 @@
-"""The command ``hgkd``: what is around training. ``hgkd COMMAND --help`` explains each.
+"""The command ``hgkd``, with everything but training. ``hgkd COMMAND --help`` describes each subcommand.
 
-Of each command here is its parser, an add_ function, and the call of what does the work. That is imported when it is
-called: torch and fairseq take seconds.
+For each subcommand, this module has a function ``add_...`` that adds its parser, with an inner function `run` that
+calls the implementation. `run` also imports the implementation, because importing torch and fairseq takes seconds.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def add_diagram(kinds) -> None:
 
 
 def add_model(option, subset: str) -> None:
-    """Options of the kinds of calibration that run a model; :func:`model_of` makes arguments of them."""
+    """Add the options of calibration commands that run a model; :func:`model_of` converts them to arguments."""
     add_data(option)
     option("--path", type=Input, required=True, metavar="CKPT[:CKPT]", help="fairseq checkpoint, or an ensemble")
     several = "of a model of several language pairs, one of them (default: all together)"
@@ -190,7 +190,7 @@ def model_of(args) -> dict:
 
 
 def add_scoring(option, tokens: bool = True) -> None:
-    """Options of every kind of calibration that computes scores."""
+    """Add the options of calibration commands that compute scores, and ``--tokens`` if `tokens` is true."""
     option("--bins", type=number(1, 10_000), default=20, help="bins of confidence (default: 20)")
     least = "tokens a bin needs to count in MCE (default: 1)"
     option("--min-count", type=number(1), default=1, metavar="N", help=least)
@@ -329,7 +329,11 @@ def add_export(commands) -> None:
 
 
 def refuse_unused(args) -> None:
-    """Options of `hgkd export` that what is asked for does not look at, unless they have their defaults."""
+    """Refuse options of `hgkd export` that have no effect. Options with their default values are not detected.
+
+    Raises:
+        UserError: an option needs --ctranslate2, or contradicts --no-comparison.
+    """
     plain = vars(parser().parse_args(["export", args.path, args.output]))
     options = ("quantization", "data", "no_comparison", *COMPARED)
     given = [name for name in options if getattr(args, name) != plain[name]]
@@ -353,7 +357,7 @@ def add_compare(commands) -> None:
     add_segment_scores(option, "give it once for each model, in the order of the models")
 
 
-# Options of :func:`add_comparison`, but for --user-dir, which any model may need.
+# The options of :func:`add_comparison` except --user-dir, which an export without a comparison may need too.
 COMPARED = (
     *("reference", "tokenize", "beam", "lenpen", "max_len_a", "max_len_b"),
     *("repeats", "gen_subset", "max_tokens", "cpu"),
@@ -361,7 +365,7 @@ COMPARED = (
 
 
 def add_comparison(option) -> None:
-    """Options of translating a subset with several models; :func:`comparison_of` makes arguments of them."""
+    """Add the options of translating with several models; :func:`comparison_of` converts them to arguments."""
     text = "text, one reference a line, for BLEU (default: the data's)"
     option("--reference", type=Input, metavar="FILE", help=text)
     add_tokenize(option)
@@ -389,7 +393,7 @@ def parser() -> Parser:
 
 
 def stopped(number: int, _frame) -> None:
-    """So that `kill` leaves no temporary files."""
+    """Handle SIGTERM by raising SystemExit, so that temporary files are removed."""
     sys.exit(128 + number)
 
 
@@ -397,8 +401,8 @@ def run(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     vars(args).pop("debug", None)
     args.command = shlex.join(["hgkd", *(word for word in argv if word != "--debug")])
-    logging.basicConfig(format="%(message)s")  # where no handler is, a module of fairseq has all of DEBUG shown
-    logging.getLogger().setLevel(logging.WARNING)  # fairseq, once imported, logs every step of loading
+    logging.basicConfig(format="%(message)s")  # without a handler, importing fairseq would enable DEBUG messages
+    logging.getLogger().setLevel(logging.WARNING)  # fairseq logs every step of loading at level INFO
     logging.getLogger("filelock").setLevel(logging.WARNING)
     refuse_overwriting(args)
     if getattr(args, "user_dir", None):
@@ -410,7 +414,7 @@ def run(argv: list[str]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    with contextlib.suppress(ValueError):  # in a thread
+    with contextlib.suppress(ValueError):  # raised outside of the main thread
         signal.signal(signal.SIGTERM, stopped)
     return guarded("hgkd: error", lambda: run(argv), "--debug" in argv)
 

@@ -1,4 +1,4 @@
-"""``hgkd doctor``: is this installation fit to train? One line a check, with the remedy where one fails."""
+"""``hgkd doctor``: check whether this installation can train. It prints a line for each check, and remedies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 
 class Problem(Exception):
-    """What is wrong and how to fix it."""
+    """A failed check. The message says what is wrong and how to fix it."""
 
 
 def one_line(error: Exception) -> str:
@@ -43,7 +43,7 @@ def fairseq() -> str:
     if len(names) > 1:
         raise Problem(f"{fork}: one is written over the other; {anew}")
     try:
-        import fairseq.checkpoint_utils  # what a half-working installation fails at
+        import fairseq.checkpoint_utils  # fails in a partly working installation
     except Exception as error:
         what = f"{fork or 'a checkout'} does not import in Python {platform.python_version()}"
         raise Problem(f"{what} ({one_line(error)}); {anew}") from error
@@ -94,7 +94,13 @@ def triton() -> str:
 
 
 def loss_implementations() -> str:
-    """Each implementation that this device can run, on a tiny input, against the eager oracle."""
+    """Compare each loss implementation that this device can run with the eager one, on a small input.
+
+    Returns: the names of the implementations, and the device.
+
+    Raises:
+        Problem: the CPU kernel cannot be used, or an implementation gives another loss.
+    """
     import torch
 
     from hgkd_fairseq.loss import IMPLEMENTATIONS, gated_distillation
@@ -130,12 +136,12 @@ CHECKS: list[tuple[str, Callable[[], str]]] = [
     ("Triton", triton),
     ("loss", loss_implementations),
 ]
-# What would fail once more with another, and say nothing of its own.
+# For each check, the checks without which it is skipped: it would fail for the same reason.
 NEEDS = {"fairseq": {"torch"}, "plugin": {"torch", "fairseq"}, "CUDA": {"torch"}, "loss": {"torch"}}
 
 
 def report() -> int:
-    """Print every check; 0 where all pass, else 1."""
+    """Run all checks, print their results and return the exit status: 0 if all pass, else 1."""
     failed: list[str] = []
     for name, check in CHECKS:
         if without := NEEDS.get(name, set()).intersection(failed):

@@ -1,4 +1,4 @@
-"""What is drawn with matplotlib, where it is installed."""
+"""Helpers for drawing with matplotlib, which is an optional dependency."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from hgkd_fairseq.errors import UserError, printable
 
 
 def figure_class():
-    """matplotlib's Figure. Raises UserError without matplotlib."""
+    """Return matplotlib's class Figure.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -18,8 +22,15 @@ def figure_class():
 
 
 def legend(place, handles: Sequence[Any], labels: Sequence[str], **options: Any) -> None:
-    """A legend of a figure or of axes whose texts are shown as they are: matplotlib would take `$` for mathematics and
-    leave out what begins with `_`."""
+    """Add a legend whose labels are shown literally: matplotlib would render text between `$` as mathematics and leave
+    out labels that begin with `_`.
+
+    Args:
+        place: figure or axes.
+        handles: plotted artists.
+        labels: text for each handle.
+        **options: arguments of matplotlib's method `legend`.
+    """
     made = place.legend(list(handles), [str(number) for number in range(len(labels))], **options)
     for text, label in zip(made.get_texts(), labels, strict=True):
         text.set_parse_math(False)

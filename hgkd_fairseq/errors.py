@@ -1,4 +1,4 @@
-"""The one exception for input that the user can fix, and how a command ends that meets it, or anything else."""
+"""The exception for errors that the user can fix, and the handling of all exceptions at the end of a command."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from collections.abc import Callable
 
 
 def printable(text: str) -> str:
-    """The text on one line, with control characters and what is no character escaped: a name from a file may hold what
-    would move the terminal's cursor, or what it cannot show."""
+    """Return the text with all unprintable characters escaped, so that it fits on one line. Names and texts from files
+    may contain control sequences, which would for example move the terminal's cursor, or lone surrogates."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def flag(name: str) -> str:
-    """The option of a field: gate_share is --gate-share."""
+    """Return the command line option of a field: ``--gate-share`` for "gate_share"."""
     return "--" + name.replace("_", "-")
 
 
 class UserError(ValueError):
-    """Says in one line which option or file is wrong and how to fix it; shown without a traceback."""
+    """An error that the user can fix. Its message says in one line which option or file is wrong and how to fix it."""
 
     def __str__(self) -> str:
         return printable(super().__str__())
 
 
 def in_one_line(error: BaseException) -> UserError:
-    """What a command did not foresee, for its user: which file, and what happened to it."""
+    """Convert an exception to a UserError that names the file of an OSError or the type of an unexpected exception."""
     if isinstance(error, UserError):
         return error
     if isinstance(error, BrokenPipeError) and error.filename is None:
@@ -43,15 +43,26 @@ def in_one_line(error: BaseException) -> UserError:
 
 
 def guarded(begin: str, run: Callable[[], int], debug: bool = False) -> int:
-    """The exit status of a command: what `run` gives, or 1 (130 where it was interrupted) after one line on standard
-    error that begins with `begin`, and with `debug` the traceback before it. What standard output cannot show is
-    escaped."""
+    """Run a command and return its exit status. An exception becomes one line on standard error.
+
+    Characters that standard output cannot encode are escaped.
+
+    Args:
+        begin: prefix of the error line.
+        run: the command; returns the exit status.
+        debug: whether to print the traceback before the error line.
+
+    Returns: the result of `run`, 1 after an exception, or 130 after KeyboardInterrupt.
+
+    Raises:
+        SystemExit: raised by `run`.
+    """
     try:
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
             status = run()
-        except SystemExit:  # argparse's
+        except SystemExit:  # of argparse, or on SIGTERM
             sys.stdout.flush()
             raise
         sys.stdout.flush()
@@ -60,11 +71,11 @@ def guarded(begin: str, run: Callable[[], int], debug: bool = False) -> int:
         if debug:
             traceback.print_exc()
         interrupted = isinstance(error, KeyboardInterrupt)
-        with contextlib.suppress(OSError):  # nobody may read it
+        with contextlib.suppress(OSError):  # standard error may be closed
             print(f"{begin}: {'interrupted' if interrupted else in_one_line(error)}", file=sys.stderr, flush=True)
         try:
             sys.stdout.flush()
-        except OSError:  # Python would try again, and fail, when it ends
+        except OSError:  # Python flushes again at exit, which would fail again
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGINT if interrupted else 1

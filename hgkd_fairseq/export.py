@@ -1,4 +1,4 @@
-"""Checkpoints that need nothing of ours: for any fairseq without the plugin, and for CTranslate2."""
+"""Export of models that can be used without this package: checkpoints for plain fairseq, and CTranslate2 models."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from hgkd_fairseq.plugin import checkpoints
 from hgkd_fairseq.plugin.checkpoints import split_paths
 from hgkd_fairseq.teacher import inputs
 
-plugin.register()  # the options of ours are known, and fairseq runs no code in those of a file
+plugin.register()  # registers our options, and keeps fairseq from running code in the options of a checkpoint
 
 PACKAGE = __name__.partition(".")[0]
 CONVERTED_MODELS = ("transformer", "transformer_align", "bart")
-# Options of fairseq's transformer that CTranslate2's converter reads, refuses itself or finds in the weights, and those
-# that matter in training only. With any other one in use the converted model may be another.
+# Options of fairseq's transformer that CTranslate2's converter reads, refuses itself or infers from the weights, and
+# options that matter in training only. A model that uses any other option may be converted incorrectly.
 CONVERTED_OPTIONS = {
     *("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads"),
     *("encoder_embed_dim", "decoder_embed_dim", "encoder_ffn_embed_dim", "decoder_ffn_embed_dim"),
@@ -46,7 +46,7 @@ CONVERTED_OPTIONS = {
     *("encoder_layerdrop", "decoder_layerdrop", "quant_noise_pq_block_size"),
     *("checkpoint_activations", "offload_activations", "min_params_to_wrap", "export"),
 }
-# Options of a translation that are not in the dataclass of fairseq's transformer.
+# Options that affect translation and are not declared in the dataclass of fairseq's transformer.
 UNDECLARED = ("scale_attn", "scale_heads", "scale_fc", "scale_resids", "append_source_id")
 
 
@@ -59,10 +59,20 @@ def export_all(
     data: str | None,
     comparison: dict[str, Any] | None,
 ) -> None:
-    """:func:`export`, and to the folder `ctranslate2` too (:func:`to_ctranslate2`), and print how both compare.
+    """Export a checkpoint and, if `ctranslate2` is given, convert it and print a comparison of both models.
 
     Args:
-        comparison: arguments of :func:`compare.compare` after its models; None: no comparison.
+        path: see :func:`export`.
+        output: see :func:`export`.
+        ema: see :func:`export`.
+        ctranslate2: folder to write the CTranslate2 model to; None: no conversion.
+        quantization: see :func:`to_ctranslate2`.
+        data: see :func:`to_ctranslate2`.
+        comparison: arguments of :func:`compare.compare` other than its data and models; None: no comparison.
+
+    Raises:
+        UserError: see :func:`export`, :func:`to_ctranslate2` and :func:`compare.compare`; or a comparison of a model
+            that needs language tokens.
     """
     note = ""
     if ctranslate2:
@@ -71,7 +81,7 @@ def export_all(
         if comparison and note:
             raise UserError(f"{path} translates with language tokens, and the comparison gives none: --no-comparison")
         if comparison and comparison["reference_file"]:
-            generated.read_references(comparison["reference_file"])  # what it refuses is told before the work
+            generated.read_references(comparison["reference_file"])  # errors are reported before the export
     export(path, output, ema)
     print(f"{output}: for any fairseq, without hgkd_fairseq")
     if ctranslate2:
@@ -82,20 +92,20 @@ def export_all(
 
 
 def export(path: str, output: str, ema: bool = False) -> None:
-    """Write the model of a checkpoint, or the mean of several, as a checkpoint that holds nothing but a model.
+    """Write the model of a checkpoint, or the average of several, as a checkpoint without training state.
 
-    There is no optimizer state in it, no meters, no option of the plugin and no class that must be imported: torch
-    loads it with ``weights_only=True`` without an allow-list, so plain fairseq does under torch >= 2.6 too. The
-    parameters of a single checkpoint are its own, to the bit.
+    The result has no optimizer state, no meters, no options of this plugin and no classes to import. torch loads it
+    with ``weights_only=True`` without an allow-list, so that plain fairseq loads it under torch >= 2.6 too. The
+    parameters of a single checkpoint are copied unchanged.
 
     Args:
-        path: fairseq checkpoint, or several of one architecture with ':' between them, averaged.
+        path: fairseq checkpoint, or several of one architecture separated by ':', whose parameters are averaged.
         output: file to write.
-        ema: take the moving average that fairseq kept with --store-ema instead of the parameters.
+        ema: export the moving average of --store-ema instead of the parameters.
 
     Raises:
-        UserError: a file that is missing or no checkpoint, checkpoints that do not fit each other, no moving average in
-            them, an output that exists or cannot be written.
+        UserError: a file is missing or not a checkpoint, the checkpoints differ in their tensors' names or shapes, one
+            has no moving average (with `ema`), or the output exists or cannot be written.
     """
     refuse_existing(output)
     found = [checkpoints.read(file) for file in split_paths(path)]
@@ -123,7 +133,7 @@ def refuse_existing(output: str) -> None:
 
 
 def save(state: dict[str, Any], output: str) -> None:
-    """In one step: a file that exists is whole."""
+    """Write a checkpoint atomically, so that the file is complete if it exists."""
     with files.writing(output, "wb") as stream:
         torch.save(state, stream)
 
@@ -139,8 +149,14 @@ def parameters(checkpoint: checkpoints.Checkpoint, ema: bool) -> dict[str, Tenso
 
 
 def average(models: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Mean of each tensor, in fp32 and back; whole numbers are divided without remainder, as fairseq's own script does.
-    A tensor that stands under several names stays one."""
+    """Return the mean of each tensor over several models.
+
+    Means are computed in fp32 and converted to the tensor's dtype. Means of integers are rounded down, as in fairseq's
+    average_checkpoints.py. A tensor that several names share stays shared.
+
+    Raises:
+        UserError: the models differ in the names or shapes of their tensors.
+    """
     first = models[0]
     for model in models[1:]:
         for key in first.keys() | model.keys():
@@ -162,16 +178,16 @@ def average(models: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def without_plugin(checkpoint: checkpoints.Checkpoint) -> dict[str, Any]:
-    """The configuration in plain dicts, as of a model that fairseq's own task and criterion trained."""
+    """Return the configuration in plain dicts, as if the model had been trained by fairseq's own task and criterion."""
     found: dict[str, Any] = OmegaConf.to_container(checkpoint.cfg, resolve=False, enum_to_str=True)  # type: ignore
     found = {key: dict(vars(value)) if isinstance(value, Namespace) else value for key, value in found.items()}
     found |= {section: checkpoint.options(section) for section in ("model", "task", "criterion", "common")}
     model = found["model"]
     model["_name"] = model.get("_name") or model.get("arch")
-    flat = [model, found["common"]]  # fairseq writes all options of the command line into the model's as well
+    flat = [model, found["common"]]  # fairseq copies all options of the command line to the model's section
     if (kind := inputs.kind(found["task"])) in inputs.ADDS_TOKENS:
         found["task"]["_name"] = kind
-        flat.append(found["task"])  # and into those of its older tasks
+        flat.append(found["task"])  # and to the section of its older tasks
     elif is_ours(found["task"], TASK_DATACLASS_REGISTRY):
         known = {field.name for field in fields(TranslationConfig)}
         found["task"] = {key: value for key, value in found["task"].items() if key in known} | {"_name": "translation"}
@@ -194,20 +210,26 @@ def is_ours(section: dict[str, Any], registry: dict[str, type]) -> bool:
 
 
 def our_options() -> set[str]:
-    """Names of the options that the plugin's tasks and criterions add to those of fairseq's translation."""
+    """Return the names of options that our tasks and criterions add to those of fairseq's translation task."""
     configs = [*TASK_DATACLASS_REGISTRY.values(), *CRITERION_DATACLASS_REGISTRY.values()]
     ours = {field.name for config in configs if config.__module__.startswith(f"{PACKAGE}.") for field in fields(config)}
     return ours - {field.name for field in fields(TranslationConfig)}
 
 
 def data_of(path: str) -> str:
-    """The folder of the data that the model was trained on."""
+    """Return the data folder that a checkpoint's model was trained on, as given in its options."""
     return str(checkpoints.read(split_paths(path)[0], model=False).options("task").get("data"))
 
 
 def check_conversion(path: str, folder: str, data: str | None) -> str:
-    """Refuse what :func:`to_ctranslate2` would refuse, as far as it can be told before the export. Returns the name of
-    the model's task."""
+    """Check before an export whether :func:`to_ctranslate2` can convert the model, as far as that is known then.
+
+    Returns: the name of the model's task.
+
+    Raises:
+        UserError: CTranslate2 is not installed, the folder exists, the architecture or an option is not supported, or
+            dictionaries are missing.
+    """
     import_converters()
     refuse_existing(folder)
     checkpoint = checkpoints.read(split_paths(path)[0], model=False)
@@ -218,8 +240,12 @@ def check_conversion(path: str, folder: str, data: str | None) -> str:
 
 
 def check_options(checkpoint: checkpoints.Checkpoint) -> None:
-    """Refuse a model with an option in use that CTranslate2's converter does not look at: it would convert, and
-    translate otherwise."""
+    """Check that CTranslate2's converter knows the architecture of a model and all options that the model uses. With
+    an option that the converter ignores, the converted model would give other translations.
+
+    Raises:
+        UserError: the architecture or an option is not supported.
+    """
     from fairseq.models import ARCH_MODEL_NAME_REGISTRY
 
     model, task = checkpoint.options("model"), checkpoint.options("task")
@@ -242,27 +268,28 @@ def check_options(checkpoint: checkpoints.Checkpoint) -> None:
 
 
 def to_ctranslate2(checkpoint: str, folder: str, data: str | None = None, quantization: str | None = None) -> None:
-    """Convert a checkpoint that :func:`export` wrote, with CTranslate2's own converter.
+    """Convert a checkpoint that :func:`export` wrote, with CTranslate2's converter for fairseq.
 
     Args:
-        checkpoint: the file.
-        folder: to write; CTranslate2's Translator takes it.
-        data: folder with the dictionaries; the one the model was trained on unless given.
-        quantization: of the weights, as CTranslate2 names it ("int8"); None: as they are.
+        checkpoint: exported checkpoint.
+        folder: folder to write, for ctranslate2.Translator.
+        data: folder with the dictionaries, or several separated by ':', of which the first is used; default: the one
+            that the model was trained on.
+        quantization: CTranslate2's name of the type of the converted weights, such as "int8"; None: no quantization.
 
     Raises:
-        UserError: ctranslate2 is not installed, a model that it does not know, dictionaries that are missing or do not
-            fit, a folder that exists.
+        UserError: CTranslate2 is not installed or does not support the model, the dictionaries are missing or do not
+            fit the model, or the folder exists.
     """
     converters = import_converters()
     refuse_existing(folder)
     found = checkpoints.read(checkpoint)
     check_options(found)
     task, model = found.options("task"), found.options("model")
-    data = split_paths(data or str(task.get("data")))[0]  # of several shards the first has the dictionaries
+    data = split_paths(data or str(task.get("data")))[0]  # the first of several shards has the dictionaries
     pair: tuple[str | None, str | None] = language_pair(data, task)
     kind = inputs.kind(task)
-    # The converter reads fairseq's options of old, as attributes, which is why it cannot read the exported file itself.
+    # The converter needs the options in fairseq's old format, as attributes, and cannot read the exported file itself.
     options = {**task, **model, "task": kind, "arch": model.get("arch") or model["_name"]}
     if kind == inputs.MULTILINGUAL:
         options |= {**languages.EACH_ONCE, "langs": inputs.languages(task), "lang_dict": None}
@@ -270,20 +297,20 @@ def to_ctranslate2(checkpoint: str, folder: str, data: str | None = None, quanti
     with tempfile.TemporaryDirectory() as temporary:
         file = f"{temporary}/model.pt"
         torch.save({"args": Namespace(**options), "model": found.model}, file)
-        # A model that begins as mBART ends and begins with language tokens, which its user gives.
+        # The sentences of a fine-tuned mBART end or begin with language tokens, which the caller has to add.
         own_tokens = kind == inputs.BART
         converter = converters.FairseqConverter(file, data, *pair, no_default_special_tokens=own_tokens)
         with files.writing_folder(folder) as unfinished:
             try:
-                converter.convert(str(unfinished / "model"), quantization=quantization)  # it makes the folder itself
-            except RuntimeError as error:  # torch's, for tensors of another size
+                converter.convert(str(unfinished / "model"), quantization=quantization)  # creates the folder itself
+            except RuntimeError as error:  # of torch, for tensors of different sizes
                 reason = str(error).splitlines()[-1].strip()
                 raise UserError(
                     f"{checkpoint} does not fit the dictionaries in {data}: {reason}; name others"
                 ) from error
-            except OSError:  # a full disk, say: writing_folder tells
+            except OSError:  # such as a full disk; writing_folder reports it
                 raise
-            except Exception as error:  # the converter's own, and whatever a model that it does not know leads to
+            except Exception as error:  # of the converter, or any other that an unknown model causes
                 reason = " ".join(str(error).split())
                 raise UserError(
                     f"CTranslate2 does not convert this model: {reason}; leave --ctranslate2 out"
@@ -295,8 +322,18 @@ def to_ctranslate2(checkpoint: str, folder: str, data: str | None = None, quanti
 
 @contextlib.contextmanager
 def converted(path: str, data: str, quantization: str | None) -> Iterator[str]:
-    """A folder that is there for a while with the CTranslate2 model of a checkpoint; errors as of :func:`export` and
-    :func:`to_ctranslate2`."""
+    """Convert a checkpoint to a CTranslate2 model in a temporary folder, as a context manager.
+
+    Args:
+        path: fairseq checkpoint.
+        data: see :func:`to_ctranslate2`.
+        quantization: see :func:`to_ctranslate2`.
+
+    Yields: the folder, which is removed at the end of the context.
+
+    Raises:
+        UserError: see :func:`export` and :func:`to_ctranslate2`.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         checkpoint, folder = f"{temporary}/model.pt", f"{temporary}/model"
         check_conversion(path, folder, data)
@@ -314,10 +351,15 @@ def import_converters():
 
 
 def language_pair(data: str, task) -> tuple[str, str]:
-    """(source, target), whose dictionaries are in `data`."""
+    """Return the source and target language of a model, for which `data` has dictionaries. For a multilingual model,
+    these are the languages of one of its pairs.
+
+    Raises:
+        UserError: a dictionary is missing.
+    """
     source, target = task.get("source_lang"), task.get("target_lang")
     if inputs.kind(task) == inputs.MULTILINGUAL:
-        source, target = inputs.pair_of(task)  # its dictionary is that of all languages
+        source, target = inputs.pair_of(task)  # any pair will do: all languages share one dictionary
     if os.path.isdir(data) and (source is None or target is None):
         source, target = data_utils.infer_language_pair(data)
     for language in (source, target):

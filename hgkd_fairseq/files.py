@@ -1,4 +1,4 @@
-"""Files: results are written in one step, text is read line by line, JSON is checked before it is believed."""
+"""File access: atomic writing, reading of text line by line, and JSON that is checked against a schema."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from typing import IO, Any
 
 from hgkd_fairseq.errors import UserError
 
-LARGEST = 2**63 - 1  # of a whole number in a file: what 64 bits hold
+LARGEST = 2**63 - 1  # largest integer that is accepted in a file, the maximum of int64
 
 
 # Writing
 
 
 class _Raw(io.FileIO):
-    """Remembers why a write failed: what stands above it (torch's zip writer, say) does not always pass it on."""
+    """A raw file that keeps the error of a failed write: the layers above, such as torch's zip writer, may drop it."""
 
     failed: OSError | None = None
 
@@ -42,7 +42,7 @@ class _Raw(io.FileIO):
 
 @contextlib.contextmanager
 def _errors(file: str | Path, what: str, hint: str = "") -> Iterator[None]:
-    """An error of the operating system, of a name or of an encoding becomes a UserError that names `file`."""
+    """Convert an OSError, a ValueError or an encoding error in the context to a UserError that names `file`."""
     try:
         yield
     except UserError:
@@ -54,9 +54,9 @@ def _errors(file: str | Path, what: str, hint: str = "") -> Iterator[None]:
 
 
 def _place(file: Path) -> Path | None:
-    """The name under which a plain file is put or replaced, links followed; None: what is there is no plain file (a
-    pipe, a device, a stream that is open already) and is written through."""
-    for _ in range(40):  # as many links as Linux follows
+    """Return the path of the regular file to create or replace, after following links. None means that `file` is a
+    pipe, a device or an open stream, which must be written directly."""
+    for _ in range(40):  # the number of links that Linux follows
         if not file.is_symlink():
             break
         if file.parent.resolve().is_relative_to("/proc"):  # /dev/stdout, /dev/fd/N
@@ -72,7 +72,7 @@ def _place(file: Path) -> Path | None:
 
 
 def _umask() -> int:
-    """Of this process. Python can read it only by setting it, which another thread's children would inherit."""
+    """Return the umask, from /proc if possible: os.umask reads it by changing it, for a moment, in all threads."""
     with contextlib.suppress(OSError), open("/proc/self/status") as status:
         for line in status:
             if line.startswith("Umask:"):
@@ -83,10 +83,11 @@ def _umask() -> int:
 
 
 def check_output(file: str | Path) -> None:
-    """Whether `file` can be written, told before the work that makes it.
+    """Check that `file` can be written. Commands call this before the work that makes its content.
 
     Raises:
-        UserError: it has no name, is a folder, lies in no folder or in one that may not be written to.
+        UserError: the name is empty or that of a folder, the parent folder does not exist, or the file or its parent
+            folder is not writable.
     """
     if not str(file):
         raise UserError("the name of the file to write is empty; give one")
@@ -103,8 +104,8 @@ def check_output(file: str | Path) -> None:
 
 
 def same_file(first: str | Path, second: str | Path) -> bool:
-    """Whether two names are of one file or folder, by whatever links; a file that is not there yet is known by its
-    folder and name."""
+    """Return whether two names refer to the same file or folder, also through links. If one of them does not exist,
+    their resolved paths are compared."""
     try:
         return os.path.samefile(first, second)
     except (OSError, ValueError):
@@ -113,20 +114,24 @@ def same_file(first: str | Path, second: str | Path) -> bool:
 
 @contextlib.contextmanager
 def writing(file: str | Path, mode: str = "w", alone: bool = False) -> Iterator[Any]:
-    """A stream whose content becomes `file` in one step, once the block has ended without an error.
+    """Write a file atomically, as a context manager: `file` is created or replaced when the context ends without an
+    error.
 
-    It goes to a temporary name beside `file`, is flushed to the disk and renamed, with the permissions that a plain
-    open() would give; after an error what was under the name before is there still. A link stays a link, to what it
-    names. A pipe, a device and a stream that is open already (/dev/null, /dev/stdout) are written to as they are.
+    The content goes to a temporary file in the same folder, which is flushed to disk and renamed. It keeps the
+    permissions of the file that it replaces; a new file has those that open() would give. After an error, an existing
+    file is unchanged. If `file` is a link, its target is written. Pipes, devices and open streams (/dev/null,
+    /dev/stdout) are written directly.
 
     Args:
-        file: to write.
-        mode: "w": text in UTF-8 (what cannot be encoded, as of names that are no text, is escaped); "wb": bytes.
-        alone: nobody else writes it now. Then the temporary name is `file`.tmp, so that what a killed process has left
-            is written over by the next one, and does not stay: of large files.
+        file: file to write.
+        mode: "w" for text in UTF-8, where characters that cannot be encoded are escaped; "wb" for bytes.
+        alone: no other process writes `file` at the same time. The temporary file is then `file`.tmp, so that the next
+            process overwrites the one that a killed process has left. Meant for large files.
+
+    Yields: a stream.
 
     Raises:
-        UserError: names `file`, and why it cannot be written.
+        UserError: `file` cannot be written; the message says why.
     """
     with _errors(file, "cannot be written"):
         check_output(file)
@@ -151,7 +156,7 @@ def writing(file: str | Path, mode: str = "w", alone: bool = False) -> Iterator[
                     with contextlib.suppress(OSError):
                         os.fchown(raw.fileno(), old.st_uid, old.st_gid)
         finally:
-            with contextlib.suppress(OSError):  # what could not be flushed has been told
+            with contextlib.suppress(OSError):  # a failed flush has been reported already
                 stream.close()
             raw.close()
         if temporary is not None:
@@ -169,7 +174,7 @@ def writing(file: str | Path, mode: str = "w", alone: bool = False) -> Iterator[
 
 
 def _temporary(place: Path, alone: bool) -> tuple[int, str]:
-    """A new file beside `place`: its descriptor and name."""
+    """Create a temporary file in the folder of `place`. Return its descriptor and its name."""
     if not alone:
         return tempfile.mkstemp(prefix=".hgkd-", dir=place.parent)
     name = f"{place}.tmp"
@@ -179,11 +184,11 @@ def _temporary(place: Path, alone: bool) -> tuple[int, str]:
 
 
 def _descriptor(file: Path) -> int:
-    """Of a pipe or a device. Of our own output it is the one that is open: where that is a file, another opening of it
-    would write from its beginning, over what was printed."""
+    """Return a new descriptor of a pipe, a device or an open stream. For this process's standard output or error, it is
+    a duplicate: if that is redirected to a file, opening the file again would overwrite what has been printed."""
     try:
         seen = os.stat(file)
-    except FileNotFoundError:  # a descriptor that /proc calls "socket:[...]"
+    except FileNotFoundError:  # a socket, whose name in /proc is "socket:[...]"
         seen = None
     for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
         with contextlib.suppress(OSError):
@@ -197,11 +202,13 @@ def _descriptor(file: Path) -> int:
 
 @contextlib.contextmanager
 def writing_folder(folder: str | Path) -> Iterator[Path]:
-    """A new folder to fill, which becomes `folder` in one step once the block has ended without an error. What killed
-    processes have left of it is removed.
+    """Create a folder atomically, as a context manager: `folder` appears when the context ends without an error.
+    Unfinished folders of killed processes are removed.
+
+    Yields: a temporary folder to fill, which becomes `folder`.
 
     Raises:
-        UserError: `folder` exists, or cannot be made.
+        UserError: `folder` exists or cannot be created, or the context raised an OSError.
     """
     folder = Path(folder)
     if not str(folder) or os.path.lexists(folder):
@@ -213,7 +220,7 @@ def writing_folder(folder: str | Path) -> Iterator[Path]:
             _remove_left(left)
         temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
         descriptor = _open_folder(temporary)
-        with contextlib.suppress(OSError):  # a file system that knows no locks
+        with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:
         yield temporary
@@ -232,7 +239,7 @@ def _open_folder(folder: Path) -> int:
 
 
 def _remove_left(folder: Path) -> None:
-    """Unless a process holds it, its child does, or the file system knows no locks."""
+    """Remove an unfinished folder, unless a process or a child that it forked holds its lock, or locking fails."""
     with contextlib.suppress(OSError):
         descriptor = _open_folder(folder)
         try:
@@ -243,16 +250,16 @@ def _remove_left(folder: Path) -> None:
 
 
 def write_text(file: str | Path, text: str) -> None:
-    """As :func:`writing` does."""
+    """Write text to a file atomically; see :func:`writing`."""
     with writing(file) as stream:
         stream.write(text)
 
 
 def write_json(file: str | Path, content: Any) -> None:
-    """As :func:`writing` does.
+    """Write a JSON file atomically; see :func:`writing`.
 
     Raises:
-        UserError: also for NaN and infinities, which JSON does not have.
+        UserError: the file cannot be written, or `content` has NaN or an infinity, which JSON does not support.
     """
     try:
         text = json.dumps(content, indent=1, allow_nan=False)
@@ -262,10 +269,10 @@ def write_json(file: str | Path, content: Any) -> None:
 
 
 def sha256(file: str | Path) -> str:
-    """Of its content, in hexadecimal digits.
+    """Return the SHA-256 of a file's content, in hexadecimal digits.
 
     Raises:
-        OSError: it cannot be read, or is no regular file: a pipe in a folder of others has no end.
+        OSError: the file cannot be read, or is not a regular file; see :func:`check_regular`.
     """
     check_regular(file)
     with open(file, "rb") as stream:
@@ -273,10 +280,11 @@ def sha256(file: str | Path) -> str:
 
 
 def check_regular(file: str | Path) -> None:
-    """Whether a file that was found in a folder, rather than named, ends: a pipe there, or a link to a device, may not.
+    """Check that a file is a regular file. Meant for files that were found in a folder and not named by the user:
+    reading a pipe, or a link to a device, may never end.
 
     Raises:
-        OSError: it does not exist, or is no regular file.
+        OSError: the file does not exist, or is not a regular file.
     """
     mode = os.stat(file).st_mode
     if not stat.S_ISREG(mode):
@@ -285,16 +293,17 @@ def check_regular(file: str | Path) -> None:
 
 
 def appending(file: str | Path) -> IO[str]:
-    """A log to go on with, which is this folder's own: what a link names elsewhere is not written to.
+    """Open a log file in UTF-8 for appending, and create it if it is missing. Links are refused, so that no file
+    outside of the folder is modified.
 
     Raises:
-        OSError: it is a link or no regular file, or cannot be written.
+        OSError: the file is a link or not a regular file, or cannot be written.
     """
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         descriptor = os.open(file, flags, 0o666)
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a pipe that nobody reads
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a pipe without a reader
             raise OSError(error.errno, "it is a link or a pipe, and not written to; remove it", str(file)) from None
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -304,10 +313,14 @@ def appending(file: str | Path) -> IO[str]:
 
 
 def figure_format(option: str, file: str | Path) -> str:
-    """Of a figure to write: the format that the name ends in, png or svg.
+    """Return the format of a figure, "png" or "svg", from the suffix of its file name.
+
+    Args:
+        option: name of the option with the file name, for the error message.
+        file: file name.
 
     Raises:
-        UserError: names the option whose value ends otherwise.
+        UserError: the file name has another suffix.
     """
     suffix = Path(file).suffix.removeprefix(".").lower()
     if suffix not in ("png", "svg"):
@@ -316,8 +329,12 @@ def figure_format(option: str, file: str | Path) -> str:
 
 
 def write_figure(figure: Any, file: str | Path) -> None:
-    """A figure of matplotlib, in the format that the name ends in, as :func:`writing` does. The same figure is the same
-    file."""
+    """Write a figure of matplotlib atomically (:func:`writing`), in the format of the file name's suffix. The same
+    figure always gives the same bytes.
+
+    Raises:
+        UserError: the suffix is not .png or .svg, or the file cannot be written.
+    """
     import matplotlib
 
     suffix = figure_format("figure", file)
@@ -330,15 +347,15 @@ def write_figure(figure: Any, file: str | Path) -> None:
 
 
 def read_lines(file: str | Path, hint: str = "name a text file in UTF-8") -> Iterator[str]:
-    """The lines of a text in UTF-8, one after another, without their ends, `\\n` or `\\r\\n`. Nothing else ends a line:
-    a lone carriage return, a form feed or U+2028 is part of it, so that two files of sentences stay aligned.
+    """Yield the lines of a text file in UTF-8 without their line ends, `\\n` or `\\r\\n`. No other character ends a
+    line: a lone carriage return, a form feed or U+2028 is part of it, so that parallel files stay aligned.
 
     Args:
-        file: to read.
-        hint: what to do where it cannot be read, for the message.
+        file: file to read.
+        hint: remedy for the error message.
 
     Raises:
-        UserError: names the file, which is missing, a folder, not to be read or no text.
+        UserError: the file is missing, is a folder, cannot be read or is not UTF-8.
     """
     with _reading(file, hint), open(file, encoding="utf-8", newline="\n") as stream:
         for line in stream:
@@ -346,19 +363,28 @@ def read_lines(file: str | Path, hint: str = "name a text file in UTF-8") -> Ite
 
 
 def read_text(file: str | Path, hint: str = "name a text file in UTF-8") -> str:
-    """A whole text in UTF-8; arguments and errors as of :func:`read_lines`."""
+    """Return the content of a text file in UTF-8. Arguments and errors are those of :func:`read_lines`."""
     with _reading(file, hint), open(file, encoding="utf-8", newline="\n") as stream:
         return stream.read()
 
 
 def refuse_irregular(file: str | Path, hint: str) -> None:
-    """What :func:`check_regular` raises, as a UserError; arguments as of :func:`read_lines`."""
+    """Check that a file is a regular file, as :func:`check_regular` does.
+
+    Args:
+        file: file to check.
+        hint: remedy for the error message.
+
+    Raises:
+        UserError: the file does not exist, or is not a regular file.
+    """
     with _reading(file, hint):
         check_regular(file)
 
 
 def read_found(file: str | Path, hint: str) -> str:
-    """A whole text in UTF-8, of a regular file; arguments and errors as of :func:`read_lines`."""
+    """Return the content of a text file in UTF-8 that must be a regular file (:func:`check_regular`). Arguments and
+    errors are those of :func:`read_lines`."""
     refuse_irregular(file, hint)
     return read_text(file, hint)
 
@@ -375,15 +401,15 @@ def _reading(file: str | Path, hint: str) -> Iterator[None]:
 
 
 def read_json(file: str | Path, schema: Any = object, what: str = "file of JSON") -> Any:
-    """The content of a file of JSON that fits `schema` (:func:`mismatch`).
+    """Return the content of a JSON file after checking it against a schema.
 
     Args:
-        file: to read.
-        schema: of :func:`mismatch`.
-        what: the file should be, for the message, without an article.
+        file: file to read.
+        schema: see :func:`mismatch`.
+        what: description of the expected file for the error message, without an article.
 
     Raises:
-        UserError: names the file, which cannot be read, is no JSON (cut short, say) or holds something else.
+        UserError: the file cannot be read, is not valid JSON (for example truncated), or does not fit the schema.
     """
     text = read_found(file, f"name a {what}")
     try:
@@ -409,16 +435,24 @@ NAMES: dict[type | None, str] = {
 
 
 def mismatch(value: Any, schema: Any, where: str = "") -> str | None:
-    """Where and how a value of JSON or TOML differs from what a schema allows; None where it fits.
+    """Compare a value from JSON or TOML with a schema.
 
-    A schema is
-        str, bool, dict, list; int: of 64 bits; float: any finite number;
-        object: anything; None: null;
-        (A, B): one of several;
-        [A]: a list, each of A;
-        {"key": A, "other?": B}: a table with these keys, those with ? where they are there; it may have others;
-        {str: A}: a table of any keys;
-        a function: called with the value, gives what is wrong with it or None.
+    A schema is one of
+        str, bool, dict, list: a value of this type;
+        int: an integer of at most 64 bits; float: such an integer, or a finite float;
+        object: any value; None: null;
+        (A, B): a value that fits one of several schemas;
+        [A]: a list of values that fit A;
+        {"key": A, "other?": B}: a table with these keys; those with ? are optional, and other keys are allowed;
+        {str: A}: a table with any keys, whose values fit A;
+        a function that returns None for a value that fits, and otherwise a description of the error.
+
+    Args:
+        value: the value to check.
+        schema: its schema.
+        where: name of the value for the description; "it" if empty.
+
+    Returns: None if the value fits, otherwise a description of the first difference and where it is.
     """
     name = where or "it"
     if schema is object:
@@ -456,13 +490,13 @@ def _is(value: Any, kind: type) -> bool:
         return (isinstance(value, float) and math.isfinite(value)) or _is(value, int)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST
-    if kind is str:  # half of a surrogate pair, which JSON can escape, is no text: it cannot be written
+    if kind is str:  # JSON can escape lone surrogates, which UTF-8 cannot encode
         return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
     return isinstance(value, kind)
 
 
 class Within:
-    """A schema: a number from `low` to `high`, a whole one unless `kind` is float."""
+    """A schema (:func:`mismatch`) of numbers from `low` to `high`, inclusive; integers only, unless `kind` is float."""
 
     def __init__(self, low: float, high: float = LARGEST, kind: type = int):
         self.low, self.high, self.kind = low, high, kind

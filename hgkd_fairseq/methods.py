@@ -1,4 +1,4 @@
-"""The table of methods, methods.toml: what each adds to a training."""
+"""Access to methods.toml, the table of distillation methods and their options of fairseq-train."""
 
 from __future__ import annotations
 
@@ -9,17 +9,22 @@ from pathlib import Path
 
 from hgkd_fairseq.errors import UserError
 
-TEACHER = "TEACHER"  # stands for the teacher's checkpoint
+TEACHER = "TEACHER"  # placeholder for the teacher's checkpoint
 
 
 @functools.cache
 def table() -> dict[str, dict[str, str]]:
-    """By name a method's "title", its "options" of fairseq-train, which may hold TEACHER, and perhaps its "data"."""
+    """Return the methods by name: "title", "options" of fairseq-train, which may contain TEACHER, and optionally "data"
+    (see :func:`data`)."""
     return tomllib.loads(Path(__file__).with_name("methods.toml").read_text(encoding="utf-8"))
 
 
 def options(name: str, teacher: str = TEACHER) -> list[str]:
-    """The options of a method, with the checkpoint `teacher`.
+    """Return the options of fairseq-train for a method.
+
+    Args:
+        name: name of the method.
+        teacher: path of the teacher's checkpoint, which replaces the placeholder TEACHER.
 
     Raises:
         UserError: there is no such method.
@@ -28,8 +33,8 @@ def options(name: str, teacher: str = TEACHER) -> list[str]:
 
 
 def data(name: str) -> str:
-    """What a method is trained on: "" for the references, or which of the teacher's translations, as
-    `hgkd distil-data --select` has it.
+    """Return the targets that a method is trained on: "" for the references, or which of the teacher's translations, as
+    a value of `hgkd distil-data --select`.
 
     Raises:
         UserError: there is no such method.
@@ -44,5 +49,5 @@ def found(name: str) -> dict[str, str]:
 
 
 def text() -> str:
-    """A line for each method: name, title and options with tabs between them."""
+    """Return a line for each method: name, title and options, separated by tabs."""
     return "\n".join(f"{name}\t{row['title']}\t{row['options']}" for name, row in table().items())

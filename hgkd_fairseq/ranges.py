@@ -1,4 +1,4 @@
-"""Ranges of numbers that an option may have; nan and infinity are in none."""
+"""Ranges of allowed values of numeric options. NaN and infinity are in none of them."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import NamedTuple
 
 
 class Range(NamedTuple):
-    low: float  # both ends belong to it
-    high: float
-    text: str  # what follows "it must be"
-    otherwise: str = "out of range"  # what a number is that is not in it
+    low: float  # inclusive
+    high: float  # inclusive
+    text: str  # description of the range, to follow "it must be"
+    otherwise: str = "out of range"  # description of a value outside of the range
 
     def problem(self, value: object) -> str | None:
-        """None for a number in the range; otherwise what is wrong with it."""
+        """Return None for a number in the range, and an error message for any other value."""
         if isinstance(value, int | float) and self.low <= value <= self.high:
             return None
         return f"it must be {self.text}"
 
 
-LARGEST = 1e6  # far above anything useful, far below what overflows in single precision
+LARGEST = 1e6  # far above any useful value, far below overflow in single precision
 
 SHARE = Range(0, 1, "between 0 and 1", "no share")
 BELOW_1 = Range(0, math.nextafter(1, 0), "at least 0 and below 1")

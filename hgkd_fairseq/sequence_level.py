@@ -1,4 +1,4 @@
-"""Commands of sequence-level distillation: a teacher's translations, and training data of them."""
+"""Commands of sequence-level distillation: `hgkd translate` and `hgkd distil-data`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import argparse
 from hgkd_fairseq.arguments import Data, Input, NewOutput, add, add_data, add_running, add_search, number, part
 from hgkd_fairseq.errors import UserError
 
-REASONS = ("empty", "limit", "long", "ratio", "copy", "loop", "unknown", "score", "backward")  # filters.SWITCHES
+# The same as filters.SWITCHES, whose import would load fairseq.
+REASONS = ("empty", "limit", "long", "ratio", "copy", "loop", "unknown", "score", "backward")
 
 
 def add_translate(commands) -> None:
@@ -16,7 +17,7 @@ def add_translate(commands) -> None:
         from hgkd_fairseq.evaluation.translate import translate
 
         if args.engine == "ctranslate2":
-            export.import_converters()  # where it is not installed it is told before the teacher is loaded
+            export.import_converters()  # fails before the teacher is loaded if it is not installed
         print(
             translate(
                 args.data, args.teacher_path, args.output, args.subset, decoding_of(args), export.converted,

@@ -4,8 +4,9 @@ HELPDIR holds ``de/`` and ``en-US/``, two trees of HTML pages with the same path
 packages ``libreoffice-help-de`` and ``libreoffice-help-en-us``: ``usr/share/libreoffice/help``). OUTDIR gets
 ``{train,valid,test}.{de,en}``, one sentence a line. Standard library only; the same HELPDIR gives the same bytes.
 
-The split is by PAGE: sentences of one page are near copies of each other, so a split by sentence would test on what
-was trained on. Pages are ordered by a hash of their path, so a page keeps its place when other pages come or go.
+The corpus is split by page: the sentences of a page are similar to each other, so that a split by sentence would put
+near copies of training sentences into the test set. Pages are ordered by a hash of their path, so that their order does
+not change when pages are added or removed.
 """
 
 import argparse
@@ -22,13 +23,13 @@ BLOCKS = {"p", "h1", "h2", "h3", "h4", "h5", "h6", "li", "td", "dt", "dd"}
 CODE = {"script", "style", "pre", "code"}
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 
-# Stands where code was cut out of a paragraph, so that the sentence with the hole is recognised and dropped.
+# Placeholder for code that is cut out of a paragraph, by which the incomplete sentence is recognised and dropped.
 HOLE = "\ufffc"
 
 MIN_WORDS, MAX_WORDS = 3, 60
 MIN_RATIO, MAX_RATIO = 0.45, 2.6  # words of German / words of English
-MIN_LETTERS = 0.8  # of the characters that are not spaces
-MAX_OVERLAP = 0.6  # of the shorter side's distinct words also found on the other side: more is not a translation
+MIN_LETTERS = 0.8  # share of the characters other than spaces
+MAX_OVERLAP = 0.6  # share of the shorter side's distinct words that are also on the other side
 
 
 # ---------------------------------------------------------------------------------------------------- reading a page
@@ -41,15 +42,15 @@ class Page(HTMLParser):
 
         <span class="switchinline"><span hidden class="MAC">A</span><span hidden>B</span></span>
 
-    Kept is the default (no class), else the first that is not MAC; MAC never.
+    Only one variant is kept: the default (without a class) if there is one, else the first. MAC variants are ignored.
     """
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
         self.paragraphs: dict[tuple[str, int], str] = {}
         self._seen: Counter[str] = Counter()
-        # Open elements, innermost last: (tag, role, detail). Roles: "block" and "variant" collect text, for the id or
-        # the class in `detail`; "switch" holds variants; nothing inside "cut" is read; "" is any other element.
+        # Open elements, innermost last: (tag, role, detail). The roles "block" and "variant" collect text, and `detail`
+        # is their id or class; a "switch" contains variants; text inside a "cut" is ignored; "" is any other element.
         self._open: list[tuple[str, str, str]] = []
         self._text: list[list[str]] = []  # one list per open "block" or "variant"
         self._variants: list[list[tuple[str, str]]] = []  # one list of (class, text) per open "switch"
@@ -71,7 +72,7 @@ class Page(HTMLParser):
             role = "switch"
             self._variants.append([])
         elif tag == "span" and "hidden" in attributes:
-            # A switch outside of a paragraph holds whole paragraphs: MAC's are cut, all others are text.
+            # A switch outside of a paragraph contains whole paragraphs, of which only those for MAC are cut.
             if "MAC" in classes:
                 role = "cut"
             elif self._open and self._open[-1][1] == "switch":
@@ -97,11 +98,11 @@ class Page(HTMLParser):
             elif role == "switch":
                 variants = self._variants.pop()
                 if variants:
-                    self.handle_data(min(variants, key=lambda variant: variant[0] != "")[1])  # min: the first of equals
+                    self.handle_data(min(variants, key=lambda variant: variant[0] != "")[1])  # the first of equals
             if name == tag:
                 break
         if tag in BLOCKS or tag in {"div", "tr"}:
-            self.handle_data(" ")  # two blocks never run together into one word
+            self.handle_data(" ")  # separates the words of adjacent blocks
 
     def handle_data(self, data: str) -> None:
         if self._text and not any(role == "cut" for _, role, _ in self._open):
@@ -111,45 +112,46 @@ class Page(HTMLParser):
 def read_page(path: Path) -> dict[tuple[str, int], str]:
     page = Page()
     try:
-        if not path.is_file():  # a pipe or device of that name
+        if not path.is_file():  # a pipe or device
             raise OSError("it is no file")
         page.feed(path.read_text(encoding="utf-8"))
         page.close()
-    except (OSError, ValueError, AssertionError) as error:  # the last: of <![, in Python's parser
+    except (OSError, ValueError, AssertionError) as error:  # AssertionError: raised by HTMLParser for <![
         fail(f"{path} cannot be read ({error}): get the packages anew")
     return {key: normalise(text) for key, text in page.paragraphs.items()}
 
 
 def normalise(text: str) -> str:
-    """NFC, no invisible characters (soft hyphen, zero-width), every run of white space one space."""
+    """Normalise to NFC, remove invisible characters (soft hyphens, zero-width) and reduce white space to one space."""
     text = unicodedata.normalize("NFC", text)
     text = re.sub("[\u00ad\u200b-\u200f\u2060\ufeff]", "", text)
-    text = re.sub(r"\s+", " ", text)  # no-break spaces are white space too
+    text = re.sub(r"\s+", " ", text)  # \s includes no-break spaces
     return text.strip()
 
 
 # ------------------------------------------------------------------------------------------------ splitting sentences
 
-# A full stop after one of these ends no sentence. Lower case; compared without the stop.
+# Abbreviations, in lower case and without the full stop, which does not end a sentence after them.
 ABBREVIATIONS = {
     "abb", "abs", "allg", "art", "bspw", "bzgl", "bzw", "ca", "d", "dgl", "ebd", "engl", "etc", "evtl", "gegr", "ggf",
     "h", "inkl", "insb", "max", "min", "mind", "mio", "mrd", "nr", "o", "s", "sog", "std", "str", "tab", "u", "usw",
     "v", "vgl", "z", "zb", "zzgl", "a", "b", "e", "g", "i", "approx", "cf", "dr", "fig", "incl", "inc", "jr", "mr",
     "mrs", "no", "p", "pp", "prof", "resp", "vs",
 }  # fmt: skip
-# Where a sentence may end: . ! ? or …, perhaps a closing quote or bracket, a space, and what can begin a sentence.
+# A possible sentence boundary: . ! ? or …, optional closing quotes or brackets, white space, optional opening quotes or
+# brackets, and a capital letter or a digit.
 BOUNDARY = re.compile(r"""(?<=[.!?…])([)\]"'”“’«»]*)\s+(?=[("'“„‚‘«»\[]*[A-ZÄÖÜ0-9])""")
 
 
 def split_sentences(text: str) -> list[str]:
-    """Sentences of a normalised paragraph; the same rules for both languages, so that both sides split alike."""
+    """Split a normalised paragraph into sentences. Both languages have the same rules, so that they split alike."""
     sentences, start = [], 0
     for match in BOUNDARY.finditer(text):
         before = text[start : match.start()]
-        word = re.search(r"([^\s(\[\"'“„]+)\.$", before)  # the word that the full stop follows
+        word = re.search(r"([^\s(\[\"'“„]+)\.$", before)  # the word before the full stop
         if word:
             last = word[1].lower().rsplit(".", 1)[-1]  # "z.B." -> "b"
-            if last in ABBREVIATIONS or last.isdigit():  # "3. Januar": an ordinal, or a numbered list
+            if last in ABBREVIATIONS or last.isdigit():  # an ordinal ("3. Januar") or a numbered list
                 continue
         sentences.append(text[start : match.end()].strip())
         start = match.end()
@@ -161,15 +163,15 @@ def split_sentences(text: str) -> list[str]:
 
 PLACEHOLDER = re.compile(r"%[A-Z][A-Z0-9]+|%\d+|\$\[\w+\]|\$\{\w+\}|\$\(\w+\)|\{\w*\}")
 URL = re.compile(r"\w+://|\bwww\.|\S@\S+\.\w|\bmailto:", re.IGNORECASE)
-# A drive, a backslash, a name between two slashes, a name that begins with a slash, a file name. "and/or" and the
-# German "Kopf-/Fußzeile" are no paths.
+# A drive letter, a backslash, a name between two slashes, a name that begins with a slash, or a file name, but not
+# "and/or" and the German "Kopf-/Fußzeile".
 PATH = re.compile(
     r"""\b[A-Z]:[\\/]|\\\w|[\\/][\w.{}$~-]+[\\/]|(?:^|[\s"'(„])[~.]*/\w|"""
     r"""\b[\w-]+\.(?:html?|xml|xhp|xcu|ini|exe|dll|py|sh)\b"""
 )
 MARKUP = re.compile(r"</?\w|\w>|/>|&\w+;")
-# Characters that no prose has; calls, but "file(s)" and "Datei(en)" are none; operators; names_with_underscores and
-# camelCase; the keywords of BASIC that are no words.
+# Characters that do not occur in prose; function calls, but not "file(s)" or "Datei(en)"; operators;
+# names_with_underscores and camelCase; keywords of BASIC that are not English words.
 CODE_LIKE = re.compile(
     r"[{}|^`\\~" + HOLE + r"]|\w\((?!(?:s|e|es|n|en|er|r)\))\S|\)\s*;|;\s*\S+;|==|:=|<>|\w=\w|\w_\w|\b[a-z]{2,}[A-Z]|"
     r"\b(?:End (?:Sub|Function|If)|Dim|ByVal|MsgBox|com\.sun\.star)\b"
@@ -177,7 +179,7 @@ CODE_LIKE = re.compile(
 
 
 def reason_to_drop(de: str, en: str) -> str | None:
-    """The name of the first rule that the pair breaks, None for a good pair."""
+    """Return the name of the first rule that a sentence pair violates, or None if it is to be kept."""
     words_de, words_en = de.split(), en.split()
     if not all(MIN_WORDS <= len(words) <= MAX_WORDS for words in (words_de, words_en)):
         return "length"
@@ -207,10 +209,9 @@ def reason_to_drop(de: str, en: str) -> str | None:
 
 
 def align(page_de: dict[tuple[str, int], str], page_en: dict[tuple[str, int], str]) -> list[tuple[str, str]]:
-    """Sentence pairs of two pages, in the English page's order; unfiltered.
+    """Return the sentence pairs (German, English) of two pages, unfiltered and in the order of the English page.
 
-    Where the two sides of a paragraph split into different numbers of sentences, the paragraph stays whole: it is a
-    translation still, only a longer one.
+    A paragraph whose two sides split into different numbers of sentences becomes one pair.
     """
     pairs = []
     for key, en in page_en.items():
@@ -229,10 +230,10 @@ def align(page_de: dict[tuple[str, int], str], page_en: dict[tuple[str, int], st
 
 
 def collect(helpdir: Path) -> tuple[dict[str, list[tuple[str, str]]], Counter[str]]:
-    """Kept pairs of each page that has any, unique over all pages (ignoring case), and how many each rule dropped.
+    """Return the kept sentence pairs by page, and the number of dropped pairs, or whole pages, by reason.
 
-    Pages are visited, and returned, in the order of a hash of their path. Of a pair that many pages have, the first
-    page keeps it.
+    Pages are processed and returned in the order of a hash of their path; pages without a kept pair are left out. A
+    pair that occurs several times, ignoring case, is kept at its first occurrence only.
     """
     paths = sorted(
         (path.relative_to(helpdir / "en-US").as_posix() for path in (helpdir / "en-US").rglob("*.html")),
@@ -263,10 +264,11 @@ def collect(helpdir: Path) -> tuple[dict[str, list[tuple[str, str]]], Counter[st
 def split_by_page(
     pages: list[list[tuple[str, str]]], test_pages: int, valid_pages: int, max_pairs: int
 ) -> dict[str, list[tuple[str, str]]]:
-    """The first pages for test, the next for validation (the first `max_pairs` pairs of each), the rest for training.
+    """Split the corpus: the first pages are the test set and the next ones the validation set, of which at most
+    `max_pairs` pairs are kept each, and the others are the training set.
 
-    Pages share stock phrases whose translation, or only its punctuation, differs: a pair goes if either of its sides
-    is in a split that was filled before, so that no test sentence was trained on.
+    Pages share stock phrases, with different translations or punctuation. So that no sentence of the test set is in
+    the training set, a pair is dropped if one of its sides is already in an earlier split.
     """
     parts = {
         "test": pages[:test_pages],

@@ -2,8 +2,9 @@
 
 OUTDIR gets ``{train,valid,test}.LANG`` (pieces, separated by spaces; ``valid1.LANG`` too where TEXTDIR has it),
 ``sentencepiece.model`` and ``dict.txt``, the dictionary of both languages for fairseq. The same text and options give
-the same bytes, whatever the folders' names. With ``--model FILE`` the text is encoded with that model, and none is
-trained; with ``--vocab N`` too, with N of its pieces, and ``sentencepiece.model`` is the model of those.
+the same bytes, whatever the names of the folders. With ``--model FILE`` the text is encoded with that model and none
+is trained. With ``--vocab N`` as well, the model is first reduced to a dictionary of N symbols, and
+``sentencepiece.model`` is the reduced model.
 """
 
 import argparse
@@ -15,18 +16,19 @@ from pathlib import Path
 
 import sentencepiece
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout that this script lies in, installed or not
+sys.path.insert(0, str(Path(__file__).parents[1]))  # use this checkout even if it is not installed
 
 from hgkd_fairseq import files
 from hgkd_fairseq.arguments import number
 from hgkd_fairseq.errors import UserError, guarded
 
 SPLITS = ("train", "valid", "test")
-FAIRSEQ_SPECIALS = 4  # <s> <pad> </s> <unk>, which fairseq puts before the lines of a dictionary file
+FAIRSEQ_SPECIALS = 4  # <s> <pad> </s> <unk>, which fairseq puts before the entries of a dictionary file
 
 
 def paper_style(language: str) -> Callable[[str], str]:
-    """Tokenised, then lowercased (abbreviations are recognised by their capitals): fairseq's recipe for IWSLT."""
+    """Return a function that tokenises and lowercases a line, as fairseq's recipe for IWSLT does. Lowercasing comes
+    second because the tokeniser recognises abbreviations by their capitals."""
     from sacremoses import MosesTokenizer
 
     tokenizer = MosesTokenizer(language)
@@ -34,12 +36,12 @@ def paper_style(language: str) -> Callable[[str], str]:
 
 
 def train_model(sentences: Iterable[str], vocab: int) -> bytes:
-    """A serialised BPE model of `vocab` pieces, <unk>, <s> and </s> among them.
+    """Train a BPE model with `vocab` pieces, including <unk>, <s> and </s>, and return it serialised.
 
-    No byte fallback: ``--remove-bpe sentencepiece`` joins pieces by text, and would leave the bytes as <0xE2>.
+    It has no byte fallback: ``--remove-bpe sentencepiece`` joins pieces as text, and would leave bytes as <0xE2>.
     """
     model = io.BytesIO()
-    # An iterator and a writer, not file names: those would be stored in the model, and its bytes depend on the folder.
+    # An iterator and a writer, because file names would be stored in the model, whose bytes would depend on the folder.
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences),
         model_writer=model,
@@ -53,10 +55,14 @@ def train_model(sentences: Iterable[str], vocab: int) -> bytes:
 
 
 class Model:
-    """A model of sentencepiece that others may have made.
+    """A sentencepiece model that is checked when it is loaded.
+
+    Args:
+        serialised: content of the model file.
+        name: name of the model for error messages.
 
     Raises:
-        UserError: it is damaged, or has a piece that a line of pieces cannot hold.
+        UserError: the model is damaged, or has a piece with white space, which separates pieces in fairseq's text.
     """
 
     def __init__(self, serialised: bytes, name: str):
@@ -66,7 +72,7 @@ class Model:
             pieces = [self.processor.id_to_piece(i) for i in range(self.processor.get_piece_size())]
         except (RuntimeError, UnicodeDecodeError):
             raise self.damaged from None
-        if not pieces:  # of an empty file
+        if not pieces:  # an empty file
             raise self.damaged
         if split := next((piece for piece in pieces if piece.split() != [piece]), None):
             raise UserError(f"{name}: its piece {split!r} holds white space, which ends a piece in fairseq's text")
@@ -74,16 +80,25 @@ class Model:
     def encode(self, lines: list[str]) -> list[list[str]]:
         try:
             return self.processor.encode(lines, out_type=str)
-        except UnicodeDecodeError:  # its rules of normalisation are damaged
+        except UnicodeDecodeError:  # the model's normalisation rules are damaged
             raise self.damaged from None
 
 
 def pruned(serialised: bytes, text: Iterable[list[str]], vocab: int, name: str) -> bytes:
-    """The model with all its characters and those of its other pieces that are most frequent in the text, as many as
-    make a dictionary of `vocab` symbols. The rest is marked as unused: BPE splits it into what is left.
+    """Reduce a model to a dictionary of `vocab` symbols. All characters stay, and of the longer pieces those that are
+    most frequent in the text. The others are marked as unused, so that BPE splits them into the remaining ones.
+
+    Args:
+        serialised: content of the model file.
+        text: lists of lines of the training text.
+        vocab: size of the dictionary, including fairseq's special symbols.
+        name: name of the model for error messages.
+
+    Returns: the reduced model, serialised.
 
     Raises:
-        UserError: `vocab` is less than the characters need, or more than the model has; protobuf is missing.
+        UserError: `vocab` is less than the number of characters and special symbols or more than that of all symbols,
+            or protobuf is not installed.
     """
     try:
         from sentencepiece import sentencepiece_model_pb2
@@ -105,12 +120,12 @@ def pruned(serialised: bytes, text: Iterable[list[str]], vocab: int, name: str) 
 
 
 def dictionary_lines(model: sentencepiece.SentencePieceProcessor, counts: Counter[str], pad: bool) -> list[str]:
-    """Lines "piece count" of fairseq's dictionary: all pieces of the model, in its order.
+    """Return the lines "piece count" of fairseq's dictionary: all pieces of the model, in its order.
 
-    Made from the model, and not from the encoded training text: that text lacks the pieces which BPE only ever merges
-    on, and validation and test text that ends in one of those would become <unk>. So only a character that training
-    never saw is <unk>. With `pad`, padded as fairseq pads its own, to a multiple of 8 entries, for the GPU's matrix
-    units.
+    The pieces are those of the model and not those of the encoded training text, which lacks pieces that are always
+    merged with others there. In validation and test text, such a piece would become <unk>; with all pieces, only
+    characters that are not in the training text do. If `pad` is true, the dictionary is padded to a multiple of 8
+    entries, as fairseq does for the matrix units of GPUs.
     """
     ids = range(model.get_piece_size())
     special = (model.is_control, model.is_unknown, model.is_unused)

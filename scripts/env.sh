@@ -1,5 +1,5 @@
-# Sourced by the other scripts: makes .venv with the pinned set that is tested, once, and sets PYTHON and BIN.
-# Needs Python 3.11 or 3.12 (another one: HGKD_PYTHON=/path/to/python3.11). A set-up that was killed is started again.
+# Sourced by other scripts: creates .venv with the tested, pinned versions if necessary, and sets PYTHON and BIN.
+# Needs Python 3.11 or 3.12, which HGKD_PYTHON=/path/to/python3.11 can name. An interrupted installation is repeated.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 BIN=$root/.venv/bin
 PYTHON=$BIN/python
@@ -23,11 +23,11 @@ make_environment() {
     [[ -f $stamp && $(<"$stamp") == "$wanted" ]] && return
     python=$(find_python)
     echo "setting up .venv with $("$python" --version) (about 2 minutes)" >&2
-    # An environment without pip is one whose making was killed.
+    # Without pip, the environment is missing or its creation was interrupted.
     "$PYTHON" -m pip --version &>/dev/null || "$python" -m venv "$root/.venv"
     "$PYTHON" -m pip install --quiet --quiet --disable-pip-version-check --no-compile \
         --constraint "$root/scripts/constraints.txt" --editable "$root[test,report,triton,recipes]" >&2
-    # On all cores; pip takes one. Status 1: some packages have files for other versions of Python.
+    # pip would compile on one core. Status 1 is expected: some packages have files for other versions of Python.
     "$PYTHON" -W ignore -m compileall -qq -j 0 "$root/.venv/lib" >&2 || true
     printf '%s\n' "$wanted" >"$stamp" # written last: without it the next call installs again
 }

@@ -1,38 +1,39 @@
 #!/usr/bin/env bash
 # Fetch a parallel corpus as plain text: get_data.sh NAME DIR [--from FOLDER]
 #
-# DIR gets train.de train.en valid.de valid.en test.de test.en, one sentence a line, and SOURCE: one line that says what
-# it is, where it comes from and on what terms it may be used.
+# DIR gets train.de train.en valid.de valid.en test.de test.en, one sentence per line, and SOURCE: one line with the
+# name of the corpus, its origin and its terms of use.
 #
-#   multi30k-de-en          29,000 / 1,014 / 1,000 pairs. From --from FOLDER or $HGKD_DATA: the folder that holds
-#                           train.de.gz and so on, or one with a subfolder multi30k that does. Else downloaded.
-#   libreoffice-help-de-en  about 31,000 / 1,000 / 1,000 pairs out of the packages libreoffice-help-de and
-#                           libreoffice-help-en-us. From --from FOLDER: the two .deb files, or a tree that was unpacked
-#                           (usr/share/libreoffice/help). Else downloaded with apt-get, which needs no root.
+#   multi30k-de-en          29,000 / 1,014 / 1,000 pairs. Taken from --from FOLDER or $HGKD_DATA, a folder that holds
+#                           train.de.gz and so on, or has a subfolder multi30k with these files. Otherwise downloaded.
+#   libreoffice-help-de-en  about 31,000 / 1,000 / 1,000 pairs from the packages libreoffice-help-de and
+#                           libreoffice-help-en-us. Taken from --from FOLDER, which holds the two .deb files or their
+#                           unpacked content (usr/share/libreoffice/help). Otherwise downloaded with apt-get, without
+#                           root.
 #
-# Exit status: 0 done (or done before), 2 usage error, 3 the source cannot be had here and now (so that a caller can try
-# the next data set), 1 anything else, such as a wrong hash.
+# Exit status: 0 done (now or before), 2 usage error, 3 the source is not available (so that a caller can try another
+# corpus), 1 any other error, such as a wrong hash.
 #
-# All work is done in DIR.partial, which is renamed to DIR as the very last step: a DIR that exists is whole, and a run
-# that was killed goes on with the downloads that are whole in DIR.partial. (Where you have a DIR.partial of your own, it
-# is left alone, and another name is taken.)
+# All files are written to DIR.partial, which is renamed to DIR in the end, so that DIR is complete if it exists. After
+# an interruption, complete downloads of Multi30K in DIR.partial are used again. (If DIR.partial exists and was not
+# created by this script, it is not touched, and another name is used.)
 #
 # Environment:
 #   HGKD_DATA             see multi30k-de-en
-#   HGKD_MULTI30K_URL     a mirror: the address of a folder with Multi30K's six .gz files
-#   HGKD_MULTI30K_SHA256  for a mirror of another revision: a file of `sha256sum`'s format with the hashes to expect;
-#                         the numbers of pairs are then free, but must be the same on both sides
-#   PYTHON                the Python (3.11 or newer) that aligns the LibreOffice help; default python3
+#   HGKD_MULTI30K_URL     address of a mirror: a folder with the six .gz files of Multi30K
+#   HGKD_MULTI30K_SHA256  for a mirror of another revision: a file with the expected hashes in the format of sha256sum.
+#                         The numbers of pairs are then not checked, but must be the same for both languages
+#   PYTHON                Python 3.11 or newer, which aligns the LibreOffice help; default python3
 set -euo pipefail
 
 NAMES="multi30k-de-en, libreoffice-help-de-en"
-GIVE_UP=12 # seconds without 1,000 new bytes after which a source counts as unreachable
+GIVE_UP=12 # seconds without 1,000 new bytes after which a source is considered unreachable
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/steps.sh"
 
 say() { printf 'get_data.sh: %s\n' "$*" >&2; }
 
-# fail STATUS MESSAGE
+# fail STATUS MESSAGE: print an error message and exit.
 fail() {
     local status=$1
     shift
@@ -46,9 +47,9 @@ child="" partial=""
 trap '[[ -z $child ]] || kill "$child" 2>/dev/null || true
     [[ -z $partial || $partial == "$dir.partial" ]] || rm -rf -- "$partial"' EXIT
 
-# run_unless_stalled FOLDER COMMAND... - the command's status, or 124 when FOLDER stopped growing and it was killed.
-# One rule for curl, wget, Python and apt-get: their own time limits count for each address of a host and each file, so
-# that none of them bounds the whole.
+# run_unless_stalled FOLDER COMMAND...: run a command, and kill it if FOLDER stops growing. Return its status, or 124 if
+# it was killed. The time limits of curl, wget, Python and apt-get apply to each address of a host and to each file, and
+# do not limit the total time.
 run_unless_stalled() {
     local folder=$1 size=0 now since=$SECONDS status=0
     shift
@@ -72,7 +73,7 @@ run_unless_stalled() {
     return "$status"
 }
 
-# download URL FILE - with whatever is there
+# download URL FILE: download with curl, wget or Python, whichever is installed.
 download() {
     rm -f "$2"
     if command -v curl >/dev/null; then
@@ -127,7 +128,7 @@ multi30k() {
         pairs_of=()
     fi
     while read -r sum name; do
-        [[ -z $sum ]] || sha256[${name#\*}]=$sum # sha256sum marks a file read as binary with a star
+        [[ -z $sum ]] || sha256[${name#\*}]=$sum # sha256sum puts a star before the name of a binary file
     done <<<"$MULTI30K_SHA256"
 
     say "Multi30K, $MULTI30K_TERMS; from $origin"
@@ -166,7 +167,7 @@ multi30k() {
     finish_text "Multi30K task 1, German-English, raw text, from $origin; $MULTI30K_TERMS"
 }
 
-# The folder with the files, of FOLDER and FOLDER/multi30k.
+# multi30k_folder FOLDER: print FOLDER or FOLDER/multi30k, whichever has the files.
 multi30k_folder() {
     local folder
     for folder in "$1" "$1/multi30k"; do
@@ -219,12 +220,12 @@ libreoffice_help() {
             origin+=" ${package##*/}"
         done
         tree=$partial/tree/usr/share/libreoffice/help
-        # dpkg keeps names with .. and links out of reach; a page that is a link or a device would be read all the same.
+        # dpkg does not write outside of the tree, but pages could still be links or devices, which must not be read.
         found=$(find "$partial/tree" -name '*.html' ! -type f ! -type d -print -quit)
         [[ -z $found ]] || fail 1 "${found#"$partial/tree/"} in the packages is no file but a link or device: get them anew"
     fi
     say "aligning (half a minute)"
-    "$python" "$here/align_libreoffice.py" "$tree" "$partial" || exit 1 # it has said why
+    "$python" "$here/align_libreoffice.py" "$tree" "$partial" || exit 1 # it has printed the error
     finish_text "LibreOffice help, German-English, aligned by scripts/align_libreoffice.py, from $origin; MPL-2.0"
 }
 
@@ -237,22 +238,22 @@ download_packages() {
         [[ $(id -u) == 0 ]] ||
             fail 3 "apt knows no package ${packages[*]}: run \`apt-get update\` as root first, or use --from FOLDER"
         say "apt-get update"
-        run_unless_stalled /var/lib/apt/lists "${apt[@]}" update >"$log" 2>&1 || true # some source may fail: ask again
+        run_unless_stalled /var/lib/apt/lists "${apt[@]}" update >"$log" 2>&1 || true # one source may fail: check again
         apt-cache show "${packages[@]}" >/dev/null 2>&1 ||
             fail 3 "apt knows no package ${packages[*]} after \`apt-get update\`: check the network and apt's sources," \
                 "or use --from FOLDER"
     fi
     say "apt-get download ${packages[*]}"
-    rm -f "$partial"/*.deb # apt-get downloads a file of another version beside one that lies there
-    # apt-get downloads into the folder it runs in; env, and not a subshell, so that the trap above finds its process
+    rm -f "$partial"/*.deb # apt-get would keep a file of another version
+    # apt-get downloads to the current folder. env, unlike a subshell, becomes apt-get, which the trap then kills.
     run_unless_stalled "$partial" env --chdir="$partial" "${apt[@]}" download "${packages[@]}" >"$log" 2>&1 ||
         fail 3 "apt-get cannot download ${packages[*]} ($(tail -n 1 "$log")): check the network, run" \
             "\`apt-get update\`, or use --from FOLDER"
 }
 
-# --------------------------------------------------------------------------------------------------------- the frame
+# -------------------------------------------------------------------------------------------------------------- main
 
-# finish_text LINE - leave nothing but the text in the folder, write SOURCE, and make it DIR.
+# finish_text LINE: remove all files but the text, write LINE to SOURCE, and rename the folder to DIR.
 finish_text() {
     rm -rf -- "$partial"/{train,val,test_2016_flickr}.{de,en}.gz "$partial"/libreoffice-help-*.deb "$partial/tree" \
         "$partial/apt.log"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What works with which Python, torch and distribution of fairseq: each row has an environment of its own. --help says more.
+# Test the plugin with several versions of Python, torch and fairseq, each in its own environment. See --help.
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -55,7 +55,7 @@ if [[ -z $dir ]]; then
     trap 'rm -rf "$dir"' EXIT
 fi
 
-# A program that is this version; pyenv has those that are not on the path.
+# find_python VERSION|PATH: print the path of this Python. pyenv may have versions that are not on the PATH.
 find_python() {
     local candidate
     for candidate in "$1" "python$1" "${HGKD_PYTHON:-}" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1".*/bin/python; do
@@ -70,7 +70,7 @@ find_python() {
 
 pip() { "$1/venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check "${@:2}"; }
 
-# The plugin's other requirements, beside a distribution of fairseq that setup.py does not name.
+# others PYTHON: print the requirements in setup.py other than fairseq, for use with another distribution of fairseq.
 others() { "$1" -c 'import setuptools, sys
 setuptools.setup = lambda **given: print(*[one for one in given["install_requires"] if "fairseq" not in one])
 sys.argv = ["setup.py"]; exec(compile(open("setup.py").read(), "setup.py", "exec"), {"__file__": "setup.py"})'; }

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Mutation tests: small faults are put into the code one at a time; each should make a test fail.
+"""Mutation testing: insert small faults into the code, one at a time, each of which should make a test fail.
 
     pip install mutmut==3.8.1  # into .venv, or an environment that sees it
     python scripts/mutants.py FOLDER [--sample N] [--seed S] [--table] [--survivors]
 
-Copies the checkout to FOLDER and runs mutmut there on gates, loss (without the kernels), sentence_weights and
-calibration. What mutmut cannot change in a running process, since it is used on import or its result is kept, gets a
-process of its own. Prints how many mutants of each module were killed. Started again, it goes on where it was.
+The script copies the checkout to FOLDER and runs mutmut there on gates, loss (without the kernels), sentence_weights
+and calibration. Mutants of functions that run on import, or whose results are cached, are tested in separate processes,
+because mutmut cannot change these functions in a running process. The script prints how many mutants of each module
+were killed. If it is started again, it resumes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 COPIED = ("hgkd_fairseq", "tests", "scripts", "setup.py", "README.md", "pyproject.toml")
-# The rooms that are mutated, and the tests of them that work in one process and take seconds.
+# The subpackages that are mutated, and their tests that run in one process and take seconds.
 TESTS = {
     "gates": ("tests/test_gates.py", "tests/test_cli.py"),
     "loss": (
@@ -37,7 +38,7 @@ TESTS = {
     ),
     "calibration": ("tests/calibration",),
 }
-# Starts a Python of its own that does not see mutmut.
+# Deselected because it starts another Python process, in which mutmut has no effect.
 ISOLATED = "tests/loss/test_gated_distillation.py::test_works_where_fairseq_is_not_installed"
 CONFIGURATION = """
 [tool.mutmut]
@@ -48,19 +49,19 @@ also_copy = ["scripts", "setup.py", "README.md"]
 pytest_add_cli_args = ["-p", "no:cacheprovider", "-q", "-m", "not slow", "--deselect", "{isolated}"]
 pytest_add_cli_args_test_selection = [{tests}]
 """
-# Functions that run on import, or whose result is kept: mutmut's children have it from their parent.
+# Functions that run on import, or whose results are cached: mutmut's child processes inherit the parent's results.
 OF_THE_PARENT = (
     *("gates.registry.x_register_gate", "gates.registry.x_declared_parameters", "gates.registry.x_all_parameters"),
     *("loss.equations.x_register_divergence", "loss.rows.x_difference_of"),
 )
 KILLED, SURVIVED, UNTESTED = "killed", "survived", "no test"
-OUTCOMES = {0: SURVIVED, 33: UNTESTED}  # mutmut's exit codes; all others say that a test failed, or took too long
+OUTCOMES = {0: SURVIVED, 33: UNTESTED}  # by mutmut's exit code; all others count as killed
 
 
 def without_decorators(source: str) -> str:
-    """The same program with `name = decorator(name)` below each function that had decorators.
+    """Return an equivalent program in which `name = decorator(name)` below each function replaces its decorators.
 
-    mutmut leaves out functions with decorators, and so all gates.
+    mutmut skips functions with decorators, which all gates have.
     """
     lines = source.splitlines()
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
@@ -100,7 +101,7 @@ def mutmut(folder: Path, *words: str) -> int:
 
 
 def outcomes(folder: Path) -> dict[str, dict[str, int | None]]:
-    """Of each module the exit code of each mutant; None: not tried."""
+    """Return for each module the exit codes by mutant, None for a mutant that has not been tested."""
     found = {}
     for path in sorted((folder / "mutants").rglob("*.meta")):
         if codes := json.loads(path.read_text())["exit_code_by_key"]:
@@ -109,7 +110,7 @@ def outcomes(folder: Path) -> dict[str, dict[str, int | None]]:
 
 
 def in_a_process_of_its_own(folder: Path, module: str, name: str) -> None:
-    """Try one mutant, and write down what the tests said of it."""
+    """Test one mutant in a new process and record the exit code in mutmut's file of the module."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MUTANT_UNDER_TEST": name}
     options = ("-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", "--deselect", ISOLATED)
     command = [sys.executable, "-m", "pytest", *options, *TESTS[module.split("/")[1]]]
@@ -140,12 +141,12 @@ def table(folder: Path) -> str:
 
 def run(folder: Path, sample: int | None, seed: int) -> int:
     if not folder.exists():
-        partial = folder.with_name(f"{folder.name}.partial")  # a copy that was cut short is made anew
+        partial = folder.with_name(f"{folder.name}.partial")  # an incomplete copy is discarded
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         prepare(partial)
         partial.rename(folder)
-    # The first run makes the mutants, of which the others are drawn.
+    # The first run generates all mutants, from which the sample is drawn.
     if not (folder / "mutants").exists() and (
         code := mutmut(folder, "run", "hgkd_fairseq.gates.hard.x_token__mutmut_1")
     ):

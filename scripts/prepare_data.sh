@@ -1,34 +1,34 @@
 #!/usr/bin/env bash
-# Text to fairseq's binary data: prepare_data.sh TEXTDIR DATABIN [--vocab N] [--source LANG] [--target LANG]
-#                                                                [--style cased|paper] [--like OTHER]
+# Convert text to fairseq's binary data: prepare_data.sh TEXTDIR DATABIN [--vocab N] [--source LANG] [--target LANG]
+#                                                                       [--style cased|paper] [--like OTHER]
 #
-# TEXTDIR holds {train,valid,test}.{de,en} (get_data.sh makes it), and valid1.{de,en} if there is to be a second validation
-# subset, for `--held-out valid1`. A joint sentencepiece BPE is trained on train, all files are encoded with it, and
-# fairseq-preprocess binarises them with one dictionary for both languages into DATABIN, which also gets
-# sentencepiece.model and PREPARED (one line: the settings, and a hash of the text). Generate with
+# TEXTDIR holds {train,valid,test}.{de,en}, as get_data.sh writes them, and optionally valid1.{de,en}, a second
+# validation subset for `--held-out valid1`. The script trains a joint sentencepiece BPE on train and encodes all files
+# with it; fairseq-preprocess binarises them with one dictionary for both languages to DATABIN. DATABIN also gets
+# sentencepiece.model and PREPARED (one line with the settings and a hash of the text). Generate with
 # `fairseq-generate DATABIN ... --remove-bpe sentencepiece`.
 #
 #   --vocab N        pieces of the BPE, default 4000
 #   --source, --target   languages, default de and en
-#   --style cased    the text as it is (default)
-#   --style paper    tokenised with sacremoses and lowercased before the BPE, as in fairseq's recipe for IWSLT; the
+#   --style cased    leave the text unchanged (default)
+#   --style paper    tokenise with sacremoses and lowercase before the BPE, as in fairseq's recipe for IWSLT; the
 #                    references of fairseq-generate are then tokenised and lowercased too
-#   --like OTHER     the pieces, dictionary and style of OTHER, a DATABIN that this script has made: data for the student of
-#                    a teacher that was trained on OTHER. With --vocab N, N of its symbols: all characters and the pieces
-#                    that are most frequent in train; the others are split into these
+#   --like OTHER     use the pieces, dictionary and style of OTHER, a DATABIN of this script, for the student of a
+#                    teacher that was trained on OTHER. With --vocab N, use N of its symbols: all characters and those
+#                    pieces that are most frequent in train; the other pieces are split into these
 #
-# Exit status: 0 done (or done before with the same settings), 2 usage error, 1 anything else.
-# All work is done in a new folder beside DATABIN, which is renamed to it as the very last step: a DATABIN that exists is
-# whole.
-# Environment: PYTHON, the Python with sentencepiece and fairseq; default .venv/bin/python of this repository, if it is
-# there, else python3.
+# Exit status: 0 done (now, or before with the same settings), 2 usage error, 1 any other error.
+# All files are written to a temporary folder, which is renamed to DATABIN in the end, so that DATABIN is complete if it
+# exists.
+# Environment: PYTHON, a Python with sentencepiece and fairseq; default .venv/bin/python of this repository if it
+# exists, else python3.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 say() { printf 'prepare_data.sh: %s\n' "$*" >&2; }
 
-# fail STATUS MESSAGE
+# fail STATUS MESSAGE: print an error message and exit.
 fail() {
     local status=$1
     shift
@@ -107,7 +107,7 @@ for split in "${splits[@]}"; do
         texts+=("$textdir/$split.$language")
     done
 done
-# The text is one of the settings: the same options on another corpus make other data.
+# The hash of the text is one of the settings, because the same options give other data for another corpus.
 hash=$(cat "${texts[@]}" | sha256sum)
 pieces="vocab=$vocab"
 if [[ -n $like ]]; then
@@ -149,18 +149,18 @@ fi
 valid=$partial/pieces/valid
 [[ ${splits[-1]} != valid1 ]] || valid+=,$partial/pieces/valid1
 "$PYTHON" "$here/encode_text.py" "$textdir" "$partial/pieces" \
-    "${model[@]}" --source "$source" --target "$target" --style "$style" || exit 1 # it has said why
+    "${model[@]}" --source "$source" --target "$target" --style "$style" || exit 1 # it has printed the error
 
 say "fairseq-preprocess"
 "$preprocess" --source-lang "$source" --target-lang "$target" "${dictionaries[@]}" \
     --trainpref "$partial/pieces/train" --validpref "$valid" --testpref "$partial/pieces/test" \
     --destdir "$partial" --workers 1 >"$partial/pieces/log" 2>&1 || {
-    log=$partial/pieces/log partial="" # it stays
+    log=$partial/pieces/log partial="" # keep the folder with the log
     fail 1 "fairseq-preprocess failed ($(tail -n 1 "$log")): $log has all it said"
 }
 
 mv "$partial/pieces/sentencepiece.model" "$partial/sentencepiece.model"
-rm -rf "$partial/pieces" "$partial/preprocess.log" # a log of folders that are no more
+rm -rf "$partial/pieces" "$partial/preprocess.log" # the log names removed folders
 printf '%s\n' "$settings" >"$partial/PREPARED"
 mv -T -- "$partial" "$databin"
 partial=""

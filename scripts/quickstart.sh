@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# From nothing to distilled students, on real data: quickstart.sh [--smoke] [--dir DIR] [--from FOLDER]
+# Train and compare a teacher and distilled students: quickstart.sh [--smoke] [--dir DIR] [--from FOLDER]
 #
-# Sets up .venv and gets Multi30K De-En (else the LibreOffice help). The students have its first 5,000 pairs: Base
-# (cross-entropy), Word-KD, HKD-T and HKD-S (the hard gate, by token and by sentence). Their teacher, of the same size, has
-# all the others, and never sees theirs: like a model that is there already, from elsewhere. Prints BLEU, chrF, TER and
-# calibration errors of all five side by side, and writes DIR/report.html. Uses a GPU if there is one. One rule for all:
-# translations are those of the checkpoint with the highest BLEU on the validation set, everything else is measured at the
-# one with the least NLL there.
+# The script sets up .venv and downloads Multi30K De-En (or the LibreOffice help, if Multi30K is not available). Four
+# students are trained on the first 5,000 pairs: Base (cross-entropy), Word-KD, HKD-T and HKD-S (the hard gate, by token
+# and by sentence). Their teacher has the same size and is trained on all other pairs, like an existing model that was
+# trained on other data. The script prints BLEU, chrF, TER and calibration errors of all five models and writes
+# DIR/report.html. It uses a GPU if there is one. For all models, translations are those of the checkpoint with the
+# highest validation BLEU, and all other scores are those of the checkpoint with the lowest validation NLL.
 #
-#   --smoke        everything at toy size, in 5 minutes on 2 cores: shows that it runs, not that it is good
-#   --dir DIR      where runs and logs go (default runs/quickstart, or runs/smoke)
-#   --from FOLDER  a local copy of the data, see get_data.sh; also in HGKD_DATA
+#   --smoke        run everything at toy size, in 5 minutes on 2 cores, as a test that it works; scores are meaningless
+#   --dir DIR      folder for runs and logs (default runs/quickstart, or runs/smoke)
+#   --from FOLDER  a local copy of the data, see get_data.sh; HGKD_DATA can name it too
 #
-# Killed anywhere and started again, it goes on where it was: finished steps are skipped, training resumes.
+# After an interruption, start it again: finished steps are skipped, and training resumes.
 set -euo pipefail
 
 smoke=0 dir="" from=()
@@ -44,8 +44,8 @@ lock "$dir" || exit 1
 say() { printf '%s  %s\n' "$(date +%H:%M:%S)" "$*"; }
 
 # ---------------------------------------------------------------------------------------------------------- settings
-# Few pairs, a training to its end, and a teacher that knows more: there distillation pays. The students' dropout is what
-# gives Base the least NLL on the validation set; sizes and updates are for 2 CPU cores.
+# Distillation helps with few pairs, training until convergence, and a teacher trained on more data. The students'
+# dropout is the one with the lowest validation NLL of Base; model sizes and updates are chosen for 2 CPU cores.
 pairs=5000 scored=5000 vocab=2000 batch=2048 updates=1800 warmup=200 beam=5 longest=1.5
 if ((smoke)); then
     scored=100 updates=70 warmup=40 beam=1 longest=1.0
@@ -53,7 +53,7 @@ fi
 size=(--encoder-layers 2 --decoder-layers 2 --encoder-embed-dim 128 --decoder-embed-dim 128
     --encoder-ffn-embed-dim 256 --decoder-ffn-embed-dim 256 --encoder-attention-heads 4 --decoder-attention-heads 4)
 for_teacher=(--dropout 0.1 --lr 0.004 --lr-scheduler polynomial_decay --total-num-update "$updates")
-# A student's epoch is short: validation, and a checkpoint to choose from, every third.
+# A student's epochs are short, so that every third one is enough for validation and checkpoints.
 for_student=(--dropout 0.3 --lr 0.003 --lr-scheduler inverse_sqrt --save-interval 3 --validate-interval 3)
 if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     device=(--fp16)
@@ -68,7 +68,7 @@ for name in multi30k-de-en libreoffice-help-de-en; do
     status=0
     bash "$root/scripts/get_data.sh" "$name" "$dir/text-$name" "${from[@]}" || status=$?
     if ((status == 0)); then data=$name; break; fi
-    # 3: this one cannot be had here; 2: --from holds another one. Anything else is wrong and has been said.
+    # 3: this corpus is not available; 2: --from holds another one. Any other error ends the script.
     ((status == 3 || (status == 2 && ${#from[@]} > 0))) || exit "$status"
 done
 if [[ -z $data ]]; then
@@ -89,10 +89,11 @@ PYTHON=$PYTHON bash "$root/scripts/prepare_data.sh" "$text-teacher" "$bin-teache
 PYTHON=$PYTHON bash "$root/scripts/prepare_data.sh" "$text" "$bin" --like "$bin-teacher"
 
 # ---------------------------------------------------------------------------------------------------------- training
-# fairseq drops a last batch whose size is no multiple of this, 8 by default: 6 of 1,014 validation sentences.
+# fairseq drops sentences of the last batch to make its size a multiple of this. The default, 8, would drop 6 of the
+# 1,014 validation sentences.
 every=(--required-batch-size-multiple 1)
 
-# train NAME SEED DATA OPTIONS...: to DIR/NAME, with its log; resumes by itself.
+# train NAME SEED DATA OPTIONS...: train a model in DIR/NAME, which gets train.log too, or resume its training.
 train() {
     local name=$1 seed=$2 data=$3 run=$dir/$1 settings wanted
     shift 3
@@ -115,7 +116,7 @@ train() {
     record "$run" checkpoint_best.pt checkpoint_last.pt
 }
 
-# One line an epoch, as it comes (awk would hold lines back), and whatever went wrong.
+# progress NAME: reduce a training log to one line per validation, and errors. Unlike awk, sed -u does not buffer lines.
 progress() {
     { grep --line-buffered -E ' valid \| epoch|error:|Error' || true; } | sed -u -E "
         s/^.* valid \| epoch 0*([0-9]+) .*\| nll_loss ([0-9.]+) \|/          $1: epoch \1, validation NLL \2 bits |/
@@ -123,7 +124,7 @@ progress() {
         s/ \|.* num_updates ([0-9]+).*/, \1 updates/"
 }
 
-# model NAME: trains it
+# model NAME: train the teacher or a student.
 model() {
     local options
     if [[ $1 == teacher ]]; then
@@ -134,7 +135,7 @@ model() {
     train "$1" 2 "$bin" "${for_student[@]}" --task translation_with_teacher --criterion hard_gate_kd "${options[@]}"
 }
 
-# score NAME...: all that is measured of these models
+# score NAME...: compute all scores of these models.
 score() {
     local log=$dir/score-${1}.log
     say "translating the test set and scoring, beam $beam: $* (log: $log)"
@@ -143,8 +144,9 @@ score() {
         { tail -n 1 "$log" >&2; exit 1; }
 }
 
-# both "COMMAND NAME..." "COMMAND NAME...": at once, of one thread each: so small a model does not keep two cores busy. Each
-# is a process group (set -m), which ends with this script.
+# both "COMMAND NAME..." "COMMAND NAME...": run two commands in parallel, with one thread each, because models of this
+# size do not use two cores efficiently. Each command is a process group (set -m), which is killed when this script
+# exits.
 set -m
 trap 'for job in $(jobs -p); do kill -- "-$job" 2>/dev/null || true; done' EXIT
 both() {

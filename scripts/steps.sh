@@ -1,10 +1,10 @@
-# Sourced by the scripts that may be killed and started again: folders to work in, records of what is finished, a lock.
+# Sourced by scripts that can be interrupted and resumed: work folders, records of finished files, and locks.
 
-MARK=.made-by-hgkd # in a folder to work in, which nobody else has made then
+MARK=.made-by-hgkd # file that marks a work folder created by these scripts
 
-# work_folder FOLDER: sets `partial` to a folder beside it, to be renamed to FOLDER once it is whole. That is
-# FOLDER.partial, new or left by a run that was killed; where somebody else has such a folder, it is left alone and another
-# name is taken. Status 1 where none can be made.
+# work_folder FOLDER: set `partial` to a work folder in the same place, which `finish` renames to FOLDER in the end. It
+# is FOLDER.partial, either new or left by an interrupted run. If FOLDER.partial exists and was not created by these
+# scripts, it is not touched, and another name is used. Status 1 if no folder can be created.
 work_folder() {
     partial=$1.partial
     mkdir -p -- "$(dirname -- "$1")" || return 1
@@ -16,14 +16,14 @@ work_folder() {
     : >"$partial/$MARK"
 }
 
-# finish FOLDER: the folder that work_folder has made becomes FOLDER, as the last step: a FOLDER that exists is whole.
+# finish FOLDER: rename the work folder to FOLDER, as the last step, so that FOLDER is complete if it exists.
 finish() {
     rm -f -- "$partial/$MARK"
     mv -T -- "$partial" "$1"
 }
 
-# record FOLDER FILE...: these files of the folder are whole. recorded FOLDER FILE...: whether they are what was recorded,
-# byte for byte. That a file exists proves nothing: a program may have been killed while it wrote, or a disk been full.
+# record FOLDER FILE...: record the hashes of complete files. recorded FOLDER FILE...: status 0 if the files have the
+# recorded hashes. An existing file may be incomplete if its program was killed or the disk was full.
 record() { (cd "$1" && sha256sum -- "${@:2}") >>"$1/recorded"; }
 recorded() {
     local folder=$1 file line
@@ -33,15 +33,15 @@ recorded() {
     done
 }
 
-# hashes PATH[:PATH]: SHA-256 of checkpoints, a line each; nothing of those that are not there.
+# hashes PATH[:PATH]: print the SHA-256 of each checkpoint on a line. Missing checkpoints are left out.
 hashes() { tr ':' '\n' <<<"$1" | while IFS= read -r path; do sha256sum <"$path" 2>/dev/null || true; done; }
 
-# begun_otherwise FOLDER TEXT: whether a run was begun in the folder with other settings, which FOLDER/settings holds.
+# begun_otherwise FOLDER TEXT: status 0 if FOLDER/settings exists and differs from TEXT, the settings of a run.
 begun_otherwise() { [[ -f $1/settings && $(<"$1/settings") != "$2" ]]; }
 
-# lock FOLDER [wait]: status 1, and one line that names the owner, where another run works in the folder, or what it has
-# left running; with `wait`, the line and then the lock, once that has ended. The lock is this script's and that of all it
-# starts from now on: it ends with the last of them, or by unlock.
+# lock FOLDER [wait]: lock a folder. If another run, or a process that it has left, holds the lock, print a line that
+# names the process, and return status 1, or with `wait` wait for the lock. Processes that this script starts later
+# inherit the lock. It is released by unlock, or when the last of these processes has ended.
 lock() {
     exec 9>>"$1/lock"
     "$PYTHON" -c '
@@ -72,5 +72,6 @@ fcntl.flock(9, fcntl.LOCK_EX)
 }
 unlock() { exec 9>&-; }
 
-# whole_number TEXT: without leading zeros, which would make it octal; status 1 where it is none of at most 9 digits
+# whole_number TEXT: print a whole number without leading zeros, with which bash would read it as octal. Status 1 if
+# TEXT is not a whole number of at most 9 digits.
 whole_number() { [[ $1 =~ ^0*([0-9]{1,9})$ ]] && printf '%s\n' "${BASH_REMATCH[1]}"; }

@@ -1,17 +1,17 @@
 #!/usr/bin/env python
 """Distillation in Hugging Face transformers, without fairseq: a Seq2SeqTrainer whose loss is `gated_distillation`.
 
-Trains Marian models of random weights on a few hundred pairs: a teacher by cross-entropy, and two students of its
-size, by cross-entropy and by HKD-T. Prints NLL, ECE and accuracy on held-out pairs.
+The example trains randomly initialised Marian models on a few hundred pairs: a teacher with cross-entropy, and two
+students of the same size, with cross-entropy and with HKD-T. It prints their NLL, ECE and accuracy on held-out pairs.
 
     pip install '.[examples]'
-    python scripts/examples/transformers_seq2seq.py                    # pairs that it makes
+    python scripts/examples/transformers_seq2seq.py                    # generated pairs
     python scripts/examples/transformers_seq2seq.py --pairs train.tsv  # source, tab, target, in tokens
 
 The last 20 % of the pairs are held out.
 
-For models of your own take `DistillationTrainer`: teacher and student need one target vocabulary, and a linear output
-layer behind `model.model`, as Marian, BART, mBART, M2M-100 and PEGASUS have it.
+For other models, use `DistillationTrainer`. Teacher and student must have the same target vocabulary, and a linear
+output layer `lm_head` on top of `model.model`, as Marian, BART, mBART, M2M-100 and PEGASUS have.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from torch import Tensor
 from hgkd_fairseq.calibration import CalibrationHistogram
 from hgkd_fairseq.loss import Head, gated_distillation
 
-# Where fairseq is installed too it has brought a torchaudio, often one that does not load beside this torch; and
-# transformers would import it, for nothing that is needed here.
+# Do not let transformers import torchaudio, which is not needed here. fairseq installs it, often in a version that does
+# not fit the installed torch and fails on import.
 sys.modules.setdefault("torchaudio", None)  # type: ignore[arg-type]
 
 from transformers import (  # noqa: E402
@@ -43,15 +43,18 @@ from transformers import (  # noqa: E402
     set_seed,
 )
 
-IGNORED = -100  # transformers' label of padding
+IGNORED = -100  # label of padding in transformers
 PAD, EOS, UNKNOWN = 0, 1, 2
 HELD_OUT = 0.2
 WIDTH = 64
 
 
 def head(model: Any, inputs: dict[str, Tensor]) -> Head:
-    """The decoder's last hidden states (B, T, D) and what makes logits of them: a layer that is tied to the embeddings,
-    and Marian's `final_logits_bias`, which is no part of that layer and is not trained."""
+    """Return the decoder's last hidden states (B, T, D), and the weight (V, D) and bias (V,) of the output layer.
+
+    The weight is tied to the embeddings. The bias is Marian's `final_logits_bias`, a buffer of the model that is not
+    trained, or None.
+    """
     names = ("input_ids", "attention_mask", "decoder_input_ids")
     hidden = model.model(**{name: inputs[name] for name in names}, use_cache=False).last_hidden_state
     bias = getattr(model, "final_logits_bias", None)
@@ -59,13 +62,16 @@ def head(model: Any, inputs: dict[str, Tensor]) -> Head:
 
 
 class DistillationTrainer(Seq2SeqTrainer):
-    """A Seq2SeqTrainer that learns from a teacher, token by token, where the gate says so.
+    """A Seq2SeqTrainer that trains with gated distillation: a gate decides which tokens learn from the teacher.
 
     Args:
-        teacher: of the same target vocabulary; None with the gate "none", which is cross-entropy.
-        gate: of `hgkd gates`, such as "token" (HKD-T), "sentence" (HKD-S) or "always".
-        teacher_temperature: divides the teacher's logits.
-        arguments: of Seq2SeqTrainer.
+        teacher: model with the same target vocabulary; None with the gate "none", which is cross-entropy.
+        gate: one of `hgkd gates`, such as "token" (HKD-T), "sentence" (HKD-S) or "always".
+        teacher_temperature: divisor of the teacher's logits.
+        arguments: arguments of Seq2SeqTrainer.
+
+    Raises:
+        ValueError: training is distributed or uses several GPUs.
     """
 
     def __init__(
@@ -73,23 +79,27 @@ class DistillationTrainer(Seq2SeqTrainer):
     ):
         super().__init__(**arguments)
         if self.args.world_size > 1 or self.args.n_gpu > 1:
-            # Data-parallel wrappers must see the call of the whole model, whose logits this loss does without.
+            # Data-parallel wrappers need a call of the whole model, but this loss calls its parts to avoid the logits.
             raise ValueError("this example runs on one device; launch one process, with CUDA_VISIBLE_DEVICES=0")
-        # The trainer is no torch module: what it holds is neither trained, nor saved, nor put into train mode.
+        # The trainer is not a torch module, so that the teacher is not trained, saved or put into train mode.
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)
         self.gate, self.teacher_temperature = gate, teacher_temperature
-        # Gradients of several batches are summed, each divided by the tokens of all: the trainer shall count them, and
-        # shall not divide by the number of batches again. (It asks whether the model's forward takes any argument,
-        # which Marian's does; its own loss, a mean, then comes out as many times too large as there are batches.)
+        # With gradient accumulation, each batch's loss is divided by the number of tokens in all batches of the update.
+        # With this attribute, the trainer passes that number and does not divide by the number of batches. Its default
+        # depends on whether the model's forward accepts arbitrary keyword arguments. Marian's does, although its own
+        # loss is a mean over the batch and thus too large by a factor of the number of batches.
         self.model_accepts_loss_kwargs = True
         self.shares: list[Tensor] = []
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """In training the gated loss, elsewhere NLL; nats a token. The output in evaluation is (B, T, 3): the top-1
-        confidence, whether it is right, and the NLL of each token, in place of the logits (B, T, V)."""
+        """Return the gated loss in training and the NLL in evaluation, in nats per token.
+
+        With `return_outputs`, the outputs in evaluation contain "scores" (B, T, 3) instead of logits (B, T, V): the
+        probability of each token's top-1 prediction, whether that is correct, and the token's NLL in nats.
+        """
         training = model.training
         bare = self.accelerator.unwrap_model(model)
-        # accelerate wraps the model's own forward with autocast, and this loss calls what is inside.
+        # accelerate applies autocast to the model's forward, which this loss bypasses.
         with self.accelerator.autocast():
             student = head(bare, inputs)
             teacher = Head(None, None)  # type: ignore[arg-type]
@@ -111,7 +121,7 @@ class DistillationTrainer(Seq2SeqTrainer):
         return loss, {"loss": loss, "scores": torch.stack([one.float() for one in scores], dim=-1) if scores else None}
 
     def log(self, logs, *arguments, **options):
-        """With the share of the tokens that learnt from the teacher: a run where it stays at 0 or 1 is broken."""
+        """Log also the share of tokens that learn from the teacher. If it stays at 0 or 1, the gate has no effect."""
         if self.shares and "loss" in logs:
             teacher, tokens = torch.stack(self.shares).sum(0).tolist()
             logs["teacher_share"] = teacher / max(tokens, 1)
@@ -120,16 +130,16 @@ class DistillationTrainer(Seq2SeqTrainer):
 
 
 def token_metrics(found) -> dict[str, float]:
-    """For `compute_metrics`: NLL in bits, ECE and accuracy of the tokens of held-out pairs, their ends among them."""
+    """Compute NLL (bits per token), ECE and accuracy, including end-of-sentence tokens. For `compute_metrics`."""
     kept = torch.as_tensor(found.label_ids) != IGNORED
     confidence, correct, nll = torch.as_tensor(found.predictions)[kept].double().unbind(1)
     histogram = CalibrationHistogram(bins=20)
-    histogram.update(confidence.clamp(max=1), correct)  # fp32 may pass 1 by a rounding
+    histogram.update(confidence.clamp(max=1), correct)  # may round to more than 1 in fp32
     return {"nll": float(nll.mean()) / math.log(2), "ece": histogram.ece(), "accuracy": histogram.accuracy()}
 
 
 def toy_pairs(count: int, seed: int = 1) -> list[tuple[list[str], list[str]]]:
-    """Sentences of 3 to 9 of 30 words; the translation has one word for each, one of ten at random."""
+    """Generate pairs of 3 to 9 words out of 30. Each word has one translation, which is replaced at random in 10 %."""
     generator = random.Random(seed)
     pairs = []
     for _ in range(count):
@@ -157,8 +167,11 @@ def encode(pairs: Sequence[tuple[list[str], list[str]]], known: dict[str, int]) 
 
 
 class Collator:
-    """Batches of (B, S) and (B, T), padded: the sources with the pad token, which the attention mask hides, the labels
-    with -100, and the decoder's input with what the model makes of that. `model` is any of the same special tokens."""
+    """Collate pairs to padded batches: sources and attention mask (B, S), labels and decoder input (B, T).
+
+    Sources are padded with the pad token, which the attention mask excludes, and labels with -100. The model makes the
+    decoder's input from the labels; any model with the same special tokens can be given.
+    """
 
     def __init__(self, model: MarianMTModel):
         self.model = model
@@ -175,18 +188,18 @@ class Collator:
 
 
 def marian(vocabulary: int, width: int, seed: int) -> MarianMTModel:
-    """Of random weights, with one layer of each kind; one matrix embeds both sides and is the output layer."""
+    """Make a randomly initialised Marian model with one encoder and one decoder layer and shared embeddings."""
     set_seed(seed)
     sizes = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in
              (("layers", 1), ("ffn_dim", 2 * width), ("attention_heads", 4))}  # fmt: skip
     special = {"pad_token_id": PAD, "eos_token_id": EOS, "decoder_start_token_id": PAD, "forced_eos_token_id": None}
-    # So small a model learns nothing from MarianConfig's own standard deviation of 0.02.
+    # With MarianConfig's default standard deviation of 0.02, a model of this size does not learn.
     start = {"init_std": 0.1, "scale_embedding": True, "max_position_embeddings": 256}
     return MarianMTModel(MarianConfig(vocab_size=vocabulary, d_model=width, **start, **sizes, **special))
 
 
 def train(model: MarianMTModel, data: dict[str, list], options: argparse.Namespace, teacher=None, gate="none") -> dict:
-    """Trains the model and scores it on the held-out pairs."""
+    """Train a model and return its scores on the held-out pairs, with the last logged share of the teacher."""
     with tempfile.TemporaryDirectory() as folder:
         settings = Seq2SeqTrainingArguments(
             folder, max_steps=options.steps, learning_rate=options.lr, warmup_steps=options.steps // 10,

@@ -1,8 +1,8 @@
 """Drop the pairs of a tokenised corpus that are empty, too long or too uneven: clean_pairs.py IN_A IN_B OUT_A OUT_B.
 
-The rule of Moses' clean-corpus-n.perl, which fairseq's data preparation uses: both sides have at least 1 and at most
-``--max`` tokens, neither has more than ``--ratio`` times the tokens of the other, no token has more than 1,000
-characters. Runs of white space become one space.
+The rules are those of Moses' clean-corpus-n.perl, which fairseq's data preparation uses. Kept are pairs whose sides
+both have at least 1 and at most ``--max`` tokens, of which neither has more than ``--ratio`` times the tokens of the
+other, and whose tokens all have at most 1,000 characters. Runs of white space become one space.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import itertools
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout that this script lies in, installed or not
+sys.path.insert(0, str(Path(__file__).parents[2]))  # use this checkout even if it is not installed
 
 from hgkd_fairseq.errors import UserError, guarded
 from hgkd_fairseq.files import read_lines, same_file, writing
@@ -19,7 +19,7 @@ LONGEST_WORD = 1000  # characters
 
 
 def keeps(one: list[str], other: list[str], longest: int, ratio: float) -> bool:
-    """Whether the pair stays, of two lists of tokens."""
+    """Return whether to keep a pair, given as two lists of tokens. `longest` is in tokens."""
     short, long = sorted((len(one), len(other)))
     return short >= 1 and long <= min(longest, ratio * short) and max(map(len, one + other)) <= LONGEST_WORD
 

@@ -1,19 +1,19 @@
-# Sourced by the recipes of this folder: from a recipe's data and settings to a scored model.
+# Sourced by the recipes of this folder: prepares data, trains a model and scores it, with the settings of a recipe.
 #
-# A recipe sets, and says why:
-#   title terms            what the data is, and on what terms it may be used
+# A recipe sets and explains
+#   title terms            description of the data, and its terms of use
 #   source target          languages
-#   files=(FILE URL ...)   the original download
-#   make_text DIR          function: from $original to DIR/{train,valid,test}.{SOURCE,TARGET}, tokenised, and where the
-#                          score is to be on untokenised text DIR/reference.TARGET
-#   make_pieces DIR        function: from $dir/text to DIR/{train,valid,test}.{SOURCE,TARGET} in pieces
-#   dictionary=()          how fairseq-preprocess makes the dictionaries
-#   scores=()              tokenised, or detokenised, or both: see bleu below. With tokenised, text/ holds tokens
+#   files=(FILE URL ...)   original files and where to download them
+#   make_text DIR          function that converts $original to DIR/{train,valid,test}.{SOURCE,TARGET}, tokenised, and
+#                          writes DIR/reference.TARGET if BLEU is computed on untokenised text
+#   make_pieces DIR        function that converts $dir/text to DIR/{train,valid,test}.{SOURCE,TARGET} in pieces
+#   dictionary=()          options of fairseq-preprocess for the dictionaries
+#   scores=()              tokenised, detokenised or both, see `bleu` below. With tokenised, text/ holds tokens
 #   model=() training=()   options of fairseq-train
-#   batch_tokens           target tokens of one update, over all GPUs: the same recipe on any number of them
-#   gpu_tokens             of these, at most on one GPU at a time
-#   updates average        length of the training; checkpoints to average, 0: the best one
-#   search=()              options of the beam search, of fairseq-generate and hgkd translate
+#   batch_tokens           target tokens per update, over all GPUs, whatever their number
+#   gpu_tokens             target tokens per batch, on one GPU, at most
+#   updates average        number of updates; number of checkpoints to average, or 0 for the best one
+#   search=()              options of the beam search for fairseq-generate and hgkd translate
 #   generation=()          all options of fairseq-generate
 # and calls `recipe "$@"`.
 set -euo pipefail
@@ -22,12 +22,12 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
 name=$(basename "$0" .sh)
 style="" more_usage=""
-keep=10 # epochs whose checkpoints stay, so that any --average up to this can be chosen after the training
+keep=10 # number of last epochs whose checkpoints are kept, and so the maximum of --average
 source "$root/scripts/steps.sh"
 
 say() { printf '%s  %s\n' "$(date +%H:%M:%S)" "$*" >&2; }
 
-# fail STATUS MESSAGE. 2: usage; 3: the data cannot be had; 1: anything else.
+# fail STATUS MESSAGE: 2 for a usage error, 3 if the data is not available, 1 for any other error.
 fail() {
     local status=$1
     shift
@@ -35,7 +35,7 @@ fail() {
     exit "$status"
 }
 
-# methods ...: of `hgkd methods`, by whatever Python is there, so that --dry-run needs no .venv.
+# methods ARGUMENTS...: run `hgkd methods` with any Python, so that --dry-run does not need .venv.
 methods() {
     local python
     for python in "${PYTHON:-$root/.venv/bin/python}" python3.11 python3.12 python3; do
@@ -73,7 +73,7 @@ END
 
 # ----------------------------------------------------------------------------------------------------------- options
 
-# number OPTION TEXT: sets `value`
+# number OPTION TEXT: set `value` to the number in TEXT.
 number() { value=$(whole_number "$2") || fail 2 "$1 $2: needs a whole number of at most 9 digits"; }
 
 options() {
@@ -157,7 +157,7 @@ check_from() {
 
 set_style() { fail 2 "--style: this recipe has no styles"; }
 
-# GPUs that a program started here would see; without a Python, so that --dry-run needs none.
+# visible_gpus: print the number of GPUs that are visible here. It does not use Python, so that --dry-run needs none.
 visible_gpus() {
     if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
         tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^-]' || true
@@ -166,20 +166,20 @@ visible_gpus() {
     fi
 }
 
-# Where and how training runs: `launch` before the command and `placement` among its options. The batch of one update
-# stays batch_tokens: more GPUs take smaller shares of it, fewer of them take turns (--update-freq).
+# place: set `launch`, the prefix of the training command, and `placement`, its options. An update always has up to
+# batch_tokens tokens: with more GPUs, each gets a smaller batch; with fewer, gradients are accumulated (--update-freq).
 place() {
     local workers=$((gpus > 0 ? gpus * nodes : 1)) turns tokens
     turns=$(((batch_tokens + workers * gpu_tokens - 1) / (workers * gpu_tokens)))
     tokens=$((batch_tokens / (workers * turns)))
-    # A batch must hold the longest sentence, and below this a GPU idles anyway.
+    # A batch must be able to hold the longest sentence, and smaller batches would not use a GPU efficiently.
     ((tokens >= 512)) || fail 2 "--gpus $gpus: too many for updates of $batch_tokens tokens: give at most" \
         "$((batch_tokens / 512 / nodes))"
     launch=() device=() placement=(--max-tokens "$tokens" --update-freq "$turns")
     if ((gpus == 0)); then
         device=(--cpu)
         precision=${precision:-fp32}
-        # fairseq looks for a GPU where an update overflows, and the first ones do.
+        # fairseq requires a GPU to handle an overflow, which the first updates have.
         [[ $precision != fp16 ]] || fail 2 "--precision fp16: needs a GPU; give bf16 or fp32"
         set -a && source "$root/scripts/cpu_memory.env" && set +a
     else
@@ -188,15 +188,15 @@ place() {
     fi
     [[ $precision == fp32 ]] || device+=("--$precision")
     if ((torchrun && workers > 1)); then
-        # --distributed-world-size above must be given: by default it is the number of visible GPUs, and where that is 1
-        # fairseq never looks at what torchrun tells its workers.
+        # --distributed-world-size must be set, as above. By default it is the number of visible GPUs, and if that is 1,
+        # fairseq ignores the environment variables of torchrun.
         ((nodes == 1)) || fail 2 "--torchrun: works on one machine; leave it out, and Slurm starts all of them"
         launch=("$BIN/torchrun" --standalone --nproc-per-node "$gpus" --no-python)
     fi
     if ((nodes > 1)); then
         [[ -n ${SLURM_JOB_ID:-} ]] || ((dry_run)) || fail 2 "--nodes $nodes: works in a Slurm job only: see slurm.sh"
         ((gpus > 0)) || fail 2 "--nodes $nodes: needs --gpus N, the GPUs of each machine"
-        # One task a machine, in which fairseq starts a worker for each GPU; it asks Slurm who the others are.
+        # One task per machine, in which fairseq starts a worker for each GPU. It gets the addresses from Slurm.
         launch=(srun --nodes "$nodes" --ntasks "$nodes" --ntasks-per-node 1)
         placement+=(--distributed-port 29500)
     fi
@@ -205,7 +205,7 @@ place() {
 
 # ----------------------------------------------------------------------------------------------------------- running
 
-# run LOG COMMAND...: the command with its output in LOG; with --dry-run, print it.
+# run LOG COMMAND...: run a command and append its output to LOG, or with --dry-run, print the command.
 run() {
     local log=$1 words
     shift
@@ -221,7 +221,7 @@ run() {
         )): $log has all it said"
 }
 
-# once FILE COMMAND...: FILE, from what the command writes, whole or not at all; not again if it is there.
+# once FILE COMMAND...: write a command's output to FILE atomically, unless FILE exists.
 once() {
     local file=$1
     shift
@@ -232,7 +232,7 @@ once() {
 
 # -------------------------------------------------------------------------------------------------------------- data
 
-# download FILE URL: to $original, in one piece; a download that was cut off goes on.
+# download FILE URL: download to $original/FILE atomically, unless it exists. An interrupted download is resumed.
 download() {
     local part=$original/$1.part
     [[ -f $original/$1 ]] && return
@@ -249,7 +249,8 @@ download() {
     mv "$part" "$original/$1"
 }
 
-# The original files, in $original, and their hashes in $dir/SHA256SUMS. Their publishers name none to compare with.
+# get_originals: set `original` to the folder of the original files, after downloading them if necessary, and write
+# their hashes to $dir/SHA256SUMS. The publishers give no hashes to compare them with.
 get_originals() {
     local i
     original=${from:-$dir/original}
@@ -260,7 +261,8 @@ get_originals() {
     (cd "$original" && sha256sum "${originals[@]}") >"$dir/SHA256SUMS"
 }
 
-# unpack ARCHIVE FOLDER MEMBER...: nothing but files and folders; tar itself keeps names with .. and links out of reach.
+# unpack ARCHIVE FOLDER MEMBER...: unpack members of an archive and fail if they are not files or folders. tar itself
+# does not write outside of FOLDER.
 unpack() {
     local archive=$original/$1 folder=$2
     shift 2
@@ -270,11 +272,11 @@ unpack() {
         fail 1 "$archive holds links or devices, which no corpus has: get it anew"
 }
 
-# moses LANGUAGE STEP...: Moses' scripts in Python (sacremoses). Its `tokenize` escapes (&apos;), as the published
-# preparations do. A carriage return would end a line for it, and shift the pairs.
+# moses LANGUAGE STEP...: filter text with sacremoses, the Python version of Moses' scripts. `tokenize` escapes special
+# characters (&apos;), as in published data. Carriage returns are replaced because sacremoses takes them for line ends.
 moses() { tr '\r' ' ' | "$BIN/sacremoses" -q -l "$1" -j "$(nproc)" "${@:2}"; }
 
-# each_line EXPRESSION: of Python, with the line in `line`
+# each_line EXPRESSION: filter text with a Python expression of `line`.
 each_line() {
     PYTHONUTF8=1 "$PYTHON" -c "import sys
 sys.stdin.reconfigure(newline='\n')
@@ -282,21 +284,22 @@ sys.stdout.writelines($1 for line in sys.stdin)"
 }
 lowercase() { each_line 'line.lower()'; }
 
-# clean IN OUT OPTIONS...: clean_pairs.py on IN.SOURCE and IN.TARGET
+# clean IN OUT OPTIONS...: run clean_pairs.py on IN.SOURCE and IN.TARGET.
 clean() {
     "$PYTHON" "$here/clean_pairs.py" "$1.$source" "$1.$target" "$2.$source" "$2.$target" "${@:3}" || exit 1
 }
 
-# Sentences of a .sgm or .xml test set, one a line. Bytes (LC_ALL=C): text that is no UTF-8 must not end a line early.
+# segments FILE: print the sentences of a .sgm or .xml test set, one per line. Text is processed as bytes (LC_ALL=C),
+# because sed would not match all of a line with invalid UTF-8.
 segments() {
     LC_ALL=C grep '<seg id' "$1" | LC_ALL=C sed -E "s/^.*<seg id=\"[0-9]+\">\s*//; s/\s*<\/seg>.*$//; s/’/'/g"
 }
 
 learn_bpe() { cat "$dir/text/train.$source" "$dir/text/train.$target" | "$BIN/subword-nmt" learn-bpe -s "$merges"; }
 
-# subword_nmt_pieces DIR: joint BPE of subword-nmt, the program that the published preparations use. Sentencepiece's BPE
-# of the same size splits other words and counts white space: its lengths, and so its batches and lenpen, would not be
-# theirs.
+# subword_nmt_pieces DIR: train a joint BPE with subword-nmt, as published recipes do, and encode all files.
+# Sentencepiece's BPE of the same size splits words differently and counts white space, so that sentence lengths would
+# differ, and with them batches and the effect of the length penalty.
 subword_nmt_pieces() {
     local split language
     mkdir -p "$1"
@@ -308,19 +311,19 @@ subword_nmt_pieces() {
     done
 } 2>>"$dir/prepare.log"
 
-# empty_work_folder FOLDER: as work_folder, with nothing in it.
+# empty_work_folder FOLDER: call work_folder and empty the work folder.
 empty_work_folder() {
     work_folder "$1" && rm -rf "$partial" && work_folder "$1" || fail 1 "$1 cannot be made"
 }
 
-# Text, pieces and fairseq's binary data, each made once.
+# prepare: make text, pieces and fairseq's binary data, unless they exist, and set `data`.
 prepare() {
     local split partial=$dir/data-bin.partial
     if [[ ! -d $dir/text ]] && ! ((dry_run)); then
         say "$title; $terms"
         get_originals
         work_folder "$dir/text" || fail 1 "$dir/text cannot be made"
-        # Leavings of a run that was killed are used only where they come from the same files.
+        # Files of an interrupted run are used only if they were made from the same original files.
         if ! cmp -s "$dir/SHA256SUMS" "$partial/SHA256SUMS"; then
             rm -rf "$partial"
             work_folder "$dir/text" || fail 1 "$dir/text cannot be made"
@@ -333,7 +336,7 @@ prepare() {
             say "$split: $(wc -l <"$partial/$split.$source") pairs"
         done
         finish "$dir/text"
-        work_folder "$dir/pieces" && rm -rf "$partial" # of another text
+        work_folder "$dir/pieces" && rm -rf "$partial" # made from an earlier text
     fi
     if [[ ! -d $dir/pieces ]] && ! ((dry_run)); then
         say "pieces (log: $dir/prepare.log)"
@@ -352,9 +355,10 @@ prepare() {
     data=$dir/data-bin
 }
 
-# distil_data TEACHER: the teacher's translations of the training set, four of a sentence so that all methods choose from
-# the same ones, and the training data that the method makes of them ($select). Each once: what other options would have
-# made is refused.
+# distil_data TEACHER: translate the training set with the teacher, make the method's training data from the
+# translations ($select), and set `data`. There are four translations per sentence, so that all methods choose from
+# the same ones. Existing data is used if it was made by the same teacher with the same options, and refused
+# otherwise.
 distil_data() {
     local translations=$dir/translations made device=() wanted
     ((gpus > 0)) || device=(--cpu)
@@ -374,20 +378,20 @@ distil_data() {
 
 # ---------------------------------------------------------------------------------------------------------- training
 
-# set_settings SEED [OPTIONS]: the array `settings`, what fairseq-train's options say of the model.
+# set_settings SEED [OPTIONS]: set the array `settings` to the options of fairseq-train that determine the model.
 set_settings() {
     settings=("${model[@]}" "${training[@]}" --max-update "$updates" --seed "$1"
         # The gated loss changes its meaning as the gate opens; plain cross-entropy is comparable over all methods.
         --best-checkpoint-metric nll_loss --keep-last-epochs "$keep" "${@:2}")
 }
 
-# settings_of RUN: all that decides what its model becomes, a line each.
+# settings_of RUN: print everything that determines the trained model, one item per line.
 settings_of() {
     printf '%s\n' "${settings[@]}" "${extra[@]}" "precision $precision"
     [[ $1 == teacher ]] || [[ -z $select && " ${settings[*]} " != *" --teacher-path "* ]] || hashes "$teacher"
 }
 
-# train RUN: `settings` and the options in `extra`; resumes by itself.
+# train RUN: train a model with `settings` and the options in `extra`, or resume its training.
 train() {
     local run=$dir/$1 wanted
     wanted=$(settings_of "$1")
@@ -401,15 +405,16 @@ train() {
     say "$1: training (log: $run/train.log)"
     if ! ((dry_run)); then
         printf '%s\n' "$wanted" >"$run/settings"
-        rm -f "$run/recorded" "$run"/*/recorded # what was measured of another model
+        rm -f "$run/recorded" "$run"/*/recorded # scores of an earlier model
     fi
     run "$run/train.log" "${launch[@]}" "$BIN/fairseq-train" "$data" --user-dir "$root/hgkd_fairseq" --save-dir "$run" \
         "${placement[@]}" --no-progress-bar --log-format simple --log-interval 100 "${settings[@]}" "${extra[@]}"
     ((dry_run)) || record "$run" checkpoint_best.pt checkpoint_last.pt
 }
 
-# Plain cross-entropy WITHOUT label smoothing: a smoothed teacher distils much worse (Mueller et al. 2019). Ours, which
-# is fairseq's to the rounding and takes less time and memory; fairseq's own task, so that any fairseq loads the teacher.
+# The teacher is trained with plain cross-entropy, without label smoothing, which makes distillation much less
+# effective (Mueller et al. 2019). This package's implementation equals fairseq's up to rounding and needs less time
+# and memory. The task is fairseq's own, so that the teacher can be loaded without this package.
 teacher_settings() { set_settings 1 --criterion hard_gate_kd --gate none; }
 
 train_teacher() {
@@ -417,7 +422,8 @@ train_teacher() {
     train teacher
 }
 
-# The teacher that a method needs: trained now, or before, perhaps with options of its own after the recipe's.
+# need_teacher: set `teacher`, and train it if necessary. A teacher that exists may have been trained with further
+# options after the recipe's.
 need_teacher() {
     local extra=() wanted
     [[ -z $teacher ]] || return 0
@@ -434,8 +440,8 @@ need_teacher() {
 
 # ----------------------------------------------------------------------------------------------- translating, scoring
 
-# average_checkpoints RUN OUT: OUT/checkpoint.pt from the checkpoints of the run's last epochs. fairseq's own script for
-# this, average_checkpoints.py, is in its repository but not in its package.
+# average_checkpoints RUN OUT: average the checkpoints of the last epochs to OUT/checkpoint.pt. fairseq's script for
+# this, average_checkpoints.py, is not part of its package.
 average_checkpoints() {
     local last
     if ((dry_run)); then
@@ -446,15 +452,15 @@ average_checkpoints() {
             "give at most so many, or 0 for the best one"
         mkdir -p "$2"
     fi
-    ((dry_run)) || rm -f "$2/checkpoint.pt" # of another run, or cut short
+    ((dry_run)) || rm -f "$2/checkpoint.pt" # of an earlier run, or incomplete
     run "$2/average.log" "$BIN/hgkd" export "$(IFS=: && echo "${last[*]}")" "$2/checkpoint.pt"
     ((dry_run)) || record "$2" checkpoint.pt
 }
 
-# bleu OUT: BLEU by sacreBLEU, whose line names how it was computed.
-#   tokenised    tok:none on the tokens as they are, against the reference prepared the same way: what multi-bleu.perl
-#                and fairseq-score compute (they do not smooth, which shows only where some order has no match at all)
-#   detokenised  tok:13a, on text again: what sacreBLEU is for
+# bleu OUT: compute BLEU with sacreBLEU and write it to OUT/bleu with its signature.
+#   tokenised    tok:none, on tokens, with a reference that was tokenised in the same way, as multi-bleu.perl and
+#                fairseq-score compute it (without smoothing, which matters only if an n-gram order has no matches)
+#   detokenised  tok:13a, on detokenised text, the standard use of sacreBLEU
 bleu() {
     local out=$1 kind
     if ! ((dry_run)); then
@@ -473,13 +479,13 @@ bleu() {
     done
 }
 
-published_tokens() { cat; } # wmt14-en-de.sh splits compounds here
-sacrebleu=()                # -lc where the text is lowercased
+published_tokens() { cat; } # filter before tokenised BLEU; wmt14-en-de.sh splits compounds in it
+sacrebleu=()                # further options for detokenised BLEU; -lc if the text is lowercased
 
-tokens() { [[ " ${scores[*]} " == *" tokenised "* ]]; } # whether text/ holds tokens
+tokens() { [[ " ${scores[*]} " == *" tokenised "* ]]; } # status 0 if text/ holds tokens
 detokenise() { if tokens; then "$BIN/sacremoses" -q -l "$target" detokenize; else cat; fi; }
 
-# evaluate RUN: translate the test set and score, in RUN or RUN/averageN.
+# evaluate RUN: translate the test set and compute all scores, in RUN or in RUN/averageN.
 evaluate() {
     local run=$dir/$1 out=$dir/$1 how=()
     if ((average)); then
@@ -496,11 +502,11 @@ evaluate() {
     ((dry_run)) || summary
 }
 
-# What is known of all models of this folder.
+# summary: print the scores of all models in $dir.
 summary() {
     local folder
     for folder in "$dir"/* "$dir"/*/average*; do
-        # One that another recipe is scoring lacks some of them.
+        # Files are missing while another recipe is scoring a model.
         [[ -f $folder/scores.json && -f $folder/bleu && -f $folder/scores ]] || continue
         printf '%s\n' "${folder#"$dir"/}"
         grep -h '^BLEU' "$folder/bleu" || true
@@ -508,14 +514,14 @@ summary() {
     done
 }
 
-# --------------------------------------------------------------------------------------------------------------- all
+# -------------------------------------------------------------------------------------------------------------- main
 
 recipe() {
     options "$@"
     if ! ((dry_run)); then
         [[ -n ${PYTHON:-} ]] || source "$root/scripts/env.sh"
         mkdir -p -- "$dir" 2>/dev/null || fail 1 "--dir $dir cannot be made: name a folder to write to"
-        lock "$dir" wait || exit 1 # another method's recipe may be making the data
+        lock "$dir" wait || exit 1 # a recipe for another method may be making the data
         [[ -f $dir/recipe ]] || printf '%s\n' "$name${style:+ --style $style}" >"$dir/recipe"
         [[ $(<"$dir/recipe") == "$name${style:+ --style $style}" ]] ||
             fail 1 "$dir holds $(<"$dir/recipe"): choose another --dir"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# IWSLT15 En-Vi on the set that Stanford preprocessed (Luong and Manning 2015), which all published results use:
-# tokenised, cased, validated on tst2012, tested on tst2013. --help says the rest.
+# IWSLT15 En-Vi, with the data that Stanford preprocessed (Luong and Manning 2015) and all published results use:
+# tokenised and cased, validation on tst2012, test on tst2013. See --help.
 #
-# Time and memory: not measured. By the estimate of iwslt14-de-en.sh, less data and fewer updates: 20 minutes on one GPU
-# for the teacher or Base, twice that for a distilled student. 5 GB of disk for each model's checkpoints.
+# Time and memory: not measured. The estimate of iwslt14-de-en.sh gives, for fewer updates, 20 minutes on one GPU for
+# the teacher or Base, and twice as much for a distilled student. Disk: 5 GB for the checkpoints of each model.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 title="IWSLT15 English-Vietnamese (TED talks)" terms="CC BY-NC-ND, as the talks"
@@ -13,8 +13,8 @@ for file in {train,tst2012,tst2013}.{en,vi}; do
     files+=("$file" "https://nlp.stanford.edu/projects/nmt/data/iwslt15.en-vi/$file")
 done
 
-# 133,317 / 1,553 / 1,268 pairs. Of the training pairs those go of which one side is empty, and those over 250 words,
-# which no batch would hold.
+# 133,317 / 1,553 / 1,268 pairs. Training pairs are dropped if a side is empty, or longer than 250 words, which does not
+# fit into a batch.
 make_text() {
     local out=$1 language
     clean "$original/train" "$out/train" --max 250
@@ -24,16 +24,16 @@ make_text() {
     done
 }
 
-spaced() { each_line '" ".join(line.split()) + "\n"' <"$1"; } # FILE: single spaces, as `clean` leaves them
+spaced() { each_line '" ".join(line.split()) + "\n"' <"$1"; } # FILE: reduce white space, as `clean` does
 
-# Stanford's vocabularies are of words, with unknown ones. Transformers here use a BPE of some size between 4,000 and
-# 32,000: no standard; this is IWSLT14's. Joint, for names and numbers.
+# Stanford's vocabularies consist of words, with unknown words. Published Transformers use BPE with different sizes,
+# from 4,000 to 32,000; this is that of IWSLT14. It is joint because of names and numbers.
 merges=10000
 make_pieces() { subword_nmt_pieces "$1"; }
 dictionary=()
-scores=(tokenised) # the only published one: nobody detokenises this set
+scores=(tokenised) # the only published score for this data
 
-# No published fairseq recipe is the standard; the data is of IWSLT14's kind and size, so its options, see there.
+# There is no standard recipe for fairseq. The data is similar to IWSLT14, so the options are the same; see there.
 model=(--arch transformer_iwslt_de_en --share-decoder-input-output-embed)
 training=(
     --optimizer adam --adam-betas '(0.9, 0.98)'

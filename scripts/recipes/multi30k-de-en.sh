@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Multi30K De-En (task 1, test 2016), the data on which the gate was published. --help says the rest.
+# Multi30K De-En (task 1, test 2016), the data on which the gate was published. See --help.
 #
-#   --style paper   tokenised and lowercased, BPE of 10,000 merges: as the text-only results of multimodal translation
-#   --style cased   the text as it is, sentencepiece of 8,000 pieces: what a user wants, scored by sacreBLEU alone
+#   --style paper   tokenised and lowercased, BPE with 10,000 merges, as in text-only results of multimodal translation
+#   --style cased   the original text, sentencepiece with 8,000 pieces, as in applications; scored by sacreBLEU only
 #
-# Time: on 2 cores of a CPU, with --precision bf16 and the MALLOC_ settings of ../cpu_memory.env (always set there), the
-# teacher took 61 minutes (63 epochs; other work ran beside its first ones), HKD-T 76 (75 epochs). On an H200 an epoch of
-# the teacher took 4 s in fp16 with `-- --max-tokens 8192 --update-freq 1`: some 4 minutes for all of it.
+# Time: on 2 CPU cores, with --precision bf16 and the settings of ../cpu_memory.env (always set on the CPU), the teacher
+# took 61 minutes (63 epochs, the first ones while other processes were running) and HKD-T 76 minutes (75 epochs). On an
+# H200, an epoch of the teacher took 4 s in fp16 with `-- --max-tokens 8192 --update-freq 1`, about 4 minutes in total.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 title="Multi30K German-English" terms="for research and education, non-commercial"
@@ -16,7 +16,7 @@ for file in {train,val,test_2016_flickr}.{de,en}; do files+=("$file.gz" ""); don
 more_usage="  --style STYLE   paper (default: tokenised, lowercased) or cased (the text as it is)
 "
 
-# The hashes of this set are known: get_data.sh downloads it, or takes it from --from or HGKD_DATA, and checks them.
+# get_data.sh downloads this corpus, or copies it from --from or HGKD_DATA, and checks its hashes, which are known.
 check_from() { from=$(cd -- "$from" && pwd); }
 get_originals() {
     original=$dir/original
@@ -28,7 +28,7 @@ style=paper
 set_style() {
     case $style in
         paper)
-            merges=10000 # as Wu et al. 2021 (arXiv:2105.14462), whose text-only baseline is the model below
+            merges=10000 # as in Wu et al. 2021 (arXiv:2105.14462), whose text-only baseline is the model below
             dictionary=(--joined-dictionary)
             scores=(tokenised detokenised)
             sacrebleu=(-lc)
@@ -66,21 +66,21 @@ make_pieces() {
     fi
 }
 
-# Wu et al. 2021: on 29,000 short sentences a tiny model beats the usual sizes. 4 + 4 layers of 128. This and the rates,
-# sizes and averaging below are those of the authors' repository (LividWo/Revisit-MMT, transformer_tiny), whose text-only
-# model has 41.0 BLEU in the other direction, En-De.
+# Wu et al. 2021: for 29,000 short sentences, a tiny model with 4 + 4 layers of 128 is better than the usual sizes. The
+# model, learning rates, batch sizes and averaging are those of the authors' repository (LividWo/Revisit-MMT,
+# transformer_tiny), whose text-only model has 41.0 BLEU in the other direction, En-De.
 model=(--arch transformer_iwslt_de_en --share-all-embeddings
     --encoder-layers 4 --encoder-embed-dim 128 --encoder-ffn-embed-dim 256 --encoder-attention-heads 4
     --decoder-layers 4 --decoder-embed-dim 128 --decoder-ffn-embed-dim 256 --decoder-attention-heads 4)
 training=(
     --optimizer adam --adam-betas '(0.9, 0.98)'
     --clip-norm 0.0
-    --lr 5e-3 --lr-scheduler inverse_sqrt --warmup-updates 2000 --warmup-init-lr 1e-7 # a tiny model stands a high rate
+    --lr 5e-3 --lr-scheduler inverse_sqrt --warmup-updates 2000 --warmup-init-lr 1e-7 # a tiny model allows a high rate
     --dropout 0.3
-    --patience 10 # epochs that bring nothing end the training; their averages are of those 10
+    --patience 10 # stop after 10 epochs without improvement, whose checkpoints are averaged
 )
-batch_tokens=8192 gpu_tokens=4096 # they train on two GPUs
-updates=8000                      # at most: 129 epochs
+batch_tokens=8192 gpu_tokens=4096 # the authors train on two GPUs
+updates=8000                      # at most, 129 epochs
 average=10
 search=(--beam 5)
 generation=(--batch-size 128 "${search[@]}")

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A recipe as a Slurm job. From the root of the checkout, which the machines must share:
+# Run a recipe as a Slurm job. Submit it in the root of the checkout, which all machines must share:
 #
 #   sbatch scripts/recipes/slurm.sh wmt14-en-de --method hkd-t               # one machine, 8 GPUs
-#   sbatch --nodes 2 scripts/recipes/slurm.sh wmt14-en-de --method hkd-t     # two
+#   sbatch --nodes 2 scripts/recipes/slurm.sh wmt14-en-de --method hkd-t     # two machines
 #
-# Prepare the data before, on a machine with a network: scripts/recipes/wmt14-en-de.sh --until data
-# Two minutes before its time is up the training saves, in the middle of an epoch, and the job is queued again; it goes
-# on where it was, as one that is preempted does.
+# Prepare the data first, on a machine with a network: scripts/recipes/wmt14-en-de.sh --until data
+# Two minutes before the time limit, the training saves a checkpoint, in the middle of an epoch, and the job is
+# requeued. It then resumes from the checkpoint, as it does after preemption.
 #SBATCH --job-name=hgkd
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -16,7 +16,7 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@120
 #SBATCH --output=%x-%j.log
-# One task a machine: fairseq asks Slurm for the machines and starts a worker for each GPU itself.
+# One task per machine: fairseq gets the machines from Slurm and starts a worker for each GPU.
 set -euo pipefail
 (($#)) || { echo "usage: sbatch scripts/recipes/slurm.sh RECIPE [its options]" >&2; exit 2; }
 [[ -n ${SLURM_SUBMIT_DIR:-} && -n ${SLURM_JOB_NUM_NODES:-} && -n ${SLURM_GPUS_ON_NODE:-} ]] ||
@@ -24,10 +24,11 @@ set -euo pipefail
 recipe=$SLURM_SUBMIT_DIR/scripts/recipes/$1.sh
 [[ -f $recipe ]] || { echo "slurm.sh: there is no recipe $1: $recipe does not exist" >&2; exit 2; }
 
-set -m # the recipe and all that it starts are one process group
+set -m # makes the recipe and its child processes one process group
 bash "$recipe" --nodes "$SLURM_JOB_NUM_NODES" --gpus "$SLURM_GPUS_ON_NODE" "${@:2}" &
 group=$! told=0 status=0
-# Slurm tells this shell alone. Of the group fairseq-train saves before it ends; what else is at work begins again.
+# Slurm signals this shell only (B:USR1). fairseq-train saves a checkpoint and exits; other commands are run again
+# later.
 trap 'told=1; kill -USR1 -- "-$group"' USR1
 wait "$group" || status=$?
 ((told)) || exit "$status"

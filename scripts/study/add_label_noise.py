@@ -1,13 +1,14 @@
-"""Label noise for a study: a share of the training targets is shuffled, so that they belong to other sources, or with
---kind copy replaced by their sources.
+"""Add label noise to a corpus: shuffle a share of the training targets, so that they belong to other sources, or
+replace them by their sources (--kind copy).
 
     python scripts/study/add_label_noise.py TEXT NOISY --noise-share 0.3 --clean 400
     bash scripts/prepare_data.sh NOISY data-bin/noisy
 
-TEXT holds train.LANG of two languages and whatever else get_data.sh writes; NOISY becomes a copy of it with another
-train.TARGET, and with noisy.txt: the numbers of the changed lines, from 0 on, one a line, as `hgkd weights --compare`
-reads them. (fairseq-preprocess keeps the lines' order and drops none: a line's number is the sentence's in the data.)
-With --clean the last pairs are not trained on and become valid1, clean held-out sentences for `--held-out valid1`.
+TEXT holds train.LANG of two languages, and may hold other files, such as those of get_data.sh. NOISY becomes a copy of
+TEXT with a noisy train.TARGET, and with noisy.txt: the numbers of the changed lines, from 0 on, one per line, for
+`hgkd weights --compare`. (They are the numbers of the sentences in the binarised data as well, because
+fairseq-preprocess keeps all lines in order.) With --clean, the last pairs are moved from the training set to valid1, a
+clean held-out set for `--held-out valid1`.
 """
 
 from __future__ import annotations
@@ -18,15 +19,18 @@ import shutil
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout that this script lies in, installed or not
+sys.path.insert(0, str(Path(__file__).parents[2]))  # use this checkout even if it is not installed
 
 from hgkd_fairseq import files
 from hgkd_fairseq.errors import in_one_line
 
 
 def shuffled(lines: list[str], share: float, seed: int) -> tuple[list[str], list[int]]:
-    """The lines with round(share * number) of them moved among each other, none to where it was; and their numbers in
-    ascending order. Fewer than two cannot be moved."""
+    """Permute a random selection of round(share * number) lines, so that each of them moves to another place.
+
+    Returns: all lines, and the numbers of the moved ones, in ascending order. If fewer than two lines are selected, no
+        line is moved.
+    """
     rng = random.Random(seed)
     chosen = rng.sample(range(len(lines)), round(share * len(lines)))
     if len(chosen) < 2:
@@ -38,7 +42,10 @@ def shuffled(lines: list[str], share: float, seed: int) -> tuple[list[str], list
 
 
 def copied(lines: list[str], sources: list[str], share: float, seed: int) -> tuple[list[str], list[int]]:
-    """The lines with round(share * number) of them replaced by their sources; and their numbers in ascending order."""
+    """Replace a random selection of round(share * number) lines by their sources.
+
+    Returns: all lines, and the numbers of the replaced ones, in ascending order.
+    """
     chosen = sorted(random.Random(seed).sample(range(len(lines)), round(share * len(lines))))
     noisy = list(lines)
     for here in chosen:

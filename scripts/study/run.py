@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Run a study: every cell of a grid that is not finished yet. Interrupt it anywhere and start it again: it goes on.
+"""Run all unfinished cells of a study. The script can be interrupted and started again at any time.
 
     run.py multi30k.toml [--dir DIR] [--jobs N] [--precision P] [--from FOLDER] [--dry-run]
 
-A finished cell is never run again: a method or a seed that is added to the grid costs its own cells only. Training that
-was killed resumes from its last epoch. A cell that was made with other options than the grid has now is refused, never
-mixed in. Several runs of this script may share a folder, on several machines with a common file system too if it knows
-locks: each takes cells that are free. `table.py DIR` makes tables and figures of what is finished, at any time.
+Finished cells are never run again, so that a method or a seed can be added to the grid at the cost of its own cells.
+Interrupted training resumes from its last checkpoint. If a cell in the folder was made with other options than those of
+the grid, the script refuses to run. Several processes can work on a study together, also on several machines if these
+share a file system with locks. `table.py DIR` makes tables and figures of the finished cells, at any time.
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ POLL_S = 1.0
 
 
 def cpu_memory() -> dict[str, str]:
-    """What the environment of a training on the CPU needs."""
+    """Return the environment variables for training on the CPU, those of cpu_memory.env."""
     lines = (SCRIPTS / "cpu_memory.env").read_text().splitlines()
     return dict(line.split("=", 1) for line in lines if not line.startswith("#"))
 
 
 def on_gpu() -> bool:
-    import torch  # takes a second, which --dry-run needs not
+    import torch  # imported here because it takes a second, which --dry-run can save
 
     return torch.cuda.is_available()
 
 
 def say(text: str) -> None:
-    print(time.strftime("%H:%M:%S"), "", printable(text), flush=True)  # it may quote a log
+    print(time.strftime("%H:%M:%S"), "", printable(text), flush=True)  # may contain text from a log
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
 def prepare(grid: Grid, folder: Path, source: str | None) -> None:
-    """text/ and data-bin/ of the study, once."""
+    """Make the study's text/ and data-bin/ and copies of its teachers, if they do not exist."""
     made = folder / "data.json"
-    lock = claim(folder, wait=True)  # another run.py may be making it
+    lock = claim(folder, wait=True)  # another run.py may be making the data
     assert lock is not None
     with lock:
         make_data(grid, folder, source, made, lock)
@@ -92,7 +92,11 @@ def make_data(grid: Grid, folder: Path, source: str | None, made: Path, lock: IO
 
 
 def check_teachers(grid: Grid, folder: Path) -> None:
-    """Those that the grid takes are there, and those that the study has copies of already."""
+    """Check that the grid's teacher checkpoints exist, and are those that the study has copied before.
+
+    Raises:
+        UserError: a checkpoint is missing, or differs from the study's copy.
+    """
     for name, path in grid.taken().items():
         copy = folder / copy_of(name)
         if not copy.exists() and not Path(path).is_file():
@@ -102,7 +106,7 @@ def check_teachers(grid: Grid, folder: Path) -> None:
 
 
 def copy_teachers(grid: Grid, folder: Path) -> None:
-    """So that the study can be moved, and its teachers stay what they are."""
+    """Copy the grid's teacher checkpoints to the study, so that it can be moved and its teachers cannot change."""
     for name, path in grid.taken().items():
         copy = folder / copy_of(name)
         if not copy.exists():
@@ -112,7 +116,11 @@ def copy_teachers(grid: Grid, folder: Path) -> None:
 
 
 def script(name: str, lock: IO, *arguments) -> None:
-    """Run one of scripts/, which keeps the lock as long as it works."""
+    """Run a script of scripts/. It inherits the lock, and so holds it even if this process is killed.
+
+    Raises:
+        UserError: the script fails.
+    """
     command = ["bash", str(SCRIPTS / name), *map(str, arguments)]
     environment = {**os.environ, "PYTHON": sys.executable}
     if subprocess.run(command, env=environment, pass_fds=[lock.fileno()], check=False).returncode:
@@ -123,14 +131,18 @@ def script(name: str, lock: IO, *arguments) -> None:
 
 
 def check(cells: list[Cell], folder: Path) -> None:
-    """Refuse cells on disk that other options have made."""
+    """Check that existing cells were made with the options of the grid.
+
+    Raises:
+        UserError: a cell was made with other options, or its cell.json is damaged.
+    """
     for cell in cells:
         if not (folder / cell.folder / "cell.json").exists():
             continue
         before = read_about(folder / cell.folder, commands=[str])["commands"]
         try:
             now, old = (decisive(shlex.split(" ".join(commands))) for commands in (cell.commands, before))
-        except ValueError as error:  # a quotation without its end
+        except ValueError as error:  # an unclosed quotation
             raise UserError(
                 f"{folder / cell.folder / 'cell.json'} holds commands that are none ({error}); remove that folder to "
                 "run the cell again"
@@ -144,7 +156,7 @@ def check(cells: list[Cell], folder: Path) -> None:
 
 
 def decisive(words: list[str]) -> list[str]:
-    """Of a cell's commands what its scores depend on: the training, and the search."""
+    """Return those words of a cell's commands on which its scores depend: the options of training and search."""
     training = takewhile(lambda word: word != "--user-dir", words)
     return [*training, *(word for word in words if word.startswith("--generate="))]
 
@@ -154,7 +166,7 @@ def finished(cell: Cell, folder: Path) -> bool:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether there are scores, whole ones: a cut or empty file, or one of an earlier version, is made again."""
+    """Return whether a cell has valid scores. It is scored again if they are truncated or of an earlier version."""
     try:
         read_scores(folder)
     except UserError:
@@ -163,10 +175,12 @@ def is_finished(folder: Path) -> bool:
 
 
 def claim(folder: Path, wait: bool = False) -> IO | None:
-    """The lock of a cell, or None where another process works on it. Our children inherit it: a training that outlives
-    this script keeps it until it ends."""
+    """Lock a cell's folder and return the lock file. If it is locked already, wait or, unless `wait`, return None.
+
+    Child processes inherit the lock, so that a training that outlives this script holds it until it ends.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = files.appending(folder / "lock")  # open as long as the cell is worked on
+    lock = files.appending(folder / "lock")  # closing it releases the lock
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
@@ -176,7 +190,11 @@ def claim(folder: Path, wait: bool = False) -> IO | None:
 
 
 def trained(checkpoint: Path, updates: int) -> bool:
-    """Whether the last checkpoint has made all updates. fairseq would make one more if it were started again."""
+    """Return whether a checkpoint is that of a finished training. Started again, fairseq would make one more update.
+
+    Raises:
+        UserError: the checkpoint cannot be read.
+    """
     if not checkpoint.exists():
         return False
     from hgkd_fairseq.plugin import checkpoints
@@ -188,7 +206,7 @@ def trained(checkpoint: Path, updates: int) -> bool:
 
 
 class Runner:
-    """Runs cells of a study, `jobs` at a time."""
+    """Runs the cells of a study in `jobs` threads, each of which runs one cell at a time."""
 
     def __init__(self, cells: list[Cell], folder: Path, jobs: int):
         self.cells, self.folder, self.jobs = cells, folder, jobs
@@ -198,11 +216,11 @@ class Runner:
         self.children: set[subprocess.Popen] = set()
         self.device = [] if on_gpu() else ["--cpu"]
         self.environment = os.environ | (cpu_memory() if self.device else {})
-        if jobs > 1:  # threads of several processes spin against each other and take 5 to 10 times as long
+        if jobs > 1:  # several multi-threaded processes compete for cores and take 5 to 10 times as long
             self.environment["OMP_NUM_THREADS"] = "1"
 
     def run(self) -> bool:
-        """Whether every cell is finished."""
+        """Run all cells and return whether all of them are finished."""
         workers = [threading.Thread(target=self.work) for _ in range(self.jobs)]
         try:
             for worker in workers:
@@ -228,7 +246,7 @@ class Runner:
             with lock:
                 try:
                     self.make(cell, lock)
-                except Exception as error:  # whatever it is, the other cells go on
+                except Exception as error:  # an error of one cell must not stop the others
                     self.fail(cell, in_one_line(error))
 
     def fail(self, cell: Cell, why: object) -> None:
@@ -236,7 +254,11 @@ class Runner:
         self.failed.add(cell.folder)
 
     def next(self) -> tuple[Cell | None, IO | None]:
-        """A cell to work on and its lock; a cell without a lock: there is something to wait for; neither: done."""
+        """Choose a cell to work on.
+
+        Returns: the cell and its lock; a cell and None if all cells that are left have to wait for others; None and
+            None if no cell is left.
+        """
         with self.choosing:
             waiting = None
             for cell in self.cells:
@@ -259,7 +281,7 @@ class Runner:
                     continue
                 if not finished(cell, self.folder):
                     return cell, lock
-                lock.close()  # another process has finished it in this moment
+                lock.close()  # another process has finished it meanwhile
             return waiting, None
 
     def make(self, cell: Cell, lock: IO) -> None:
@@ -286,17 +308,18 @@ class Runner:
             )
 
     def distil(self, cell: Cell) -> None:
-        """The translations that a cell is trained on, made once for all cells of one teacher.
+        """Make the training data of a cell that is trained on its teacher's translations, unless they exist. All cells
+        with the same teacher share the translations.
 
         Raises:
-            UserError: they cannot be made.
+            UserError: a command fails.
         """
-        if not cell.distil or (self.folder / cell.train[0]).exists():  # it is made in one step
+        if not cell.distil or (self.folder / cell.train[0]).exists():  # the folder is created atomically
             return
         folder = (self.folder / cell.train[0]).with_name("translations")
         log = folder.with_name("translate.log")
         say(f"{cell.train[0]}: translating the training set (log: {log})")
-        lock = claim(folder.with_name("distil"), wait=True)  # another cell, or another run.py, may be making them
+        lock = claim(folder.with_name("distil"), wait=True)  # another thread or process may be making them
         assert lock is not None
         with lock, files.appending(log) as output:
             if (self.folder / cell.train[0]).exists():
@@ -316,8 +339,8 @@ class Runner:
                     raise UserError(f"hgkd {words[0]} ended with status {status}: {told[-1] if told else ''}")
 
     def call(self, cell: Cell, command: list, log: str, lock: IO) -> bool:
-        """Run a command of a cell, which keeps the cell's lock; False where it failed, which is said, or the run is
-        interrupted."""
+        """Run a command of a cell, which inherits the cell's lock. Return whether it succeeded; False also if the run
+        is interrupted. A failure is reported."""
         if self.stopped.is_set():
             return False
         file = self.folder / cell.folder / log

@@ -1,13 +1,13 @@
 """A study as its grid file describes it: the data, and cells that are each one training run and its scores.
 
-A grid is a .toml file, see multi30k.toml beside this one; `hgkd methods` says what the methods' names mean. A
-study lives in one folder, whose commands run there with relative paths, so that it can be moved:
+A grid is a .toml file, such as multi30k.toml in this folder; `hgkd methods` lists the methods. A study has one folder,
+in which all commands run with relative paths, so that the folder can be moved. It contains:
 
-    data.json  text/  data-bin/         the data, once (text/ may hold valid1.LANG, see prepare_data.sh)
+    data.json  text/  data-bin/         the data (text/ may hold valid1.LANG, see prepare_data.sh)
     SETTING/METHOD/seed-N/              a cell: cell.json (signature, commands), train.log, checkpoints, score.log,
-                                        what hgkd score writes, scores.json last
-    teacher/NAME/seed-N/                the cell of a teacher: NAME is a size, or one of [teachers]
-    teacher/NAME/checkpoint.pt          a copy of the teacher that a [teachers.NAME] takes
+                                        the files of hgkd score, of which scores.json is written last
+    teacher/NAME/seed-N/                the cell of a teacher; NAME is a size or one of [teachers]
+    teacher/NAME/checkpoint.pt          a copy of the checkpoint that [teachers.NAME] gives as its path
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.files import Within
 
 PRECISIONS = {"fp32": [], "bf16": ["--bf16"], "fp16": ["--fp16"]}
-TEMPERATURE = 1.5  # of the teacher, the paper's
-AUTO = "auto"  # the one that fits it to the validation set
-TAKEN = ("teacher", "text", "corpus", "data-bin", "data.json", "lock")  # names in a study's folder
+TEMPERATURE = 1.5  # the teacher's temperature in the paper on the hard gate (arXiv:2210.12427)
+AUTO = "auto"  # the temperature that fits the teacher to the validation set
+TAKEN = ("teacher", "text", "corpus", "data-bin", "data.json", "lock")  # reserved names in a study's folder
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
 def option_string(value: Any) -> str | None:
-    """A schema (files.mismatch): options of a command line."""
+    """A schema (see files.mismatch) for command line options."""
     if not isinstance(value, str) or "\0" in value:
         return "is not text"
     if len(value) > 10_000:
@@ -51,22 +51,22 @@ def curve_points(value: Any) -> str | None:
 
 
 def rule(value: Any) -> str | None:
-    """A schema: which checkpoint of a cell is scored."""
+    """A schema for a rule by which the checkpoint of a cell to score is chosen."""
     return None if value in ("best", "best-bleu", "last") else 'is none of "best", "best-bleu", "last"'
 
 
 def degree(value: Any) -> str | None:
-    """A schema: a temperature."""
+    """A schema for a temperature."""
     return None if value == AUTO else Within(0.01, 100, float)(value)
 
 
 def degree_text(temperature: float | str) -> str:
-    """As it is written on a command line."""
+    """Return a temperature as it is written on a command line."""
     return temperature if isinstance(temperature, str) else f"{temperature:g}"
 
 
 def checkpoint(value: Any) -> str | None:
-    """A schema: which checkpoint of a teacher."""
+    """A schema for the choice of a teacher's checkpoint."""
     return None if value in ("best", "last") else 'is neither "best" nor "last"'
 
 
@@ -85,7 +85,7 @@ GRID = {
     "methods?": {str: {"options?": option_string, "of?": str, "title?": str}},
     "cells": [{"settings": [str], "methods": [str], "seeds": [SEED], "temperatures?": [degree]}],
 }
-# What cell.json holds, as far as it is read again,
+# Schema of the keys of cell.json that are read again.
 ABOUT = {
     "signature": str,
     "setting": str,
@@ -95,7 +95,7 @@ ABOUT = {
     "seed": SEED,
     "temperature": (NUMBER, str, None),
 }
-# and scores.json.
+# Schema of scores.json.
 SCORES = {
     **dict.fromkeys(("bleu", "brevity_penalty", "chrf", "lenpen", "lenpen_bleu", "lenpen_brevity_penalty"), NUMBER),
     **dict.fromkeys(("nll", "temperature", "scaled_nll", "valid_nll_best", "valid_nll_last", "minutes"), NUMBER),
@@ -108,21 +108,29 @@ SCORES = {
 
 
 def read_scores(folder: Path) -> dict[str, Any]:
-    """Of a finished cell. Raises UserError where it is not: a file alone proves nothing."""
+    """Return the scores of a finished cell.
+
+    Raises:
+        UserError: scores.json is missing, damaged or incomplete.
+    """
     return files.read_json(
         folder / "scores.json", SCORES, "file of `hgkd score` on a finished cell; remove it, and run.py scores it again"
     )
 
 
 def diverged(folder: Path) -> int | None:
-    """The update from which on a cell's NLL on validation was no number; None where it is one, or none is logged."""
+    """Return the update since which the validation NLL is not finite; None if the last is finite or none is logged."""
     from hgkd_fairseq.evaluation import logs
 
     return logs.read(folder / "train.log").diverged if (folder / "train.log").exists() else None
 
 
 def read_about(folder: Path, **more: Any) -> dict[str, Any]:
-    """What cell.json says; `more`: other keys that are needed, with their schemas."""
+    """Return the content of a cell's cell.json. `more` are schemas of further required keys.
+
+    Raises:
+        UserError: the file is missing, damaged or incomplete.
+    """
     what = f"file of run.py; remove {folder} to run the cell again"
     return files.read_json(folder / "cell.json", {**ABOUT, **more}, what)
 
@@ -131,24 +139,24 @@ def read_about(folder: Path, **more: Any) -> dict[str, Any]:
 class Cell:
     """One training run and its scores."""
 
-    folder: str  # in the study's: same/hkd-t/seed-1
+    folder: str  # relative to the study's folder, such as same/hkd-t/seed-1
     setting: str
-    method: str  # of `hgkd methods`
-    title: str  # the method's
+    method: str  # name of a method of `hgkd methods` or of the grid's [methods]
+    title: str  # title of the method
     seed: int
-    temperature: float | str | None  # of the teacher, or "auto"; None: there is none, or the method has its own
+    temperature: float | str | None  # of the teacher, or "auto"; None: no teacher, or the method fixes it
     updates: int
     signature: str
     train: list[str] = field(hash=False)  # arguments of fairseq-train
     score: list[str] = field(hash=False)  # arguments of hgkd score
-    teachers: tuple[str, ...] = ()  # folders of the teachers' cells, which must be finished first
-    # Arguments of hgkd translate and hgkd distil-data, where it is trained on its teacher's translations.
+    teachers: tuple[str, ...] = ()  # folders of its teachers' cells, which must be finished before
+    # Arguments of hgkd translate and hgkd distil-data; empty if it is not trained on its teacher's translations.
     translate: list[str] = field(default_factory=list, hash=False)
     distil: list[str] = field(default_factory=list, hash=False)
 
     @property
     def commands(self) -> list[str]:
-        """For the reader, to be run in the study's folder; `making` comes first."""
+        """Commands of training and scoring, for documentation, to run in the study's folder after those of `making`."""
         return [
             f"fairseq-train {shlex.join(self.train)} --user-dir $(hgkd user-dir)",
             f"hgkd score {shlex.join(self.score)}",
@@ -156,11 +164,11 @@ class Cell:
 
     @property
     def making(self) -> list[str]:
-        """Commands of the data that it is trained on."""
+        """Commands that make the training data, if these are translations of the teacher."""
         return [f"hgkd {shlex.join(words)}" for words in (self.translate, self.distil) if words]
 
     def description(self) -> dict[str, Any]:
-        """What cell.json holds."""
+        """Return the content of cell.json."""
         return {
             "signature": self.signature,
             "setting": self.setting,
@@ -176,10 +184,14 @@ class Cell:
 
 
 class Grid:
-    """A grid file, read and checked. `precision`: in place of the grid's.
+    """A grid file, which is checked when it is read.
+
+    Args:
+        file: the .toml file.
+        precision: one of PRECISIONS, in place of that of the grid.
 
     Raises:
-        UserError: no such file, or what it says makes no study.
+        UserError: the file is missing or is not a valid grid.
     """
 
     def __init__(self, file: Path, precision: str | None = None):
@@ -211,7 +223,7 @@ class Grid:
                     raise UserError(f"{file}: [{kind}.{name}]: it becomes a folder's name; take other letters")
         for block in self.table["cells"]:
             for temperature in block.get("temperatures", []):
-                # Else two of them would be one folder.
+                # Folder names have 6 digits of it, so that two temperatures could share a folder.
                 if temperature != AUTO and float(f"{temperature:g}") != temperature:
                     raise UserError(f"{file}: temperatures {temperature!r}: give at most 6 digits")
         own = self.table["training"]["precision"]
@@ -222,7 +234,12 @@ class Grid:
             self.method(name)
 
     def cells(self) -> list[Cell]:
-        """All cells, each once, a teacher before its students; within a block of the grid seed by seed."""
+        """Return all cells, without duplicates. Teachers precede their students, and the cells of each block of the
+        grid are ordered by seed.
+
+        Raises:
+            UserError: the grid names an unknown setting, method or size, or a teacher's method needs a teacher.
+        """
         found: dict[str, Cell] = {}
         for block in self.table["cells"]:
             for cell in self.block(block):
@@ -240,12 +257,12 @@ class Grid:
                         yield self.cell(setting, method, seed, temperature, sizes["student"], sizes["teacher"])
 
     def taken(self) -> dict[str, str]:
-        """The checkpoints of teachers that no cell of the study trains, by name. The study has copies: `copy_of`."""
+        """Return the paths of teachers' checkpoints that the grid gives, by name. The study uses copies (`copy_of`)."""
         teachers = self.table.get("teachers", {})
         return {name: str(Path(own["path"]).absolute()) for name, own in teachers.items() if "path" in own}
 
     def trained_as(self, teacher: str) -> str:
-        """The first name under which [teachers] has the same training, or the size."""
+        """Return the name of the cell that trains a teacher: its size, or the first of [teachers] trained equally."""
         size, updates, *_ = self.teachers(teacher)
         if updates is None:
             return size
@@ -259,8 +276,9 @@ class Grid:
         return table[name]
 
     def method(self, name: str) -> tuple[str, list[str], str | None]:
-        """(title, options, the choice of its teacher's translations, where it is trained on them) of a method of `hgkd
-        methods`, or of a row of this study's own, [methods.NAME] with `of`."""
+        """Return the title, the options and the targets (see `methods.data`) of a method of `hgkd methods`, or of a
+        variant that the grid defines: [methods.NAME] adds options to the method NAME, or to the one given by `of`.
+        """
         own = self.table.get("methods", {}).get(name, {})
         known = own.get("of", name)
         title = own.get("title", name if "of" in own else self.known("methods", known)["title"])
@@ -273,7 +291,7 @@ class Grid:
         return self.cell("teacher", self.table["teacher"]["method"], number, None, size, None, name, updates)
 
     def teachers(self, name: str) -> tuple[str, int | None, list[int], str]:
-        """(size, updates, seeds, which checkpoint) of the teachers of that name, [teachers.NAME] or a size."""
+        """Return size, updates, seeds and choice of checkpoint of the teachers [teachers.NAME], or of a size."""
         seeds = [self.table["teacher"]["seed"]]
         own = self.table.get("teachers", {}).get(name)
         if own is None:
@@ -281,12 +299,12 @@ class Grid:
         return own["size"], own.get("updates"), own.get("seeds", seeds), own.get("checkpoint", "best")
 
     def cell(self, setting, name, seed, temperature, size, teacher, own_name=None, own_updates=None) -> Cell:
-        """`own_name` and `own_updates`: of a teacher's cell."""
+        """Return a cell. `own_name` and `own_updates` are given for a teacher's cell only: its name and its updates."""
         title, options, select = self.method(name)
         training = self.table["training"]
         updates = own_updates or self.table["settings"].get(setting, {}).get("updates", training["updates"])
         taught: tuple[str, ...] = ()
-        path, made = "", ""  # of the teachers, and the folder for their translations
+        path, made = "", ""  # the teachers' checkpoints, and the folder of their translations
         if select or "--teacher-path" in options:
             if teacher is None:
                 raise UserError(f"{self.file}: [teacher] method {name} needs a teacher itself; take base")
@@ -295,7 +313,7 @@ class Grid:
                 path = copy_of(teacher)
             else:
                 _, _, seeds, which = self.teachers(teacher)
-                # Teachers of one name that differ in the checkpoint alone are one cell.
+                # Teachers that differ only in the choice of the checkpoint share a cell.
                 taught = tuple(f"teacher/{self.trained_as(teacher)}/seed-{one}" for one in seeds)
                 path = ":".join(f"{folder}/checkpoint_{which}.pt" for folder in taught)
                 made = taught[0] if len(taught) == 1 and which == "best" else made
@@ -303,7 +321,7 @@ class Grid:
             temperature = None
         else:
             options = [path if word == methods.TEACHER else word for word in options]
-            if AUTO in options:  # the method leaves it to the study
+            if AUTO in options:  # the grid sets the temperature
                 place = options.index(AUTO)
                 del options[place - 1 : place + 1]
                 options += ["--teacher-temperature", degree_text(temperature)]
@@ -328,15 +346,15 @@ class Grid:
             *shlex.split(training["options"]),
             *PRECISIONS[training["precision"]],
             *("--max-update", str(updates), "--seed", str(seed)),
-            # Every sentence counts; batches are made in this process, which leaves a core to another cell.
+            # No sentence is dropped; batches are made in the main process, which leaves a core to another cell.
             *("--required-batch-size-multiple", "1", "--num-workers", "0"),
-            # Chosen by plain cross-entropy, which means the same for every method.
+            # Plain cross-entropy is comparable across methods.
             *("--best-checkpoint-metric", "nll_loss", *([] if "best-bleu" in rules else ["--no-epoch-checkpoints"])),
             *("--no-progress-bar", "--log-format", "json"),
         ]
         generation = f"--generate={search}"
         score = ["data-bin", folder, "--reference", "text/test.en", "--own-lenpen", generation]
-        # The best by NLL last: whose scores are there all are there.
+        # The best by NLL last: if its scores exist, so do all others.
         score += [word for one in sorted(rules, key="best".__eq__) for word in ("--checkpoint", one)]
         parts = {
             "setting": setting,
@@ -357,7 +375,7 @@ class Grid:
 
 
 def beam_of(search: str) -> str:
-    """Of options of fairseq-generate: as many translations of a sentence can be chosen from."""
+    """Return the beam size from options of fairseq-generate, which is the number of translations to choose from."""
     words = shlex.split(search)
     return words[words.index("--beam") + 1] if "--beam" in words[:-1] else "5"
 
@@ -372,7 +390,7 @@ def read_toml(file: Path) -> dict[str, Any]:
 
 
 def copy_of(teacher: str) -> str:
-    """In the study's folder, the checkpoint of a teacher that is taken."""
+    """Return the path in the study's folder of the copy of a teacher's checkpoint."""
     return f"teacher/{teacher}/checkpoint.pt"
 
 

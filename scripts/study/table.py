@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Tables and figures of a study, from its folders alone: table.py DIR [--output FOLDER].
+"""Make tables and figures of a study from its folder: table.py DIR [--output FOLDER].
 
-Every finished cell of DIR counts; what is not finished yet is said. Written to FOLDER (default DIR): tables.md, which a
-README can hold, teacher_share.svg and validation_nll.svg. BLEU is compared with Base of the same seed by sacreBLEU's
-paired bootstrap.
+They contain all finished cells of DIR, and list the others. FOLDER (default: DIR) gets tables.md, which can be included
+in a README, teacher_share.svg and validation_nll.svg. BLEU is compared with that of Base with the same seed by
+sacreBLEU's paired bootstrap.
 """
 
 from __future__ import annotations
@@ -27,21 +27,25 @@ from hgkd_fairseq.evaluation.generated import read_references
 
 TEACHER = "teacher"  # the setting of the teachers' cells
 ABSENT = ""
-GATED, GATED_BY_NAME = ("hkd-t", "hkd-s"), "typical"  # gates, and with what the names of others begin
+GATED, GATED_BY_NAME = ("hkd-t", "hkd-s"), "typical"  # gated methods, and the prefix of the names of others
 CONTROLS = ("ls-uniform", "always", "hkd-t-reversed", "hkd-s-reversed", "random", "selective-batch")
-CONSTANTS = "word-kd"  # with what the names of constant weights begin, controls too
+CONSTANTS = "word-kd"  # prefix of the names of methods with a constant weight, which are controls too
 
 
-# Which translations of a cell the score is of: those of the grid's search, or those at a length penalty of its own.
+# Files of a cell's translations, by BLEU score: with the grid's search, and with the best length penalty of the cell.
 TRANSLATIONS = {"bleu": "translations.txt", "lenpen_bleu": "translations-lenpen.txt"}
-# One rule for all methods: where the grid has these checkpoints scored, what is said of a cell's translations is of the
-# one with the highest BLEU on validation, and all else of the one with the least NLL.
+# If the grid scores several checkpoints, the scores of translations are those of the checkpoint with the highest
+# validation BLEU, for all methods, and the other scores are those of the one with the lowest validation NLL.
 BEST_BLEU, LAST = "best-bleu", "last"
 OF_TRANSLATIONS = ("bleu", "brevity_penalty", "chrf", "lenpen", "lenpen_bleu", "lenpen_brevity_penalty")
 
 
 class Scored:
-    """A finished cell, as its folder holds it."""
+    """Scores and translations of a finished cell, read from its folder.
+
+    Raises:
+        UserError: a file is missing, damaged or of an earlier version.
+    """
 
     def __init__(self, folder: Path):
         self.about: dict[str, Any] = read_about(folder)
@@ -60,10 +64,10 @@ class Scored:
 
 
 class Study:
-    """The finished cells of a study's folder.
+    """The cells of a study's folder: those that are finished, and the names of the others.
 
     Raises:
-        UserError: the folder is no study, or no cell of it is finished.
+        UserError: no cell of the folder is finished, or translations do not fit the references.
     """
 
     def __init__(self, folder: Path):
@@ -90,7 +94,7 @@ class Study:
         return sorted({cell.about["setting"] for cell in self.cells.values()} - {TEACHER})
 
     def rows(self, setting: str) -> list[tuple[tuple[str, float | None], list[Scored]]]:
-        """((method, temperature), its cells by seed), in the order of `hgkd methods`."""
+        """Return ((method, temperature), cells ordered by seed) for a setting, in the order of `hgkd methods`."""
         groups: dict[tuple[str, float | None], list[Scored]] = {}
         for cell in self.cells.values():
             if cell.about["setting"] == setting:
@@ -106,13 +110,13 @@ class Study:
         return sorted(groups.items(), key=place)
 
     def teacher(self, cells: Sequence[Scored]) -> Scored | None:
-        """The teacher that one of these cells names; None: several that are averaged, or one that is no cell."""
+        """Return the teacher of the first of these cells that has one; None if it is an ensemble or not a cell."""
         names = [cell.about["teacher"] for cell in cells if cell.about["teacher"]]
         return self.cells.get(names[0]) if names else None
 
     def p_value(self, cell: Scored, base: Scored, key: str) -> float:
         if cell.translations[key] == base.translations[key]:
-            return 1.0  # sacreBLEU, which counts the resamples above the observed difference, has 0.001 here
+            return 1.0  # sacreBLEU counts the resamples above the observed difference and would give 0.001
         systems = [("base", base.translations[key]), ("other", cell.translations[key])]
         _, found = PairedTest(systems, {"BLEU": BLEU()}, [self.references], test_type="bs")()
         return found["BLEU"][1].p_value
@@ -123,14 +127,14 @@ class Study:
 
 
 def spread(values: Sequence[float], digits: int, scale: float = 1) -> str:
-    """Mean and sample standard deviation: "25.2 ± 0.3"; of one value, that."""
+    """Format the mean and the sample standard deviation as "25.2 ± 0.3", or a single value as it is."""
     values = [scale * value for value in values]
     text = f"{statistics.fmean(values):.{digits}f}"
     return f"{text} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else text
 
 
 def column(key: str, digits: int, scale: float = 1) -> Callable[[Sequence[Scored]], str]:
-    """Of all cells; empty where one of them has no such number."""
+    """Return a function that formats a score of several cells; the text is empty if one of them lacks the score."""
 
     def show(cells: Sequence[Scored]) -> str:
         values = [cell.scores[key] for cell in cells]
@@ -175,7 +179,7 @@ LENGTHS: dict[str, Callable[[Sequence[Scored]], str]] = {
 
 
 def by_checkpoint(named: Sequence[tuple[str, Sequence[Scored]]]) -> list[str]:
-    """What the choice of the checkpoint makes of each method."""
+    """Return a table of each method's scores by the rule that chooses the checkpoint."""
     if not any(BEST_BLEU in cell.checkpoints for _, cells in named for cell in cells):
         return []
     rules = {"best": "least NLL", BEST_BLEU: "highest BLEU", LAST: "last"}
@@ -200,7 +204,7 @@ def by_seed(cells: Sequence[Scored]) -> dict[int, Scored]:
 
 
 def over(study: Study, cells: Sequence[Scored], bases: dict[int, Scored], key: str) -> list[str]:
-    """Mean difference in BLEU (`key` of TRANSLATIONS) from `bases` of the same seeds, and p of each of these seeds."""
+    """Return the mean difference in BLEU (`key` of TRANSLATIONS) from `bases` of the same seeds, and p by seed."""
     pairs = [(cell, bases[cell.about["seed"]]) for cell in cells if cell.about["seed"] in bases]
     if not pairs:
         return [ABSENT, ABSENT]
@@ -209,7 +213,7 @@ def over(study: Study, cells: Sequence[Scored], bases: dict[int, Scored], key: s
 
 
 def default_temperatures(rows) -> dict[str, float | None]:
-    """Of each method the temperature with the most seeds: the one that its row of the main table shows."""
+    """Return for each method the temperature with the most seeds, which the main table shows."""
     most: dict[str, tuple[int, float | None]] = {}
     for (method, temperature), cells in rows:
         if method not in most or len(cells) > most[method][0]:
@@ -224,7 +228,7 @@ def main_rows(study: Study, setting: str) -> list[list[Scored]]:
 
 
 def titles(rows: Sequence[Sequence[Scored]]) -> list[str]:
-    """Of each row; with the teacher's temperature where not all rows that have one have the same."""
+    """Return the title of each row, with the teacher's temperature if the rows have different ones."""
     several = len({cells[0].about["temperature"] for cells in rows} - {None}) > 1
 
     def title(about: dict) -> str:
@@ -235,8 +239,8 @@ def titles(rows: Sequence[Sequence[Scored]]) -> list[str]:
 
 
 def setting_tables(study: Study, setting: str) -> list[str]:
-    """Scores, training, BLEU at a length penalty of each cell's own, and where there are several the teacher's
-    temperatures."""
+    """Return the tables of a setting: scores, checkpoints, training, BLEU with the best length penalty of each cell,
+    comparisons of gates with their controls, and temperatures of the teacher. Empty tables are left out."""
     rows = main_rows(study, setting)
     every = [cell for cells in rows for cell in cells]
     bases = by_seed([cell for cell in every if cell.about["method"] == "base"])
@@ -253,7 +257,7 @@ def setting_tables(study: Study, setting: str) -> list[str]:
         compared = over_base(title, cells, "bleu")
         scores.append([title, *[show(cells) for show in SCORES.values()], *compared])
         if cells[0].about["method"] == "base" and title != "teacher":
-            # The control of METHOD's claims of calibration, as a row of its own.
+            # Base with a fitted temperature, the control of calibration claims, has its own row.
             only = {
                 "seeds": seeds,
                 "ECE, %": SCORES["ECE at its own temperature, %"],
@@ -277,8 +281,8 @@ def setting_tables(study: Study, setting: str) -> list[str]:
 
 
 def against_controls(study: Study, rows: Sequence[Sequence[Scored]], corner: str, key: str) -> list[str]:
-    """What the gates have over their controls, in BLEU (`key` of TRANSLATIONS), on the seeds that both have, with a
-    teacher of the same temperature."""
+    """Return a table of the differences in BLEU (`key` of TRANSLATIONS) between gates and their controls, for common
+    seeds and equal temperatures of the teacher."""
     by_method = {cells[0].about["method"]: cells for cells in rows}
     named = dict(zip(by_method, titles(rows), strict=True))
     gated = [method for method in by_method if method in GATED or method.startswith(GATED_BY_NAME)]
@@ -293,13 +297,13 @@ def against_controls(study: Study, rows: Sequence[Sequence[Scored]], corner: str
 
 
 def alike(study: Study, cells: Sequence[Scored], control: Sequence[Scored], key: str) -> list[str]:
-    """As `over`; nothing where the two have teachers of two temperatures."""
+    """Return the same as `over`, or empty texts if the two have different temperatures of the teacher."""
     degrees = {one[0].about["temperature"] for one in (cells, control)} - {None}
     return [ABSENT, ABSENT] if len(degrees) > 1 else over(study, cells, by_seed(control), key)
 
 
 def temperatures(study: Study, setting: str) -> list[str]:
-    """Methods that were trained with several temperatures of the teacher, on the seeds that all of them have."""
+    """Return a table of methods that were trained with several temperatures of the teacher, for their common seeds."""
     methods: dict[str, dict[float | str, list[Scored]]] = {}
     for (method, temperature), cells in study.rows(setting):
         if temperature is not None:
@@ -321,13 +325,13 @@ def temperatures(study: Study, setting: str) -> list[str]:
 
 
 def signature(cells: Sequence[Scored]) -> str:
-    """What the signatures of all these cells say."""
+    """Return the parts that the signatures of all these cells have in common."""
     parts = [cell.about["signature"].split("|") for cell in cells]
     return f"`{'|'.join(part for part in parts[0] if all(part in other for other in parts))}`"
 
 
 def how(study: Study) -> list[str]:
-    """The signatures, and what all cells have in common."""
+    """Return the notes below the tables: how scores were computed, signatures, and unfinished and diverged cells."""
     cells = list(study.cells.values())
     names = {"bleu": "BLEU", "chrf": "chrF", "ece": "ECE", "inference_ece": "ECE of its translations"}
     text = []
@@ -356,8 +360,14 @@ def how(study: Study) -> list[str]:
 
 
 def draw(study: Study, key: str, label: str, file: Path) -> None:
-    """`key` of the curves over the updates, a panel a setting: the mean over seeds, and the range where there are
-    several."""
+    """Draw training curves, with a panel for each setting: the mean over seeds, and the range if there are several.
+
+    Args:
+        study: finished cells.
+        key: quantity to draw, a key of the points in "curve" of SCORES.
+        label: label of the vertical axis.
+        file: file to write.
+    """
     figure_class = drawing.figure_class()
     import matplotlib
 
@@ -371,9 +381,10 @@ def draw(study: Study, key: str, label: str, file: Path) -> None:
             curves = [{point["updates"]: point.get(key) for point in cell.scores["curve"]} for cell in cells]
             updates = sorted(set.intersection(*[{at for at, y in curve.items() if y is not None} for curve in curves]))
             values = [[curve[at] for curve in curves] for at in updates]
-            later = {round(value, 2) for point in values[1:] or values for value in point}  # PS-KD begins without one
+            # Without the first point, at which PS-KD has no teacher.
+            later = {round(value, 2) for point in values[1:] or values for value in point}
             if key == "teacher_share" and later in ({0.0}, {1.0}):
-                continue  # a method that asks the teacher about no token, or about every one
+                continue  # the share is constant: no token or every token learns from the teacher
             lowest, last = min([lowest, *map(min, values)]), max([last, *map(max, values[-1:])])
             title = cells[0].about["title"]
             place = study.order.get(cells[0].about["method"], len(study.order))
@@ -386,9 +397,9 @@ def draw(study: Study, key: str, label: str, file: Path) -> None:
         panel.set(xlabel="updates")
         panel.grid(color="0.9", linewidth=0.6)
     if key == "valid_nll" and lines:
-        panels[0].set_ylim(top=max(1.2 * lowest, 1.02 * last))  # the fall in the first epochs would hide all else
+        panels[0].set_ylim(top=max(1.2 * lowest, 1.02 * last))  # the initial decrease would hide all other differences
     panels[0].set_ylabel(label)
-    figure.set_figheight(max(4.2, 0.2 * len(lines) + 0.4))  # the legend's
+    figure.set_figheight(max(4.2, 0.2 * len(lines) + 0.4))  # the height of the legend
     drawing.legend(figure, lines.values(), list(lines), loc="outside right center", fontsize=9, frameon=False)
     with matplotlib.rc_context({"svg.hashsalt": "study"}):
         files.write_figure(figure, file)
@@ -400,7 +411,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where tables.md and figures go (default: DIR)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
-    logging.getLogger().setLevel(logging.WARNING)  # fairseq, once imported, logs what every library has to say
+    logging.getLogger().setLevel(logging.WARNING)  # importing fairseq enables the messages of all libraries
     return guarded("table.py: error", lambda: write(args.dir, args.output or args.dir), args.debug)
 
 
@@ -409,7 +420,7 @@ def write(folder: Path, output: Path) -> int:
     lines = [line for setting in study.settings() for line in setting_tables(study, setting)] + how(study)
     if not study.settings():
         lines = ["Only teachers are finished yet.", "", *lines]
-    lines = [printable(line) for line in lines]  # titles and signatures are those of files
+    lines = [printable(line) for line in lines]  # titles and signatures come from files
     output.mkdir(parents=True, exist_ok=True)
     files.write_text(output / "tables.md", "\n".join(lines) + "\n")
     if study.settings():
