@@ -1,8 +1,9 @@
-"""fairseq's own commands on a small corpus, as the tests run them."""
+"""Helpers that run fairseq's commands on a small corpus and read their output."""
 
 import atexit
 import functools
 import json
+import math
 import os
 import random
 import re
@@ -23,7 +24,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 USER_DIR = ("--user-dir", str(ROOT / "hgkd_fairseq"))
 BIN = Path(sys.executable).parent
-# fairseq loads on one thread in 4 s; two processes of one thread each are what 2 cores carry.
+# Processes at a time. Each runs on one thread, and the tests are meant for 2 cores.
 AT_ONCE = 2
 TIMEOUT_S = 240
 
@@ -42,18 +43,20 @@ KEEP_LAST = ("--no-epoch-checkpoints",)
 
 
 def distil(teacher: Path | str, *options) -> tuple:
-    """Options of a run of ours; `teacher` names the checkpoint."""
+    """Return the options of a distilled run; `teacher` is the path of its teacher's checkpoint."""
     task = ("--task", "translation_with_teacher", "--criterion", "hard_gate_kd")
     return (*USER_DIR, *task, "--teacher-path", teacher, *options)
 
 
 @dataclass
 class Result:
+    """The exit status and the output of a finished command."""
+
     code: int
     output: str  # stdout and stderr
 
     def logs(self, tag: str) -> list[dict[str, float]]:
-        """The numbers of each log line with that tag: "train", "valid", or the name of a validated subset."""
+        """Return the numbers of each log line with a tag: "train", "valid" or the name of a validated subset."""
         lines = re.findall(rf"\| {re.escape(tag)} \| (\{{.*\}})", self.output)
         rows = [json.loads(line) for line in lines]
         return [
@@ -62,14 +65,14 @@ class Result:
         ]
 
     def end(self) -> str:
-        """The last lines, where fairseq says why it stopped."""
+        """Return the last lines of the output, which say why fairseq stopped."""
         return "\n".join(self.output.splitlines()[-12:])
 
     def errors(self) -> list[str]:
         return re.findall(r"^hgkd_fairseq: error: (.*)$", self.output, flags=re.MULTILINE)
 
     def hypotheses(self) -> list[str]:
-        """Hypotheses of fairseq-generate and fairseq-interactive in the corpus' order."""
+        """Return the hypotheses of fairseq-generate or fairseq-interactive, in the order of the corpus."""
         return self.lines_of("H", r"\S+\t")
 
     def sources(self) -> list[str]:
@@ -82,7 +85,7 @@ class Result:
 
 @dataclass
 class Run:
-    """A finished fairseq-train."""
+    """A finished run of fairseq-train: its --save-dir and its result."""
 
     folder: Path
     result: Result
@@ -95,7 +98,7 @@ class Run:
 
 
 def load(path: Path) -> dict:
-    """A checkpoint, whatever is in it: those read here were all written by these tests."""
+    """Load a checkpoint without restrictions: those read here were all written by these tests."""
     return torch.load(path, map_location="cpu", weights_only=False)
 
 
@@ -104,7 +107,7 @@ def environment() -> dict[str, str]:
 
 
 def command(name: str, *arguments) -> list[str]:
-    """fairseq's command, or its module where packages are on the path without their commands."""
+    """Return the command line of fairseq-`name`: its console script, or its module if the script is not installed."""
     program = BIN / f"fairseq-{name}"
     start = [str(program)] if program.exists() else [sys.executable, "-m", f"fairseq_cli.{name}"]
     return [*start, *map(str, arguments)]
@@ -112,7 +115,7 @@ def command(name: str, *arguments) -> list[str]:
 
 @functools.cache
 def server() -> str:
-    """The socket of this process's own fork_server.py."""
+    """Start a fork_server.py for this process and return the path of its socket."""
     folder = Path(tempfile.mkdtemp(prefix="fairseq-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = folder / "socket"
@@ -125,7 +128,7 @@ def server() -> str:
 
 
 def console_script(name: str, *arguments) -> Result:
-    """Run fairseq-`name` to its end in a process of its own, for what is different there."""
+    """Run fairseq-`name` to its end in a new process, for tests of what differs in a child of the fork server."""
     done = subprocess.run(
         command(name, *arguments),
         env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -135,7 +138,7 @@ def console_script(name: str, *arguments) -> Result:
 
 
 def fairseq(name: str, *arguments, cwd: Path | None = None, stdin: str | None = None) -> Result:
-    """Run fairseq-`name` to its end, whatever that is; see fork_server.py."""
+    """Run fairseq-`name` to its end in a child of fork_server.py and return its result, whatever the exit status."""
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as connection:
         source, output = Path(folder, "stdin"), Path(folder, "output")
         source.write_text(stdin or "")
@@ -156,7 +159,7 @@ def fairseq(name: str, *arguments, cwd: Path | None = None, stdin: str | None = 
 
 
 def train(data: Path, folder: Path, *options, size=(*SIZE, *TIED), cwd: Path | None = None, device: str = "cpu") -> Run:
-    """A fairseq-train that must end well; later options win over the usual ones."""
+    """Run fairseq-train and assert that it succeeds; `options` take precedence over the usual ones."""
     logs = LOGS if device == "cpu" else (*QUIET, "--distributed-world-size", 1)
     arguments = (data, *size, *STEPS, *logs, "--save-dir", folder, *options)
     result = fairseq("train", *arguments, cwd=cwd)
@@ -165,13 +168,16 @@ def train(data: Path, folder: Path, *options, size=(*SIZE, *TIED), cwd: Path | N
 
 
 def together(*calls) -> list:
-    """Run functions of no argument, two at a time; their results in order."""
+    """Call functions without arguments, two at a time, and return their results in order."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return [future.result() for future in [pool.submit(call) for call in calls]]
 
 
 def events(file: Path) -> list:
-    """What a TensorBoard file holds: records of a length (8 bytes), a checksum (4), the event and a checksum (4)."""
+    """Return the events of a TensorBoard file.
+
+    A record has a length (8 bytes), a checksum (4), the event and another checksum (4).
+    """
     from tensorboardX.proto.event_pb2 import Event
 
     found, rest = [], file.read_bytes()
@@ -189,7 +195,7 @@ def free_port() -> int:
 
 
 def two_workers(data: Path, folder: Path, *options, logs: Path | None = None) -> Run:
-    """Two processes of fairseq-train, joined by gloo; the first one's log. Each has a TensorBoard folder in `logs`."""
+    """Train with two workers, joined by gloo, and return the run of rank 0; each has a TensorBoard folder in `logs`."""
 
     def own(rank: int) -> tuple:
         return ("--tensorboard-logdir", logs / str(rank)) if logs else ()
@@ -203,7 +209,7 @@ def two_workers(data: Path, folder: Path, *options, logs: Path | None = None) ->
 
 
 def write_corpus(folder: Path, pairs: dict[str, int]) -> None:
-    """Sentences of 3 to 9 of 30 words; the translation has one word for each, one of ten at random."""
+    """Write parallel text: sentences of 3 to 9 words of 30 types, translated word by word, one in ten at random."""
     rng = random.Random(1)
     for split, count in pairs.items():
         source = [rng.choices(range(30), k=rng.randint(3, 9)) for _ in range(count)]
@@ -214,7 +220,9 @@ def write_corpus(folder: Path, pairs: dict[str, int]) -> None:
 
 
 def differences(one: dict, other: dict) -> dict[str, float]:
-    """Largest absolute difference of every tensor that is not bit-identical in two (nested) states."""
+    """Return what differs in two nested states: the largest absolute difference of a tensor that is not bit-identical,
+    and NaN of another value, such as a number or a list.
+    """
     found = {}
     assert one.keys() == other.keys()
     for key, value in one.items():
@@ -223,11 +231,13 @@ def differences(one: dict, other: dict) -> dict[str, float]:
                 found[key] = (value.double() - other[key].double()).abs().max().item()
         elif isinstance(value, dict):
             found.update({f"{key}.{name}": gap for name, gap in differences(value, other[key]).items()})
+        elif value != other[key]:
+            found[key] = math.nan
     return found
 
 
 def one_error_message(result: Result, expected: Sequence[str]) -> None:
-    """The run was refused with one sentence that holds all of `expected`, no traceback, and before training."""
+    """Assert that a run failed before training with one message that holds all of `expected`, and no traceback."""
     assert result.code != 0
     assert len(result.errors()) == 1, result.end()
     for text in expected:

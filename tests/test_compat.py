@@ -1,4 +1,5 @@
-"""Checkpoints through fairseq's commands: fairseq's own and ours load, those that hold code do not."""
+"""Tests of fairseq's commands with the plugin's patches: checkpoints of fairseq and of the plugin load, those that hold
+code do not."""
 
 import os
 import pickle
@@ -26,7 +27,7 @@ SOURCE = "w1 w2 w3\nw4 w5\n"
 
 @pytest.fixture(scope="module", params=["plain, tracked by loss", "plain, tracked by BLEU", "ours, teacher deleted"])
 def uses(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory):
-    """The four uses of a checkpoint, all with --user-dir: (its run, resumed, generated, validated, interactive)."""
+    """Return (run, resumed, generated, validated, interactive), a run and uses of its checkpoint with --user-dir."""
     fixture = {
         "plain, tracked by loss": "plain",
         "plain, tracked by BLEU": "teacher",
@@ -71,7 +72,7 @@ def test_checkpoint_generates(uses):
 
 
 def test_validation_bleu_is_that_of_the_model_itself(uses):
-    """What --eval-bleu found at the best epoch is what fairseq-generate finds for that checkpoint: the sequence
+    """BLEU by --eval-bleu at the best epoch equals that of fairseq-generate for the same checkpoint: the sequence
     generator of the task holds the student, not the teacher."""
     run, _, generated, _, _ = uses
     if "bleu" not in run.result.logs("valid")[-1]:
@@ -90,7 +91,7 @@ def test_checkpoint_validates(uses):
     run, _, _, validated, _ = uses
     assert validated.code == 0, validated.end()
     (found,) = validated.logs("valid")
-    # The best checkpoint's own epoch is among those of the training log.
+    # The training log has the same number for the epoch of the best checkpoint.
     name = "loss" if run.folder.name.startswith("teacher") else "nll_loss"
     assert found[name] in [pytest.approx(row[name], abs=0.0011) for row in run.result.logs("valid")]
 
@@ -113,7 +114,7 @@ class Code:
 
 @pytest.fixture(scope="module")
 def refused(plain: cl.Run, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, cl.Result], Path]:
-    """What each use of a malicious checkpoint, and of half a checkpoint, came to; and the file it must not make."""
+    """Return the results of using malicious and truncated checkpoints, and the file that their code would create."""
     folder = tmp_path_factory.mktemp("refused")
     file, malicious, half = folder / "code_has_run", folder / "malicious.pt", folder / "half.pt"
     torch.save({**plain.state(), "extra": Code(file)}, malicious)
@@ -148,7 +149,7 @@ def test_code_in_a_checkpoint_is_refused(use: str, refused):
 
 
 def test_the_malicious_checkpoint_is_one(plain: cl.Run, tmp_path: Path):
-    """The file that the tests above plant does run its command where nothing guards it."""
+    """The code in the checkpoints of the tests above does run when it is unpickled without protection."""
     file = tmp_path / "code_has_run"
     pickle.loads(pickle.dumps(Code(file)))
     assert file.exists()
@@ -170,8 +171,8 @@ def test_half_a_checkpoint_is_one_error_message(use: str, refused):
 
 @pytest.mark.parametrize("run", ["plain", "teacher", "student"])
 def test_options_are_all_that_torch_must_allow(run: str, request: pytest.FixtureRequest):
-    """Plain fairseq under torch >= 2.6 reads our checkpoints with argparse.Namespace allowed alone, calibration and
-    BLEU in validation or not; fairseq's own with --eval-bleu hold arrays."""
+    """With only argparse.Namespace allowed, torch >= 2.6 loads plain fairseq's checkpoints and the plugin's, the latter
+    also after validation with calibration and BLEU; plain fairseq's with --eval-bleu hold arrays and do not load."""
     file = request.getfixturevalue(run).path()
     allowed = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
@@ -190,7 +191,7 @@ def test_options_are_all_that_torch_must_allow(run: str, request: pytest.Fixture
 
 
 def test_no_variable_lets_code_run(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
-    """The usual remedy for fairseq under torch 2.6 has no effect on what fairseq loads by itself, and that is said."""
+    """TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD, the usual workaround for fairseq under torch 2.6, is removed with a warning."""
     from hgkd_fairseq.plugin import compat
 
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
@@ -200,7 +201,7 @@ def test_no_variable_lets_code_run(monkeypatch: pytest.MonkeyPatch, caplog: pyte
 
 
 def test_a_copied_checkpoint_takes_its_place_in_one_step(tmp_path: Path):
-    """fairseq copies checkpoint_last.pt: where a copy cannot be finished, what was there before is whole."""
+    """If fairseq's copy to checkpoint_last.pt cannot be finished, the file that was there before stays intact."""
     plugin.register()
     new, last = tmp_path / "new.pt", tmp_path / "checkpoint_last.pt"
     new.write_bytes(bytes(range(250)) * 40)
@@ -214,8 +215,8 @@ def test_a_copied_checkpoint_takes_its_place_in_one_step(tmp_path: Path):
 
 
 def test_a_full_disk_keeps_the_checkpoint_that_is_there(tmp_path: Path):
-    """fairseq would try again, behind what it has written, wait 5 s for that, and end in call stacks. What a killed
-    process has left is written over."""
+    """A failed save keeps the previous checkpoint and ends with one error; a temporary file that a killed process left
+    is overwritten. (fairseq alone waits 5 s, appends a second attempt to the first and ends in call stacks.)"""
     plugin.register()
     last = tmp_path / "checkpoint_last.pt"
     state = {"model": {"a": torch.ones(5000)}, "extra_state": {}}
@@ -232,7 +233,8 @@ def test_a_full_disk_keeps_the_checkpoint_that_is_there(tmp_path: Path):
 
 
 def test_a_clock_that_is_set_changes_no_training_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Days back, and days on: --stop-time-hours counts what was trained; and what fairseq alone has saved is read."""
+    """A clock that is set back or forward by days does not change the training time that --stop-time-hours counts, and
+    a negative time in a checkpoint of plain fairseq is read as 0."""
     plugin.register()
     for moved in (-1e6, 1e6):
         trainer = Trainer.__new__(Trainer)
@@ -246,7 +248,7 @@ def test_a_clock_that_is_set_changes_no_training_time(tmp_path: Path, monkeypatc
 
 
 def test_a_checkpoint_is_saved_without_arrays(tmp_path: Path):
-    """fairseq logs n-gram counts as arrays; what it saves is read where nothing but tensors and plain values is."""
+    """Arrays, as which fairseq logs n-gram counts, are saved as tensors, so that torch loads them with weights_only."""
     plugin.register()
     counts = {"metrics": [np.arange(4), np.float64(2.5)]}
     checkpoint_utils.torch_persistent_save({"model": {}, "extra_state": counts}, str(tmp_path / "a.pt"))
@@ -257,7 +259,8 @@ def test_a_checkpoint_is_saved_without_arrays(tmp_path: Path):
 
 
 def test_torch_loads_what_fairseq_saves(tmp_path: Path):
-    """Its options are a Namespace, which a converter of CTranslate2's meets too; also after our loader has read one."""
+    """torch.load with weights_only accepts fairseq's options, a Namespace, as CTranslate2's converter needs it to, also
+    after the plugin's loader has read a checkpoint."""
     plugin.register()
     torch.save({"args": Namespace(arch="lstm")}, tmp_path / "a.pt")
     for _ in range(2):
@@ -266,7 +269,7 @@ def test_torch_loads_what_fairseq_saves(tmp_path: Path):
 
 
 def test_a_colon_in_the_name_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """fairseq's own commands take the names of files as ours do."""
+    """fairseq's own commands accept existing files whose names contain ':', as the plugin's commands do."""
     plugin.register()
     monkeypatch.chdir(tmp_path)
     Path("a:b").touch()
@@ -276,6 +279,7 @@ def test_a_colon_in_the_name_of_a_file(tmp_path: Path, monkeypatch: pytest.Monke
 def test_patches_are_applied_once():
     from hgkd_fairseq.plugin import compat
 
+    compat.apply()
     patched = checkpoint_utils.load_checkpoint_to_cpu
     hook = sys.excepthook
     compat.apply()
@@ -286,7 +290,7 @@ def test_patches_are_applied_once():
 def test_another_fairseq_is_left_alone(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
     from hgkd_fairseq.plugin import compat
 
-    monkeypatch.setattr(compat, "APPLIED", {})  # `hgkd doctor` reads it
+    monkeypatch.setattr(compat, "APPLIED", {})  # written_for() adds to it, for `hgkd doctor`
 
     def unknown():
         return 1
@@ -297,3 +301,6 @@ def test_another_fairseq_is_left_alone(caplog: pytest.LogCaptureFixture, monkeyp
     (message,) = caplog.messages
     assert "unknown differs" in message
     assert "bf16 means something else" in message
+    assert compat.written_for(unknown, "return 1", "nothing") is True
+    (applied,) = compat.APPLIED.values()
+    assert applied is False  # one of the patches of this function is missing

@@ -1,4 +1,4 @@
-"""``hgkd doctor``: what it finds wrong, and says in one line."""
+"""Tests of ``hgkd doctor``: each problem is found and reported in one line."""
 
 import os
 import subprocess
@@ -36,8 +36,8 @@ def test_doctor_names_the_fork_of_fairseq(monkeypatch):
 
 
 def test_doctor_finds_two_distributions_of_fairseq(monkeypatch):
-    """Where the plugin is installed beside a fork with its requirements, both are in one folder, file over file."""
-    both = {"fairseq": ["torch", "ve-fairseq", "torch"]}  # torch: another distribution that is installed here
+    """Installing the plugin's requirements where another fork is installed puts two forks into the same folder."""
+    both = {"fairseq": ["torch", "ve-fairseq", "torch"]}  # torch stands for another installed distribution
     monkeypatch.setattr(doctor, "packages_distributions", lambda: both)
     with pytest.raises(doctor.Problem) as problem:
         doctor.fairseq()
@@ -48,8 +48,10 @@ def test_doctor_finds_two_distributions_of_fairseq(monkeypatch):
 
 @pytest.mark.parametrize("broken", ["torch", "fairseq"])
 def test_doctor_says_in_one_line_what_fails(broken, tmp_path):
-    """An old torch, and a fairseq that does not import: what needs them does not fail once more. (Each in a process of
-    its own, which finds a package of that name before the installed one.)"""
+    """An old torch, and a fairseq that cannot be imported, are reported once; checks that need them are skipped.
+
+    Each is a fake package, which a new process finds before the installed one.
+    """
     (tmp_path / broken).mkdir()
     content = {"torch": "__version__ = '2.5.1'", "fairseq": "raise ValueError('mutable default\\n  is not allowed')"}
     (tmp_path / broken / "__init__.py").write_text(content[broken])
@@ -104,7 +106,7 @@ def test_doctor_finds(name, monkeypatch):
 
 
 def test_doctor_without_a_gpu(monkeypatch):
-    """A torch that is built for CUDA trains on the CPU as well."""
+    """A CUDA build of torch without a GPU is no problem: it trains on the CPU as well."""
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert doctor.cuda() == "none: torch is built for CUDA 12.8 and sees no GPU; give fairseq --cpu"

@@ -94,16 +94,18 @@ class Checkpoint:
         return self.state["optimizer_history"][-1]["num_updates"]
 
     @property
-    def seconds(self) -> float:
-        """The training time in seconds, including that before resuming.
+    def seconds(self) -> float | None:
+        """The training time in seconds, including that before resuming; None of an exported checkpoint.
 
         0 if the recorded time is negative: fairseq without the plugin measures it with the system clock, which may be
         set back.
 
         Raises:
-            UserError: if the checkpoint does not record it.
+            UserError: if the recorded value is no time.
         """
         found = self.state["extra_state"].get("previous_training_time")
+        if found is None:
+            return None
         if type(found) not in (int, float) or not -LARGEST < found < LARGEST:
             raise UserError(f"{self.path} does not say how long it was trained; {FAIRSEQ_ONES}")
         return max(float(found), 0.0)
@@ -540,6 +542,8 @@ def check_weights(path: str, weights: Any) -> None:
 def upgrade(state: dict[str, Any], overrides: Mapping[str, Any] | None) -> dict[str, Any]:
     """Apply overrides and upgrade old options, as fairseq's load_checkpoint_to_cpu does.
 
+    The number of length buckets becomes 0: they only pad batches, and fairseq's code for them fails with numpy >= 2.
+
     Raises:
         Refused: if fairseq cannot do so.
     """
@@ -556,7 +560,11 @@ def upgrade(state: dict[str, Any], overrides: Mapping[str, Any] | None) -> dict[
                 state["cfg"] = OmegaConf.create(state["cfg"], flags={"allow_objects": True})
                 if overrides:
                     overwrite_args_by_name(state["cfg"], overrides)
-            return _upgrade_state_dict(state)
+            found = _upgrade_state_dict(state)
+            task: Any = getattr(found.get("cfg"), "task", None)
+            if getattr(task, "num_batch_buckets", 0):
+                task.num_batch_buckets = 0
+            return found
     except Exception as error:  # fairseq does not check the old options that it upgrades
         given = " with the overrides that were given" if overrides else ""
         raise Refused(f"is no fairseq checkpoint{given} ({repr(error)[:300]}); {FAIRSEQ_ONES}") from None

@@ -9,6 +9,7 @@ from fairseq.tasks import FairseqTask
 
 from hgkd_fairseq.errors import UserError, flag
 from hgkd_fairseq.gates import Gate, GateError, all_parameters, get_gate
+from hgkd_fairseq.gates.pairs import Pair
 from hgkd_fairseq.loss import DIVERGENCES, unusable
 from hgkd_fairseq.loss.options import FUSED
 from hgkd_fairseq.plugin import features
@@ -41,7 +42,9 @@ def check_options(cfg: Any, gate: Gate, state: TrainingState) -> None:
         UserError: if a value is out of its range, or an option is missing or has no effect with the others.
     """
     if gate.remembering and not state.keeps_memory:
-        raise UserError(f"--gate {cfg.gate} remembers past batches: add --task translation_with_teacher")
+        several = isinstance(gate.weights, Pair)
+        task = "translation_multi_simple_epoch_with_teacher" if several else "translation_with_teacher"
+        raise UserError(f"--gate {cfg.gate} has a state, which checkpoints have to hold: add --task {task}")
     if not gate.compares and (cfg.gate_on != "gold" or cfg.untempered_gate):
         which = "--untempered-gate" if cfg.untempered_gate else "--gate-on"
         raise UserError(f"{which}: gate {cfg.gate} does not compare the student with the teacher; drop the option")
@@ -107,7 +110,8 @@ def check_training(cfg: Any, gate: Gate, task: FairseqTask) -> None:
     logged = {"loss", "nll_loss", "ppl", "kd_loss", "teacher_share", "gap", "ece"}
     logged |= {"accuracy"} if cfg.report_accuracy else set()
     logged |= {"bleu"} if getattr(task.cfg, "eval_bleu", False) else set()
-    logged |= {f"{pair}_{name}" for pair in getattr(task, "pair_names", ()) for name in ("nll_loss", "ece", "accuracy")}
+    of_pair = ("nll_loss", "teacher_share", "ece", "accuracy")
+    logged |= {f"{pair}_{name}" for pair in getattr(task, "pair_names", ()) for name in of_pair}
     known = type(task).__module__.startswith(("fairseq.", "hgkd_fairseq."))  # a task of another plugin may log more
     if known and not cfg.disable_validation and cfg.best_checkpoint_metric not in logged:
         raise UserError(
@@ -132,8 +136,7 @@ def load_teacher(cfg: Any, task: Any) -> Any:
     fixed = given_temperature(cfg)
     if fixed is None and not teacher.frozen and not teacher.learns:
         raise UserError(
-            f"--teacher-temperature auto is for a frozen teacher, and --teacher-source {teacher.name} changes with the "
-            "student; give a number"
+            f"--teacher-temperature auto fits a frozen model and --teacher-source {teacher.name} is none; give a number"
         )
     if teacher.learns and (cfg.gate != "always" or fixed != 1 or start is not None):
         raise UserError(

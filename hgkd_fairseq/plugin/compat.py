@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 OLDEST_TORCH = (2, 6)  # the first whose torch.load refuses code in a checkpoint by default
 TESTED_FAIRSEQ = "0.12.3"
-# For `hgkd doctor`: by function of fairseq, whether its code was as expected, in the last check of that function.
+# For `hgkd doctor`: by function of fairseq, whether its code was as expected in all checks of that function.
 APPLIED: dict[str, bool] = {}
 
 
@@ -43,10 +43,10 @@ def apply() -> None:
     """
     if getattr(apply, "done", False):
         return
-    apply.done = True  # type: ignore[attr-defined]
     version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
     if version < OLDEST_TORCH:
         raise UserError(f"torch {torch.__version__} would run code hidden in a checkpoint; install torch>=2.6")
+    apply.done = True  # type: ignore[attr-defined]
     # Every fairseq command imports this module, which then logs advice to install tensorboardX.
     logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
     show_user_errors_without_call_stack()
@@ -81,7 +81,8 @@ def written_for(function, expected: str, consequence: str) -> bool:
         source = inspect.getsource(function)
     except (OSError, TypeError):
         source = ""
-    APPLIED[f"{function.__module__}.{function.__name__}"] = expected in source
+    name = f"{function.__module__}.{function.__name__}"
+    APPLIED[name] = APPLIED.get(name, True) and expected in source
     if expected in source:
         return True
     import fairseq
@@ -377,7 +378,8 @@ def same_run_after_resume() -> None:
     """Compare a checkpoint with the run that loads it, and let the criterion check the model before the first step.
 
     fairseq loads a checkpoint regardless of the run that wrote it: with another --gate, it would continue with the
-    memory or the optimizer's state of the old one. The comparison takes place on the worker that reads the file. The
+    memory or the optimizer's state of the old one. The comparison takes place on the worker that reads the file. With
+    --reset-dataloader, fairseq restores no memory of the task, as if it were a position in the data. The
     callbacks of `TrainingState.at_training_begin`, which check the data, are called once these are loaded.
     """
     from fairseq import checkpoint_utils
@@ -413,6 +415,8 @@ def same_run_after_resume() -> None:
     @functools.wraps(load)
     def load_and_begin(cfg, trainer, *args, **kwargs):
         extra_state, iterator = load(cfg, trainer, *args, **kwargs)
+        if extra_state is not None and cfg.reset_dataloader and hasattr(trainer.task, "set_checkpoint_dict"):
+            trainer.task.set_checkpoint_dict(extra_state.get(type(trainer.task).__name__, {}))
         for call in training_state.of(trainer.task).at_training_begin:
             call(iterator.next_epoch_idx, trainer.model)
         return extra_state, iterator
@@ -491,6 +495,8 @@ def nan_gradients_are_reported() -> None:
         try:
             return step(self, *args, **kwargs)
         except FloatingPointError as error:  # from fairseq: gradients, or an fp16 loss scale that is too small
+            if "inconsistent between workers" in str(error):
+                raise UserError(f"update {self.get_num_updates() + 1}: {error}") from error
             raise UserError(
                 f"update {self.get_num_updates() + 1}: {error}: the training has diverged; lower --lr, add --clip-norm "
                 "or more --warmup-updates, and look at the data; the state before it is in crash.pt of the --save-dir"

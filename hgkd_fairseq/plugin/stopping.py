@@ -50,6 +50,7 @@ class Request:
     votes: Any = 0  # sum of the votes when the workers last synchronised: a number or a tensor ()
     unvalidated: int | None = None  # value of `UNVALIDATED` in the checkpoint from which the run resumes
     saved: bool = False  # whether the training has been saved on request
+    checked: bool = False  # whether the limits were checked, before the first epoch of this process
 
 
 request = Request()
@@ -216,7 +217,9 @@ def train(original, loop: ModuleType, cfg, trainer, task, epoch_itr):
     try:
         unvalidated, request.unvalidated = request.unvalidated, None
         result = None if unvalidated is None else validate(loop, cfg, trainer, task, epoch_itr, unvalidated)
-        result = result or done(loop, cfg, trainer) or original(cfg, trainer, task, epoch_itr)
+        if not request.checked:
+            request.checked, result = True, result or done(loop, cfg, trainer)
+        result = result or original(cfg, trainer, task, epoch_itr)
     except Stop:
         leave(cfg, trainer)
     if request.saved:
@@ -228,7 +231,8 @@ def done(loop: ModuleType, cfg, trainer) -> tuple[list[None], bool] | None:
     """Return what fairseq's `train` returns at the end of training if a limit is already reached, else None.
 
     fairseq itself checks the limits only after an update, so that a complete run, resumed, would make one more update,
-    or all updates up to the next validation.
+    or all updates up to the next validation. Call this only before the first epoch of the process, when all updates are
+    in a checkpoint: fairseq saves after the check of its own. The time is the checkpoint's, which all workers share.
     """
     made, limits = trainer.get_num_updates(), cfg.optimization
     waited = getattr(loop.should_stop_early, "num_runs", 0)
@@ -237,7 +241,7 @@ def done(loop: ModuleType, cfg, trainer) -> tuple[list[None], bool] | None:
         f"{waited} validations have brought nothing": 0 < cfg.checkpoint.patience <= waited,
         f"--stop-time-hours {limits.stop_time_hours}": 0
         < limits.stop_time_hours * 3600
-        < trainer.cumulative_training_time(),
+        < trainer._previous_training_time,
     }
     why = [reason for reason, end in ends.items() if end]
     if not why or not made:

@@ -143,9 +143,9 @@ def method_of(state: dict) -> dict[str, Any] | None:
 def changes(asked_cfg: Any, held_cfg: Any) -> str:
     """Describe the options in `FREE` that differ between this run and a checkpoint's run; "" if none differs.
 
-    Options in `NEW` are skipped if the checkpoint has no value for them.
+    Options in `NEW` are skipped if the checkpoint does not have them.
     """
-    names = [name for name in FREE if name not in NEW or getattr(held_cfg, name, None) is not None]
+    names = [name for name in FREE if name not in NEW or name in held_cfg]
     found: list[dict[str, Any]] = [{name: getattr(cfg, name, None) for name in names} for cfg in (asked_cfg, held_cfg)]
     for values in found:  # checkpoints of version 0.1.0 store the temperature as a number
         with contextlib.suppress(ValueError, TypeError):
@@ -178,8 +178,8 @@ def same_shapes(mine: dict, theirs: dict | None) -> bool:
 def prepare(state: dict, path: str, task, criterion, new_run: bool) -> None:
     """Compare a checkpoint with the run that is about to load it.
 
-    In a new run, `state` is adapted: the memory of another method or teacher is removed, and the criterion's initial
-    parameters replace those of another method or teacher, or of other shapes.
+    In a new run, `state` is adapted: the memory is removed, and the criterion's initial parameters replace those of the
+    checkpoint.
 
     Args:
         state: content of the checkpoint.
@@ -214,12 +214,12 @@ def prepare(state: dict, path: str, task, criterion, new_run: bool) -> None:
         if others:
             logger.warning("%s is resumed with other options: %s", path, others)
     learned = criterion.state_dict()
-    if learned and (problem or not same_shapes(learned, state.get("criterion"))):
-        if not new_run:
-            raise UserError(f"{path} has no parameters of the criterion, or others; {remedy}")
-        logger.info("what the criterion learns begins anew: %s has no such parameters", path)
-        state["criterion"] = utils.move_to_cpu(learned)
-    if problem:
+    if learned and not new_run and not same_shapes(learned, state.get("criterion")):
+        raise UserError(f"{path} has no parameters of the criterion, or others; {remedy}")
+    if new_run:
+        if learned:
+            logger.info("the parameters of the criterion are initialised: only the model of %s is used", path)
+            state["criterion"] = utils.move_to_cpu(learned)
         state["extra_state"] = {name: kept for name, kept in state["extra_state"].items() if kept is not memory}
 
 
@@ -247,7 +247,8 @@ def keep(task: FairseqTask, path: str, state: dict) -> None:
 def restore(task: FairseqTask, criterion) -> None:
     """Restore the learned parameters of the criterion of a task that was created from a checkpoint.
 
-    Nothing is checked or restored for a criterion that neither learns nor remembers anything.
+    A warning is logged if the teacher is another one than that of the training. Nothing else is checked for a criterion
+    that neither learns nor remembers anything.
 
     Raises:
         UserError: if the checkpoint is of another method, or lacks what the criterion has learned or remembers.
@@ -256,6 +257,8 @@ def restore(task: FairseqTask, criterion) -> None:
     assert ours.loaded is not None
     loaded, remembers = ours.loaded, getattr(criterion, "remembers", None)
     memory, learned = loaded.memory, criterion.state_dict()
+    if changed(memory.get("teacher"), ours):
+        logger.warning("%s was distilled from another teacher than this one", loaded.path)
     if not learned and not remembers:
         return
     problem = ""
@@ -272,5 +275,3 @@ def restore(task: FairseqTask, criterion) -> None:
         )
     if learned:
         criterion.load_state_dict(loaded.criterion)
-    if changed(memory.get("teacher"), ours):
-        logger.warning("%s was distilled from another teacher than this one", loaded.path)

@@ -79,11 +79,13 @@ class TranslationMultiSimpleEpochWithTeacherTask(WithTeacher, TranslationMultiSi
         if len(utils.split_paths(self.cfg.data)) > 1:
             raise UserError("--teacher-source unigram counts the training data, in one folder; join the folders")
         shown = self.datasets.pop(self.cfg.train_subset, None)  # fairseq cannot load it twice
-        self.load_dataset(self.cfg.train_subset, combine=True)
-        whole = self.every_sentence()
-        limit = utils.resolve_max_positions(self.max_positions(), self.cfg.max_tokens)
-        kept = self.filter_indices_by_size(np.arange(len(whole)), whole, limit, ignore_invalid_inputs=True)
-        yield from pairs.targets(whole, kept, self.language_tokens())
-        del self.datasets[self.cfg.train_subset]
-        if shown is not None:
-            self.datasets[self.cfg.train_subset] = shown
+        try:
+            self.load_dataset(self.cfg.train_subset, combine=True)
+            whole = self.every_sentence()
+            limit = utils.resolve_max_positions(self.max_positions(), self.cfg.max_tokens)
+            kept = self.filter_indices_by_size(np.arange(len(whole)), whole, limit, ignore_invalid_inputs=True)
+            yield from pairs.targets(whole, kept, self.language_tokens())
+        finally:
+            self.datasets.pop(self.cfg.train_subset, None)
+            if shown is not None:
+                self.datasets[self.cfg.train_subset] = shown

@@ -44,6 +44,8 @@ class WithTeacher:
             self.training_state.held_out.fold = held_out.fold(self.cfg.leave_out_fold)
             if self.cfg.upsample_primary > 1:
                 raise UserError("--leave-out-fold: with --upsample-primary copies of its sentences are trained on")
+        if getattr(self.cfg, "num_batch_buckets", 0):  # 0 in checkpoints that plugin/checkpoints.py has read
+            raise UserError("--num-batch-buckets: fairseq's code for it fails with numpy >= 2; drop the option")
         self.validated = 0  # number of subsets validated so far in the current validation
         self.language_tokens_apart = False  # whether batches separate them from targets; set by criterion hard_gate_kd
 
@@ -89,8 +91,9 @@ class WithTeacher:
     def load_dataset(self, split, epoch=1, **kwargs):
         try:
             super().load_dataset(split, epoch=epoch, **kwargs)  # type: ignore[misc]
-        except FileNotFoundError:
-            option = "--train-subset" if split == self.cfg.train_subset else "--valid-subset"
+        except (FileNotFoundError, KeyError):  # KeyError: from fairseq's multilingual task
+            training = split == self.cfg.train_subset
+            option = "--train-subset" if training else "--valid-subset (fairseq-generate: --gen-subset)"
             raise binarised.NoSubset(
                 f"there is no subset {split} in {self.cfg.data}; name another with {option}"
             ) from None

@@ -1,4 +1,4 @@
-"""What runs fairseq in this process knows the task and the criterion; a process of its own takes --user-dir."""
+"""Registers the plugin for tests that run fairseq in this process; other processes are given --user-dir."""
 
 from hgkd_fairseq import plugin
 

@@ -1,4 +1,4 @@
-"""A training with a read-only home folder, without its TMPDIR, with an umask of 077 and a clock that is set."""
+"""Test of training with a read-only home folder, a missing TMPDIR, a umask of 077 and a clock that jumps."""
 
 import os
 import stat
@@ -7,7 +7,7 @@ from pathlib import Path
 import command_line as cl
 import pytest
 
-# For --user-dir. The clock goes back and forth by days, and an umask of 077 is what some clusters give.
+# A plugin for --user-dir. The clock jumps back and forth by days; some clusters set a umask of 077.
 UNUSUAL = """
 import itertools, os, time
 import hgkd_fairseq.tasks
@@ -19,7 +19,7 @@ time.time = lambda: now() + 86400 * next(days)
 
 
 def test_an_unusual_environment(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """It trains, and goes on when all files seem to be of another day: to the bit what it is elsewhere. And
+    """A run, resumed after the times of its files were changed, equals one in a usual environment, bit for bit, and
     --stop-time-hours does not end it."""
     (tmp_path / "unusual").mkdir()
     (tmp_path / "unusual" / "__init__.py").write_text(UNUSUAL)

@@ -1,4 +1,4 @@
-"""Every answer to "when", trained through fairseq-train: the loss falls, and what a run remembers comes back."""
+"""Tests of gates and teacher sources through fairseq-train: the loss falls, and what a run remembers is restored."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ SELF = ("--task", "translation_with_teacher", "--criterion", "hard_gate_kd", *cl
 SMOOTHING = ("--gate", "always", "--kd-weight", 0.1, "--teacher-temperature", 1)
 UPDATES, MIDDLE = 16, 8
 
-# What the command line of each run adds; TEACHER stands for a checkpoint. `MEMORY` remember something between steps.
+# Options of each run; TEACHER stands for those with a checkpoint. Runs of MEMORY remember something between steps.
 TEACHER = object()
 PLAIN = {
     "none": (*SELF, "--gate", "none", "--confidence-penalty", 0.1),
@@ -59,7 +59,7 @@ def options(name: str, teacher: cl.Run) -> tuple:
 
 @pytest.fixture(scope="module")
 def runs(data: Path, teacher: cl.Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, cl.Run]:
-    """Each trained for 16 updates, with a checkpoint after 8, in the middle of an epoch."""
+    """Return runs of 16 updates each, with a checkpoint after 8, in the middle of an epoch."""
     folder = tmp_path_factory.mktemp("methods")
     steps = ("--max-update", UPDATES, "--save-interval-updates", MIDDLE, "--dropout", 0.1)
     names = list(RUNS)
@@ -71,7 +71,7 @@ def runs(data: Path, teacher: cl.Run, tmp_path_factory: pytest.TempPathFactory) 
 
 def test_every_gate_is_trained():
     trained = {rest[rest.index("--gate") + 1] for rest in RUNS.values()}
-    # Those two in test_training.py, and that of several language pairs in test_several_pairs.py.
+    # "token" and "sentence" are trained in test_training.py, "pair" in test_several_pairs.py.
     assert trained | {"token", "sentence", "pair"} == set(GATES)
 
 
@@ -81,24 +81,24 @@ def test_the_loss_falls(name: str, runs: dict[str, cl.Run]):
     assert rows[-1]["num_updates"] == UPDATES
     assert rows[-1]["nll_loss"] < rows[0]["nll_loss"] - 0.2
     shares = [row["teacher_share"] for row in rows]
-    if name in ("none", "virtual-teacher", "beta"):  # beta's teacher only gauges
+    if name in ("none", "virtual-teacher", "beta"):  # beta's teacher only sorts the draws
         assert shares == [0] * len(rows)
     elif name in CONSTANT:
         assert shares == pytest.approx([CONSTANT[name]] * len(rows), abs=1e-4)
     elif name == "floor":
         assert all(0.2 < share < 0.8 for share in shares)
-    elif name == "sentence-floor":  # no sentence is above a trained teacher yet: most are below
+    elif name == "sentence-floor":  # few sentences are above a trained teacher yet
         assert all(0.5 < share <= 0.8 for share in shares)
     elif name == "typical":
         assert all(0.2 < share < 1 for share in shares)
     elif name == "annealed":
         assert shares[0] == 1
         assert shares[-1] == 0
-    elif name == "progressive":  # no previous epoch in the first one
+    elif name == "progressive":  # the first epoch has no previous one
         assert shares[0] == 0
         assert shares[1:] == sorted(shares[1:])
         assert 0 < shares[1] < shares[-1] < 0.8
-    elif name == "sentence-reversed":  # no sentence is above a trained teacher yet: all of them are below
+    elif name == "sentence-reversed":  # few sentences are above a trained teacher yet
         assert all(share > 0.5 for share in shares)
     else:
         assert all(0 < share < 1 for share in shares[1:])
@@ -126,14 +126,14 @@ def test_resumed_in_the_middle_of_an_epoch(
         assert (one["criterion"]["learned_teacher.embedding"] != 1).float().mean() > 0.5
     if name == "progressive":
         assert memory["previous_epoch"]["epoch"] > 1
-    if name == "instance":  # in each of the three epochs; the second time before the checkpoint
+    if name == "instance":  # refreshed in each of three epochs, once after the checkpoint
         assert memory["gate"]["epoch"] == 3
         assert resumed.result.output.count("sentences refreshed") == 1
 
 
 @pytest.fixture(scope="module")
 def validated(runs: dict[str, cl.Run], data: Path, teacher: cl.Run) -> dict[str, cl.Result]:
-    """fairseq-validate of each that depends on what was learned, on what is remembered, or on how far training was."""
+    """Return fairseq-validate's results for runs that depend on what was learned or remembered, or on the progress."""
     names = [*MEMORY, "annealed"]
     common = (data, *cl.LOGS, "--max-tokens", 800)
 
@@ -172,14 +172,14 @@ def test_validated_as_in_training(name: str, runs: dict[str, cl.Run], validated:
 def test_validated_as_another_run(
     name: str, given: tuple, expected: str, runs: dict[str, cl.Run], data: Path, teacher: cl.Run
 ):
-    """What was not learned there cannot be validated."""
+    """A checkpoint cannot be validated with a gate or teacher source whose state it lacks."""
     own = given if "--teacher-source" in given else (*given, "--teacher-path", teacher.path())
     result = cl.fairseq("validate", data, *cl.LOGS, "--max-tokens", 800, *SELF, *own, "--path", runs[name].path())
     cl.one_error_message(result, [f"{runs[name].path()} cannot be validated in this way: {expected}", "--gate none"])
 
 
 def refreshes(run: cl.Run) -> list[float]:
-    """Median change of the data and the teacher weight in each refresh."""
+    """Return the median changes of the data and the teacher weights, two numbers per refresh."""
     found = re.findall(r"refreshed in .* median change data (\S+), teacher (\S+);", run.result.output)
     return [float(change) for row in found for change in row]
 
@@ -190,7 +190,7 @@ def test_weights_of_sentences(runs: dict[str, cl.Run], tmp_path: Path, capsys: p
     assert len(table) == 600
     assert held_out.sum() == 60
     assert "60 of 600 training sentences are kept aside" in runs["instance"].result.output
-    assert torch.equal(table != torch.tensor(0.1), ~held_out)  # those that are kept aside, and no others, are as before
+    assert torch.equal(table != torch.tensor(0.1), ~held_out)  # only held-out sentences keep their first weight
     changes = refreshes(runs["instance"])
     assert len(changes) == 6
     assert all(0.02 < change < 0.2 for change in changes)

@@ -1,4 +1,4 @@
-"""Options that cannot be used: one error message each, before training, and no traceback."""
+"""Options that cannot be used are refused with one error message each, before training and without a traceback."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def data_with_another_dictionary(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same binary data with the target dictionary changed: one type more, and one type renamed."""
+    """Return copies of the data with another target dictionary: one more type ("size") or a renamed one ("symbol")."""
     folders = {}
     for name in ("size", "symbol"):
         folder = tmp_path_factory.mktemp(name) / "bin"
@@ -26,7 +26,7 @@ def data_with_another_dictionary(data: Path, tmp_path_factory: pytest.TempPathFa
     return folders
 
 
-# name: (options, what the message says); TEACHER is replaced
+# name: (options, parts of the message); TEACHER and FOLDER are replaced by paths
 CASES = {
     "unknown gate": (["--gate", "tokens"], ["--gate", 'unknown gate "tokens"', "known gates: always", "sentence"]),
     "temperature 0": (["--teacher-temperature", 0], ["--teacher-temperature 0:", "must be above 0"]),
@@ -79,7 +79,7 @@ def test_wrong_option_is_one_error_message(case: str, refusals: dict[str, cl.Res
 
 
 def test_one_error_message_under_hydra(data: Path, tmp_path: Path):
-    """fairseq-hydra-train shows it without a traceback too."""
+    """fairseq-hydra-train, too, shows the error message without a traceback."""
     sections = {
         "common": {"user_dir": cl.USER_DIR[1], "cpu": True},
         "task": {"_name": "translation_with_teacher", "data": str(data), "source_lang": "de", "target_lang": "en"},
@@ -98,8 +98,8 @@ def test_one_error_message_under_hydra(data: Path, tmp_path: Path):
 def test_dictionaries_are_compared(
     data: Path, data_with_another_dictionary: dict[str, Path], teacher: cl.Run, tmp_path: Path
 ):
-    """A teacher whose dictionary differs is refused; one whose data folder has moved names the option that helps,
-    and with that option it teaches."""
+    """A teacher whose dictionary differs is refused; for one whose data folder has moved the message names an option,
+    with which it can be used."""
     moved = tmp_path / "moved.pt"
     state = teacher.state()
     state["cfg"]["task"]["data"] = str(tmp_path / "no_longer_here")

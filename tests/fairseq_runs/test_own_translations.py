@@ -1,4 +1,4 @@
-"""Trainings on the student's own translations: resumed and by two workers, to the bit."""
+"""Tests of training on the student's own translations: resumed runs and two workers, compared bit for bit."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def runs(data: Path, teacher: cl.Run, plain: cl.Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, cl.Run]:
-    """A run with a checkpoint in the middle of its second epoch, the same from there on, and one of two workers."""
+    """Return a run, one resumed from its checkpoint in the middle of the second epoch, and one of two workers."""
     folder = tmp_path_factory.mktemp("on-policy")
     own = ("--on-policy-share", 0.5, "--on-policy-sampling", "--on-policy-speculative", 3)
     short = ("--max-tokens", 400, "--max-update", 10, "--save-interval-updates", 8, "--dropout", 0)
@@ -25,8 +25,8 @@ def runs(data: Path, teacher: cl.Run, plain: cl.Run, tmp_path_factory: pytest.Te
 
 @pytest.mark.parametrize("name", ["two", "resumed"])
 def test_the_same_run(name: str, runs: dict[str, cl.Run]):
-    """Two workers are one with --update-freq 2, and a run that was resumed is one that was not: to the bit, with the
-    same translations."""
+    """Two workers equal one with --update-freq 2, and a resumed run equals an uninterrupted one, bit for bit and with
+    the same translations."""
     one, other = (run.state() for run in (runs["one"], runs[name]))
     assert cl.differences(one["model"], other["model"]) == {}
     memory, again = (state["extra_state"]["TranslationWithTeacherTask"] for state in (one, other))

@@ -1,6 +1,6 @@
-"""Training on the device in hand through fairseq: every precision, resumed and generated from; what makes it wait.
+"""Tests of training through fairseq in every precision, with resuming and translating, and of synchronisations.
 
-The same functions run on the CPU and, marked `cuda`, on a GPU, where the teacher is too.
+They run on the CPU and, marked `cuda`, on a GPU, on which the teacher is as well.
 """
 
 import argparse
@@ -24,7 +24,7 @@ PRECISIONS = {
     "memory-efficient-fp16": ("--memory-efficient-fp16",),
     "amp": ("--amp",),
 }
-ON_THE_CPU = ("bf16",)  # test_training.py has the others
+ON_THE_CPU = ("bf16",)  # test_training.py has --memory-efficient-fp16 and --amp
 RUNS = [
     *(("cpu", name) for name in ON_THE_CPU),
     *(pytest.param("cuda", name, marks=cuda) for name in PRECISIONS),
@@ -33,7 +33,7 @@ RUNS = [
 
 @pytest.mark.parametrize(("device", "precision"), RUNS)
 def test_trained_resumed_and_generated_from(device: str, precision: str, data: Path, teacher: cl.Run, tmp_path: Path):
-    """20 updates, 5 more after a resume, translations of the test set by the student alone."""
+    """A student is trained for 20 updates, resumed for 5 more, and translates the test set without its teacher."""
     place = ("--cpu",) if device == "cpu" else ()
     common = (*cl.distil(teacher.path(), *PRECISIONS[precision], *cl.KEEP_LAST), "--max-tokens", 400)
     first = cl.train(data, tmp_path, *common, "--max-update", 20, device=device)
@@ -56,8 +56,10 @@ def test_trained_resumed_and_generated_from(device: str, precision: str, data: P
 
 @contextmanager
 def outside_of(*models: torch.nn.Module) -> Iterator[None]:
-    """torch's detector of synchronisations, but not inside of the models: fairseq's own forward passes ask whether a
-    batch has pads, and so does plain cross-entropy's."""
+    """Make synchronisations outside the forward passes of `models` an error, by torch's detector.
+
+    Those passes are fairseq's own: they ask whether a batch has padding, as they do with plain cross-entropy.
+    """
 
     def mode(value: str):
         return lambda *_: torch.cuda.set_sync_debug_mode(value)
@@ -80,8 +82,10 @@ def outside_of(*models: torch.nn.Module) -> Iterator[None]:
 @pytest.mark.parametrize("gate", ["token", "sentence", "random", "selective-batch", "always", "none"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
 def test_a_step_waits_for_nothing(device: str, gate: str, data: Path, teacher: cl.Run):
-    """The criterion's forward and backward, around the two models', leave the host running ahead. On the CPU: the same
-    step with the targets counted on the host gives what it gives where they are counted on the device."""
+    """On a GPU the criterion's forward and backward, apart from the forward passes of the models, do not synchronise.
+
+    On the CPU the loss is the same with the target lengths that the batch has and without them.
+    """
     command = [
         str(data), *cl.USER_DIR, *map(str, cl.SIZE), *cl.TIED, "--task", "translation_with_teacher", "--criterion",
         "hard_gate_kd", "--teacher-path", str(teacher.path()), "--max-tokens", "400", "--gate", gate,

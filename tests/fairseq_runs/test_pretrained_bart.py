@@ -1,4 +1,4 @@
-"""The task of models that begin as mBART, with a teacher: language tokens end sources and targets."""
+"""Tests of fairseq's task for models fine-tuned from mBART, with a teacher: language tokens end sources and targets."""
 
 import json
 import re
@@ -20,8 +20,8 @@ plugin.register()
 
 
 def check_inference(printed: Path, folder: Path):
-    """The calibration of fairseq-generate's output is that of the printed tokens and of what follows them: an end of
-    sentence, or the language token where the limit of the length cuts a translation."""
+    """Check that the calibration of fairseq-generate's output covers the printed tokens and the next one: an end of
+    sentence or, where the length limit cuts a translation, the language token."""
     tokens = {number: len(text.split()) for number, text in lines_of(printed, r"H-(\d+)\t\S+")}
     scores = {number: text.split() for number, text in lines_of(printed, r"P-(\d+)")}
     assert {len(scores[number]) - count for number, count in tokens.items()} == {1, 2}
@@ -43,14 +43,14 @@ def values(file: Path) -> dict[str, float]:
 def check_commands(
     run: cl.Run, data: Path, generated: cl.Result, cut: cl.Result, folder: Path, capsys: pytest.CaptureFixture
 ):
-    """hgkd score has the training's numbers and fairseq-generate's translations, and so has CTranslate2, given the
-    tokens that a source ends with, and a target begins and ends with."""
+    """Check that hgkd score gives fairseq-generate's translations and hgkd calibration the training's numbers, and that
+    CTranslate2 translates alike if it is given the tokens that end a source, and those that begin and end a target."""
     scoring = ("score", data, run.folder, "--cpu", "--generate", "--beam 2 --max-len-b 7")
     assert cli.main([str(word) for word in (*scoring, "--checkpoint", "last")]) == 0
     assert (run.folder / "last/translations.txt").read_text().splitlines() == cut.hypotheses()
     check_inference(run.folder / "last/generate-test.txt", folder)
     assert "inference_ece" in json.loads((run.folder / "last/scores.json").read_text())
-    # After one epoch most translations are empty and go on after the end of sentence, which is not printed.
+    # After one epoch most translations are empty and continue after the end of sentence, with tokens not printed.
     capsys.readouterr()
     assert cli.main([str(word) for word in (*scoring, "--checkpoint", "checkpoint1.pt")]) == 0
     assert "1: scored without the ECE of its translations: " in capsys.readouterr().err
@@ -87,7 +87,7 @@ def generate(data: Path, path: Path, longest: int) -> cl.Result:
 
 
 def test_frequencies_of_targets(data: Path):
-    """The unigram teacher counts no language token, which is never a target of the teacher's."""
+    """The unigram teacher does not count language tokens, which are never learned from the teacher."""
     from fairseq import options, tasks
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
@@ -105,8 +105,8 @@ def test_frequencies_of_targets(data: Path):
 
 
 def test_training(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
-    """A teacher and a student by the same task, which translates; a student of another task, or of other languages, is
-    refused."""
+    """A teacher trained by the task teaches a student of the same task; a student of another task, or of other
+    languages, is refused."""
     usual = (*cl.USER_DIR, *TASK, "--criterion", "hard_gate_kd")
     first = cl.train(data, tmp_path / "teacher", *usual, "--gate", "none", "--max-epoch", 12, *cl.BLEU)
     taught = (*usual, "--teacher-path", first.path(), "--max-update", 1, "--gate", "always", "--teacher-temperature", 1)
@@ -116,12 +116,12 @@ def test_training(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
         lambda: generate(data, first.path(), 12),
         lambda: generate(data, first.path(), 7),
     )
-    # It begins as its teacher: nothing lies between them before the first update.
+    # The student starts with the weights of its teacher, so that their KL is near 0 in the first update.
     assert student.result.logs("train")[0]["kd_loss"] < 1e-3
     assert "bleu" in first.result.logs("valid")[-1]
     assert len(generated.hypotheses()) == 64, generated.end()
     lengths = [len(line.split()) for line in generated.hypotheses()]
-    assert sum(lengths) / len(lengths) < 11  # it ends
+    assert sum(lengths) / len(lengths) < 11  # translations end before the limit
     check_commands(first, data, generated, cut, tmp_path, capsys)
 
     dictionary = Dictionary.load(str(data / "dict.en.txt"))

@@ -1,4 +1,4 @@
-"""A refresh of the weights of sentences: which sentences it walks over, and what it makes of them one by one."""
+"""Tests of a refresh of sentence weights: which sentences it visits, and the weights that it computes."""
 
 import logging
 from pathlib import Path
@@ -49,7 +49,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(data: Path, *options):
-    """(configuration, task, model), as fairseq-train builds them; sentences of over LONGEST words are too long."""
+    """Return (configuration, task, model) as fairseq-train builds them; more than LONGEST words are too many."""
     from fairseq import options as fairseq_options
     from fairseq import tasks
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
@@ -66,7 +66,7 @@ def build(data: Path, *options):
 
 @pytest.fixture(scope="module")
 def teacher(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with the weights that it begins with, only larger, so that it is sure of something."""
+    """Return the checkpoint of an untrained model with its weights times 3, so that its predictions are not uniform."""
     cfg, _, model = build(data)
     with open_dict(cfg):
         cfg.model.data = str(data)
@@ -95,7 +95,7 @@ def short(dataset) -> set[int]:
 
 @torch.no_grad()
 def one_by_one(model, teacher, dataset, numbers, skip: int) -> Group:
-    """The features of sentences, each in a batch of its own."""
+    """Return the features of sentences, each computed in a batch of its own."""
     students, teachers, targets = [], [], []
     layers = {}
     for number in numbers:
@@ -126,7 +126,7 @@ def test_a_refresh(
     model.train()
     found.begin_training(1, model)
     gate, training = found.gate(), task.dataset("train")
-    found.begin_training(1, model)  # as when it is resumed
+    found.begin_training(1, model)  # as in a resumed run
     gate.state["lengths"] += 1
     with pytest.raises(UserError, match="the checkpoint has weights of other training sentences, or in another order"):
         found.begin_training(1, model)
@@ -138,7 +138,7 @@ def test_a_refresh(
     assert cl.differences(gate.state, before) == {}
     assert not gate.state["learned"].any()
 
-    # Who is walked over: every sentence that is trained on, once, in groups of two batches, not in order.
+    # The sentences: every one that is trained on, once, in groups of two batches, in random order.
     other, groups = found.plan(INTERVAL, model)
     walked = [int(number) for batches, _ in groups for batch in batches for number in batch]
     trained = short(training) - set(aside)
@@ -161,7 +161,7 @@ def test_a_refresh(
     assert gate.state["learned"].nonzero().flatten().tolist() == sorted(trained)
     assert model.training
 
-    # What it makes of them.
+    # The weights, computed from features of one sentence at a time.
     (source,) = task.load_teacher().models
     skip = 1 if "--ignore-prefix-size" in options else 0
     o = Options(
@@ -186,7 +186,7 @@ def test_a_refresh(
     moved = (expected - start)[sorted(trained)]
     assert moved.abs().median() > CHANGE / 4
 
-    # What is logged of it.
+    # The logged numbers.
     (line,) = [record.getMessage() for record in caplog.records if " refreshed in " in record.getMessage()]
     assert line.startswith(f"weights of {len(trained)} sentences refreshed in ")
     data_change, teacher_change = moved.abs().median(0).values.tolist()
@@ -194,7 +194,7 @@ def test_a_refresh(
     logged = [float(word.strip(",;")) for word in line.split() if word.strip(",;").replace(".", "", 1).isdigit()]
     assert logged[2:] == pytest.approx([data_change, teacher_change, data_now, teacher_now], abs=2e-3)
 
-    # Once an epoch, also where the run is resumed in it.
+    # A refresh is done once per epoch, also if the run is resumed in it.
     again = {name: value.clone() for name, value in gate.state.items()}
     found.begin_epoch(INTERVAL, model)
     found.begin_epoch(INTERVAL + 1, model)

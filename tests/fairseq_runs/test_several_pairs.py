@@ -1,5 +1,5 @@
-"""Several language pairs with a teacher: numbers of sentences, language tokens, training, resuming, and what runs such
-models."""
+"""Tests of several language pairs with a teacher: numbers of sentences, language tokens, training, resuming, and the
+commands that run such models."""
 
 import functools
 import json
@@ -30,7 +30,7 @@ SIZES = {"de-en": {"train": 200, "valid": 48, "test": 48}, "fr-en": {"train": 12
 SENTENCES = 320
 TASK = ("--task", "translation_multi_simple_epoch", "--lang-pairs", "de-en,fr-en", "--langs", "de,fr,en")
 TOKENS = ("--encoder-langtok", "tgt", "--decoder-langtok")
-HERE = ("--num-workers", 0)  # this task makes new loaders in each epoch, and waits for the workers of the old ones
+HERE = ("--num-workers", 0)  # this task creates new loaders in each epoch, and waits for the workers of the old ones
 OURS = ("--task", "translation_multi_simple_epoch_with_teacher", *TASK[2:])
 SAMPLED = ("--sampling-method", "temperature", "--sampling-temperature", 5)
 PAD = 1
@@ -38,8 +38,10 @@ PAD = 1
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two pairs whose sentences have the same numbers for fairseq, under one dictionary; a word has one translation,
-    one of ten at random."""
+    """Return data of two language pairs with one dictionary, whose sentences have the same numbers in fairseq.
+
+    Sentences are translated word by word, one word in ten at random.
+    """
     folder, rng = tmp_path_factory.mktemp("pairs"), random.Random(3)
     dictionary = binarised_corpus.dictionary_of(f"{letter}{i}" for letter in "wvt" for i in range(30))
     for letter, (pair, subsets) in zip("wv", SIZES.items(), strict=True):
@@ -56,7 +58,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def teacher(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """fairseq alone."""
+    """Return the checkpoint of a teacher trained by plain fairseq."""
     options = (
         *TASK,
         *TOKENS,
@@ -79,7 +81,7 @@ def distil(teacher: Path | str, *options) -> tuple:
 
 @pytest.fixture(scope="module")
 def student(data: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[cl.Run, tuple]:
-    """Two epochs of sampled data, two batches an update; and its options."""
+    """Return a run of two epochs of sampled data, with two batches per update, and its options but for that one."""
     options = distil(teacher, *SAMPLED, "--max-epoch", 2, "--dropout", 0, "--attention-dropout", 0)
     options = (*options, "--gate", "sentence", "--teacher-temperature", 0.5, "--report-accuracy")
     return cl.train(data, tmp_path_factory.mktemp("student"), *options, "--update-freq", 2), options
@@ -94,14 +96,14 @@ def parsed(data: Path, *options) -> Any:
 
 @functools.cache
 def usual_options(data: Path) -> Any:
-    """As fairseq's dataclasses, which takes a second."""
+    """Return the options as fairseq's dataclasses; cached, because the conversion takes a second."""
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
     return convert_namespace_to_omegaconf(parsed(data, *distil("none")))
 
 
 def build(data: Path, *options):
-    """(task, model, criterion) as fairseq-train builds them, with the training set and validation set loaded."""
+    """Return (task, model, criterion) as fairseq-train builds them, with training and validation set loaded."""
     from fairseq import tasks
     from fairseq.dataclass.utils import _set_legacy_defaults
 
@@ -132,7 +134,7 @@ def text(task, ids: torch.Tensor) -> str:
 
 
 def test_each_sentence_of_each_pair_has_a_number(parts, data: Path):
-    """Of sampled data in two epochs, of validation data, and of all training data: the pair and its place in it."""
+    """A number identifies a sentence and its pair, in sampled data of two epochs, validation and all training data."""
     task, _, _ = parts
     lines = {
         subset: [row for pair in SIZES for row in zip(*binarised_corpus.read(data, subset, pair), strict=True)]
@@ -154,8 +156,8 @@ def test_each_sentence_of_each_pair_has_a_number(parts, data: Path):
 
 
 def test_language_tokens(parts, teacher: Path):
-    """Neither gate, KL, calibration nor any number that is logged sees them; the decoder is given them. They are learnt
-    by cross-entropy, for the scores of a translation count them."""
+    """The decoder is given language tokens, but gate, KL, calibration and logged numbers exclude them; they are learnt
+    by cross-entropy, because the scores of a translation include them."""
     task, model, criterion = parts
     model.eval()
     batch = batches(task, "valid")[0]
@@ -181,10 +183,10 @@ def test_language_tokens(parts, teacher: Path):
 
 @pytest.mark.parametrize("gate", [name for name, gate in GATES.items() if name != "instance"])
 def test_every_gate(gate: str, parts):
-    """One step's loss and logged numbers by pair, which sum to the batch's."""
+    """The loss of a step is finite, and the logged numbers of the pairs sum to those of the batch."""
     task, model, criterion = parts
     usual, batch = criterion.gate, batches(task)[0]
-    task.training_state.memory.pop("gate", None)  # of the gate before
+    task.training_state.memory.pop("gate", None)  # of the previous gate
     model.train()
     criterion.gate = get_gate(gate)
     try:
@@ -201,7 +203,7 @@ def test_every_gate(gate: str, parts):
 
 @pytest.mark.parametrize("held", ["fold", "share"])
 def test_held_out_sentences_are_of_a_pair(held: str, parts):
-    """A sentence is left out wherever it is sampled, and no other one of its number in its pair."""
+    """A held-out sentence is left out wherever it is sampled; the sentence with its place in another pair is not."""
     task, _, _ = parts
     aside = task.training_state.held_out
     try:
@@ -212,7 +214,7 @@ def test_held_out_sentences_are_of_a_pair(held: str, parts):
         mask = aside.mask(SENTENCES)
         assert mask[:200].any()
         assert mask[200:].any()
-        assert (mask[:120] != mask[200:]).any()  # where fairseq's numbers would tell them apart
+        assert (mask[:120] != mask[200:]).any()  # fairseq's numbers would give both pairs one mask
         seen = np.zeros(SENTENCES, int)
         for epoch in (1, 2, 3):
             for batch in batches(task, epoch=epoch):
@@ -241,7 +243,7 @@ def test_frequencies_of_targets(data: Path):
 
 
 def test_a_virtual_epoch_goes_on_where_it_was(data: Path, teacher: Path):
-    """A task that begins in a later epoch of a pass, as a resumed one does: the batches of one that never stopped."""
+    """A task that starts in a later virtual epoch, as a resumed one does, gives the batches of an uninterrupted one."""
     options = distil(teacher, *SAMPLED, "--virtual-epoch-size", 100)
     whole, _, _ = build(data, *options)
     ids = {epoch: [batch["id"].tolist() for batch in batches(whole, epoch=epoch)] for epoch in (1, 2, 3)}
@@ -268,7 +270,7 @@ def test_log_lines_of_pairs(student: tuple[cl.Run, tuple], data: Path):
 
 
 def test_two_workers(student: tuple[cl.Run, tuple], data: Path, tmp_path: Path):
-    """As one with two batches an update, in parameters and in the numbers of each pair."""
+    """Two workers equal one with two batches per update, in parameters and in the numbers of each pair."""
     one, options = student
     two = cl.two_workers(data, tmp_path, *options)
     assert cl.differences(one.state()["model"], two.state()["model"]) == {}
@@ -287,7 +289,7 @@ def test_two_workers(student: tuple[cl.Run, tuple], data: Path, tmp_path: Path):
 
 
 def test_weights_of_sentences(data: Path, teacher: Path, tmp_path: Path):
-    """--gate instance: a row for each sentence of each pair, which a refresh learns, whether it was sampled or not."""
+    """--gate instance has a row for each sentence of each pair, which a refresh learns even if it was not sampled."""
     options = distil(teacher, *SAMPLED, "--gate", "instance", "--refresh-interval", 2, "--held-out", 0.1)
     run = cl.train(data, tmp_path, *options, "--max-epoch", 2, "--disable-validation", *cl.KEEP_LAST)
     table = run.state()["extra_state"]["TranslationMultiSimpleEpochWithTeacherTask"]["gate"]
@@ -306,8 +308,8 @@ def calibrated(file: Path, data: Path, path: Path, *options) -> dict[str, Any]:
 
 
 def test_what_runs_such_a_model(student: tuple[cl.Run, tuple], data: Path, teacher: Path, tmp_path: Path):
-    """fairseq-validate and hgkd calibration have the training's numbers; fairseq-generate translates, from the
-    exported checkpoint and without the plugin too."""
+    """fairseq-validate and hgkd calibration give the training's numbers; fairseq-generate gives the same translations
+    from the exported checkpoint and without the plugin."""
     run, _ = student
     logged = run.result.logs("valid")[-1]
     everything = calibrated(tmp_path / "all.json", data, run.path())
@@ -345,7 +347,7 @@ def test_what_runs_such_a_model(student: tuple[cl.Run, tuple], data: Path, teach
 
 
 def generate(data: Path, path: Path, pair: str) -> cl.Result:
-    """fairseq-generate by fairseq's own task."""
+    """Run fairseq-generate for a pair, by fairseq's own task."""
     source, target = pair.split("-")
     search = ("--beam", 2, "--max-len-b", 12, "--required-batch-size-multiple", 1)
     languages = ("--source-lang", source, "--target-lang", target)
@@ -357,7 +359,7 @@ def values(file: Path) -> dict[str, float]:
 
 
 def test_scores(teacher: Path, data: Path, tmp_path: Path):
-    """What hgkd score makes of a pair is what the others make of it: fairseq-generate and hgkd calibration."""
+    """hgkd score gives a pair the translations of fairseq-generate and the scores of hgkd calibration."""
     run = tmp_path / "run"
     shutil.copytree(teacher.parent, run)
     scoring = ("score", data, run, "--checkpoint", "last", "--lang-pair", "fr-en", "--lang-pair", "de-en", "--cpu")
@@ -373,7 +375,7 @@ def test_scores(teacher: Path, data: Path, tmp_path: Path):
         assert scores["bleu"] > 0
         (tmp_path / "generated").write_text(generated.output)
         words = ("calibration", "inference", tmp_path / "generated", "--replicates", 0, "--json", tmp_path / "own.json")
-        assert cli.main([str(one) for one in words]) == 1  # a score more than there are tokens
+        assert cli.main([str(one) for one in words]) == 1  # one more score than tokens
         logged = runs.read(run / pair / "last", pair)
         assert logged.last_update == cl.load(teacher)["optimizer_history"][-1]["num_updates"]
         assert cli.main([str(one) for one in (*words, "--language-token", "first")]) == 0
@@ -389,8 +391,8 @@ def refused(capsys: pytest.CaptureFixture, *words) -> str:
 
 
 def test_ctranslate2(teacher: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
-    """The converted model translates as fairseq does, given the language tokens: at the beginning of the source, and as
-    the target's prefix."""
+    """The converted model translates as fairseq does if it is given the language tokens, at the beginning of the source
+    and as the target's prefix."""
     ctranslate2 = pytest.importorskip("ctranslate2")
     words = ("export", teacher, tmp_path / "exported.pt", "--ctranslate2", tmp_path / "ct2")
     assert "language tokens, and the comparison gives none: --no-comparison" in refused(capsys, *words)
@@ -408,7 +410,7 @@ def test_what_does_not(student: tuple[cl.Run, tuple], data: Path, tmp_path: Path
     run, _ = student
     scoring = ("score", data, run.folder, "--checkpoint", "last", "--cpu")
     assert "several language pairs; name one with --lang-pair: de-en, fr-en" in refused(capsys, *scoring)
-    wrong = ("--lang-pair", "de-en", "--lang-pair", "en-de")  # it is told before anything is scored
+    wrong = ("--lang-pair", "de-en", "--lang-pair", "en-de")  # refused before anything is scored
     assert "--lang-pair en-de: " in refused(capsys, *scoring, *wrong)
     assert not (run.folder / "de-en").exists()
     text = (*scoring, "--reference", "x", "--lang-pair", "de-en", "--lang-pair", "fr-en")
@@ -439,7 +441,7 @@ def test_refused_at_start(data: Path, teacher: Path):
 
 
 def test_language_tokens_in_place_of_eos(data: Path, teacher: Path, tmp_path: Path):
-    """--lang-tok-replacing-bos-eos: nothing of a target is masked, and batches are of one pair's collater each."""
+    """With --lang-tok-replacing-bos-eos no token of a target is masked, and sentences of two pairs can be one batch."""
     options = (*cl.USER_DIR, *OURS, *TOKENS, "--lang-tok-replacing-bos-eos", "--criterion", "hard_gate_kd", "--gate")
     task, _, _ = build(data, *options, "none", *SAMPLED)
     english = task.target_dictionary.index("__en__")
@@ -456,7 +458,7 @@ def test_language_tokens_in_place_of_eos(data: Path, teacher: Path, tmp_path: Pa
 
 @pytest.fixture(scope="module")
 def weak(teacher: Path) -> Path:
-    """The teacher with noise in all of its weights."""
+    """Return the checkpoint of the teacher with noise in all of its weights."""
     state = cl.load(teacher)
     generator = torch.Generator().manual_seed(1)
     for tensor in {tensor.data_ptr(): tensor for tensor in state["model"].values()}.values():
@@ -468,7 +470,7 @@ def weak(teacher: Path) -> Path:
 
 
 def test_a_teacher_of_each_pair(data: Path, teacher: Path, weak: Path):
-    """Each sentence has the distribution of its pair's teacher, whatever else is in the batch."""
+    """Each sentence has the distribution of its pair's teacher, also in a batch of both pairs; each pair needs one."""
     task, _, _ = build(data, *distil(f"de-en={teacher},fr-en={weak}", *SAMPLED, "--gate", "always"))
     batch = batches(task)[0]
     cpu, fp32 = torch.device("cpu"), torch.float32
@@ -482,7 +484,8 @@ def test_a_teacher_of_each_pair(data: Path, teacher: Path, weak: Path):
         torch.testing.assert_close(together[rows][kept], expected[rows][kept], rtol=1e-4, atol=1e-5)
     one, other = alone.fingerprint, task.teacher.fingerprint
     assert one in other
-    assert other.endswith("for pairs 0 1")
+    swapped, _, _ = build(data, *distil(f"de-en={weak},fr-en={teacher}", *SAMPLED, "--gate", "always"))
+    assert swapped.teacher.fingerprint != other  # a run is not resumed with the teachers swapped
     for given, expected in (
         (f"de-en={teacher}", "name one for each"),
         (f"de-en={teacher},fr-en=gone.pt", "gone.pt"),
@@ -493,7 +496,8 @@ def test_a_teacher_of_each_pair(data: Path, teacher: Path, weak: Path):
 
 
 def test_a_teacher_that_was_not_trained_on_a_pair(data: Path, teacher: Path, tmp_path: Path):
-    """It is refused for that pair, and takes others; of extra data it was trained on pairs too."""
+    """A teacher, or a member of an ensemble, is refused for a pair that it was not trained on and accepted for others;
+    pairs of its extra data count as trained on."""
     paths = {}
     for name, pairs, extra in (("one", ["de-en"], None), ("both", "de-en", {"mined": "fr-en"})):
         state = cl.load(teacher)
@@ -520,8 +524,8 @@ def test_a_teacher_that_was_not_trained_on_a_pair(data: Path, teacher: Path, tmp
 
 
 def test_gate_pair(data: Path, teacher: Path, weak: Path, tmp_path: Path):
-    """After the first validation the pair with the weak teacher learns from the data alone; and a run of sampled data
-    that is resumed in the middle of the next epoch ends as one that did not stop, bit for bit."""
+    """After the first validation the pair with the weak teacher learns from the data alone, and a run of sampled data
+    that is resumed in the middle of the next epoch equals an uninterrupted one, bit for bit."""
     gate = ("--gate", "pair", "--pair-margin", 3, "--max-epoch", 2, "--dropout", 0.2)
     options = distil(f"de-en={teacher},fr-en={weak}", *SAMPLED, *gate)
     run = cl.train(data, tmp_path / "whole", *options, "--save-interval-updates", 12)
@@ -540,7 +544,7 @@ def test_gate_pair(data: Path, teacher: Path, weak: Path, tmp_path: Path):
     assert cl.load(middle)["optimizer_history"][-1]["num_updates"] < one["optimizer_history"][-1]["num_updates"]
     assert cl.differences(one["model"], other["model"]) == {}
     assert cl.differences(one["last_optimizer_state"], other["last_optimizer_state"]) == {}
-    # The pairs' decisions are kept by their places.
+    # The decisions are stored by the position of the pair, so that the order of the pairs must not change.
     swapped = (*options, "--lang-pairs", "fr-en,de-en", "--max-epoch", 3, "--save-dir", resumed.folder)
     refused = cl.fairseq("train", data, *cl.SIZE, *cl.TIED, *cl.STEPS, *cl.LOGS, *swapped)
     expected = "--lang-pairs fr-en,de-en is asked for, and --lang-pairs de-en,fr-en made it"

@@ -1,4 +1,5 @@
-"""A training that is told to stop saves, ends and goes on as if nothing had been; and a folder has one training."""
+"""Tests of signals, after which a training saves, ends and can be resumed without a difference, and of the lock that
+allows one training per folder."""
 
 import os
 import re
@@ -13,11 +14,11 @@ import pytest
 
 from hgkd_fairseq.plugin import one_training
 
-STATUS = 75  # of a run that was told to stop
+STATUS = 75  # exit status of a run that a signal stopped
 METHOD = ("--task", "translation_with_teacher", "--criterion", "hard_gate_kd")
 PLAIN = (*METHOD, "--gate", "none", "--max-tokens", 400, "--disable-validation")
-# For --user-dir. TOLD holds the number of a worker, "train" or "valid", the number of its step and the names of
-# signals: in that step they are sent to the worker and to the processes that load its data, as Slurm does.
+# A plugin for --user-dir. TOLD holds the rank of a worker, "train" or "valid", the number of a step and the names of
+# signals: in that step they are sent to the worker and to the processes that load its data, as Slurm sends them.
 TELLS_ITSELF = """
 import os, subprocess, time
 import torch
@@ -44,7 +45,8 @@ Told = Callable[..., cl.Result]
 
 @pytest.fixture
 def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Told:
-    """A fairseq-train that gets signals: of TOLD, the data, a --save-dir and options its result."""
+    """Return a function that runs fairseq-train with signals and returns its result; it takes TOLD, the data, a
+    --save-dir and options."""
     folder = tmp_path / "tells_itself"
     folder.mkdir()
     (folder / "__init__.py").write_text(TELLS_ITSELF)
@@ -66,15 +68,15 @@ def updates(folder: Path) -> int:
 
 
 def numbers(tag: str, *results: cl.Result) -> list[dict[str, float]]:
-    """Of the log lines, without those that are about time."""
+    """Return the numbers of the log lines with a tag, without those about time."""
     timed = ("wall", "train_wall", "wps", "ups")
     rows = [row for result in results for row in result.logs(tag)]
     return [{name: value for name, value in row.items() if name not in timed} for row in rows]
 
 
 def test_stopped_and_resumed(data: Path, tmp_path: Path, told: Told):
-    """In the middle of an epoch, at an update after which it is validated, in that validation, which is begun again,
-    and in the validation at the end of an epoch: the run that was never stopped, bit for bit and line for line."""
+    """A run is stopped in the middle of an epoch, at an update before a validation, in that validation, which is then
+    repeated, and in the validation at the end of an epoch; checkpoints and logs equal those of an uninterrupted run."""
     options = (*METHOD, "--gate", "progressive", "--teacher-source", "previous-epoch", "--max-tokens", 400)
     options += ("--dropout", 0.2, "--max-update", 14, "--save-interval-updates", 8)
     whole = cl.train(data, tmp_path / "whole", *cl.USER_DIR, *options)
@@ -109,6 +111,40 @@ def test_stopped_and_resumed(data: Path, tmp_path: Path, told: Told):
     assert [row["num_updates"] for row in whole.result.logs("valid")] == [8, 12, 14]
 
 
+# A plugin for --user-dir, with which the training's clock is an hour ahead from the first validation on.
+SLOW_VALIDATION = """
+import time
+from types import SimpleNamespace
+import hgkd_fairseq.tasks
+from fairseq import trainer
+from hgkd_fairseq.tasks.with_teacher import WithTeacher
+
+step = WithTeacher.valid_step
+
+def slow(*args, **kwargs):
+    trainer.time = SimpleNamespace(time=lambda: time.monotonic() + 3600)
+    return step(*args, **kwargs)
+
+WithTeacher.valid_step = slow
+"""
+
+
+def test_time_that_ends_during_a_validation(data: Path, tmp_path: Path):
+    """If --stop-time-hours passes during a validation, one more update is made, as by fairseq, and all are saved; the
+    run is then complete and is not continued."""
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow" / "__init__.py").write_text(SLOW_VALIDATION)
+    method = (*METHOD, "--gate", "none", "--max-tokens", 400)
+    options = (*method, "--user-dir", tmp_path / "slow", "--stop-time-hours", 0.5, "--save-interval", 5)
+    run = cl.train(data, tmp_path / "run", *options, "--max-epoch", 9)
+    epochs = [row["epoch"] for row in run.result.logs("valid")]
+    assert epochs == [1, 2]
+    made = updates(run.folder)
+    again = cl.train(data, run.folder, *options, "--max-epoch", 9)
+    assert "the training has ended before: --stop-time-hours 0.5" in again.result.output
+    assert updates(run.folder) == made
+
+
 def two_workers(run: Callable[..., cl.Result], *options) -> list[cl.Result]:
     address = ("--distributed-init-method", f"tcp://127.0.0.1:{cl.free_port()}", "--distributed-backend", "gloo")
     world = ("--distributed-world-size", 2, "--distributed-no-spawn", "--ddp-backend", "legacy_ddp", *address)
@@ -116,7 +152,7 @@ def two_workers(run: Callable[..., cl.Result], *options) -> list[cl.Result]:
 
 
 def test_one_of_two_workers_is_told(data: Path, tmp_path: Path, told: Told):
-    """Both stop after the same update, and go on: as one worker that takes two batches an update."""
+    """Both workers stop after the same update and, resumed, end as one worker that takes two batches per update."""
     options = (*PLAIN, "--dropout", 0, "--attention-dropout", 0)
     folder = tmp_path / "two"
     for result in two_workers(told, "1 train 3 USR1", data, folder, *options, "--max-update", 9):
@@ -141,7 +177,7 @@ def test_a_worker_that_is_killed_ends_the_other(data: Path, tmp_path: Path, told
 @pytest.mark.parametrize(
     ("signals", "more", "status"),
     [
-        ("0 train 3 TERM TERM", (), -signal.SIGTERM),  # the second, a second later
+        ("0 train 3 TERM TERM", (), -signal.SIGTERM),  # the second one a second later
         ("0 train 3 USR1", ("--no-save",), -signal.SIGUSR1),
     ],
 )
@@ -152,8 +188,8 @@ def test_ended_at_once(signals: str, more: tuple, status: int, data: Path, tmp_p
 
 
 def test_one_training_in_a_folder(data: Path, tmp_path: Path, told: Told):
-    """The second one is refused while the first one is there, and begins at once when that was killed, though the
-    processes that loaded its data are still there."""
+    """A second training is refused while the first one is alive, and starts at once after that was killed, although the
+    processes that loaded its data are still alive."""
     options = (data, tmp_path, *PLAIN, "--max-update", 2)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(told, "0 train 2 STOP", *options)
@@ -166,14 +202,14 @@ def test_one_training_in_a_folder(data: Path, tmp_path: Path, told: Told):
             cl.one_error_message(second, [f"--save-dir {tmp_path}: process {owner} on ", "give another --save-dir"])
             os.kill(owner, signal.SIGKILL)
             assert first.result().code == -signal.SIGKILL
-            os.killpg(owner, 0)  # some are left
+            os.killpg(owner, 0)  # processes of its group are alive
             cl.train(data, tmp_path, *cl.USER_DIR, *options[2:])
         finally:
             os.killpg(owner, signal.SIGKILL)
 
 
 def stopped_owner(folder: Path) -> int | None:
-    """The process that holds the folder, once it has stopped itself."""
+    """Return the process that holds the folder's lock, if it has been stopped by SIGSTOP, else None."""
     lock = folder / one_training.LOCK
     found = re.match(r"process (\d+) on ", lock.read_text() if lock.exists() else "")
     return int(found[1]) if found and ") T " in Path(f"/proc/{found[1]}/stat").read_text() else None

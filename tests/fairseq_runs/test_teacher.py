@@ -1,4 +1,4 @@
-"""The teacher: frozen, outside every module and every checkpoint, of any architecture."""
+"""Tests of the teacher: frozen, outside every module and every checkpoint, of any architecture."""
 
 import io
 import math
@@ -19,7 +19,7 @@ from hgkd_fairseq.loss.eager import mean_logprobs
 
 @pytest.fixture(scope="module")
 def parts(data: Path, teacher: cl.Run):
-    """(task, model, criterion, batch) as fairseq-train builds them, in train mode."""
+    """Return (task, model, criterion, batch) as fairseq-train builds them, in train mode."""
     from fairseq import options, tasks
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
@@ -45,7 +45,7 @@ def test_frozen_and_without_dropout(parts):
     one, other = (task.teacher.signal(sample, torch.device("cpu"), torch.float32).heads[0].hidden for _ in range(2))
     assert torch.equal(one, other)
     assert not one.requires_grad
-    # The student's dropout is alive at the same time, or the comparison says nothing.
+    # The student's dropout is active at the same time; otherwise the comparison shows nothing.
     student = [model(**sample["net_input"])[0] for _ in range(2)]
     assert not torch.equal(*student)
 
@@ -60,7 +60,8 @@ def test_frozen_and_without_dropout(parts):
 
 
 def test_the_gate_reads_the_student_without_dropout(parts):
-    """Its decisions are those of the model in eval mode; the loss, its dropout and the random numbers are as before."""
+    """With --gate-dropout off the gate reads the model in eval mode, and the loss keeps its dropout and its random
+    numbers."""
     task, model, criterion, sample = parts
     target = sample["target"]
     kept = target != task.target_dictionary.pad()
@@ -69,17 +70,17 @@ def test_the_gate_reads_the_student_without_dropout(parts):
         logp = model(**sample["net_input"])[0].log_softmax(-1).gather(2, target[..., None]).squeeze(2)
     model.train()
     frozen = model.encoder.layers[0]
-    frozen.eval()  # a part that somebody keeps without dropout stays so
+    frozen.eval()  # a module that is in eval mode stays in it
     torch.manual_seed(3)
     read = gold_logprob(model, sample, target, padding_idx=task.target_dictionary.pad(), implementation="auto")
     torch.testing.assert_close(read[kept], logp[kept], rtol=1e-4, atol=1e-4)
     assert model.training
     assert not frozen.training
-    nothing = target[:, :0]  # after --ignore-prefix-size, of a batch of short lines
+    nothing = target[:, :0]  # with --ignore-prefix-size, for a batch of short lines
     assert gold_logprob(model, sample, nothing, padding_idx=1, implementation="auto").shape == nothing.shape
     frozen.train()
     results, gate = {}, criterion.gate
-    criterion.gate = get_gate("soft")  # whose share says how far each token's reading is from the teacher's
+    criterion.gate = get_gate("soft")  # its share shows what the gate reads of each token
     for dropout in ("on", "off"):
         criterion.cfg.gate_dropout = dropout
         torch.manual_seed(3)
@@ -135,7 +136,7 @@ def test_prefix_and_sentence_average(parts):
 
 
 def test_an_idle_batch_is_not_remembered(parts):
-    """Where a worker has run out of batches fairseq gives it one again and drops its gradient: no gate remembers it."""
+    """No gate remembers the batch that fairseq repeats, without its gradient, for a worker that has no more batches."""
     task, model, criterion, sample = parts
     usual, criterion.gate = criterion.gate, get_gate("selective-global")
     optimizer = SGD(Namespace(lr=[0.1], momentum=0.0, weight_decay=0.0), model.parameters())
@@ -153,7 +154,7 @@ def test_an_idle_batch_is_not_remembered(parts):
 
 
 def test_a_student_of_nan_is_validated(parts):
-    """fairseq's cross_entropy logs nan and goes on: so does a run that has diverged in its last update."""
+    """A run that has diverged in its last update is validated with metrics of nan, as with fairseq's cross_entropy."""
     _, model, criterion, sample = parts
     layer = model.decoder.output_projection.weight
     kept = layer.detach().clone()
@@ -174,14 +175,14 @@ def test_a_student_of_nan_is_validated(parts):
 
 
 def aggregated(criterion, logs: list[dict]) -> dict[str, float]:
-    """What fairseq prints of log outputs."""
+    """Return the metrics that fairseq prints for log outputs."""
     with metrics.aggregate() as found:
         criterion.reduce_metrics(logs)
     return found.get_smoothed_values()
 
 
 def test_a_batch_of_pads_is_logged(parts):
-    """No token, as in a worker's dummy batch: sums of 0, and nothing is divided by them."""
+    """A batch without tokens, such as a worker's dummy batch, gives sums of 0 and no division by them."""
     task, model, criterion, sample = parts
     empty = {**sample, "target": torch.full_like(sample["target"], task.target_dictionary.pad()), "ntokens": 0}
     empty.pop("target_lengths")
@@ -207,7 +208,7 @@ def tensors(state) -> list[torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def architectures(data: Path, teacher: cl.Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, cl.Run]:
-    """Students and teachers of several architectures; what the first two train teaches the others."""
+    """Return students and teachers of several architectures; the first two, and `teacher`, teach the later ones."""
     folder = tmp_path_factory.mktemp("architectures")
     short = ("--max-update", 6, *cl.KEEP_LAST)
     lstm = ("--arch", "lstm", "--encoder-embed-dim", 24, "--decoder-embed-dim", 24, "--decoder-out-embed-dim", 24)
@@ -260,14 +261,15 @@ def test_architectures(name: str, warned: str | None, architectures: dict[str, c
 
 
 def size(state: dict) -> int:
-    """Bytes of a checkpoint without its meters and the text of its options, which weigh in so small a model."""
+    """Return the bytes of a checkpoint without its meters and options, which are large relative to so small a model."""
     buffer = io.BytesIO()
     torch.save({key: value for key, value in state.items() if key not in ("extra_state", "cfg")}, buffer)
     return buffer.tell()
 
 
 def test_student_with_adaptive_softmax(data: Path, teacher: cl.Run, tmp_path: Path):
-    """fairseq's log-probabilities of it cannot be differentiated: refused with one sentence at the first step."""
+    """A student with adaptive softmax, whose log-probabilities fairseq cannot differentiate, is refused at the first
+    step."""
     arguments = (data, *cl.SIZE, *ADAPTIVE, *cl.STEPS, *cl.LOGS, *cl.distil(teacher.path()), "--save-dir", tmp_path)
     result = cl.fairseq("train", *arguments, "--max-update", 2, "--no-save")
     assert result.code != 0
@@ -278,8 +280,8 @@ def test_student_with_adaptive_softmax(data: Path, teacher: cl.Run, tmp_path: Pa
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_no_teacher_in_the_checkpoint(precision: str, request: pytest.FixtureRequest, teacher: cl.Run):
-    """No tensor of the teacher in the student's checkpoint, and its size within 1 % of a run without a teacher, but
-    for the log's meters: ours logs six numbers more, 10 kB that this small model would notice."""
+    """No tensor of the teacher is in the student's checkpoint, whose size, without meters and options, is within 1 % of
+    that of a run without a teacher."""
     if precision == "fp32":
         ours, theirs = request.getfixturevalue("student"), request.getfixturevalue("plain")
     else:

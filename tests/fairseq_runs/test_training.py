@@ -1,4 +1,4 @@
-"""Training through the command line: what is logged, what is normalised, what precision does."""
+"""Tests of training through the command line: logs, normalisation, precisions, resuming and several workers."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ WITHOUT_DROPOUT = ("--dropout", 0, "--attention-dropout", 0)
 
 
 def test_log_lines(student: cl.Run):
-    """The student's six epochs: objective and cross-entropy fall, the share of the teacher stays off 0 and 1."""
+    """Over the student's six epochs loss and cross-entropy fall, and the share of the teacher is neither 0 nor 1."""
     train, valid = student.result.logs("train"), student.result.logs("valid")
     assert len(train) == len(valid) == 6
     for rows in (train, valid):
@@ -31,7 +31,7 @@ def test_log_lines(student: cl.Run):
 
 
 def test_the_best_translation_is_far_below_the_teachers(student: cl.Run, teacher: cl.Run):
-    """--eval-bleu scores the student: after a few updates it cannot have the teacher's BLEU."""
+    """--eval-bleu scores the student, not the teacher, whose BLEU a student cannot have after a few updates."""
     theirs = max(row["bleu"] for row in teacher.result.logs("valid"))
     assert theirs > 20
     assert max(row["bleu"] for row in student.result.logs("valid")) < theirs / 4
@@ -39,7 +39,7 @@ def test_the_best_translation_is_far_below_the_teachers(student: cl.Run, teacher
 
 def test_validation_is_plain_cross_entropy(student: cl.Run, plain: cl.Run, teacher: cl.Run, data: Path, tmp_path: Path):
     """nll_loss is the cross-entropy that fairseq's own criterion reports for the same parameters. fairseq-validate
-    takes the criterion from the checkpoint, so the student's parameters go into the plain run's for the second."""
+    takes the criterion from the checkpoint, so for the latter the student's parameters are put into the plain run's."""
     state = plain.state()
     state["model"] = student.state()["model"]
     cl.torch.save(state, tmp_path / "swapped.pt")
@@ -60,12 +60,12 @@ def test_validation_is_plain_cross_entropy(student: cl.Run, plain: cl.Run, teach
 
 @pytest.mark.parametrize("gate", ["token", "sentence"])
 def test_one_batch_is_two_halves(gate: str, data: Path, plain: cl.Run, tmp_path: Path):
-    """Normalised once: a batch of 64 sentences, and two of 32 with --update-freq 2, make the same parameters. By plain
-    gradient descent: Adam would turn the rounding of a gradient near 0 into a full step."""
+    """A batch of 64 sentences and two of 32 with --update-freq 2 give the same parameters, as gradients are normalised
+    once. The optimizer is SGD: Adam would turn the rounding of a gradient near 0 into a full step."""
     usual = ("--train-subset", "valid", "--required-batch-size-multiple", 1, "--max-update", 3, "--disable-validation")
     steps = ("--optimizer", "sgd", "--lr", 0.5, "--max-tokens", 9999, "--clip-norm", 0.5, *WITHOUT_DROPOUT)
     average = ("--sentence-avg",) if gate == "sentence" else ()
-    # Its own sharpened teacher: both sides of either gate are seen.
+    # The teacher is the student's initial model, sharpened, so that either gate decides both ways.
     start = ("--finetune-from-model", plain.path(), "--teacher-temperature", 0.8)
     options = cl.distil(plain.path(), "--gate", gate, *usual, *steps, *average, *start, *cl.KEEP_LAST)
     whole, halves = cl.together(
@@ -84,7 +84,7 @@ def test_one_batch_is_two_halves(gate: str, data: Path, plain: cl.Run, tmp_path:
 
 
 def test_distil_start_update(plain: cl.Run, data: Path, teacher: cl.Run, tmp_path: Path):
-    """Until --distill-start-update a run is the plain one; then the teacher comes in."""
+    """Until --distill-start-update a run equals the plain one; then the teacher is used."""
     start = int(plain.result.logs("train")[1]["num_updates"])
     options = ("--label-smoothing", 0.1, "--distill-start-update", start, "--max-epoch", 3)
     run = cl.train(data, tmp_path, *cl.distil(teacher.path(), *options))
@@ -97,7 +97,7 @@ def test_distil_start_update(plain: cl.Run, data: Path, teacher: cl.Run, tmp_pat
     assert max(gaps.values(), default=0) < 1e-4
     gaps = cl.differences(run.state("checkpoint3.pt")["model"], plain.state("checkpoint3.pt")["model"])
     assert max(gaps.values()) > 1e-3
-    # Validation is always distillation's, so that its numbers can be compared over the whole run.
+    # Validation always uses the loss with the teacher, so that its numbers can be compared over the whole run.
     assert all(row["teacher_share"] > 0 for row in run.result.logs("valid"))
 
 
@@ -127,7 +127,7 @@ def test_half_precision(precision: str, half_precision: dict[str, cl.Run]):
 
 
 def test_from_a_run_without_a_teacher(plain: cl.Run, data: Path, teacher: cl.Run, tmp_path: Path):
-    """--finetune-from-model starts from plain cross-entropy; taking up its save-dir is refused by fairseq."""
+    """--finetune-from-model starts from a run of plain cross-entropy, whose save-dir fairseq refuses to resume from."""
     arguments = (data, *cl.SIZE, *cl.TIED, *cl.STEPS, *cl.LOGS, *cl.distil(teacher.path(), "--max-epoch", 1))
     tuned, refused = cl.together(
         lambda: cl.train(
@@ -145,7 +145,7 @@ def test_from_a_run_without_a_teacher(plain: cl.Run, data: Path, teacher: cl.Run
 
 
 def test_killed_and_resumed(data: Path, teacher: cl.Run, tmp_path: Path):
-    """kill -9 between two checkpoints of an epoch, started again: bit for bit the run that was never killed."""
+    """A run that is killed by SIGKILL within an epoch and started again equals an uninterrupted one, bit for bit."""
     save = ("--save-interval-updates", 4, "--max-update", 24, "--disable-validation", "--max-tokens", 400)
     options = cl.distil(teacher.path(), *save, "--dropout", 0.2)
     whole = cl.train(data, tmp_path / "whole", *options)
@@ -159,7 +159,7 @@ def test_killed_and_resumed(data: Path, teacher: cl.Run, tmp_path: Path):
         text=True,
     ) as process:
         for line in process.stdout:
-            if "Saved checkpoint" in line and "@ 8 updates" in line:  # said when all of its files are written
+            if "Saved checkpoint" in line and "@ 8 updates" in line:  # logged when all of its files are written
                 os.kill(process.pid, signal.SIGKILL)
                 break
         process.stdout.read()
@@ -176,7 +176,7 @@ def test_killed_and_resumed(data: Path, teacher: cl.Run, tmp_path: Path):
     assert cl.differences(one["last_optimizer_state"], other["last_optimizer_state"]) == {}
     assert len(one["last_optimizer_state"]["state"]) > 0
 
-    # Once more, as where the kill came after the last checkpoint: nothing is trained that was not asked for.
+    # Once more, as after a kill that came after the last checkpoint: nothing more is trained.
     last = resumed.path().read_bytes()
     again = cl.train(data, folder, *options)
     assert "the training has ended before: 24 updates are made" in again.result.output
@@ -184,8 +184,8 @@ def test_killed_and_resumed(data: Path, teacher: cl.Run, tmp_path: Path):
 
 
 def test_patience_is_counted_over_a_resume(data: Path, tmp_path: Path):
-    """A learning rate that changes nothing: the first epoch is the best one and the third after it ends the run, also
-    where it is resumed after the first of them."""
+    """With a learning rate that changes nothing the first epoch is the best one, and --patience 3 ends the run with the
+    third epoch after it, also if it is resumed in between."""
     options = (*cl.USER_DIR, "--criterion", "hard_gate_kd", "--gate", "none", "--lr", 1e-30, "--patience", 3)
     first = cl.train(data, tmp_path, *options, "--max-epoch", 2)
     assert [row["epoch"] for row in first.result.logs("valid")] == [1, 2]
@@ -199,9 +199,9 @@ def test_patience_is_counted_over_a_resume(data: Path, tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def workers(data: Path, plain: cl.Run, tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[cl.Run, tuple]]:
-    """By the number of workers, a run of 5 updates and its options; one worker takes two batches an update."""
+    """Return, by number of workers, a run of 5 updates and its options; one worker takes two batches per update."""
     folder = tmp_path_factory.mktemp("workers")
-    # Its own sharpened teacher: both sides of the gate are seen.
+    # The teacher is the student's initial model, sharpened, so that the gate decides both ways.
     start = ("--finetune-from-model", plain.path(), "--teacher-temperature", 0.8)
     # An odd number of batches to validate on: one worker idles at the end.
     valid = ("--valid-subset", "valid,test", "--batch-size-valid", 24, "--required-batch-size-multiple", 1)
@@ -216,8 +216,8 @@ def workers(data: Path, plain: cl.Run, tmp_path_factory: pytest.TempPathFactory)
 
 
 def test_two_workers(data: Path, workers):
-    """Two workers and one with --update-freq 2 make the same parameters and log the same numbers; and two workers
-    resume."""
+    """Two workers and one with --update-freq 2 give the same parameters and log the same numbers, and the same
+    parameters after both are resumed."""
     (one, alone), (two, options) = workers[1], workers[2]
     assert cl.differences(one.state()["model"], two.state()["model"]) == {}
     (single,), (double,) = one.result.logs("train"), two.result.logs("train")
@@ -234,7 +234,7 @@ def test_two_workers(data: Path, workers):
 
 @pytest.mark.parametrize("subset", ["valid", "test"])
 def test_two_workers_validate_alike(subset: str, workers):
-    """Calibration is of all sentences, whichever worker had them in whichever batch."""
+    """Calibration and the other numbers are of all sentences, whichever worker had them in whichever batch."""
     (single,), (double,) = (workers[count][0].result.logs(subset) for count in (1, 2))
     assert single["ece"] == double["ece"] > 0.01
     for name in ("nll_loss", "accuracy", "teacher_share"):
@@ -242,7 +242,7 @@ def test_two_workers_validate_alike(subset: str, workers):
 
 
 def test_tensorboard(workers):
-    """Beside the numbers of each subset stands its reliability diagram; only the first worker writes."""
+    """TensorBoard has the ECE and the reliability diagram of each subset; only the first worker writes them."""
     folder = workers[2][0].folder.parent / "tensorboard" / "0"
     assert not (folder.parent / "1").exists()
     for subset in ("valid", "test"):

@@ -1,5 +1,7 @@
-"""What a run learned and remembers beside its model: resumed by itself alone; and its teacher is not written over."""
+"""Tests of what a run learns and remembers besides its model, with which only the same run is resumed, and of teachers
+that training would overwrite."""
 
+import argparse
 from pathlib import Path
 
 import command_line as cl
@@ -17,7 +19,7 @@ SMOOTHING = ("--gate", "always", "--kd-weight", 0.1, "--teacher-temperature", 1)
 
 
 def build(data: Path, *options):
-    """(task, criterion) as fairseq-train builds them."""
+    """Return (task, criterion) as fairseq-train builds them."""
     from fairseq import options as fairseq_options
     from fairseq import tasks
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
@@ -79,6 +81,10 @@ def build(data: Path, *options):
             (("--gate", "random", "--gate-share", 0.5, *what), "--gate random --gate-share draws, and reads nothing")
             for what in (("--gate-on", "argmax"), ("--untempered-gate",), ("--gate-dropout", "off"))
         ],
+        (
+            ("--gate", "none", "--num-batch-buckets", 2),
+            "--num-batch-buckets: fairseq's code for it fails with numpy >= 2",
+        ),
         (("--teacher-temperature-share", 0.5), "--teacher-temperature-share is of --teacher-temperature-start: add it"),
         (
             ("--teacher-temperature", "auto", "--disable-validation"),
@@ -99,8 +105,8 @@ def test_options_are_checked_before_anything_is_loaded(given: tuple, expected: s
 
 
 def test_the_teacher_of_all_training_data(data: Path, tmp_path: Path):
-    """The unigram teacher counts what is trained on: train1 too, the first part as often as --upsample-primary says,
-    all folders of the data, and no sentence that is too long."""
+    """The unigram teacher counts what is trained on: also train1 and all data folders, the first part as often as
+    --upsample-primary says, and no sentence that is too long."""
     for file in data.iterdir():
         (tmp_path / file.name).symlink_to(file)
     for side in ("de", "en"):
@@ -116,7 +122,7 @@ def test_the_teacher_of_all_training_data(data: Path, tmp_path: Path):
     trained = [
         *[first[i] for i in range(len(first))],
         *[first[i] for i in range(600)],
-    ]  # the second is the first's train
+    ]  # the second folder has the train of the first
     short = [row["target"] for row in trained if max(len(row["source"]), len(row["target"])) <= 8]
     assert 0 < len(short) < len(trained)
     assert len(added) == 64
@@ -166,7 +172,7 @@ def test_a_teacher_that_the_student_would_write_over(
     Path("t/t.pt").touch()
     Path("t/to_s.pt").symlink_to("../s/checkpoint_best.pt")
     Path("t/to_link.pt").symlink_to("to_s.pt")
-    Path("s/checkpoint_last.pt").symlink_to("../t/t.pt")  # replaced, though what it names is not
+    Path("s/checkpoint_last.pt").symlink_to("../t/t.pt")  # training replaces the link, not its target
     if not refused:
         refuse_what_training_writes(teacher, "./s/")
         return
@@ -175,8 +181,8 @@ def test_a_teacher_that_the_student_would_write_over(
 
 
 def test_what_a_gate_remembers_is_outside_the_criterion(data: Path, teacher: cl.Run):
-    """fairseq saves no buffers of a criterion without parameters, and --fp16 halves them: the memory is the task's, in
-    fp32, and comes back with the task's part of a checkpoint."""
+    """A gate's memory is saved and restored in fp32 with the task's state: fairseq saves no buffers of a criterion
+    without parameters, and --fp16 converts them."""
     given = ("--gate", "selective-global", "--teacher-path", teacher.path())
     (task, criterion), (again, other) = build(data, *given), build(data, *given)
     memory = criterion.gate_in_use().weights.state
@@ -190,7 +196,7 @@ def test_what_a_gate_remembers_is_outside_the_criterion(data: Path, teacher: cl.
 
 
 def prepared(state: dict, data: Path, new_run: bool, *options):
-    """The state as fairseq-train would take it up, and the criterion's own parameters."""
+    """Return the state as fairseq-train would load it, and the criterion's own initial parameters."""
     task, criterion = build(data, *options)
     training_state.prepare(state, "old.pt", task, criterion, new_run)
     return state, criterion.state_dict()
@@ -198,7 +204,7 @@ def prepared(state: dict, data: Path, new_run: bool, *options):
 
 @pytest.fixture(scope="module")
 def students(data: Path, teacher: cl.Run, plain: cl.Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Checkpoints of two updates each."""
+    """Return, by name, checkpoints of runs of two updates each, and that of `plain`."""
     folder = tmp_path_factory.mktemp("students")
     steps = ("--max-update", 2, "--disable-validation", *cl.KEEP_LAST)
     runs = {
@@ -243,17 +249,40 @@ def test_resumed_as_another_run(
     if not problem:
         before = repr(state)
         assert repr(prepared(state, data, False, *options, *taught)[0]) == before
-        return
-    with pytest.raises(UserError) as caught:
-        prepared(state, data, False, *options, *taught)
-    assert str(caught.value).startswith(f"old.pt is of another run: {problem}")
-    assert "--finetune-from-model" in str(caught.value)
-    assert "--reset-optimizer" in str(caught.value)
-    # As a new run it takes the model, and nothing of the old one's gate.
+    else:
+        with pytest.raises(UserError) as caught:
+            prepared(state, data, False, *options, *taught)
+        assert str(caught.value).startswith(f"old.pt is of another run: {problem}")
+        assert "--finetune-from-model" in str(caught.value)
+        assert "--reset-optimizer" in str(caught.value)
+    # A new run takes the model, and nothing of the old run's gate.
     state, learned = prepared(training_state_of(students[name]), data, True, *options, *taught)
     assert training_state.memory_in(state["extra_state"]) == {}
     if learned:
         assert cl.differences(state["criterion"], learned) == {}
+
+
+def test_options_that_were_not_set_before_are_reported():
+    """A changed option without a default value, such as --jsd-beta, is reported; one that a checkpoint lacks is not."""
+    new = argparse.Namespace(divergence="js", jsd_beta=0.3)
+    expected = "--jsd-beta 0.3 is asked for, and the default made it"
+    assert training_state.changes(new, argparse.Namespace(divergence="js", jsd_beta=None)) == expected
+    assert training_state.changes(new, argparse.Namespace()) == ""
+
+
+def test_reset_dataloader_keeps_the_memory(students: dict[str, Path], data: Path, teacher: cl.Run, tmp_path: Path):
+    """--reset-dataloader resets the position in the data but not the gate's memory; fairseq alone resets both."""
+    gate = cl.distil(teacher.path(), "--gate", "selective-global")
+    steps = ("--disable-validation", *cl.KEEP_LAST, "--restore-file", students["selective-global"])
+    run = cl.train(data, tmp_path, *gate, *steps, "--reset-dataloader", "--max-update", 3)
+    assert run.state()["extra_state"]["train_iterator"]["iterations_in_epoch"] == 1  # not 3
+    kept, more = (
+        training_state.memory_in(cl.load(path)["extra_state"])["gate"]["queue"]
+        for path in (students["selective-global"], run.path())
+    )
+    kept, more = kept[kept.isfinite()], more[more.isfinite()]  # nan: not filled yet
+    assert 0 < len(kept) < len(more)
+    assert torch.isin(kept, more).all()
 
 
 def training_state_of(path: Path) -> dict:
@@ -263,7 +292,8 @@ def training_state_of(path: Path) -> dict:
 
 
 def test_resumed_with_another_teacher(students: dict[str, Path], data: Path, teacher: cl.Run, plain: cl.Run, tmp_path):
-    """By its weights, not its name: a copy is the same teacher. Through fairseq-train, also that the remedy works."""
+    """fairseq-train identifies a teacher by its weights, so that a copy may be used; --reset-optimizer, which the
+    refusal of another teacher names, works."""
     copy = tmp_path / "copy.pt"
     copy.write_bytes(teacher.path().read_bytes())
     given = (
@@ -290,13 +320,8 @@ def test_resumed_with_another_teacher(students: dict[str, Path], data: Path, tea
     cl.one_error_message(other, ["is of another run: another teacher taught its student", "--reset-optimizer"])
 
 
-def test_finetuned_from_a_run_without_such_parameters(students: dict[str, Path]):
-    """A learned gate begins anew where --finetune-from-model names a plain run: the fixture trained it."""
-    assert training_state_of(students["soft-learned"])["criterion"]["learned_gate.sharpness"] != 1.0
-
-
 def test_what_was_learned_is_validated(students: dict[str, Path], data: Path):
-    """fairseq-validate builds the criterion anew: what it learned comes back with the checkpoint."""
+    """fairseq-validate builds a new criterion, which gets the learned parameters from the checkpoint."""
     from fairseq import checkpoint_utils
 
     path = str(students["soft-learned"])
@@ -319,9 +344,28 @@ def test_nan_gradients_are_reported(data: Path, teacher: cl.Run, tmp_path: Path)
     assert "StopIteration" not in result.output
 
 
+def test_workers_whose_gradients_differ_are_no_divergence():
+    """Gradients that differ between workers are not reported as divergence, for which fairseq raises the same class."""
+    from fairseq.trainer import Trainer
+
+    class Broken(Trainer):
+        def __init__(self):
+            pass
+
+        def get_num_updates(self):
+            return 6
+
+        def _set_seed(self):
+            raise FloatingPointError("Fatal error: gradients are inconsistent between workers. Try another backend")
+
+    with pytest.raises(UserError) as caught:
+        Broken().train_step([])
+    assert str(caught.value) == "update 7: Fatal error: gradients are inconsistent between workers. Try another backend"
+
+
 def test_weights_of_the_sentences_that_were_learned(data: Path, teacher: cl.Run, tmp_path: Path):
-    """`hgkd weights` reads the rows of sentences that are short enough to train on and were not kept aside, whatever
-    the task's class is called."""
+    """`hgkd weights` reads the rows of sentences that are short enough to train on and not held out, whatever the name
+    of the task's class."""
     from hgkd_fairseq.sentence_weights import table as weight_table
 
     gate = ("--gate", "instance", "--held-out", 0.1, "--refresh-interval", 1, "--max-update", 2)

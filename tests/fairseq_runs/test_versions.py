@@ -1,8 +1,8 @@
-"""A training that version 0.1.0 began before its rooms were redrawn goes on with this one.
+"""Test that a training started with version 0.1.0, before the package was reorganised, is continued by this version.
 
-version_0_1_0/ holds its data, its teacher, its checkpoint after 2 of 4 epochs and what the same version had at the end:
-gate selective-global, whose memory is in the checkpoint. On one machine both ends are the same to the bit; another one
-may round otherwise.
+version_0_1_0/ holds the data, the teacher, the checkpoint after 2 of 4 epochs and the final state of that version. The
+gate is selective-global, whose memory is in the checkpoint. On one machine both final states are bit-identical; another
+machine may round differently.
 """
 
 import shutil

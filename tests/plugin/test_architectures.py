@@ -1,4 +1,4 @@
-"""A teacher of an architecture that another plugin registers."""
+"""Tests of a teacher whose architecture is registered by another plugin."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ def of_others(args):
 
 @pytest.fixture(scope="module")
 def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the plugin `others`, and `both`, which imports ours beside it."""
+    """Return a folder with the plugin `others`, and the plugin `both`, which imports `others` and this package."""
     folder = tmp_path_factory.mktemp("plugins")
     for name, content in (("others", "from . import models_of_others"), ("both", "import others, hgkd_fairseq.tasks")):
         (folder / name).mkdir()

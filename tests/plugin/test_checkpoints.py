@@ -1,4 +1,4 @@
-"""The loader of checkpoints: what fairseq writes is read, anything else is one error message and runs nothing."""
+"""Tests of the checkpoint loader: what fairseq writes is read; anything else is one error message and runs no code."""
 
 import io
 import os
@@ -24,7 +24,7 @@ CUT = "cannot be read: it is cut short or damaged"
 
 
 def state(**changes) -> dict:
-    """As fairseq-train saves one; `changes` take the place of its parts."""
+    """Return a checkpoint as fairseq-train saves it, with the parts in `changes` replaced."""
     options = {"model": Namespace(arch="transformer", encoder_layers=1), "criterion": {"_name": "cross_entropy"}}
     options |= {"task": {"_name": "translation", "data": "bin"}, "common": {"seed": 1}}
     history = [{"criterion_name": "X", "optimizer_name": "Y", "lr_scheduler_state": {}, "num_updates": 7}]
@@ -46,7 +46,7 @@ def old_format(path: Path, **changes) -> Path:
 
 
 class Code:
-    """Unpickling an instance makes a file."""
+    """Unpickling an instance creates a file."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -66,7 +66,7 @@ class Calls:
 
 
 class Named:
-    """Unpickling an instance imports a name that a terminal would obey."""
+    """Unpickling an instance imports this class; `named` puts control characters into the name."""
 
     def __reduce__(self):
         return Named, ()
@@ -79,7 +79,7 @@ def named(path: Path) -> Path:
 
 
 def rewritten(path: Path, change) -> Path:
-    """The same zip with another data.pkl, all checksums right."""
+    """Rewrite a zip file with data.pkl changed and all checksums right."""
     with zipfile.ZipFile(path) as file:
         records = {entry.filename: file.read(entry) for entry in file.infolist()}
     with zipfile.ZipFile(path, "w") as file:
@@ -89,7 +89,7 @@ def rewritten(path: Path, change) -> Path:
 
 
 def flipped(path: Path) -> Path:
-    """One bit of one weight."""
+    """Save a checkpoint with one bit of one weight flipped."""
     content = bytearray(saved(path).read_bytes())
     place = content.index(struct.pack("<6f", *range(6)))
     content[place + 5] ^= 0x40
@@ -140,7 +140,7 @@ def pipe(path: Path) -> Path:
 
 
 def laughs(kind: type = list):
-    """2^64 lists in 64."""
+    """Return 64 nested lists (or tuples) that expand to 2^64."""
     value = kind()
     for _ in range(64):
         value = kind([value, value])
@@ -154,7 +154,7 @@ def loop() -> list:
 
 
 def larger_than_its_file(path: Path) -> Path:
-    """A tensor of 2 x 3 that says it is 2,000,000 x 3."""
+    """Save a tensor of 2 x 3 numbers whose shape says 2,000,000 x 3."""
     saved(path)
     return rewritten(path, lambda content: content.replace(b"K\x02K\x03\x86", b"J\x80\x84\x1e\x00K\x03\x86"))
 
@@ -234,7 +234,7 @@ def test_refused(name: str, tmp_path: Path):
 
 @pytest.mark.parametrize("part", ["sub-dtype", "fields", "size", "flags"])
 def test_a_dtype_that_would_follow_pointers(part: str, tmp_path: Path):
-    """numpy's dtype("i8") whose state says that it is an array of objects: nothing is made of the bytes."""
+    """numpy's dtype("i8") with a state by which the bytes of the array would be pointers is refused."""
     start, number = b"(K\x03X\x01\x00\x00\x00<", b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00t"
     objects = b"cnumpy\ndtype\nX\x01\x00\x00\x00O\x89\x88\x87R"
     states = {
@@ -260,14 +260,14 @@ def test_a_dtype_that_would_follow_pointers(part: str, tmp_path: Path):
 
 @pytest.mark.parametrize("write", [saved, old_format])
 def test_code_is_not_run(write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Also where torch's variable says to run it: the usual remedy for fairseq under torch 2.6."""
+    """Code is refused also with TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD, the usual workaround for fairseq under torch 2.6."""
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     file = tmp_path / "code_has_run"
     write(tmp_path / "a.pt", extra=Code(file))
     with pytest.raises(UserError, match=rf"wants to import {os.system.__module__}\.system"):
         checkpoints.read(tmp_path / "a.pt")
     assert not file.exists()
-    torch.load(tmp_path / "a.pt")  # it is there to be run
+    torch.load(tmp_path / "a.pt")  # without the loader's protection it runs
     assert file.exists()
 
 
@@ -276,7 +276,7 @@ ARRAYS = ["b1", "i1", "i2", "i4", "i8", "u1", "f2", "f4", "f8", ">i4", ">f8"]
 
 @pytest.mark.parametrize("write", [saved, old_format])
 def test_read(write, tmp_path: Path):
-    """Weights and options as they were; arrays of numbers become tensors, meters of old nothing."""
+    """Weights and options are read unchanged, and arrays of numbers become tensors."""
     arrays = {code: (np.arange(6).reshape(2, 3) % 2).astype(code) for code in ARRAYS}
     arrays["fortran"] = np.asfortranarray(np.arange(6.0).reshape(2, 3))
     found = checkpoints.read(write(tmp_path / "a.pt", extra_state={"arrays": [arrays], "previous_training_time": 1.0}))
@@ -302,7 +302,7 @@ def test_a_section_that_is_none(value, tmp_path: Path):
 
 
 def test_meters_of_old(tmp_path: Path):
-    """fairseq before 0.9 pickled the objects under fairseq.meters."""
+    """Meters, which fairseq before 0.9 pickled as objects of fairseq.meters, are read as None."""
     for module in (b"fairseq.meters", b"fairseq.logging.meters"):
         saved(tmp_path / "a.pt", extra_state={"train_meters": OrderedDict(a=Named()), "val_loss": 4.0})
         names = f"{Named.__module__}\nNamed\n".encode(), module + b"\nAverageMeter\n"
@@ -313,7 +313,7 @@ def test_meters_of_old(tmp_path: Path):
 
 
 def test_memory_without_end(tmp_path: Path):
-    """Outside the options it takes no time."""
+    """Nested containers outside the options, which expand to 2^64, are read without being expanded."""
     file = saved(tmp_path / "a.pt", extra_state={"a": laughs(tuple), "b": laughs()})
     extra = checkpoints.read(file).state["extra_state"]
     assert extra["a"][0] is extra["a"][1]
@@ -376,7 +376,7 @@ def test_report_on_weights_of_sentences(tmp_path: Path, capsys: pytest.CaptureFi
     drawn = figure.read_text()
     assert [text in drawn for text in ("weight of the data", "weight of the teacher", "noisy", "others")] == [True] * 4
 
-    # None was learned: nothing moved, or those that count for nothing.
+    # A table before its first refresh, and learned weights that are all 0.
     weight_table.report(of_sentences(tmp_path / "a.pt", epoch=torch.tensor(0), learned=torch.zeros(5) > 0), *[None] * 3)
     assert capsys.readouterr().out.splitlines() == [
         "all: no sentence",
@@ -386,7 +386,8 @@ def test_report_on_weights_of_sentences(tmp_path: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out == (
         "all: 3 sentences, median weight data 0.0000, teacher 0.0000, median share of the teacher nan\n"
     )
-    old = {key: value for key, value in LEARNED.items() if key != "learned"}  # rows that moved were learned
+    # In older checkpoints, without "learned", rows that differ from their first values were learned.
+    old = {key: value for key, value in LEARNED.items() if key != "learned"}
     file = saved(tmp_path / "a.pt", extra_state={"TranslationWithTeacherTask": {"gate": old}})
     assert weight_table.read(str(file)).sentence.tolist() == [1, 2, 3]
 
@@ -407,7 +408,7 @@ def test_numbers_of_sentences_that_are_none(words: str, tmp_path: Path):
 
 
 def test_of_a_diverged_run_without_its_weights(tmp_path: Path):
-    """What a report needs is there all the same."""
+    """The options of a checkpoint with nan weights can be read without its model, for a report."""
     file = saved(tmp_path / "a.pt", model={"w": torch.tensor([torch.nan])})
     assert checkpoints.read(file, model=False).updates == 7
 
@@ -422,7 +423,7 @@ def test_overrides(tmp_path: Path):
 
 
 def test_without_arrays():
-    """What is saved holds no array; the rest is as it was, and what is in use is not touched."""
+    """Arrays become tensors and numpy's scalars Python's; other values stay, and the object itself is not changed."""
     inside = OrderedDict(a=np.arange(3), b=[np.float64(2.5), (np.int32(1), "x")], c=torch.ones(1))
     found = checkpoints.without_arrays({"x": inside, "n": None})["x"]
     assert type(found) is OrderedDict
@@ -488,6 +489,6 @@ def test_no_literals(text: str):
 
 @pytest.mark.parametrize("value", [True, 1, None, b"1", compile("1", "", "eval")])
 def test_no_strings(value):
-    """As eval: fairseq's eval_bool counts on it."""
+    """A value that is no string raises TypeError, as in eval, because fairseq's eval_bool relies on it."""
     with pytest.raises(TypeError):
         literal(value)
