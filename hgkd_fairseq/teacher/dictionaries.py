@@ -140,7 +140,7 @@ def lost_mass(signal: Dense, kept: Tensor) -> Tensor:
 def log_sums(head: Head, kept: Tensor) -> Tensor:
     """Return the log-sum-exp (N,) of the logits of the N tokens that `kept` (B, T) bool selects."""
     rows = head.hidden[kept]
-    return torch.cat([logits(head._replace(hidden=some)).logsumexp(1) for some in rows.split(ROWS)] or [rows[:, 0]])
+    return torch.cat([logits(head._replace(hidden=some)).logsumexp(1) for some in rows.split(ROWS)])
 
 
 def report(signals: Sequence[tuple[dict, Dense]], source: Dictionary, target: Dictionary) -> None:

@@ -160,6 +160,7 @@ def measure(teacher: TeacherSource, task: Any, valid: str, model: Any) -> Gauge 
     """Fit a teacher's temperature and measure its NLL, or return the cached result of an earlier run.
 
     The cache key consists of the package version, the teacher's fingerprint, the precision and the sampled sentences.
+    A teacher without a fingerprint is measured in each run.
 
     Args:
         teacher: a frozen teacher.
@@ -185,9 +186,11 @@ def measure(teacher: TeacherSource, task: Any, valid: str, model: Any) -> Gauge 
         for tokens in (batch["net_input"]["src_tokens"], batch["target"]):
             digest.update(f"{tuple(tokens.shape)}".encode() + tokens.numpy().tobytes())
     name = f"gauge-{digest.hexdigest()[:40]}.json"
+    cached = teacher.fingerprint is not None
     try:
-        known = files.read_json(cache.folder() / name, SCHEMA)
-        return Gauge(**{one.name: known.get(one.name) for one in fields(Gauge)})
+        if cached:
+            known = files.read_json(cache.folder() / name, SCHEMA)
+            return Gauge(**{one.name: known.get(one.name) for one in fields(Gauge)})
     except (OSError, RuntimeError, UserError):
         pass  # no cached result, or none that can be used
     tokens, training = (read(teacher, batches, pad, parameter) for batches in (held_out, seen))
@@ -199,8 +202,9 @@ def measure(teacher: TeacherSource, task: Any, valid: str, model: Any) -> Gauge 
         training_nll_at_1=training.nll(1.0),
     )
     try:
-        known = {key: value for key, value in asdict(gauge).items() if value is not None}
-        files.write_json(cache.folder() / name, known)
+        if cached:
+            known = {key: value for key, value in asdict(gauge).items() if value is not None}
+            files.write_json(cache.folder() / name, known)
     except (OSError, RuntimeError, UserError) as error:
         logger.info("the teacher's temperature is fitted anew in each run: %s", error)
     return gauge

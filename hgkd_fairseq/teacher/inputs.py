@@ -129,7 +129,10 @@ def languages(task: dict[str, Any]) -> list[str]:
     if task.get("lang_dict"):
         text = files.read_found(str(task["lang_dict"]), "name the teacher's --lang-dict")
         return [line.strip() for line in text.split("\n") if line.strip()]
-    return list(task.get("langs") or sorted({language for pair in lang_pairs(task) for language in pair.split("-")}))
+    given = task.get("langs")
+    if isinstance(given, str):
+        return given.split(",")
+    return list(given or sorted({language for pair in lang_pairs(task) for language in pair.split("-")}))
 
 
 def lang_pairs(task: dict[str, Any]) -> list[str]:
@@ -186,8 +189,6 @@ def check_lengths(
 ) -> None:
     """Refuse data with sentences that are short enough for the student and too long for the teacher.
 
-    Sources and targets are checked separately: a source counts even if its target is too long for the student.
-
     Args:
         split: name of the subset, for the error message.
         dataset: the data, of one or of several language pairs.
@@ -200,9 +201,10 @@ def check_lengths(
         UserError: there is such a sentence.
     """
     for part in pairs.parts(dataset):
-        lengths = np.asarray(part.sizes).reshape(len(part), -1).T  # (2, S), or (1, S) without targets
-        for side, sizes, most, limit in zip(("source", "target"), lengths, positions, limits, strict=False):
-            longest = int(sizes[sizes <= limit].max(initial=0))
+        lengths = np.asarray(part.sizes).reshape(len(part), -1)  # (S, 2), or (S, 1) without targets
+        trained = lengths[(lengths <= np.asarray(limits)[: lengths.shape[1]]).all(1)]
+        for side, sizes, most in zip(("source", "target"), trained.T, positions, strict=False):
+            longest = int(sizes.max(initial=0))
             if longest > most:
                 raise UserError(
                     f"{split} has a {side} sentence of {longest} tokens, and {teacher} takes {most} at most; leave "

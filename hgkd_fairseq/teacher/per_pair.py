@@ -70,7 +70,7 @@ class TeacherOfEachPair(LiveTeacher):
 
     @property
     def fingerprint(self) -> str:
-        return f"{self.hash} for pairs {' '.join(map(str, self.of_pair))}"
+        return f"for each pair: {' '.join(self.hashes[place] for place in self.of_pair)}"
 
     @torch.no_grad()
     def signal(self, sample: dict, device: torch.device, dtype: torch.dtype) -> Dense:

@@ -138,6 +138,11 @@ class Store:
             raise UserError(
                 f"{self.named} is no teacher's store: of its manifest {problem}; write another one with {AGAIN}"
             )
+        if len(self.manifest["dictionaries"]) != 2 or len(self.manifest["languages"]) != 2:
+            raise UserError(
+                f"{self.named} is no teacher's store: its manifest does not name two dictionaries and two languages; "
+                f"write another one with {AGAIN}"
+            )
         if self.kind not in KINDS or self.manifest["dtype"] not in DTYPES:
             raise UserError(f"{self.named} is no teacher's store of a kind that is known; {' '.join(KINDS)} are")
         self.parts = [Part(*[one[name] for name in Part._fields]) for one in self.manifest["parts"]]

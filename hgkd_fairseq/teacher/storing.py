@@ -66,12 +66,9 @@ class Source:
     """
 
     def __init__(self, part: Part, dataset: Any, keys: np.ndarray, limits: tuple[int, int]):
-        self.part, self.dataset, self.keys, self.limits = part, dataset, keys, limits
-
-    def kept(self, index: int) -> bool:
-        """Return whether a sentence is short enough for the teacher."""
-        sizes = (self.dataset.src_sizes[index], self.dataset.tgt_sizes[index])
-        return all(size <= limit for size, limit in zip(sizes, self.limits, strict=True))
+        self.part, self.dataset, self.keys = part, dataset, keys
+        # (S,) bool: whether a sentence is short enough for the teacher
+        self.kept = (dataset.src_sizes <= limits[0]) & (dataset.tgt_sizes <= limits[1])
 
 
 def write(data: str, teacher_path: str, output: str, options: StoreOptions) -> str:
@@ -126,7 +123,7 @@ def write(data: str, teacher_path: str, output: str, options: StoreOptions) -> s
         "heads": {name: hashlib.sha256(content).hexdigest() for name, content in layers.items()},
         "parts": [source.part._asdict() for source in sources],
     }  # fmt: skip
-    tokens = sum(int(source.dataset.tgt_sizes.sum()) for source in sources)
+    tokens = sum(int(source.dataset.tgt_sizes[source.kept].sum()) for source in sources)
     check_room(output, tokens * statistics.bytes_a_token(options, teacher.models, vocabulary), options.kind)
     rows = sum(source.part.sentences for source in sources)
     shards = Shards.create(output, manifest, rows, options.shard_size)
@@ -135,11 +132,12 @@ def write(data: str, teacher_path: str, output: str, options: StoreOptions) -> s
     with tqdm(total=tokens, unit="token", unit_scale=True, disable=not os.isatty(2)) as progress:
         writer = Writer(teacher, shards, sources, options, task, device, progress)
         shards.fill(writer.make)
+    sentences = sum(int(source.kept.sum()) for source in sources)
     size = sum(file.stat().st_size for file in Path(output).rglob("*") if file.is_file())
     biased = "; the gradient of its KL is biased: what is outside of the k tokens is one bucket"
     return (
-        f"{output}: kind {options.kind}, {rows} sentences, {tokens} target tokens, {size} bytes, {size / tokens:.1f} a "
-        f"token{biased if options.kind == 'topk' else ''}"
+        f"{output}: kind {options.kind}, {sentences} sentences, {tokens} target tokens, {size} bytes, "
+        f"{size / tokens:.1f} a token{biased if options.kind == 'topk' else ''}"
     )
 
 
@@ -221,7 +219,7 @@ def sources_of(task: TranslationTask, data: str, subsets: tuple[str, ...], limit
             part = Part(name, folder, first, len(dataset), hashlib.sha256(keys.tobytes()).hexdigest())
             first += len(dataset)
             source = Source(part, dataset, keys, limits)
-            if long := sum(not source.kept(index) for index in range(len(dataset))):
+            if long := int((~source.kept).sum()):
                 logger.warning(
                     "%d of %d sentences of %s are longer than the teacher takes and are left out",
                     long,
@@ -270,13 +268,17 @@ def check_room(output: str, needed: float, kind: str) -> None:
     written = sum(file.stat().st_size for file in there.rglob("*.npy")) if there.is_dir() else 0
     if not there.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {there.parent}; make it first")
-    free = shutil.disk_usage(there.parent).free
+    free = shutil.disk_usage(there if there.is_dir() else there.parent).free
     logger.info("about %s are written, %s are free", amount(needed), amount(free))
     if needed - written > free:
         raise UserError(
             f"--output {output}: about {amount(needed)} of kind {kind} do not fit, {amount(free)} are free; "
-            "name another disk, or --kind sampled, which takes least"
+            f"name another disk{SMALLER.get(kind, '')}"
         )
+
+
+# What needs less space than a store of a kind, for the error message above.
+SMALLER = {"hidden": ", or --kind sampled", "sampled": ", or fewer --draws", "topk": ", or a smaller --k"}
 
 
 class Writer:
@@ -334,9 +336,9 @@ class Writer:
             UserError: all sentences of the data are too long for the teacher.
         """
         for source in self.sources:
-            index = next(filter(source.kept, range(len(source.dataset))), None)
-            if index is not None:
-                return self.ask(source, [index], self.teacher.models, torch.Generator(self.device))[0]
+            if source.kept.any():
+                generator = torch.Generator(self.device)
+                return self.ask(source, [int(source.kept.argmax())], self.teacher.models, generator)[0]
         raise UserError("--teacher-path: the teacher takes no sentence of these data, all of which are longer")
 
     def asked(self, source: Source, indices: list[int]) -> Iterator[tuple[list, list[int]]]:
@@ -354,7 +356,7 @@ class Writer:
         Sentences that are too long for the teacher are left out.
         """
         dataset = source.dataset
-        lengths = {i: (int(dataset.tgt_sizes[i]), int(dataset.src_sizes[i])) for i in indices if source.kept(i)}
+        lengths = {i: (int(dataset.tgt_sizes[i]), int(dataset.src_sizes[i])) for i in indices if source.kept[i]}
         order = sorted(lengths, key=lambda i: (lengths[i], i))
         return filled(order, lambda i: max(lengths[i]), self.options.max_tokens)
 
@@ -365,7 +367,7 @@ class Writer:
         """Run models on a batch of sentences, and return the arrays of each sentence, in the order of `indices`.
 
         Raises:
-            UserError: a statistic of a target token is not finite.
+            UserError: a statistic of a target token is not finite, or a hidden state exceeds the range of --dtype.
         """
         batch = source.dataset.collater([source.dataset[index] for index in indices])
         batch = utils.move_to_cuda(batch) if self.device.type == "cuda" else batch
@@ -378,6 +380,10 @@ class Writer:
             raise UserError(
                 f"the teacher gives probabilities that are NaN or 0 to targets of {source.part.name}; its training has "
                 "diverged: name an earlier checkpoint"
+            )
+        if not all(bool(torch.isfinite(values).all()) for name, values in rows.items() if name.startswith("hidden")):
+            raise UserError(
+                f"--dtype {self.options.dtype}: hidden states of the teacher exceed its range; give bf16 or fp32"
             )
         cut = {}
         for name, values in rows.items():

@@ -1,4 +1,4 @@
-"""Stores of the shared teacher, one of each kind."""
+"""Fixtures of the teacher's tests: a store of each kind, the live teacher, and a student distilled from a store."""
 
 import shutil
 from pathlib import Path
@@ -10,7 +10,7 @@ from making_stores import FROM_A_STORE, TranslationWithTeacherTask, make_task, o
 
 @pytest.fixture(scope="session")
 def stores(data: Path, teacher: cl.Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """By kind; of 200 sentences a shard."""
+    """Return fp32 stores of the teacher by kind, and "bf16", hidden states in bf16; with 200 sentences per shard."""
     folder = tmp_path_factory.mktemp("stores")
     found = {kind: folder / kind for kind in ("hidden", "sampled", "topk", "gold")}
     for kind, one in found.items():
@@ -28,7 +28,7 @@ def live(data: Path, teacher: cl.Run) -> TranslationWithTeacherTask:
 
 @pytest.fixture(scope="session")
 def distilled(data: Path, stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> cl.Run:
-    """As `student`, but of a store, which is deleted when it is trained."""
+    """Return a run like `student`, but distilled from a store, which is deleted after the training."""
     folder = tmp_path_factory.mktemp("distilled")
     gone = shutil.copytree(stores["hidden"], folder / "store_then_deleted")
     options = (*FROM_A_STORE, "--teacher-store", gone, "--max-epoch", 6, "--disable-validation", *cl.KEEP_LAST)

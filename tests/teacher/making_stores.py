@@ -1,4 +1,4 @@
-"""What the tests of stored teachers share: stores as `hgkd store` writes them, and tasks that read them."""
+"""Helpers of the tests of stored teachers: stores written by `hgkd store`, and tasks that read them."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def command(data: Path | str, teacher: Path | str, folder: Path, *options) -> li
 
 
 def of_kind(kind: str) -> tuple[str, ...]:
-    """Options of a store of that kind, in fp32: the others than hidden states are so in any case."""
+    """Return the options of a store of a kind in fp32; kinds other than hidden states are always in fp32."""
     return ("--kind", kind, *(("--dtype", "fp32") if kind == "hidden" else ()))
 
 
@@ -51,7 +51,7 @@ def load(data: Path, store: Path) -> TranslationWithTeacherTask:
 
 
 def batches(task, subset: str = "train", workers: int = 0):
-    """Of an epoch, shuffled."""
+    """Return an iterator over the shuffled batches of an epoch."""
     task.load_dataset(subset, combine=subset == "train")
     found = task.get_batch_iterator(task.dataset(subset), max_tokens=400, seed=1, num_workers=workers)
     return found.next_epoch_itr(shuffle=True)

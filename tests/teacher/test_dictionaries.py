@@ -1,4 +1,5 @@
-"""A teacher with a larger dictionary than its student: selected and renormalised, against float64 by the equations."""
+"""Tests of a teacher with a larger dictionary than its student's, of which rows are selected and probabilities are
+renormalised, against fp64."""
 
 import random
 from pathlib import Path
@@ -27,7 +28,7 @@ plugin.register()
 
 
 def rebinarised(data: Path, folder: Path, keep) -> Path:
-    """The data with a dictionary of the symbols that `keep` gives of the old ones."""
+    """Write the data with a dictionary of the symbols `keep(old symbols)` to a folder, and return it."""
     symbols = [line.split()[0] for line in (data / "dict.en.txt").read_text().splitlines()]
     dictionary = binarised_corpus.dictionary_of(keep(symbols))
     for subset in ("train", "valid", "test"):
@@ -38,7 +39,7 @@ def rebinarised(data: Path, folder: Path, keep) -> Path:
 
 @pytest.fixture(scope="module")
 def pruned(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Without some symbols, and the others in another order."""
+    """Return the data with a dictionary that lacks some symbols and has the others in another order."""
 
     def keep(symbols: list[str]) -> list[str]:
         kept = [symbol for symbol in symbols if symbol not in DROPPED and not symbol.startswith("madeup")]
@@ -69,8 +70,8 @@ def batch_of(task: TranslationTask, count: int = 24) -> dict:
 
 
 def by_hand(path: Path, data: Path, task: TranslationTask, batch: dict) -> torch.Tensor:
-    """(B, T, V) the logits, in fp64, of a teacher that is given the sentences' symbols in its own ids: of the task's
-    symbols, and of its own."""
+    """Return the fp64 logits (B, T, V) of a teacher that gets the batch in its own ids: those of the task's symbols,
+    and those of all of its own."""
     own = make_task(data)
     alone = load(own, path).models[0].double()
 
@@ -90,8 +91,8 @@ IMPLEMENTATIONS = ("eager", "chunked", "native", "auto")
 
 @pytest.mark.parametrize("gate", ["always", "token", "sentence", "selective-batch"])
 def test_loss_is_that_of_the_renormalised_teacher(gate: str, data: Path, teacher: cl.Run, pruned: Path):
-    """KL, decisions and gradients in every implementation, at two temperatures, against fp64 over the student's symbols
-    alone."""
+    """KL, decisions and gradients of every implementation, at two temperatures, equal those in fp64 over the student's
+    symbols alone."""
     task = make_task(pruned)
     batch = batch_of(task)
     kept = batch["target"] != PAD
@@ -123,7 +124,7 @@ def test_loss_is_that_of_the_renormalised_teacher(gate: str, data: Path, teacher
 
 
 def test_lost_mass(data: Path, teacher: cl.Run, pruned: Path):
-    """Of one teacher, and the mean of two, of which one has the student's dictionary."""
+    """The lost mass of an ensemble is the mean of its members', and 0 for one with the student's dictionary."""
     task = make_task(pruned)
     batch = batch_of(task)
     kept = batch["target"] != PAD
@@ -140,7 +141,8 @@ def test_lost_mass(data: Path, teacher: cl.Run, pruned: Path):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_rows_of_an_output_layer(bias: bool):
-    """With its bias; and log-probabilities of a model without one; after the layer has moved to another precision."""
+    """The rows of the student's symbols are selected from weight and bias, also after a change of precision, and from
+    the log-probabilities of a model without an output layer."""
     ids = torch.tensor([4, 0, 2])
     selection = Selection(None, ids)
     weight = torch.randn(5, 3, generator=torch.Generator().manual_seed(2))
@@ -156,7 +158,7 @@ def test_rows_of_an_output_layer(bias: bool):
 
 
 def test_another_order_is_the_same_teacher(data: Path, teacher: cl.Run, reordered: Path):
-    """What the teacher says of each symbol is the same to the bit, and nothing is lost."""
+    """A dictionary in another order changes no hidden state, no probability but for rounding, and loses no mass."""
     same, other = make_task(data), make_task(reordered)
     one, two = (load(task, teacher.path()) for task in (same, other))
     signals = [each.signal(batch_of(task), CPU, FP32) for each, task in ((one, same), (two, other))]
@@ -165,13 +167,13 @@ def test_another_order_is_the_same_teacher(data: Path, teacher: cl.Run, reordere
     torch.testing.assert_close(second[..., columns], first, rtol=0, atol=2e-6)  # sums of another order
     assert torch.equal(signals[0].heads[0].hidden, signals[1].heads[0].hidden)
     assert [len(signal.whole) for signal in signals] == [0, 0]
-    # A run is resumed with the teacher's ids that it began with.
+    # The fingerprint depends on the selected ids, so that a run is resumed with the same ones.
     assert one.fingerprint != two.fingerprint
     assert two.fingerprint.startswith(one.fingerprint)
 
 
-def test_an_ensemble_of_two_dictionaries(data: Path, teacher: cl.Run, plain: cl.Run, pruned: Path):
-    """The mean of the renormalised members, each with its own dictionary."""
+def test_an_ensemble_with_another_dictionary(data: Path, teacher: cl.Run, plain: cl.Run, pruned: Path):
+    """The distribution of an ensemble is the mean of its renormalised members'."""
     task = make_task(pruned)
     batch = batch_of(task)
     members = [load(task, path).signal(batch, CPU, FP32) for path in (teacher.path(), plain.path())]
@@ -195,7 +197,7 @@ def test_a_symbol_that_the_teacher_lacks(symbols: list[str], expected: str | Non
 
 @pytest.mark.parametrize("name", ["pad", "eos", "unk"])
 def test_special_symbols_that_differ(name: str):
-    """Each has all symbols of the other, but a teacher's pad may be a word of the student's."""
+    """Dictionaries of the same symbols are refused if a special symbol of one is a word of the other."""
     symbols = {"pad": "<pad>", "eos": "</s>", "unk": "<unk>"}
     teacher, student = Dictionary(**{name: "w0"}), Dictionary()
     for dictionary in (teacher, student):
@@ -206,14 +208,14 @@ def test_special_symbols_that_differ(name: str):
 
 
 def test_training(data: Path, teacher: cl.Run, pruned: Path, tmp_path: Path):
-    """Through fairseq-train: what is lost is logged at the start and in validation, and warned of."""
+    """fairseq-train logs the lost mass at the start and in validation, and warns of it."""
     run = cl.train(
         pruned, tmp_path / "run", *cl.distil(teacher.path("checkpoint_best.pt"), "--max-epoch", 2, *cl.KEEP_LAST)
     )
     start = [line for line in run.result.output.splitlines() if "(teacher_lost_mass)" in line]
     assert len(start) == 1
     lost = [row["teacher_lost_mass"] for row in run.result.logs("valid")]
-    assert lost[0] == lost[1] > dictionaries.MOST_LOST  # a frozen teacher's
+    assert lost[0] == lost[1] > dictionaries.MOST_LOST  # constant, as the teacher is frozen
     task = make_task(pruned)
     whole = batch_of(task, len(task.dataset("valid")))
     kept = whole["target"] != PAD
@@ -230,7 +232,7 @@ def test_training(data: Path, teacher: cl.Run, pruned: Path, tmp_path: Path):
 def test_a_store_holds_the_students_symbols(
     data: Path, teacher: cl.Run, pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
-    """hgkd store: the selected output layer; hgkd translate and calibration refuse such a model."""
+    """hgkd store writes the selected output layer; hgkd translate and hgkd calibration refuse such a model."""
     from hgkd_fairseq.teacher.stored import StoredTeacher
 
     words = ["store", pruned, "--teacher-path", teacher.path(), "--subset", "valid", "--dtype", "fp32", "--cpu"]

@@ -1,4 +1,4 @@
-"""--teacher-temperature auto, and what a run logs of its teacher."""
+"""Tests of --teacher-temperature auto and of what a run logs about its teacher."""
 
 import re
 from argparse import Namespace
@@ -40,12 +40,13 @@ def test_auto_is_what_the_single_command_fits(run: cl.Run, fitted: temperature.F
     assert f"--teacher-temperature auto: {degree:.4f}" in run.result.output
     assert at_it == pytest.approx(fitted.scaled["nll"].value, abs=2e-3)
     assert at_1 == pytest.approx(fitted.raw["nll"].value, abs=2e-3)
-    assert 0 < training < at_1  # 30 epochs of the teacher on 600 sentences
+    assert 0 < training < at_1  # the teacher had 30 epochs of the 600 training sentences
     assert "confident; auto takes" not in run.result.output
 
 
 def test_the_same_as_that_number(run: cl.Run, data: Path, teacher: cl.Run, tmp_path: Path):
-    """And its checkpoint is validated at it, and resumed with it."""
+    """A run with auto equals one with the fitted number, and its checkpoint is validated and resumed at that number; a
+    checkpoint without a fitted number cannot be validated with auto."""
     options = ("--teacher-temperature", kept(run), "--max-update", 3)
     auto = ("--task", "translation_with_teacher", "--criterion", "hard_gate_kd", *cl.USER_DIR)
     asked = (*auto, "--teacher-path", teacher.path(), "--teacher-temperature", "auto", "--path", run.path())
@@ -71,7 +72,7 @@ def test_the_same_as_that_number(run: cl.Run, data: Path, teacher: cl.Run, tmp_p
 
 
 def test_no_data_to_fit_it_to(data: Path):
-    """Told apart from data that no temperature fits."""
+    """Missing data have an error message other than that of data which no temperature fits."""
     task = make_task(data)
     task.load_dataset("train")
     cfg = Namespace(valid_subset="valid", combine_valid_subsets=False, teacher_temperature="auto")
@@ -90,4 +91,4 @@ def test_a_far_temperature_is_warned_of(fitted: temperature.Fit, data: Path, tea
     line = f"--teacher-temperature {far:g} is above the {fitted.temperature:.2f} that fits the teacher"
     assert line in warned.result.output
     assert "students end underconfident; auto takes the fitted one" in warned.result.output
-    cl.one_error_message(refused, ["--teacher-temperature auto is for a frozen teacher", "--teacher-source ema"])
+    cl.one_error_message(refused, ["--teacher-temperature auto fits a frozen model", "--teacher-source ema is none"])

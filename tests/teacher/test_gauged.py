@@ -1,4 +1,4 @@
-"""A cross-fitted gauge: each training sentence is judged by a teacher that was trained without it."""
+"""Tests of a cross-fitted gauge: each training sentence is scored by a teacher that was trained without it."""
 
 import math
 from pathlib import Path
@@ -20,7 +20,7 @@ OURS = ("--task", "translation_with_teacher", "--criterion", "hard_gate_kd", *cl
 
 @pytest.fixture(scope="module")
 def folds(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[cl.Run]:
-    """Two teachers, each trained on half of the data."""
+    """Return two teachers, each trained on half of the data."""
     folder = tmp_path_factory.mktemp("folds")
     steps = ("--gate", "none", "--max-epoch", 8, "--max-tokens", 400, *cl.KEEP_LAST)
     return cl.together(
@@ -46,7 +46,7 @@ def test_each_teacher_was_trained_without_its_fold(folds: list[cl.Run]):
 def test_each_sentence_is_judged_by_the_teacher_that_has_not_seen_it(
     data: Path, folds: list[cl.Run], gauge: Path, tmp_path
 ):
-    """Its numbers are those that this teacher alone gives; validation sentences are judged by both."""
+    """The numbers of a sentence are those of the teacher that was trained without it, not those of the other one."""
     found = Store(str(gauge))
     assert found.manifest["folds"] == 2
     for place, run in enumerate(folds):
@@ -70,7 +70,8 @@ def test_each_sentence_is_judged_by_the_teacher_that_has_not_seen_it(
 def test_the_gate_reads_the_gauge_and_learns_from_the_teacher(
     gate: str, data: Path, teacher: cl.Run, gauge: Path, live: TranslationWithTeacherTask, tmp_path: Path
 ):
-    """Another gauge gives another share; the KL is that of the teacher, of the tokens that the gauge gives to it."""
+    """The gauge's numbers decide, so that the share differs from that of the teacher's own; the KL of the tokens that
+    they give to the teacher is the teacher's."""
     margin = ("--typical-margin", 0.1) if gate == "typical" else ()
     common = (
         "--gate",
@@ -142,15 +143,15 @@ def test_what_cannot_be_used(options, expected, data: Path, teacher: cl.Run, gau
 
 
 def folded(capsys, data: Path, paths: list, folder: Path, *options) -> tuple[int, str]:
-    """Exit status and error of `hgkd store --folds`."""
+    """Run `hgkd store --folds` and return its exit status and stderr."""
     words = ("store", data, "--teacher-path", ":".join(map(str, paths)), "--folds", "--kind", "gold", "--cpu")
     capsys.readouterr()
     return cli.main([*map(str, (*words, "--output", folder, *options))]), capsys.readouterr().err
 
 
 def test_folds_in_another_order(data: Path, teacher: cl.Run, folds: list[cl.Run], gauge: Path, tmp_path: Path, capsys):
-    """Each sentence would be judged by a teacher that was trained on it. Such a store is not written; nor is one
-    continued by teachers that are said to be of other folds."""
+    """No store is written with teachers in the wrong order, which would score sentences that they were trained on, nor
+    is one continued by teachers whose folds are exchanged."""
     one, other = (run.path() for run in folds)
     for paths, expected in (
         ([other, one], f"asks {other} of fold 1/2, and it was trained with --leave-out-fold 2/2; name"),

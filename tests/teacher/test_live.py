@@ -1,4 +1,4 @@
-"""Checkpoints that cannot teach: one error message each, before anything is trained."""
+"""Checkpoints that cannot be teachers are refused with one error message each, before anything is trained."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -42,7 +42,7 @@ def languages(state):
 
 
 def of_another_kind(state):
-    """As the tasks that are no dataclasses save their options: multilingual ones."""
+    """Save the task's options as a Namespace, as tasks without a dataclass (the multilingual ones) do."""
     state["cfg"]["task"] = Namespace(_name="translation_multi_simple_epoch", data=state["cfg"]["task"]["data"])
     state["cfg"]["task"].data = "nowhere"
 
@@ -52,7 +52,7 @@ def without_task(state):
 
 
 def infinite(state):
-    """In the weights of the output layer, tied to the embeddings."""
+    """Make a weight of the output layer, which is tied to the embeddings, infinite."""
     state["model"]["decoder.output_projection.weight"][3, 4] = torch.inf
 
 
@@ -142,7 +142,7 @@ def test_overrides(overrides: str, task, teacher: cl.Run):
 
 
 def test_languages_by_other_names(task, teacher: cl.Run, tmp_path: Path):
-    """Two names of one language: the user says so."""
+    """A teacher with other names of the same languages is refused, unless the overrides give it those of the data."""
     state = teacher.state()
     state["cfg"]["task"] |= {"source_lang": "de_DE", "target_lang": "en_XX"}
     torch.save(state, tmp_path / "a.pt")
@@ -156,14 +156,15 @@ def test_languages_that_were_inferred(task, teacher: cl.Run, tmp_path: Path):
     state["cfg"]["task"] |= {"source_lang": None, "target_lang": None}
     torch.save(state, tmp_path / "a.pt")
     assert len(load(task, tmp_path / "a.pt").models) == 1
-    state["cfg"]["task"]["data"] = str(tmp_path)  # a folder that is there, of something else
+    state["cfg"]["task"]["data"] = str(tmp_path)  # an existing folder without such data
     torch.save(state, tmp_path / "a.pt")
     with pytest.raises(UserError, match=f"{tmp_path}, has no data of a language pair .* --teacher-model-overrides"):
         load(task, tmp_path / "a.pt")
 
 
 def test_fewer_positions_than_the_data(task, teacher: cl.Run):
-    """Sentences have up to 10 tokens with their end; fairseq leaves out those above the student's own limit."""
+    """Sentences (of up to 10 tokens with their end) above the teacher's limits are refused, unless they are above the
+    student's own limits too, where fairseq leaves them out."""
     short = load(task, teacher.path(), "{'max_source_positions': 8, 'max_target_positions': 9}")
     task.load_dataset("valid")
     dataset = task.dataset("valid")

@@ -1,4 +1,4 @@
-"""Loras: what the student learns from, and what its label embedding learns, against autograd of the equations."""
+"""Tests of Loras: the gradients of the student and of the label embedding, against autograd of the equations."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_gradients(training: bool, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_it_learns_what_stands_beside_what():
-    """Words 0 and 1 are mistaken for each other, and 2 and 3: a word is smoothed with its neighbour, not the rest."""
+    """If words 0 and 1 are confused with each other, and 2 and 3, a word is smoothed with its partner, not the rest."""
     torch.manual_seed(0)
     p = torch.tensor([[0.5, 0.4, 0.05, 0.05], [0.4, 0.5, 0.05, 0.05], [0.05, 0.05, 0.5, 0.4], [0.05, 0.05, 0.4, 0.5]])
     loras, target = Loras(4), torch.arange(4)

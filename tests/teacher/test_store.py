@@ -1,4 +1,4 @@
-"""A stored teacher: what it says is what the live one does."""
+"""Tests of stored teachers: a store gives what the live teacher gives."""
 
 import itertools
 import shutil
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from fairseq import utils
-from fairseq.data import ConcatDataset
+from fairseq.data import ConcatDataset, LanguagePairDataset
 from making_stores import (
     CPU,
     FP32,
@@ -27,15 +27,15 @@ from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.files import mismatch
 from hgkd_fairseq.loss import gated_distillation
 from hgkd_fairseq.loss.eager import mean_logprobs
-from hgkd_fairseq.teacher import Dense, Sparse
+from hgkd_fairseq.teacher import Dense, Sparse, inputs
 from hgkd_fairseq.teacher.live import LiveTeacher
 from hgkd_fairseq.teacher.store import MANIFEST, Store
 from hgkd_fairseq.teacher.stored import BATCH, numbering
 
 
 def test_hidden_states_teach_as_the_teacher_does(live: TranslationWithTeacherTask, stores: dict[str, Path], data: Path):
-    """On each batch of a shuffled epoch, read by two workers: the same tokens for the teacher, loss and gradients. The
-    student is the teacher with noise."""
+    """Stored and live teacher lead to the same decisions, loss and gradients on each batch of a shuffled epoch, which
+    two workers read. The student is the teacher with noise."""
     task = make_task(data, teacher_store=str(stores["hidden"]))
     task.load_teacher()
     weight = live.teacher.models[0].decoder.output_projection.weight.detach().clone().requires_grad_()
@@ -43,7 +43,7 @@ def test_hidden_states_teach_as_the_teacher_does(live: TranslationWithTeacherTas
     seen, opened = 0, 0
     reader = batches(task, workers=2)
     read = list(reader)
-    reader._itr._shutdown_workers()  # fairseq's stay, and the garbage collector waits ten seconds for them
+    reader._itr._shutdown_workers()  # else garbage collection waits ten seconds for them
     for one, other in zip(batches(live), read, strict=True):
         assert torch.equal(one["id"], other["id"])
         found, signals = [], [some.teacher.signal(batch, CPU, FP32) for some, batch in ((live, one), (task, other))]
@@ -68,8 +68,8 @@ def test_hidden_states_teach_as_the_teacher_does(live: TranslationWithTeacherTas
 
 
 def test_a_student_of_a_store_is_that_of_the_teacher(student: cl.Run, distilled: cl.Run):
-    """`student` had the live teacher. Both teachers' states may differ by rounding, for the batches that they saw have
-    other pads; so may the students."""
+    """A student of a store equals `student`, which had the live teacher, but for rounding: the hidden states of the
+    store were computed in batches with other padding."""
     for mine, theirs in zip(distilled.result.logs("train"), student.result.logs("train"), strict=True):
         for name in ("loss", "kd_loss", "teacher_share"):
             assert mine[name] == pytest.approx(theirs[name], abs=0.0021)
@@ -80,7 +80,8 @@ def test_a_student_of_a_store_is_that_of_the_teacher(student: cl.Run, distilled:
 def test_it_is_validated_by_either_and_translates_without(
     data: Path, teacher: cl.Run, distilled: cl.Run, stores: dict[str, Path]
 ):
-    """Its own store is gone by now."""
+    """A student whose store is deleted is validated with another copy of it or with the live teacher, and translates
+    without a teacher."""
     common = (data, "--path", distilled.path(), *cl.LOGS)
     validate = (*common, *FROM_A_STORE, "--max-tokens", 800)
     stored, live, generated = cl.together(
@@ -111,7 +112,7 @@ def test_gold_statistics(live: TranslationWithTeacherTask, stores: dict[str, Pat
             -(tempered.exp() * tempered).sum(2),
         )
         for task, other in zip(stored.values(), others, strict=True):
-            # What fairseq-train --fp16 does to a batch on its way.
+            # fairseq-train --fp16 converts a batch in this way.
             other = utils.apply_to_sample(lambda t: t.half() if t.dtype == FP32 else t, other)
             gold = task.teacher.signal(other, CPU, FP32).gold
             assert gold.at(1.5) is gold.tempered
@@ -125,7 +126,7 @@ def test_gold_statistics(live: TranslationWithTeacherTask, stores: dict[str, Pat
 
 
 def test_gold_statistics_of_an_older_format(stores: dict[str, Path]):
-    """Format 2 had a third one, the log-sum-exp of the logits."""
+    """The additional column of format 2, the log-sum-exp of the logits, is skipped."""
     store = Store(str(stores["gold"]))
     assert mismatch({**store.manifest, "format": 2}, MANIFEST) is None
     _, now = store.sentence(3)
@@ -148,7 +149,7 @@ def test_half_precision(live: TranslationWithTeacherTask, stores: dict[str, Path
 
 
 def logprobs(live: TranslationWithTeacherTask, task: TranslationWithTeacherTask, subset: str):
-    """Of each batch the live teacher's log-probabilities (N, V), and the store's of the same tokens."""
+    """Yield, for each batch, the live teacher's log-probabilities (N, V) and the store's sparse distributions."""
     task.load_teacher()
     for one, other in zip(batches(live, subset), batches(task, subset), strict=True):
         kept = one["target"] != 1
@@ -159,8 +160,8 @@ def logprobs(live: TranslationWithTeacherTask, task: TranslationWithTeacherTask,
 
 
 def test_draws_are_the_teachers(live: TranslationWithTeacherTask, stores: dict[str, Path], data: Path):
-    """Of each token the draws are what is to be expected but for less than one; and over all training tokens, of each
-    type, less what is to be expected, in standard deviations of independent draws."""
+    """For each token the number of draws of a type differs from its expectation by less than one; for all training
+    tokens together by less than 4.5 standard deviations of independent draws."""
     task = make_task(data, teacher_store=str(stores["sampled"]))
     drawn, expected, variance = (torch.zeros(len(task.tgt_dict), dtype=torch.float64) for _ in range(3))
     for logq, sparse in logprobs(live, task, "train"):
@@ -206,7 +207,8 @@ def test_an_ensemble(data: Path, teacher: cl.Run, student: cl.Run, tmp_path: Pat
 
 
 def test_numbers_of_repeated_and_joined_data(data: Path, teacher: cl.Run, tmp_path: Path):
-    """train1 belongs to train; --upsample-primary repeats train, and a second folder has numbers of its own."""
+    """Sentences have the right numbers where train1 belongs to train, where --upsample-primary repeats train, and in a
+    second folder of data."""
     for place, sizes in (("one", ("train", "valid")), ("two", ("valid", "test"))):
         shutil.copytree(data, tmp_path / place)
         for old, new in zip(sizes, ("train", "train1"), strict=True):
@@ -231,8 +233,8 @@ def test_numbers_of_repeated_and_joined_data(data: Path, teacher: cl.Run, tmp_pa
 
 
 def test_a_sentence_that_was_too_long(data: Path, teacher: cl.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Sentences have up to 10 tokens with their end. The teacher has positions for 9: what is longer has no rows, and
-    who trains on it is told so."""
+    """A sentence of 10 tokens, more than the teacher's 9 positions, has no rows in the store, and training on it is
+    refused with a remedy."""
     from hgkd_fairseq.plugin import features
 
     monkeypatch.setattr(features, "max_positions", lambda model: (1024, 9))
@@ -252,10 +254,40 @@ def test_a_sentence_that_was_too_long(data: Path, teacher: cl.Run, tmp_path: Pat
     assert f"sentence {long} of valid was too long" in dataset.collater([dataset[long]])[BATCH]["problem"]
 
 
+def test_pairs_that_are_left_out_anyway_do_not_count(data: Path):
+    """A source too long for the teacher whose target is too long for the student: the pair is never read."""
+    source, target = torch.full((6,), 4), torch.full((9,), 4)
+    short = torch.full((3,), 4)
+
+    def check(*rows: tuple[torch.Tensor, torch.Tensor]) -> None:
+        sides = [[row[side] for row in rows] for side in (0, 1)]
+        sizes = [[len(sentence) for sentence in side] for side in sides]
+        dictionary = make_task(data).source_dictionary
+        dataset = LanguagePairDataset(sides[0], sizes[0], dictionary, sides[1], sizes[1], dictionary)
+        inputs.check_lengths("train", dataset, (5, 8), (1024, 8), "the teacher", "name another")
+
+    check((source, target), (short, short))
+    with pytest.raises(UserError, match="train has a source sentence of 6 tokens, and the teacher takes 5 at most"):
+        check((source, target), (source, short))
+
+
+def test_hidden_states_beyond_fp16_are_refused(data: Path, teacher: cl.Run, tmp_path: Path, capsys):
+    state = teacher.state()
+    for name in ("weight", "bias"):
+        state["model"][f"decoder.layers.0.final_layer_norm.{name}"] *= 1e6
+    torch.save(state, tmp_path / "large.pt")
+    words = ["store", str(data), "--teacher-path", str(tmp_path / "large.pt"), "--output", str(tmp_path / "store")]
+    words += ["--subset", "valid", "--cpu", "--kind", "hidden"]
+    assert cli.main([*words, "--dtype", "fp16"]) == 1
+    assert "--dtype fp16: hidden states of the teacher exceed its range; give bf16 or fp32" in capsys.readouterr().err
+    assert cli.main([*words[:5], str(tmp_path / "other"), *words[6:], "--dtype", "bf16"]) == 0
+
+
 def test_shards_without_a_sentence_that_is_short_enough(
     data: Path, teacher: cl.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    """A shard has a sentence here, and some are too long: they are there, empty. Where all are it is told."""
+    """With one sentence per shard, shards of sentences that are too long are written empty; if all sentences are too
+    long, the command is refused."""
     from hgkd_fairseq.plugin import features
 
     monkeypatch.setattr(features, "max_positions", lambda model: (1024, 9))
@@ -266,6 +298,8 @@ def test_shards_without_a_sentence_that_is_short_enough(
         sizes = [len(read.sentence(number)[1]["gold"]) for number in range(64)]
         assert 0 in sizes
         assert max(sizes) == 9
+        stored = [size for size in sizes if size]
+        assert f"kind {kind}, {len(stored)} sentences, {sum(stored)} target tokens" in capsys.readouterr().out
     monkeypatch.setattr(features, "max_positions", lambda model: (1024, 1))
     assert write(data, teacher, tmp_path / "none", *options) == 1
     assert "--teacher-path: the teacher takes no sentence of these data" in capsys.readouterr().err

@@ -1,6 +1,8 @@
-"""A store that is damaged, unfinished, or of other data, another teacher or temperature: nobody trains on it."""
+"""A store that is damaged, unfinished, or of other data, another teacher or another temperature is refused."""
 
+import hashlib
 import itertools
+import json
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -12,6 +14,7 @@ from fairseq.data import Dictionary
 from making_stores import CPU, FP32, FROM_A_STORE, TranslationWithTeacherTask, load, make_task, write
 from processes import content
 
+from hgkd_fairseq.data.shards import text_of
 from hgkd_fairseq.errors import UserError, flag
 from hgkd_fairseq.plugin.training_state import differences
 from hgkd_fairseq.teacher.stored import BATCH, StoredTeacher
@@ -47,7 +50,7 @@ def test_all_files_are_damaged_here(stores: dict[str, Path]):
 @pytest.mark.parametrize("damage", [flipped, cut])
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in FILES.items() for name in names])
 def test_a_damaged_array_is_refused(kind: str, name: str, damage, stores: dict[str, Path], data: Path, tmp_path: Path):
-    """In the second shard, which is read in the training: by the loader's worker."""
+    """Damage in the second shard, which is not read before the training, is found when a batch has a sentence of it."""
     shutil.copytree(stores[kind], tmp_path / "store")
     damage(tmp_path / "store" / "shard-00001" / f"{name}.npy")
     task = make_task(data)
@@ -66,7 +69,7 @@ DESCRIPTIONS = ("manifest.json", "member-0.weight.npy", "shard-00000.json", "sha
 
 @pytest.mark.parametrize(
     ("name", "damage"),
-    # A bit of a digest in a record that is not read yet is told as an array's would be.
+    # A flipped bit in the record of a shard that is not read yet is found when the shard is read, as in an array.
     [
         (name, how)
         for name in DESCRIPTIONS
@@ -84,8 +87,8 @@ def test_a_damaged_description_is_refused(name: str, damage, stores: dict[str, P
 def test_a_training_that_meets_a_fault_ends(
     data: Path, plain: cl.Run, distilled: cl.Run, stores: dict[str, Path], tmp_path: Path
 ):
-    """A shard is damaged that is read in the middle of the first epoch; and a run is resumed with the store of another
-    teacher. One error message, and no checkpoint."""
+    """A damaged shard, which is read in the middle of the first epoch, and resuming with the store of another teacher
+    end the training with one error message and without a checkpoint."""
     damaged = Path(shutil.copytree(stores["hidden"], tmp_path / "damaged"))
     flipped(damaged / "shard-00002" / "hidden-0.npy")
     assert write(data, plain, tmp_path / "other", "--dtype", "fp32") == 0
@@ -112,7 +115,7 @@ def test_an_unfinished_store_is_refused(stores: dict[str, Path], data: Path, tmp
 
 
 def test_a_shard_that_is_gone_is_told_before_the_training(stores: dict[str, Path], data: Path, tmp_path: Path):
-    """Its record is there."""
+    """A shard that is missing although its record exists is found when the store is opened."""
     shutil.copytree(stores["hidden"], tmp_path / "store")
     shutil.rmtree(tmp_path / "store" / "shard-00003")
     with pytest.raises(UserError, match=r"shard-00003 holds nothing and not gold\.npy, .*; remove .*shard-00003\.json"):
@@ -127,6 +130,20 @@ def test_a_manifest_that_was_changed(stores: dict[str, Path], data: Path, tmp_pa
         UserError, match=r"belongs to another manifest\.json .*; write all of it again, to another folder"
     ):
         make_task(data, teacher_store=str(tmp_path / "store")).load_teacher()
+
+
+def test_a_manifest_of_one_dictionary(stores: dict[str, Path], data: Path, tmp_path: Path):
+    """Changed with the hashes in the shards' records, as by a program."""
+    folder = Path(shutil.copytree(stores["topk"], tmp_path / "store"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    text = text_of({**manifest, "dictionaries": manifest["dictionaries"][:1]})
+    old = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(text)
+    for record in folder.glob("shard-*.json"):
+        assert old in record.read_text()
+        record.write_text(record.read_text().replace(old, hashlib.sha256(text.encode()).hexdigest()))
+    with pytest.raises(UserError, match="its manifest does not name two dictionaries and two languages; write another"):
+        make_task(data, teacher_store=str(folder)).load_teacher()
 
 
 @pytest.mark.parametrize("option", ["--teacher-store", "--gauge-store"])
@@ -146,7 +163,7 @@ def test_what_is_no_store_is_told_with_its_option(option: str, data: Path, tmp_p
 
 
 def test_data_folders_without_a_store_are_told_at_the_start(stores: dict[str, Path], data: Path):
-    """The second of two is trained on in the second epoch."""
+    """A store that lacks the second data folder, which is used in the second epoch, is refused at the start."""
     task = make_task(f"{data}:{data}", teacher_store=str(stores["hidden"]))
     task.load_teacher()
     with pytest.raises(UserError, match=r"has nothing of train of data folder 2; write one of all folders, with ':'"):
@@ -155,7 +172,7 @@ def test_data_folders_without_a_store_are_told_at_the_start(stores: dict[str, Pa
 
 
 def test_stores_of_other_draws_are_other_teachers(stores: dict[str, Path], data: Path):
-    """A run that is resumed with one is refused."""
+    """Another number of draws or of top tokens changes the fingerprint, by which resuming with the store is refused."""
     task = make_task(data)
     found = []
     for kind in ("hidden", "sampled", "topk"):
@@ -197,7 +214,7 @@ def test_other_data_are_refused(stores: dict[str, Path], data: Path):
     dataset.tgt = targets[:-1]
     with pytest.raises(UserError, match="was written for 64 sentences of valid, and the data have 63"):
         task.teacher.attach("valid", 0, dataset)
-    for side in ("src", "tgt"):  # one sentence alone: told when it is read, also of the source
+    for side in ("src", "tgt"):  # one other sentence, in source or target: found when it is read
         task.load_dataset("valid")
         dataset = task.dataset("valid")
         sentences = [getattr(dataset, side)[index] for index in range(len(dataset))]
@@ -242,13 +259,14 @@ def test_what_does_not_fit_is_refused(stores: dict[str, Path], data: Path, teach
 
 
 def test_a_store_resumes_its_teachers_run(stores: dict[str, Path], live: TranslationWithTeacherTask):
-    """By the fingerprint, which training compares; a part of the teacher is another one."""
+    """A store of hidden states has the fingerprint of its teacher, which training compares, so that either resumes a
+    run of the other; stores of a part of the distribution have others."""
     found = {
         kind: StoredTeacher(str(folder), live.src_dict, live.tgt_dict).fingerprint for kind, folder in stores.items()
     }
     assert found["hidden"] == found["bf16"] == live.teacher.fingerprint
     assert len({found["hidden"], found["sampled"], found["topk"]}) == 3
-    # Also where the source is written out. Other sources are other methods.
+    # Also where --teacher-source is given. Other sources are other methods.
     methods = {name: {"gate": "token", "teacher_source": name} for name in ("checkpoint", "store", "ema")}
     for one, other in itertools.permutations(methods, 2):
         assert bool(differences(methods[one], methods[other])) == ("ema" in (one, other))

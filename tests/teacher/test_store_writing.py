@@ -1,4 +1,4 @@
-"""`hgkd store`: whoever is killed, whichever disk is full, the store is the same, byte for byte."""
+"""Tests of `hgkd store`: after killed processes and on a full disk the finished store is the same, byte for byte."""
 
 import shutil
 from argparse import Namespace
@@ -15,7 +15,7 @@ from hgkd_fairseq.teacher.store import Store
 
 
 def error(capsys) -> str:
-    """The one line of a command that failed."""
+    """Return the error message of a command that failed, which must be one line."""
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hgkd: error: ")]
     assert len(lines) == 1
     return lines[0]
@@ -39,7 +39,7 @@ def test_killed_five_times_by_two_processes(data: Path, teacher: cl.Run, unbroke
 
 @pytest.mark.parametrize("kind", ["hidden", "sampled"])
 def test_what_was_interrupted_goes_on(kind: str, data: Path, teacher: cl.Run, stores: dict[str, Path], tmp_path: Path):
-    """A shard is missing, another is damaged, and so is the output layer, which somebody was writing."""
+    """The same command completes a store with a missing shard, a damaged one and a partly written output layer."""
     folder = Path(shutil.copytree(stores[kind], tmp_path / "store"))
     shutil.rmtree(folder / "shard-00001")
     (folder / "shard-00001.json").unlink()
@@ -54,7 +54,7 @@ def test_what_was_interrupted_goes_on(kind: str, data: Path, teacher: cl.Run, st
 
 @pytest.mark.parametrize("full", ["manifest.json", "member-0.weight.npy", "shard"])
 def test_a_full_disk(full: str, data: Path, teacher: cl.Run, tmp_path: Path, capsys):
-    """It is told in one line, what was finished before stays, nothing else does, and the next run goes on."""
+    """A full disk is one error line; only what was finished stays, and the next call completes the store."""
     options = ("--dtype", "fp32", "--subset", "valid", "--shard-size", 10)
     folder, unbroken = tmp_path / "store", tmp_path / "unbroken"
     assert write(data, teacher, unbroken, *options) == 0
@@ -89,8 +89,8 @@ def test_another_teachers_store_is_not_continued(
 
 
 def test_a_teacher_whose_languages_have_other_names(data: Path, teacher: cl.Run, tmp_path: Path, capsys):
-    """The data have the student's names. It is written as --teacher-model-overrides, which the refusal of such a
-    teacher names, says."""
+    """A teacher whose languages have other names than the data's is refused, and accepted if --teacher-model-overrides
+    gives it those names."""
     state = teacher.state()
     state["cfg"]["task"] |= {"source_lang": "de_DE", "target_lang": "en_XX"}
     torch.save(state, tmp_path / "a.pt")
