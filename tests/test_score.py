@@ -1,4 +1,5 @@
-"""`hgkd score`: its files against the single commands', what is done again, three checkpoints of one run."""
+"""Tests of `hgkd score`: its files against those of the single commands, what it recomputes, several checkpoints of a
+run."""
 
 import contextlib
 import json
@@ -27,7 +28,7 @@ GENERATE = "--beam 2 --max-len-b 12"
 
 @pytest.fixture(scope="module")
 def run(student, tmp_path_factory) -> Path:
-    """A run's folder as fairseq-train left it, to be scored."""
+    """Return the folder of a run as fairseq-train leaves it, not scored yet."""
     folder = tmp_path_factory.mktemp("runs") / "student"
     folder.mkdir()
     for name in ("checkpoint_best.pt", "checkpoint_last.pt"):
@@ -45,7 +46,7 @@ def written(run: Path) -> dict[str, int]:
 
 
 def done_again(before: dict[str, int], run: Path) -> set[str]:
-    always = {"scores.json", "translations.txt"}  # cheap
+    always = {"scores.json", "translations.txt"}  # cheap, so that they are written by each call
     return {name for name, time in written(run).items() if before.get(name) != time} - always
 
 
@@ -92,7 +93,7 @@ def test_files_are_those_of_the_single_commands(data, run, student, tmp_path, ca
     assert shown[0] == str(run)
     assert f"BLEU|{scores['signatures']['bleu']} = {scores['bleu']:.2f}" in shown
     assert any(line.startswith(f"{forced['signature']} = {100 * forced['ece']:.2f} %") for line in shown)
-    # All that a report asks for is there, the settings of the search too.
+    # A report finds all files that it needs, and the settings of the search.
     found = runs.read(run, "student")
     assert found.missing == []
     assert found.generation.settings["beam"] == 2
@@ -100,7 +101,8 @@ def test_files_are_those_of_the_single_commands(data, run, student, tmp_path, ca
 
 
 def test_what_is_done_again(data, run):
-    """Nothing; a file that was cut short and what follows from it; all, where the checkpoint is another one."""
+    """A second call recomputes nothing; after a file is truncated, that file and what depends on it; after the
+    checkpoint is replaced, all measurements."""
     assert scored(data, run) == 0
     before = written(run)
     assert scored(data, run) == 0
@@ -111,7 +113,7 @@ def test_what_is_done_again(data, run):
     assert scored(data, run) == 0
     assert done_again(before, run) == {"generate-test.txt", "generate.log", "scored.json"}
     assert (run / "generate-test.txt").read_bytes() == whole
-    other = torch.load(run / "checkpoint_last.pt", weights_only=False)  # which may be the best one
+    other = torch.load(run / "checkpoint_last.pt", weights_only=False)  # changed below: it may equal the best one
     for tensor in other["model"].values():
         tensor.mul_(0.9)
     torch.save(other, run / "checkpoint_best.pt")
@@ -121,7 +123,7 @@ def test_what_is_done_again(data, run):
 
 
 def test_the_checkpoint_with_the_highest_bleu_on_validation(data, student, run):
-    """As fairseq-generate alone finds it, translating greedily."""
+    """BLEU of the candidates, which decides, equals that of fairseq-generate with greedy search."""
     for epoch in (1, 2):
         shutil.copy(run / "checkpoint_last.pt", run / f"checkpoint{epoch}.pt")
     weak = torch.load(run / "checkpoint1.pt", weights_only=False)
@@ -143,7 +145,7 @@ def test_the_checkpoint_with_the_highest_bleu_on_validation(data, student, run):
 
 
 def test_checkpoints_of_one_run(data, run, capsys):
-    """best, last and any other lie side by side, and their scores too."""
+    """The scores of best, last and any other checkpoint of a run are kept side by side and can be reported together."""
     shutil.copy(run / "checkpoint_last.pt", run / "checkpoint.best_bleu_20.5.pt")
     names = ("best", "last", "checkpoint.best_bleu_20.5.pt")
     assert scored(data, run, *[word for name in names for word in ("--checkpoint", name)]) == 0
@@ -191,7 +193,7 @@ DECIDED = "which hgkd score decides itself; drop it"
     ],
 )
 def test_what_is_refused(options, expected, data, run, tmp_path, capsys, monkeypatch):
-    """Before the first checkpoint is scored."""
+    """Options that cannot be used are refused before the first checkpoint is scored."""
     monkeypatch.setattr(Scoring, "score", lambda *_: pytest.fail("scored"))
     (tmp_path / "short").write_text("one line\n")
     assert scored(data, run, *(word.format(tmp=tmp_path) for word in options)) == 1
@@ -207,7 +209,7 @@ def test_what_is_refused(options, expected, data, run, tmp_path, capsys, monkeyp
     ],
 )
 def test_the_second_run_is_refused(name, checkpoint, expected, data, run, tmp_path, capsys, monkeypatch):
-    """Before the first one is scored."""
+    """A second run that cannot be scored is refused before the first one is scored."""
     monkeypatch.setattr(Scoring, "score", lambda *_: pytest.fail("scored"))
     (tmp_path / "bytes").mkdir()
     shutil.copy(run / "checkpoint_best.pt", tmp_path / "bytes")
@@ -218,7 +220,7 @@ def test_the_second_run_is_refused(name, checkpoint, expected, data, run, tmp_pa
 
 
 def test_folders_of_checkpoints(data, run, tmp_path):
-    """Those of averaged checkpoints, each in a folder of its own, keep their scores there."""
+    """Scores of a checkpoint in a subfolder, such as an averaged one, go there; others go to a folder of its name."""
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run/average3").mkdir()
     for name, folder in {"average3/checkpoint.pt": "average3", "checkpoint_7_100.pt": "7_100", "x.pt": "x"}.items():
@@ -227,7 +229,7 @@ def test_folders_of_checkpoints(data, run, tmp_path):
 
 
 def test_the_choice_by_bleu_is_made_again(data, run, tmp_path, monkeypatch):
-    """Where it would be made by other options of fairseq-generate, or by BLEU of another tokenizer."""
+    """The checkpoint is chosen again for other options of fairseq-generate or another tokenizer of BLEU."""
     shutil.copytree(run, tmp_path / "run")
     asked = []
     monkeypatch.setattr(Scoring, "valid_bleu", lambda one, *_: asked.append(one.path.name) or float(len(asked)))
@@ -242,7 +244,7 @@ def test_the_choice_by_bleu_is_made_again(data, run, tmp_path, monkeypatch):
 
 
 def test_the_share_of_the_teacher_is_the_last_that_is_known(data, run, tmp_path):
-    """None where none is logged; of a run that was stopped before its last line that of the epoch before."""
+    """The share is None if none is logged; for a run stopped before its last log line it is the previous epoch's."""
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     lines = (run / "train.log").read_text().splitlines(keepends=True)
@@ -257,7 +259,7 @@ def test_the_share_of_the_teacher_is_the_last_that_is_known(data, run, tmp_path)
 
 
 def test_another_tokenizer(data, run, tmp_path, capsys):
-    """Of BLEU, of the sentences' BLEU, and of the report; what is measured again is that alone."""
+    """--tokenize applies to BLEU, to the BLEU of sentences and to the report; nothing else is recomputed."""
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     assert scored(data, folder) == 0
@@ -272,7 +274,7 @@ def test_another_tokenizer(data, run, tmp_path, capsys):
 
 
 def test_a_model_that_has_no_best_temperature(data, run, monkeypatch, capsys):
-    """The others' scores are there, and none of a temperature of before."""
+    """Scores that need no temperature are written, and those at a previous temperature are removed."""
     monkeypatch.setattr(calibration_temperature, "HIGHEST", 1.0000001)
     (run / "scored.json").unlink()
     assert scored(data, run) == 0
@@ -282,8 +284,19 @@ def test_a_model_that_has_no_best_temperature(data, run, monkeypatch, capsys):
     assert json.loads((run / "scores.json").read_text())["temperature"] is None
 
 
+def test_an_exported_checkpoint(data, run, tmp_path):
+    """It does not hold the training time, which is then unknown."""
+    folder = tmp_path / "exported"
+    folder.mkdir()
+    exported = ["export", str(run / "checkpoint_best.pt"), str(folder / "checkpoint_best.pt")]
+    assert cli.main(exported) == 0
+    assert scored(data, folder) == 0
+    assert json.loads((folder / "scores.json").read_text())["minutes"] is None
+    assert runs.read(folder, "student").minutes is None
+
+
 def test_one_that_scores_a_folder(tmp_path):
-    """A second process is refused as long as the first one is there: it would write over what that reads."""
+    """A second process is refused while the first one is alive, as it would overwrite files that the first reads."""
     (tmp_path / "run").mkdir()
     ready, tell = os.pipe()
     child = os.fork()
@@ -303,7 +316,7 @@ def test_one_that_scores_a_folder(tmp_path):
 
 
 def test_a_full_disk_keeps_the_translations_that_are_there(data, run, monkeypatch, capsys):
-    """They are asked for by another search, of which there is room for a part."""
+    """If the translations of another search do not fit the disk, those of the previous search and its scores stay."""
     names = (GENERATED, "translations.txt", "scores.json", "inference.json")
     assert scored(data, run) == 0
     before = {name: (run / name).read_bytes() for name in names}

@@ -1,4 +1,4 @@
-"""Scores of sentences by other metrics: their files, the bootstrap, and where they are shown."""
+"""Tests of sentence scores by external metrics: their files, the bootstrap, and where they are shown."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ OUTPUT = "".join(
 
 
 class Mean(Metric):
-    """sacreBLEU's own bootstrap of numbers that are given in the place of texts."""
+    """A metric of sacreBLEU whose hypotheses are numbers, so that sacreBLEU's own bootstrap can be run on scores."""
 
     def _extract_corpus_statistics(self, hypotheses, references):
         return [[float(one), 1.0] for one in hypotheses]
@@ -60,7 +60,13 @@ def test_the_bootstrap_is_sacrebleus():
         assert one.p == other.p_value
     assert found[0].p is None
     assert found[2].p < 0.05 < found[1].p
-    assert [one.p for one in segments.paired_bootstrap([systems[0]] * 2)] == [None, 1]  # sacreBLEU has 1 / 1001
+    assert [one.p for one in segments.paired_bootstrap([systems[0]] * 2)] == [None, 1]  # sacreBLEU gives 1 / 1001
+
+
+def test_a_seed_that_is_no_number(monkeypatch):
+    monkeypatch.setenv("SACREBLEU_SEED", "1e3")
+    with pytest.raises(UserError, match="SACREBLEU_SEED=1e3: it is neither a whole number nor none"):
+        segments.paired_bootstrap([scores(0), scores(3)])
 
 
 @pytest.mark.parametrize(
@@ -116,7 +122,7 @@ def test_rank_correlation_in_calibration(tmp_path, capsys):
     found = inference(tmp_path / "run", "--segment-scores", f"COMET-22={file}")
     mean = [-(i * 7 % COUNT / 10 + 1) / 5 for i in range(COUNT)]
     assert found["spearman_mean_COMET-22"] == pytest.approx(spearmanr(mean, scores(1)).statistic)
-    assert found["spearman_sum_COMET-22"] == pytest.approx(found["spearman_mean_COMET-22"])  # all of one length
+    assert found["spearman_sum_COMET-22"] == pytest.approx(found["spearman_mean_COMET-22"])  # all have one length
     assert abs(found["spearman_mean_chrf"]) < 0.9
     text = "Spearman|mode:inference|unit:sentence|logprob:mean|quality:COMET-22|version:0.1.0 = "
     assert text in capsys.readouterr().out
@@ -125,7 +131,7 @@ def test_rank_correlation_in_calibration(tmp_path, capsys):
 
 
 def test_report(tmp_path, capsys):
-    """A column of each metric, and the differences from the first run; a measured rank correlation."""
+    """The report shows a column per metric with differences from the first run, and the measured rank correlations."""
     runs = [tmp_path / name for name in ("one", "other")]
     files = [written(tmp_path, seed) for seed in (0, 9)]
     for run, file in zip(runs, files, strict=True):
@@ -165,7 +171,8 @@ def test_report(tmp_path, capsys):
 
 
 def test_compare(data, plain: cl.Run, tmp_path, capsys, monkeypatch):
-    """Beside BLEU, with p of the difference from the first model; refused before anything is translated."""
+    """Scores are shown with BLEU and with p of the difference from the first model; files that do not fit are refused
+    before anything is translated."""
     model = str(plain.path("checkpoint_best.pt"))
     given = []
     values = []

@@ -81,13 +81,14 @@ def training_targets(task: FairseqTask, max_tokens: int | None, without: Sequenc
     shown = task.datasets.get(subset)
     limit = utils.resolve_max_positions(task.max_positions(), max_tokens)
     drop = torch.tensor(without, dtype=torch.int64)
-    for epoch, _ in enumerate(utils.split_paths(task.cfg.data), 1):
-        task.load_dataset(subset, epoch=epoch, combine=True)
-        dataset = task.datasets[subset]
-        kept = task.filter_indices_by_size(np.arange(len(dataset)), dataset, limit, ignore_invalid_inputs=True)
-        for target in (dataset.tgt[index] for index in kept):
-            yield target[~torch.isin(target, drop)] if without else target
-    if shown is None:
-        del task.datasets[subset]
-    else:
-        task.datasets[subset] = shown
+    try:
+        for epoch, _ in enumerate(utils.split_paths(task.cfg.data), 1):
+            task.load_dataset(subset, epoch=epoch, combine=True)
+            dataset = task.datasets[subset]
+            kept = task.filter_indices_by_size(np.arange(len(dataset)), dataset, limit, ignore_invalid_inputs=True)
+            for target in (dataset.tgt[index] for index in kept):
+                yield target[~torch.isin(target, drop)] if without else target
+    finally:
+        task.datasets.pop(subset, None)
+        if shown is not None:
+            task.datasets[subset] = shown

@@ -108,9 +108,12 @@ class Claim:
         done = threading.Event()
 
         def refresh() -> None:
-            while not done.wait(self.expires / 4) and self.held():
-                with contextlib.suppress(OSError):
-                    os.utime(self.file)
+            held = True
+            while held and not done.wait(self.expires / 4):
+                with contextlib.suppress(OSError):  # of a network file system, and may pass
+                    held = self.held()
+                    if held:
+                        os.utime(self.file)
 
         thread = threading.Thread(target=refresh, daemon=True)
         thread.start()

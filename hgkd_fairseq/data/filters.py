@@ -81,7 +81,9 @@ class Filters:
         """
         share = {"score": self.worst_score, "backward": self.worst_backward}[name]
         kept = np.flatnonzero(reasons == 0)
-        count = 0 if name in self.off else int(share * len(kept))
+        if name in self.off:
+            return
+        count = int(share * len(kept))
         if not np.isfinite(scores[kept]).all():
             raise UserError(f"a model gives scores that are no numbers; leave them aside with --keep {name}")
         reasons[kept[np.argsort(scores[kept], kind="stable")[:count]]] = CODES[name]

@@ -95,8 +95,9 @@ class Shards:
             raise UserError(f"{folder} is no folder; name another one")
         with told(folder):
             folder.mkdir(exist_ok=True)
-            if not (folder / MANIFEST).exists():
-                if any(not one.name.startswith("manifest.partial-") for one in folder.iterdir()):
+            names = {one.name for one in folder.iterdir() if not one.name.startswith("manifest.partial-")}
+            if MANIFEST not in names and not (folder / MANIFEST).exists():  # another process may just have linked it
+                if names:
                     raise UserError(f"{folder} holds other files and no {MANIFEST}; name another folder")
                 partial = folder / f"manifest.partial-{secrets.token_hex(8)}"
                 partial.mkdir()

@@ -66,13 +66,14 @@ def hashes(data: str, subset: str) -> dict[str, dict[str, str]]:
         The SHA-256 of the files of the subset ("data") and of the dictionaries ("dictionaries"), each by file name.
 
     Raises:
-        UserError: `data` is not a folder, or has files of `subset`1, which would be a part of a training set.
+        UserError: `data` is not a folder, or `subset` is "train" and there is a train1, a part of it to fairseq.
         OSError: a file cannot be read.
     """
     folder = Path(data)
     if not folder.is_dir():
         raise UserError(f"{data} is no folder; name one that fairseq-preprocess wrote, of several one at a time")
-    more = sorted(folder.glob(f"{subset}1.*-*.*.idx"))
+    # fairseq joins train, train1, ... but no other subsets.
+    more = sorted(folder.glob(f"{subset}1.*-*.*.idx")) if subset == "train" else []
     if more:
         raise UserError(f"{more[0]} is another part of {subset}: binarise them as one")
     found = {"data": f"{subset}.*-*.*", "dictionaries": "dict.*.txt"}

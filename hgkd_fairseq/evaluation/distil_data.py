@@ -159,7 +159,8 @@ class Chosen:
             UserError: the translations, the file of scores or the backward model cannot be used.
         """
         filters, backward = self.choice.filters, None
-        if self.choice.backward:  # loaded first, so that an unusable model is reported early
+        # The model is loaded first, so that one that cannot be used is reported early.
+        if self.choice.backward and "backward" not in filters.off:
             backward = BackwardModel(self.choice.backward, self.task, self.choice.max_tokens, self.choice.cpu)
         select = selection.make(self.choice.select, self.reference)
         unknown = self.task.target_dictionary.unk_word
@@ -243,5 +244,5 @@ class Chosen:
             f"{rows:,} rows, {rows - counts[0]:,} of them references. Length ratio: pieces over the source's.",
         ]
         about = f"BLEU `{bleu.get_signature()}` and chrF `{chrf.get_signature()}`: against the references"
-        lines.append(f"{about}, of {len(self.texts):,} sentences.")
+        lines.append(f"{about}, of {len(self.texts):,} sentences and of those of them that are kept.")
         return "\n".join(lines) + "\n"

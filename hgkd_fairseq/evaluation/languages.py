@@ -68,7 +68,7 @@ def unprinted_token(options: dict[str, Any]) -> str | None:
     found = inputs.added(options)
     if inputs.kind(options) == inputs.BART:
         return "last"
-    forced = any(target for _, target in found.get("langtoks", {}).values())
+    _, forced = found.get("langtoks", {}).get("main", (None, None))  # the entry that fairseq's generation reads
     return "first" if forced and not found["lang_tok_replacing_bos_eos"] else None
 
 

@@ -387,12 +387,13 @@ class Scoring:
         latest = self.curve[-1] if self.curve else {}
         shares = [point["teacher_share"] for point in self.curve if "teacher_share" in point]
         last = self.run / CHECKPOINTS["last"]
+        seconds = checkpoints.read(last if last.exists() else self.path, model=False).seconds
         return {
             "valid_nll_best": lowest.get("valid_nll"),
             "valid_nll_last": latest.get("valid_nll"),
             "best_updates": lowest.get("updates"),
             "last_updates": latest.get("updates"),
             "teacher_share": shares[-1] if shares else None,  # None: not logged, as by fairseq's cross_entropy
-            "minutes": checkpoints.read(last if last.exists() else self.path, model=False).seconds / 60,
+            "minutes": None if seconds is None else seconds / 60,
             "curve": self.curve,
         }

@@ -109,8 +109,13 @@ def paired_bootstrap(scores: Sequence[np.ndarray]) -> list[Tested]:
 
     Returns:
         The result of each system, in order.
+
+    Raises:
+        UserError: the environment variable SACREBLEU_SEED is neither a whole number nor "none".
     """
     seed = os.environ.get("SACREBLEU_SEED", SEED)
+    if seed.lower() != "none" and not seed.isdecimal():
+        raise UserError(f"SACREBLEU_SEED={seed}: it is neither a whole number nor none; set it to one of them")
     generator = np.random.default_rng(None if seed.lower() == "none" else int(seed))
     count = len(scores[0])
     drawn = generator.choice(count, size=(RESAMPLES, count), replace=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -209,7 +209,11 @@ def translate(
     }
     shards = Shards.create(output, manifest, len(dataset), shard_size)
     longest = utils.resolve_max_positions(task.max_positions(), *[model.max_positions() for model in models])
-    worker = Worker(shards, dataset, how, longest[0])
+    # The teacher's task may truncate or pad sources; the hashes are of those in the data.
+    languages = {name: manifest[name] for name in ("source_lang", "target_lang")}
+    plain = binarised.translation_task(data, path, {"train_subset": subset, **languages})
+    sources = binarised.subset(plain, subset).src
+    worker = Worker(shards, dataset, sources, how, longest[0], part)
     if how.engine == "fairseq":
         worker.engine = FairseqEngine(models, task, how, device)
         shards.fill(worker, part)
@@ -229,19 +233,32 @@ def versions(engine: str) -> dict[str, str]:
 class Worker:
     """Translates the sentences of a shard, as :meth:`Shards.fill` requires it.
 
+    Args:
+        shards: folder of shards to fill.
+        dataset: sentences as the model reads them.
+        sources: sources as they are in the data, (length,) each.
+        how: options of the search.
+        longest: longest source that the model accepts.
+        part: as for :meth:`Shards.fill`.
+
     Attributes:
         engine: what translates; set before the first call.
     """
 
     engine: Engine
 
-    def __init__(self, shards: Shards, dataset, how: Decoding, longest: int):
-        self.shards, self.dataset, self.how, self.longest = shards, dataset, how, longest
-        self.progress = Progress(shards.rows, self.finished)
+    def __init__(self, shards: Shards, dataset, sources, how: Decoding, longest: int, part: tuple[int, int] | None):
+        self.shards, self.dataset, self.sources, self.how, self.longest = shards, dataset, sources, how, longest
+        first, step = part or (0, 1)
+        self.mine = range(first, shards.count, step)
+        self.progress = Progress(self.sentences(self.mine), self.finished)
+
+    def sentences(self, shards: Iterable[int]) -> int:
+        return sum(len(self.shards.numbers(shard)) for shard in shards)
 
     def finished(self) -> int:
-        """Return the number of sentences in finished shards, by any process."""
-        return sum(len(self.shards.numbers(shard)) for shard in self.shards.finished())
+        """Return the number of sentences in finished shards of this command's part, by any process."""
+        return self.sentences(shard for shard in self.shards.finished() if shard in self.mine)
 
     @torch.no_grad()
     def __call__(self, shard: int, folder: Path) -> int:
@@ -253,8 +270,7 @@ class Worker:
             found = self.engine.translate(sample)
             hypotheses |= dict(zip(sample["id"].tolist(), found, strict=True))
             self.progress.add(len(found), sum(one[0].limit for one in found))
-        source = self.dataset.src
-        rows = [Translated(one, translations.hash_of(source[one]), hypotheses.get(one, [])) for one in numbers]
+        rows = [Translated(one, translations.hash_of(self.sources[one]), hypotheses.get(one, [])) for one in numbers]
         translations.write(folder, rows)
         return len(rows)
 

@@ -1,5 +1,1 @@
 """Comparison of finished runs: reading their files, tables, figures and the HTML page."""
-
-from hgkd_fairseq.evaluation import logs
-
-__all__ = ["logs"]

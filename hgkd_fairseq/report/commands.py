@@ -112,7 +112,9 @@ def arguments_of(program: str, settings: dict[str, Any]) -> dict[str, str | None
     while changed:  # repeat after each option, as defaults may depend on it: --max-tokens-valid is --max-tokens
         changed, wanted = False, expected(defaults, given)
         for name, action in actions.items():
-            option = max(action.option_strings, key=len, default="")
+            option = flag(name)
+            if option not in action.option_strings:
+                option = max(action.option_strings, key=len, default="")
             if not option or option in found or settings.get(name) is None or name in ("user_dir", "help"):
                 continue
             if settings[name] != wanted.get(name):

@@ -180,13 +180,13 @@ def trained(folder: Path) -> Path:
 
 
 def progress(run: Run, file: Path) -> tuple[int | None, float | None]:
-    """Return the updates and the minutes of training at which a checkpoint was saved; None if it is missing."""
+    """Return the updates and the minutes of training at which a checkpoint was saved; None if they are not known."""
     from hgkd_fairseq.plugin import checkpoints
 
     if file.name in run.missing:
         return None, None
     found = checkpoints.read(file, model=False)
-    return found.updates, found.seconds / 60
+    return found.updates, None if found.seconds is None else found.seconds / 60
 
 
 def scores(file: Path, mode: str) -> dict[str, Any]:

@@ -135,6 +135,20 @@ def test_a_full_disk(data: Path, path: Path, tmp_path: Path, capsys):
     assert len(read(folder)) == 600
 
 
+@pytest.mark.parametrize("option", [{"truncate_source": True, "max_source_positions": 6}, {"num_batch_buckets": 2}])
+def test_a_teacher_that_reads_other_sources_than_the_data_hold(
+    option: dict, data: Path, path: Path, tmp_path: Path, capsys
+):
+    """Truncated, or padded to the length of a bucket; the translations are still those of the data's sentences."""
+    state = cl.load(path)
+    state["cfg"]["task"] |= option
+    torch.save(state, tmp_path / "teacher.pt")
+    words = ("--beam", 1, "--nbest", 1, "--shard-size", 600)
+    assert translate(data, tmp_path / "teacher.pt", tmp_path / "set", *words) == 0, capsys.readouterr().err
+    assert all(one.hypotheses for one in read(tmp_path / "set"))
+    assert distil(tmp_path / "set", data, tmp_path / "bin") == 0, capsys.readouterr().err
+
+
 def test_another_teacher_or_search_is_refused(own: Path, plain: cl.Run, path: Path, data: Path, capsys):
     assert translate(data, plain.path(), own) == 1
     assert f"{own} was made with another teacher (" in error(capsys)
@@ -384,6 +398,15 @@ def test_loops_of_many_pieces():
     run = list("abcdefgh")
     assert loops(["x", *run, *run, *run, "y"], 3)
     assert not loops([*run, *run, *run[:-1]], 3)
+
+
+def test_scores_of_a_filter_that_is_off_do_not_matter():
+    """As the message about scores that are no numbers advises."""
+    reasons, scores = np.zeros(2, np.int8), np.array([math.nan, -1.0])
+    with pytest.raises(UserError, match="leave them aside with --keep score"):
+        Filters().worst("score", reasons, scores)
+    Filters(off=frozenset(["score"]), worst_score=0.5).worst("score", reasons, scores)
+    assert reasons.tolist() == [0, 0]
 
 
 def test_worst_scores():

@@ -50,7 +50,7 @@ def test_of_a_real_log(student: cl.Run, teacher: cl.Run, tmp_path):
          "inverse_sqrt", "--warmup-updates", "7", "--source-lang", "de", "--task", "translation_with_teacher",
          "--criterion", "hard_gate_kd", "--gate", "always", "--kd-weight", "0.25", "--teacher-path", "a file.pt"),
         ("fairseq-train", "data", "--arch", "lightconv", "--encoder-layers", "2", "--encoder-kernel-size-list", "[3,7]",
-         "--memory-efficient-fp16", "--patience=-1", "--save-dir=-runs", "--max-tokens", "20000"),
+         "--memory-efficient-fp16", "--patience=-1", "--save-dir=-runs", "--batch-size", "30"),
         ("fairseq-train", "data", "--arch", "transformer_iwslt_de_en", "--encoder-embed-dim", "20000"),
     ],
 )  # fmt: skip
@@ -60,6 +60,7 @@ def test_there_and_back(arguments):
     command = commands.command(program, settings)
     assert reparsed(command) == settings
     assert "[" not in command  # lists as one types them
+    assert "--max-sentences" not in command  # an older name of --batch-size
 
 
 def test_unknown_parts():
