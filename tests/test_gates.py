@@ -1,4 +1,4 @@
-"""Gates: the weights that each one gives, on a batch whose probabilities can be compared by eye."""
+"""Tests of the gates: the weights that each one gives for a batch whose probabilities can be compared by eye."""
 
 import math
 from collections.abc import Iterator
@@ -16,13 +16,13 @@ from hgkd_fairseq.sentence_weights import gate as _instance  # noqa: F401  regis
 
 # (sentence, student's p, teacher's q, data and teacher weight of gate token, of gate sentence)
 TABLE = [
-    # Sentence 0: 0.5 * 0.25 > 0.25 * 0.25, so the teacher has all of it.
+    # Sentence 0: 0.5 * 0.25 > 0.25 * 0.25, so the teacher has weight 1.
     (0, 0.50, 0.25, (0, 1), (0, 1)),
-    (0, 0.25, 0.25, (1, 0), (0, 1)),  # equal: the token gate is strict and lets the data teach
-    # Sentence 1: 0.9 * 0.1 < 0.5 * 0.4, so the data have all of it.
+    (0, 0.25, 0.25, (1, 0), (0, 1)),  # equal: the token gate compares strictly, so the data
+    # Sentence 1: 0.9 * 0.1 < 0.5 * 0.4, so the data have weight 1.
     (1, 0.90, 0.50, (0, 1), (1, 0)),
     (1, 0.10, 0.40, (1, 0), (1, 0)),
-    # Sentence 2 has no token. Sentence 3: 0.5 * 0.2 = 0.2 * 0.5, equal: the data.
+    # Sentence 2 has no token. Sentence 3: 0.5 * 0.2 = 0.2 * 0.5, equal, so the data.
     (3, 0.50, 0.20, (0, 1), (1, 0)),
     (3, 0.20, 0.50, (1, 0), (1, 0)),
     # Sentence 4: one token decides.
@@ -44,7 +44,7 @@ WEIGHTS = {
     ("none",): [(1, 0)] * 10,
     ("token",): [row[3] for row in TABLE],
     ("sentence",): [row[4] for row in TABLE],
-    # The other way round, and the data where both are equal: the second token, and sentence 3.
+    # The comparison is reversed, but where both are equal it is still the data: the second token, and sentence 3.
     ("token-reversed",): [(1, 0) if p >= q else (0, 1) for p, q in zip(P, Q, strict=True)],
     ("sentence-reversed",): [(0, 1) if row[0] in (1, 5) else (1, 0) for row in TABLE],
     ("floor",): [(0.3, 0.7) if row[3] == (0, 1) else (0.7, 0.3) for row in TABLE],
@@ -62,8 +62,8 @@ WEIGHTS = {
         (1 / (1 + w), w / (1 + w))
         for w in (2.5 * (1 - math.exp(-math.log(p) / math.log(q))) for p, q in zip(P, Q, strict=True))
     ],
-    ("expected",): [(1 - p, p) for p in P],  # `statistics` say P as well of what it asks for
-    # -log q - P in the mean of a sentence (`statistics` say P as well of the entropy): 1.01, 0.30, 0.80, -0.39, 0.87
+    ("expected",): [(1 - p, p) for p in P],  # `statistics` gives P for whatever a gate asks for
+    # Means over a sentence of -log q - P (`statistics` gives P for the entropy): 1.01, 0.30, 0.80, -0.39, 0.87
     ("typical",): [(0, 1) if row[0] == 0 else pytest.approx((0.3, 0.7)) for row in TABLE],
     ("typical", "kd_weight", 0.25, "typical_margin", 0.31): [
         (0.75, 0.25) if row[0] in (1, 4) else (0, 1) for row in TABLE
@@ -73,23 +73,23 @@ WEIGHTS = {
     ("always", "kd_weight", 0.25): [(0.75, 0.25)] * 10,
     ("progressive", "kd_weight", 0.5, "progress", 0.5): [(0.75, 0.25)] * 10,
     ("progressive", "progress", 0.5): [pytest.approx((0.6, 0.4))] * 10,  # a = 0.8
-    ("annealed", "progress", 0.69): [(0, 1)] * 10,  # a first stage of 0.7
+    ("annealed", "progress", 0.69): [(0, 1)] * 10,  # the first stage takes 0.7 of the updates
     ("annealed", "progress", 0.7): [(1, 0)] * 10,
     ("annealed", "gate_share", 0.5, "progress", 0.4): [(0, 1)] * 10,
     ("annealed", "gate_share", 0.5, "progress", 0.5): [(1, 0)] * 10,
     # sigmoid(log p - log q) = p / (p + q)
     ("soft",): [(q / (p + q), p / (p + q)) for p, q in zip(P, Q, strict=True)],
-    ("soft-learned",): [(q / (p + q), p / (p + q)) for p, q in zip(P, Q, strict=True)],  # before it learns
+    ("soft-learned",): [(q / (p + q), p / (p + q)) for p, q in zip(P, Q, strict=True)],  # untrained
     ("soft", "gate_sharpness", 2.0): [
         (q * q / (p * p + q * q), p * p / (p * p + q * q)) for p, q in zip(P, Q, strict=True)
     ],
-    # The least probable ones under the student: half of ten tokens are 0.1, 0.1, 0.2, 0.25 and 0.3.
-    ("selective-batch",): [(1, int(p <= 0.3)) for p in P],  # a tie
+    # The tokens least probable under the student: the lower half of ten is 0.1, 0.1, 0.2, 0.25 and 0.3.
+    ("selective-batch",): [(1, int(p <= 0.3)) for p in P],  # two tokens have 0.3
     ("selective-batch", "gate_share", 0.3): [(1, int(p <= 0.2)) for p in P],
     ("selective-batch", "gate_share", 0.0): [(1, 0)] * 10,
     ("selective-batch", "gate_share", 0.2, "kd_weight", 0.5): [(1, 0.5 * (p <= 0.1)) for p in P],
     ("selective-global",): [(1, 1)] * 10,  # an empty queue
-    ("instance",): [pytest.approx((0.1, 0.9))] * 10,  # sentences that are not of the training set
+    ("instance",): [pytest.approx((0.1, 0.9))] * 10,  # sentences outside the training set
     # a = 1/2 and c = 6/11 at temperature 1 of 11 types: 12 to 1 odds, the others have 1/22 each. Half of that target is
     # 1/4 onehot + 1/4 uniform.
     ("virtual-teacher", "kd_weight", 0.5, "virtual_gold", 6 / 11, "virtual_temperature", 1.0): [(0.75, 0, 0.25)] * 10,
@@ -120,7 +120,7 @@ def statistics(dtype: torch.dtype, progress: float = 0.0) -> TokenStatistics:
 
 @pytest.fixture
 def registry() -> Iterator[dict]:
-    """The registry, put back after the test."""
+    """Yield the registry of gates, and restore it after the test."""
     before = dict(gates.GATES)
     yield gates.GATES
     gates.GATES.clear()
@@ -170,7 +170,7 @@ def test_random_shuffles_the_decisions_of_the_token_gate():
         assert weights.teacher.sum() == 6  # as many as the token gate gives to the teacher
         assert torch.equal(weights.data, 1 - weights.teacher)
         seen += weights.teacher
-    assert (seen / 400 - 0.6).abs().max() < 0.1  # anywhere: 4 standard deviations
+    assert (seen / 400 - 0.6).abs().max() < 0.1  # each position, within 4 standard deviations
 
 
 def test_random_with_a_share():
@@ -194,7 +194,7 @@ def test_beta_smooths_less_where_the_teacher_is_sure():
 
 
 class Output:
-    """What the queue reads of a step's output."""
+    """The part of a step's output that the queue reads."""
 
     def __init__(self, nll: list[float], pads: int = 0):
         self.token_read = -torch.tensor([nll + [0.0] * pads])
@@ -211,10 +211,10 @@ def test_the_queue_forgets_and_is_shared():
     assert gate.state["queue"].tolist() == [2, 3, 7, 9]
     assert gate.state["threshold"] == 5
     assert rows(gate(statistics(torch.float32))) == [(1, 0)] * 10
-    # A batch of pads alone adds nothing.
+    # A batch of padding alone adds nothing.
     gate.observe(Output([], pads=3))
     assert gate.state["queue"].tolist() == [2, 3, 7, 9]
-    # Of two workers, each in a tensor of the queue's size.
+    # Two workers, each with a tensor of the queue's size.
     gate.observe(Output([0.5]), gather=lambda values: torch.cat([values, values + 1]))
     assert gate.state["queue"].tolist() == [7, 9, 0.5, 1.5]
     # The threshold decides: NLL >= log 2 for the median of 0 and 2 log 2.
@@ -223,7 +223,7 @@ def test_the_queue_forgets_and_is_shared():
 
 
 def test_listing(registry: dict):
-    """Also of an option that two gates take, in one meaning and in two."""
+    """An option of several gates is listed once for each of its meanings."""
     registry.clear()
     first, second = (Annotated[float, Option(text)] for text in ("size | a", "size b"))
     form = Annotated[str, Option("how", choices=("up", "down"))]
@@ -262,7 +262,7 @@ def test_listing(registry: dict):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_weights_of_sentences(dtype: torch.dtype):
     gate = get_gate("instance").weights
-    of_token = torch.tensor([2, 2, 0, 0, 3, 3, 1, 4, 4, 4])  # numbers in the training set
+    of_token = torch.tensor([2, 2, 0, 0, 3, 3, 1, 4, 4, 4])  # numbers of the sentences in the training set
     view = statistics(dtype)._replace(instance=of_token)
     with pytest.raises(gates.GateError, match=r"no table yet: call its begin\(\)"):
         gate(view)
@@ -284,11 +284,11 @@ def test_published_defaults_of_the_gates_with_a_state():
 
 def test_a_pair_learns_while_it_is_below_its_teacher():
     gate, view = get_gate("pair", kd_weight=0.4).weights, statistics(torch.float32)
-    gate.compare(torch.tensor([50.0, 61.5, 60.9]), torch.tensor([49.9, 60.5, 60.0]))  # a margin of 1: strictly below
+    gate.compare(torch.tensor([50.0, 61.5, 60.9]), torch.tensor([49.9, 60.5, 60.0]))  # margin 1, compared strictly
     of_token = torch.tensor([2, 2, 0, 0, 1, 1, 1, 0, 2, 1])
     taught = [pytest.approx((0.6, 0.4)) if pair != 1 else (1, 0) for pair in of_token]
     assert rows(gate(view._replace(instance=of_token))) == taught
-    assert rows(gate(view)) == [pytest.approx((0.6, 0.4))] * 10  # no pair is known: the constant
+    assert rows(gate(view)) == [pytest.approx((0.6, 0.4))] * 10  # unknown pair: the constant
 
 
 @pytest.mark.parametrize("name", sorted(gates.GATES))
@@ -345,6 +345,10 @@ def test_a_parameter_of_another_gate_is_refused():
         ("instance", "refresh_interval", 0),
         ("instance", "refresh_change", 0.0),
         ("instance", "weight_rule", "sum"),
+        ("selective-global", "gate_queue", 3.5),
+        ("floor", "gate_floor", 0.3),
+        ("always", "kd_weight", "half"),
+        ("always", "kd_weight", True),
     ],
 )
 def test_a_parameter_out_of_its_range_is_refused(name: str, option: str, value: object):
@@ -410,10 +414,11 @@ def test_gate_of_a_user_runs_in_the_loss(implementation: str):
 
 
 def test_the_queue_and_the_gate_read_the_same():
-    """Also what is given in place of the student's log-probabilities, as of a student without dropout."""
+    """The queue holds what the gate reads, also if `student_logprob` replaces the student's own log-probabilities, as
+    with --gate-dropout off."""
     gate = get_gate("selective-global", gate_share=0.5)
     given, hidden = -torch.arange(1.0, 9.0)[None], torch.zeros(1, 8, 3)
-    for share in (8, 4):  # while the queue is empty, and then
+    for share in (8, 4):  # with an empty queue, and then with a filled one
         out = gated_distillation(
             hidden, torch.eye(3), hidden, torch.eye(3), torch.full((1, 8), 2), gate=gate, student_logprob=given
         )
@@ -436,8 +441,8 @@ def test_a_gate_is_given_by_name_or_bound():
 
 
 def test_a_gate_that_observes_is_called_as_documented():
-    """A class with the documented method is an Observer; any other gate is none. A batch that is only repeated to keep
-    workers in step has no tokens for it."""
+    """A class with the documented method is an Observer, and other gates are not; an Observer sees no tokens of a batch
+    that is only repeated to keep the workers in step."""
 
     class Mine:
         def __call__(self, statistics):

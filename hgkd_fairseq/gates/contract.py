@@ -83,8 +83,11 @@ class Parameter(NamedTuple):
     def problem(self, value: Any, gate: str) -> str | None:
         """Return None if the parameter of `gate` may have this value, otherwise a message that says why it may not.
 
-        Choices and range are checked; the type is not.
+        Type, choices and range are checked; a float may be given as an int.
         """
+        allowed = (int, float) if self.type is float else self.type
+        if not isinstance(value, allowed) or isinstance(value, bool):
+            return f"{value!r} is no {self.type.__name__}"
         if self.option.choices and value not in self.option.choices:
             return f'"{value}" is none of {", ".join(self.option.choices)}'
         span = self.option.range

@@ -206,6 +206,8 @@ def gated_distillation(
     kept = target != padding_idx  # (B, T)
     if lengths is None:
         lengths = kept.sum(1).tolist()
+    elif not target.is_cuda and lengths != kept.sum(1).tolist():  # on a GPU the host would have to wait
+        raise ValueError(f"lengths are {lengths} and target has {kept.sum(1).tolist()} tokens beside padding")
     # The index of the k-th kept token is the first position with k kept tokens up to it. nonzero() would make the host
     # wait for the device to count them.
     so_far = kept.flatten().cumsum(0)
@@ -237,7 +239,9 @@ def _gate_gradient(
     """Return a scalar 0 whose gradient is that of the loss with respect to the gate's own parameters."""
     view = (sentence, results.nll.numel(), student.vocabulary, options.progress, instance)
     weights = options.gate.weights(TokenStatistics(results.student_read, results.teacher_read, *view))
-    loss = weights.data * results.data_term + weights.teacher * results.kl
+    # A weight of 0 may have a gradient, so that equations.weighted does not fit here.
+    divergence = results.kl.masked_fill((weights.teacher == 0) & results.kl.isinf(), 0.0)
+    loss = weights.data * results.data_term + weights.teacher * divergence
     if weights.uniform is not None:
         assert results.uniform_term is not None
         loss = loss + weights.uniform * results.uniform_term

@@ -66,7 +66,8 @@ def known_shapes(known: Known, target: Tensor, vocabulary: int) -> None:
             raise ValueError(f"{name} is {tuple(given.shape)} and target {tuple(target.shape)}")
     if known.sparse is not None:
         sizes = [tuple(part.shape) for part in known.sparse if part is not None]
-        if any(shape[:2] != target.shape for shape in sizes) or sizes[0] != sizes[1]:
+        ids, probability, *others = sizes
+        if len(ids) != 3 or ids != probability or any(one != target.shape for one in (ids[:2], *others)):
             raise ValueError(f"teacher_sparse is {sizes} and target {tuple(target.shape)}")
         if known.sparse.ids.size(2) >= vocabulary:
             raise ValueError(f"teacher_sparse has {known.sparse.ids.size(2)} tokens of a vocabulary of {vocabulary}")

@@ -145,6 +145,8 @@ class Options:
     @property
     def fused(self) -> bool:
         """Whether `rows.row_statistics` (and a kernel) can compute these options; else `rows.autograd_step` does."""
+        if not self.gate.needs_teacher:  # neither the divergence nor the token that the gate reads matters
+            return not self.gate.asks
         asks = not self.gate.asks or (set(self.gate.asks) <= FUSED_ASKS and not self.reads_untempered)
         return self.divergence == FUSED and self.gate_on in FUSED_GATE_ON and asks
 

@@ -121,6 +121,9 @@ def row_statistics(
     return statistics, p, q
 
 
+UNDECLARED = 'gate "{}" gives a weight to the uniform term: register it with uniform=True'
+
+
 def row_results(statistics: RowStatistics, weights: GateWeights, vocabulary: int, options: Options) -> TokenResults:
     """Return the results of the rows, including the loss, under the gate's weights."""
     gold_weight, every_weight = options.gold_weight(vocabulary)
@@ -136,7 +139,8 @@ def row_results(statistics: RowStatistics, weights: GateWeights, vocabulary: int
         loss = loss + equations.weighted(weights.teacher, statistics.kl)
     uniform_term = None
     if weights.uniform is not None:
-        assert statistics.mean is not None
+        if statistics.mean is None:
+            raise ValueError(UNDECLARED.format(options.gate.name))
         uniform_term = -statistics.mean
         loss = loss + weights.uniform * uniform_term
     return TokenResults(

@@ -1,16 +1,17 @@
-"""The equations of gated distillation once more, in fp64, and how far an implementation may be from them: what
-test_properties.py compares every gate and implementation with. Nothing of the package is used here.
+"""An independent fp64 implementation of the equations of gated distillation, with error bounds.
 
-Each number comes with a bound of its error, from the precision u of the arithmetic and from the conditioning:
+test_properties.py compares every gate and implementation with it. It uses nothing of the package.
 
-    a = C u (1 + range of the student's logits)         of log p: z - max z is rounded at its own size
-    b = C u (1 + largest tempered teacher's logit)      of log q: z / tau is rounded before the maximum is taken off
-    p (1 +- expm1(2 a)),  q (1 +- expm1(2 b))           of the probabilities
-    KL: expm1(2 b) sum q |log q - log p| + a + b        of the divergence
+Each number has a bound on the error of an implementation, from the precision u of the arithmetic and the conditioning:
 
-At temperature 0.001 and logits of 10,000 b is above 1: such a bound says little, and what is left to see is that
-nothing is nan. A gate's hard decision whose margin is below a + b may go either way; `unsure` says which, and there,
-and there alone, the implementation's own decision is taken.
+    a = C u (1 + range of the student's logits)          for log p: z - max z is rounded at its own size
+    b = C u (1 + largest tempered teacher's logit)       for log q: z / tau is rounded before max z / tau is subtracted
+    p (1 +- expm1(2 a)),  q (1 +- expm1(2 b))            for the probabilities
+    expm1(2 (a + b)) sum q |log q - log p| + 2 (a + b)   for the KL
+
+The error of the logits themselves, `Tokens.rounding`, is added to a and b. At temperature 0.001 and logits of 10,000 b
+is above 1: the bound is then so wide that a test only shows that nothing is nan. A hard decision of a gate whose margin
+is below a + b may go either way; `unsure` marks it, and only there the implementation's own decision is used.
 """
 
 from __future__ import annotations
@@ -26,22 +27,22 @@ C = 16  # roundings of a softmax over 300 entries, summed in any order
 
 @dataclass
 class Tokens:
-    """N tokens: logits as the implementation sees them, exactly, in fp64."""
+    """N tokens with exactly the logits that the implementation sees, in fp64, and the options of the loss."""
 
     student: Tensor  # (N, V)
     teacher: Tensor  # (N, V)
     target: Tensor  # (N,)
     sentence: Tensor  # (N,)
-    u: float  # of the arithmetic
-    rounding: float = 0.0  # of the logits themselves, where a product made them
+    u: float  # precision of the arithmetic
+    rounding: float = 0.0  # error of the logits themselves, where a product computes them
     temperature: float = 1.0
     smoothing: float = 0.0
     penalty: float = 0.0
     divergence: str = "kl"
-    parameter: float = 0.5  # of the divergence
+    parameter: float = 0.5  # beta or alpha of the divergence
     gate_on: str = "gold"
     tempered_gate: bool = True
-    parameters: dict = field(default_factory=dict)  # of the gate
+    parameters: dict = field(default_factory=dict)  # parameters of the gate
     progress: float = 0.0
 
 
@@ -51,18 +52,18 @@ def log_softmax(z: Tensor) -> Tensor:
 
 
 def plogr(p: Tensor, r: Tensor) -> Tensor:
-    """sum p r with 0 where p is 0."""
+    """Return (N,), the sums of p r over the vocabulary, in which 0 times anything is 0."""
     return (p * torch.where(p > 0, r, torch.zeros_like(p))).sum(1)
 
 
 def finite_range(z: Tensor) -> Tensor:
-    """(N,) of the entries that are not minus infinity."""
+    """Return (N,), the range of the entries of each row that are not minus infinity."""
     return z.amax(1) - torch.where(z.isneginf(), torch.inf, z).amin(1)
 
 
 @dataclass
 class Found:
-    """Of N tokens, (N,) each: values and their errors."""
+    """Values of N tokens and bounds on their errors, (N,) each where nothing else is said."""
 
     logp: Tensor  # (N, V)
     logq: Tensor  # (N, V), at the temperature
@@ -76,12 +77,12 @@ class Found:
     kl_error: Tensor
     above: Tensor  # sum p 1[p > q]
     above_error: Tensor
-    surprise: Tensor  # of the token that is read under q, above the entropy of q, as the gate reads q
+    surprise: Tensor  # -log q of the token that is read minus the entropy of q, as the gate reads q
     surprise_error: Tensor
 
 
 def find(t: Tokens, known: Tensor | None = None) -> Found:
-    """`known`: (N,) log q of the tokens that the gate reads, where it is given and not the teacher's own."""
+    """Compute the values of the tokens; `known` (N,) replaces the teacher's log q of the tokens that the gate reads."""
     logp, logq = log_softmax(t.student), log_softmax(t.teacher / t.temperature)
     gate_logq = logq if t.tempered_gate else log_softmax(t.teacher)
     gold = logp.gather(1, t.target[:, None]).squeeze(1)
@@ -136,7 +137,8 @@ def find(t: Tokens, known: Tensor | None = None) -> Found:
 
 @dataclass
 class Weights:
-    """(N,) each; `error` of each of them, `unsure` where a hard decision is within rounding."""
+    """Weights of the terms of the loss, (N,) each; `error` bounds the error of each, and `unsure` marks the tokens
+    whose hard decision is within rounding."""
 
     data: Tensor
     teacher: Tensor
@@ -146,7 +148,7 @@ class Weights:
     high: float = 1.0  # the teacher's weight where a hard gate is open
 
     def with_decision(self, opened: Tensor) -> Weights:
-        """Where it is unsure, as it was `opened` (N,) bool by the implementation."""
+        """Return the weights with the implementation's decisions, `opened` (N,) bool, where they are unsure."""
         if self.unsure is None or not self.unsure.any():
             return self
         hard = opened.to(self.teacher.dtype)
@@ -160,7 +162,7 @@ def hard(margin: Tensor, noise: Tensor, low: float = 0.0, high: float = 1.0) -> 
 
 
 def weights(gate: str, t: Tokens, f: Found) -> Weights:
-    """The rule of each gate that does not draw at random."""
+    """Return the weights that a gate gives to the tokens; for gates that do not draw at random."""
     n, ones = len(t.target), torch.ones(len(t.target), dtype=torch.float64)
     s, q, noise, has = f.student_read, f.teacher_read, f.a + f.b, t.parameters
     gap = s - q
@@ -176,7 +178,7 @@ def weights(gate: str, t: Tokens, f: Found) -> Weights:
         return mixed(0.0)
     if gate in ("token", "token-reversed"):
         return hard(gap if gate == "token" else -gap, noise)
-    by_sentence = sums(noise + C * t.u * gap.abs())  # its rounding
+    by_sentence = sums(noise + C * t.u * gap.abs())  # rounding of the sum
     if gate in ("sentence", "sentence-reversed"):
         total = sums(gap)
         return hard(total if gate == "sentence" else -total, by_sentence)
@@ -218,7 +220,6 @@ def weights(gate: str, t: Tokens, f: Found) -> Weights:
             threshold = float((-s).sort(descending=True).values[count - 1]) if count else math.inf
         opened = -s >= threshold
         near = ((-s - threshold).abs() <= 2 * f.a.max()) if n else torch.zeros(0, dtype=torch.bool)
-        # Data 1 on all tokens.
         return Weights(ones, has["kd_weight"] * opened.double(), error=near.double() * has["kd_weight"])
     if gate == "virtual-teacher":
         # q: c on gold, (1 - c) / (V - 1) elsewhere, its logits divided by the temperature
@@ -232,14 +233,15 @@ def weights(gate: str, t: Tokens, f: Found) -> Weights:
 
 
 def smoothed(data: float, weight: float, gold: Tensor, vocabulary: int) -> Weights:
-    """CE with a target of `gold` on the gold token and the rest spread evenly, in onehot and uniform."""
+    """Return the weights of the one-hot and the uniform term that make up, times `weight` and added to `data`, the
+    cross-entropy with a target of `gold` (N,) on the gold token and the rest spread evenly."""
     rest = (1 - gold) / (vocabulary - 1)
     return Weights(data + weight * (gold - rest), 0 * gold, weight * vocabulary * rest, error=1e-6 * (1 + 0 * gold))
 
 
 @dataclass
 class Expected:
-    """Of the batch: sums and their errors; gradients at the logits (N, V) and a bound for each entry, (N, 1)."""
+    """Sums over the batch and bounds on their errors; gradients at the logits (N, V) and a bound per token, (N, 1)."""
 
     loss: float
     loss_error: float
@@ -252,7 +254,7 @@ class Expected:
 
 
 def expected(t: Tokens, w: Weights, f: Found, z: Tensor, with_teacher: bool = True) -> Expected:
-    """`f` was found of `t` with `z` as the student's logits, which want a gradient."""
+    """Compute the expected results; `f` is `find(t)` with the student's logits `z` (N, V), which require a gradient."""
     error = torch.zeros_like(f.a) if w.error is None else w.error.double()
     loss = w.data * f.data
     # The sum of a batch of N is rounded N times.
@@ -271,7 +273,7 @@ def expected(t: Tokens, w: Weights, f: Found, z: Tensor, with_teacher: bool = Tr
     each = w.data * on_p * (1 + t.penalty * entropy_size) + 2 * error + 4 * t.u
     if with_teacher:
         ratio = 0.0
-        if t.divergence != "kl":  # p (log p - log q - ...): as large as the logarithms
+        if t.divergence != "kl":  # p (log p - log q - ...) is as large as the logarithms
             ratio = (f.logp - f.logq).detach().nan_to_num(0, 0, 0).abs().amax(1)
         each = each + w.teacher * on_q * (1 + ratio) + error * ratio
     if w.uniform is not None:

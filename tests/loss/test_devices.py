@@ -1,7 +1,7 @@
-"""The loss on the device that trains: every implementation there against fp64, in any dtype, vocabulary and alignment.
+"""Tests of the loss on CPU and GPU: every implementation against fp64, in several dtypes, vocabularies and alignments.
 
-Cases run on the CPU and, marked `cuda`, on a GPU; what only a GPU has (streams, graphs, its memory) runs there alone.
-An error may be at most twice the one that eager torch makes in the same dtype on the same device.
+Cases run on the CPU and, marked `cuda`, on a GPU; those of streams, graphs and memory run on a GPU alone. An error may
+be at most about twice that of eager torch in the same dtype on the same device.
 """
 
 import itertools
@@ -32,7 +32,7 @@ LENGTHS = (13, 0, 30, 1, 22)  # 66 tokens, one sentence all pads
 
 
 def moved(batch: Batch, device: str, dtype: torch.dtype | None = None) -> Batch:
-    """A copy on another device, its floating-point parts in `dtype`, that wants the same gradients."""
+    """Return a copy on `device` with its floating-point parts in `dtype` and the same `requires_grad`."""
 
     def move(x: Tensor) -> Tensor:
         kind = dtype if x.is_floating_point() else None
@@ -94,15 +94,15 @@ LARGE = [
 
 
 def fixed(bits: Tensor) -> Gate:
-    """A gate that decides as `bits` (N,) say."""
+    """Return a gate whose decisions are `bits` (N,)."""
     return Gate("fixed", lambda s: tools.hard_weights(bits, s.student_logprob.dtype), scope="batch")
 
 
 @everywhere
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_gradients_and_gates(case: Case, device: str, implementation: str, monkeypatch: pytest.MonkeyPatch):
-    """Loss, its parts and all gradients against fp64 under the same decisions; and the decisions, wherever rounding of
-    the logits cannot turn them."""
+    """Loss, its parts and all gradients agree with fp64 under the same decisions, and so do the decisions wherever
+    rounding of the logits cannot change them."""
     monkeypatch.setitem(chunked.CHUNK_TOKENS, device, 40)
     compare(case, device, implementation)
 
@@ -110,7 +110,7 @@ def test_values_gradients_and_gates(case: Case, device: str, implementation: str
 @pytest.mark.parametrize(
     ("device", "implementation", "case"),
     [
-        *(("cpu", "native", case) for case in (LARGE[0], Case(256001, BF16))),  # few: a CPU takes seconds for each
+        *(("cpu", "native", case) for case in (LARGE[0], Case(256001, BF16))),  # two: each takes seconds on a CPU
         *(pytest.param("cuda", "triton", case, marks=cuda) for case in LARGE),
     ],
     ids=str,
@@ -145,12 +145,12 @@ def compare(case: Case, device: str, implementation: str) -> None:
     assert not out.teacher_mask[~kept].any()
     if case.gate != "none":
         wanted, certain = decisions(case, wide)
-        assert certain.any() or case.dtype == BF16  # a step of bf16 can turn every sentence
+        assert certain.any() or case.dtype == BF16  # rounding can change every sentence's
         assert torch.equal(bits[certain], wanted[certain])
 
 
 def decisions(case: Case, wide: Batch) -> tuple[Tensor, Tensor]:
-    """The gate's bits (N,) in fp64, and of which of them rounding of the logits in the case's dtype is no threat."""
+    """Return the gate's decisions (N,) in fp64, and which of them rounding in the case's dtype cannot change (N,)."""
     kept = wide.target != PAD
     z = wide.hidden.detach()[kept] @ wide.weight.detach().t()
     t = wide.teacher_hidden[0][kept] @ wide.teacher_weight[0].t()
@@ -159,7 +159,7 @@ def decisions(case: Case, wide: Batch) -> tuple[Tensor, Tensor]:
     read = z.argmax(1) if case.gate_on == "argmax" else wide.target[kept]
     logp, logq = z.log_softmax(1), (t / (1.5 if case.tempered_gate else 1.0)).log_softmax(1)
     margin = (logp - logq).gather(1, read[:, None]).squeeze(1)
-    # Half a step for each of two logits, at the largest, and for what is summed from them, the products included.
+    # Half a rounding step for each of two logits, at the largest one, and the rounding of products and sums.
     noise = 4 * torch.finfo(case.dtype).eps * torch.maximum(z.abs().amax(1), t.abs().amax(1))
     if case.gate_on == "argmax":
         top = z.topk(2, dim=1).values
@@ -209,11 +209,11 @@ def test_pads_reach_nothing(poison: float, device: str, implementation: str):
 @everywhere
 @pytest.mark.parametrize("vocabulary", [252, 507, 1001])
 def test_alignment_does_not_matter(vocabulary: int, device: str, implementation: str):
-    """Features that are slices of larger ones, weights that start at an odd row, in an odd vocabulary."""
+    """Features and weights that are slices of larger tensors, at unaligned addresses, give the same results."""
     batch = moved(make((7, 5, 6), 7, vocabulary=vocabulary, dimension=13, bias=False, dtype=BF16), device)
 
     def sliced(x: Tensor) -> Tensor:
-        """The same numbers, at an address that is a multiple of little and with strides of another tensor."""
+        """Return the same numbers at an unaligned address and with the strides of a wider tensor."""
         room = torch.zeros(*x.shape[:-1], x.size(-1) + 3, dtype=x.dtype, device=x.device)
         room[..., 1:-2] = x.detach()
         return room[..., 1:-2]
@@ -234,7 +234,7 @@ def test_alignment_does_not_matter(vocabulary: int, device: str, implementation:
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("gate", ["token", "sentence"])
 def test_autocast(gate: str, dtype: torch.dtype, device: str, implementation: str):
-    """--amp: fp32 parameters, products in half precision, gradients in fp32."""
+    """With --amp (fp32 parameters, half-precision products) gradients are fp32 and about as accurate as eager's."""
     batch = moved(make(LENGTHS, max(LENGTHS)), device)
     wide = moved(batch, device, torch.float64)
     errors = {}
@@ -251,7 +251,10 @@ def test_autocast(gate: str, dtype: torch.dtype, device: str, implementation: st
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
 def test_rows_beyond_32_bits(device: str):
-    """Tokens x vocabulary above 2^31: the last rows are what they are alone. (On the CPU too few to get there.)"""
+    """With tokens x vocabulary above 2^31 the last rows have the results that they have alone.
+
+    Only the case on a GPU is that large; the one on the CPU runs the same code on few rows.
+    """
     from hgkd_fairseq.loss.native import rows as cpu_rows
     from hgkd_fairseq.loss.triton import rows as triton_rows
 
@@ -283,11 +286,11 @@ def test_rows_beyond_32_bits(device: str):
 @pytest.mark.parametrize("implementation", ["chunked", "triton"])
 @pytest.mark.parametrize("gate", sorted(set(GATES) - {"instance"}))
 def test_the_host_never_waits(gate: str, implementation: str, monkeypatch: pytest.MonkeyPatch):
-    """Forward and backward of every gate under torch's detector of synchronisations."""
+    """Forward and backward of every gate cause no synchronisation, by torch's detector."""
     monkeypatch.setitem(chunked.CHUNK_TOKENS, "cuda", 32)
     batch, made = moved(make(LENGTHS, max(LENGTHS), dtype=BF16), "cuda"), gates.get_gate(gate)
     if made.learned:
-        made.weights.cuda()  # as the criterion's other parameters
+        made.weights.cuda()  # as training moves the criterion's parameters
     for waiting in ("warm", "error"):
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error" if waiting == "error" else "default")
@@ -307,7 +310,7 @@ def test_the_detector_of_synchronisations_detects():
     torch.cuda.set_sync_debug_mode("error")
     try:
         with pytest.raises(RuntimeError, match="synchroniz"):
-            run(batch, "triton")  # without lengths they are counted on the device
+            run(batch, "triton")  # without `lengths` tokens are counted on the device
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -315,7 +318,7 @@ def test_the_detector_of_synchronisations_detects():
 @cuda
 @pytest.mark.parametrize("gate", ["token", "sentence"])
 def test_two_streams(gate: str):
-    """Two losses at the same time on two streams: each is what it is alone."""
+    """Two losses at the same time on two streams give the results that each gives alone."""
     batches = [moved(make(LENGTHS, max(LENGTHS), vocabulary=10152, seed=seed, dtype=BF16), "cuda") for seed in (1, 2)]
 
     def loss(batch: Batch) -> list[Tensor]:
@@ -339,7 +342,7 @@ def test_two_streams(gate: str):
 @cuda
 @pytest.mark.parametrize("gate", ["none", "token", "sentence"])
 def test_cuda_graph(gate: str):
-    """Forward and backward captured once, for given lengths, and replayed on other numbers."""
+    """Forward and backward, captured once in a CUDA graph for given lengths, give the right results for other data."""
     first, second = (moved(make(LENGTHS, max(LENGTHS), seed=seed, dtype=BF16), "cuda") for seed in (1, 2))
 
     def step(batch: Batch) -> list[Tensor]:
@@ -372,12 +375,12 @@ def flat(batch: Batch) -> list[Tensor]:
 @cuda
 @pytest.mark.parametrize("gate", ["token", "sentence"])
 def test_memory(gate: str):
-    """Of 8,192 tokens and 32,000 types in bf16: the chunk's logits, d weight in fp32, and little else; at most a fifth
-    of what eager torch takes."""
+    """The peak memory of 8,192 tokens and 32,000 types in bf16 is little more than the logits of a chunk and d weight
+    in fp32, and at most a fifth of eager's."""
     batch = moved(make((64,) * 128, 64, vocabulary=32000, dimension=64, dtype=BF16, bias=False), "cuda")
     peaks = {}
     for implementation in ("eager", "triton"):
-        run(batch, implementation, gate=gate, lengths=(64,) * 128).loss.backward()  # what is set up once
+        run(batch, implementation, gate=gate, lengths=(64,) * 128).loss.backward()  # one-time allocations
         batch.hidden.grad = batch.weight.grad = None
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -391,7 +394,7 @@ def test_memory(gate: str):
 
 @cuda
 def test_auto_is_triton(monkeypatch: pytest.MonkeyPatch):
-    """On a GPU `auto` takes the Triton rows, without a warning: their self-check holds."""
+    """On a GPU `auto` uses the Triton kernels, which pass their self-check, without a warning."""
     from hgkd_fairseq.loss.triton import rows as triton_rows
 
     assert triton_rows.usable("cuda") is None

@@ -1,4 +1,4 @@
-"""The terms of the loss where a rule for ties, ends and zeros decides."""
+"""Tests of the terms of the loss at ties, at the ends of a distribution and at probabilities of 0."""
 
 import math
 
@@ -9,7 +9,7 @@ from hgkd_fairseq.gates import get_gate
 from hgkd_fairseq.loss import DIVERGENCES, equations, gate_first
 from hgkd_fairseq.loss.options import Options, Sparse
 
-# Student and teacher: equal in the first type; one has a 0, the other, both, none.
+# Student and teacher: equal for the first type; then 0 for the student, for the teacher, for both and for none.
 P = [0.2, 0.0, 0.3, 0.0, 0.5]
 Q = [0.2, 0.4, 0.0, 0.0, 0.4]
 
@@ -59,7 +59,7 @@ def test_drawn_to_the_last_type():
     last = torch.full((500, 7), -torch.inf)
     last[:, 6] = 0
     assert (equations.drawn(last) == 6).all()
-    # Probabilities that do not sum to 1, as rounded ones: they are shares of their sum.
+    # Rounded probabilities need not sum to 1: they are taken as shares of their sum.
     counts = equations.drawn(torch.tensor([[0.125, 0.375]]).log().expand(20_000, 2)).bincount()
     assert counts[1] / 20_000 == pytest.approx(0.75, abs=0.015)
 
@@ -73,7 +73,7 @@ def test_the_gold_tokens_logprob_of_large_logits(size: float):
 
 
 def test_what_is_known_of_a_sparse_teacher_that_is_certain():
-    """Known tokens and a rest of probability 0 count for nothing, also where the student cannot say them."""
+    """Known tokens and a rest of probability 0 contribute nothing, also where the student gives them probability 0."""
     logp = logs([0.25, 0.75, 0.0, 0.0])
     sparse = Sparse(torch.tensor([[1, 2]]), torch.tensor([[1.0, 0.0]], dtype=torch.float64), torch.zeros(1).double())
     assert equations.sparse_kl(logp, sparse).item() == pytest.approx(-math.log(0.75))

@@ -1,4 +1,5 @@
-"""What is known of a teacher beforehand, gold tokens and sparse distributions: against eager, and by hand."""
+"""Tests of teachers that are known beforehand by the gold tokens' log-probabilities or by sparse distributions, against
+eager and by hand."""
 
 import dataclasses
 import math
@@ -19,7 +20,7 @@ fast = pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIO
 
 
 def teacher_logprobs(batch: Batch, temperature: float) -> Tensor:
-    """(B, T, V)"""
+    """Return (B, T, V), the log-probabilities of the teacher, of an ensemble those of the mean."""
     members = zip(batch.teacher_hidden, batch.teacher_weight, batch.teacher_bias, strict=True)
     return mean_logprobs([Head(*member) for member in members], temperature)
 
@@ -35,7 +36,7 @@ def gold(batch: Batch, temperature: float = 1.5) -> Tensor:
 def test_a_gate_that_is_decided_first(
     name: str, dimensions: tuple, tempered: bool, implementation: str, monkeypatch: pytest.MonkeyPatch
 ):
-    if name != "random":  # drawn for the tokens in view
+    if name != "random":  # its draws depend on the chunks
         monkeypatch.setitem(chunked.CHUNK_TOKENS, "cpu", 5)
     dtype, near, tolerance = precision(implementation)
     batch = make(dtype=dtype, teacher_dimensions=dimensions)
@@ -60,7 +61,7 @@ def test_a_gate_that_is_decided_first(
 @fast
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 def test_its_error_is_that_of_the_full_way(dtype: torch.dtype, implementation: str):
-    """Against fp64 on the same inputs, with the same decisions."""
+    """Errors of the gradients, against fp64 on the same inputs, are at most twice those without `teacher_gold`."""
     batch = make((30,) * 20, 30, 507, 24, (13,), dtype=dtype)
     wide = Batch(*[widened(part) for part in batch])
     known = gold(wide)
@@ -122,14 +123,15 @@ def test_an_entropy_that_is_known(scope: str, implementation: str, monkeypatch: 
         assert out.teacher_share.item() == pytest.approx(expected.teacher_share.item(), rel=1e-5)
     out = run_sparse(batch, implementation, top(batch, 7), gate=gate, teacher_entropy=entropy)
     assert out.teacher_share.item() == pytest.approx(expected.teacher_share.item(), rel=1e-5)
-    above = {"teacher_gold": gold(batch), "teacher_entropy": entropy + 100}  # what is given is what is read
+    above = {"teacher_gold": gold(batch), "teacher_entropy": entropy + 100}  # the gate reads the given entropy
     out = run(batch, implementation, gate=gate, **above)
     assert out.teacher_share.item() == pytest.approx(0.7 * expected.tokens.item(), rel=1e-5)
 
 
 @fast
 def test_a_kernel_does_not_decide_by_its_own_teacher(implementation: str):
-    """Also of the token gate, which kernels know, where it is not decided before the teacher's logits are made."""
+    """The gate reads `teacher_gold` also where it is the token gate, which the kernels have built in, and is decided
+    after the teacher's logits are made."""
     batch = make(dtype=precision(implementation)[0])
     gate = gates.Gate("token", gates.hard.token)
     for known, opened in ((-50.0, 1), (0.0, 0)):
@@ -144,7 +146,7 @@ def test_a_kernel_does_not_decide_by_its_own_teacher(implementation: str):
 
 
 def top(batch: Batch, k: int, rest: bool = True) -> Sparse:
-    """The k most probable tokens, and the remaining mass."""
+    """Return the k most probable tokens of the teacher, with the remaining mass or, without `rest`, renormalised."""
     q, ids = teacher_logprobs(batch, 1.5).exp().topk(k)
     if rest:
         return Sparse(ids, q, 1 - q.sum(2))
@@ -160,13 +162,13 @@ def run_sparse(batch: Batch, implementation: str, sparse: Sparse, **options):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_sparse_by_hand(implementation: str):
-    # p = (1/2, 1/4, 1/4). Known of q: word 1 has 1/2, and the others together 1/2, as they have of p 3/4:
+    # p = (1/2, 1/4, 1/4). Known of q: word 1 has 1/2, and the others together 1/2; under p they have 3/4:
     # KL = 1/2 log (1/2 / 1/4) + 1/2 log (1/2 / 3/4) = 1/2 log 2 + 1/2 log 2/3.
     # dz = p - (1/2 at word 1; elsewhere 1/2 p / (3/4)) = (1/2 - 1/3, 1/4 - 1/2, 1/4 - 1/6).
     p = torch.tensor([[[2.0, 1.0, 1.0]]]).log().requires_grad_()
     for rest, loss, gradient in (
         (0.5, 0.5 * math.log(2) + 0.5 * math.log(2 / 3), [1 / 6, -1 / 4, 1 / 12]),
-        # Nothing else is known: draws, all of word 1; KL = -log 1/4 and dz = p - onehot.
+        # Without a rest: draws, all of word 1; KL = -log 1/4 and dz = p - onehot.
         (None, math.log(4), [1 / 2, -3 / 4, 1 / 4]),
     ):
         q = torch.tensor([[[1.0 if rest is None else 0.5]]])
@@ -190,7 +192,7 @@ def test_sparse_against_eager(name: str, rest: bool, implementation: str, monkey
     dtype, near, tolerance = precision(implementation)
     batch = make(dtype=dtype)
     sparse = top(batch, 7, rest)
-    if not rest:  # fewer are known of some tokens, and the entropy is known
+    if not rest:  # for some tokens fewer are known, and the entropy is given
         none = torch.arange(7)[None, None] > batch.target[..., None] % 7
         ids = torch.where(none, sparse.ids[..., :1], sparse.ids)
         q = sparse.probability.masked_fill(none, 0)
@@ -209,7 +211,7 @@ def test_sparse_against_eager(name: str, rest: bool, implementation: str, monkey
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_all_but_one_token_is_the_whole_teacher(implementation: str):
-    """A bucket of one token is that token: loss and gradients are those of the dense teacher."""
+    """A rest of one token is that token: loss and gradients equal those of the dense teacher."""
     dtype, near, tolerance = precision(implementation)
     batch = make(dtype=dtype)
     dense, sparse = run(batch, implementation), run_sparse(batch, implementation, top(batch, 122))
@@ -219,8 +221,8 @@ def test_all_but_one_token_is_the_whole_teacher(implementation: str):
 
 
 def test_draws_are_unbiased():
-    """Of 4,000 times 50 draws the mean gradient and, with the entropy of q, the mean KL are those of the dense teacher,
-    within four standard errors; those of the top 8 tokens are not."""
+    """Over 4,000 times 50 draws the mean gradient and, given the entropy of q, the mean KL equal those of the dense
+    teacher within four standard errors; the gradient of the top 8 tokens does not."""
     batch, times = make((3,), 3, dtype=torch.float64), 4000
     logq = teacher_logprobs(batch, 1.5)[0]  # (3, V)
     entropy = -(logq.exp() * logq).sum(1)
@@ -261,6 +263,7 @@ REFUSED = {
         {"teacher_sparse": 3, "teacher_gold": torch.zeros(1, 3), "divergence": "js"},
         'the divergence is "kl", not "js"',
     ),
+    "lengths": ({"lengths": [2]}, "lengths are [2] and target has [3] tokens"),
     "all tokens": (
         {"teacher_sparse": 123, "teacher_gold": torch.zeros(1, 3), "teacher_hidden": None},
         "has 123 tokens of a vocabulary of 123",
@@ -272,8 +275,10 @@ def test_a_sparse_teacher_of_other_shapes():
     batch = make((3,), 3)
     sparse = top(batch, 7)
     fewer = sparse._replace(probability=sparse.probability[..., :6])
-    for other in (fewer, sparse.map(lambda part: part[:, :2])):
-        with pytest.raises(ValueError, match=r"teacher_sparse is \[\(1, [23], 7\).* and target \(1, 3\)"):
+    flat = sparse.map(lambda part: part.flatten(1))
+    wide = sparse._replace(rest=torch.zeros(1, 3, 1))  # would be broadcast to a wrong loss
+    for other in (fewer, sparse.map(lambda part: part[:, :2]), flat, wide):
+        with pytest.raises(ValueError, match=r"teacher_sparse is \[\(1, .* and target \(1, 3\)"):
             run_sparse(batch, "eager", other)
 
 

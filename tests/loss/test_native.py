@@ -1,5 +1,7 @@
-"""The C kernel: against plain torch on what the other tests do not reach, its cache, and what happens without a
-compiler. That it agrees with fp64 and eager in every combination of options: test_gated_distillation.py."""
+"""Tests of the C kernel: cases that other tests do not reach, against plain torch; its cache; and missing compilers.
+
+test_gated_distillation.py compares it with fp64 and eager in every combination of options.
+"""
 
 import os
 import shutil
@@ -21,7 +23,7 @@ from hgkd_fairseq.loss.native import rows as cpu_rows
 from hgkd_fairseq.loss.options import Options
 
 ROOT = Path(__file__).parents[2]
-# What one call does, through the two calls of any other gate.
+# Gates that the kernel does in one call, in a form that it does not recognise and does in two calls.
 SPLIT = {
     "token": Gate("mine", lambda statistics: hard.token(statistics)),
     "none": Gate("mine", lambda statistics: hard.none(statistics), needs_teacher=False),
@@ -141,7 +143,7 @@ def test_what_is_not_finite_shows(value: float):
 
 
 def test_masked_logits_have_no_probability():
-    """A logit of minus infinity, as a decoder that forbids a token gives: p = 0, and no nan anywhere."""
+    """A logit of minus infinity, by which a decoder forbids a token, has probability 0 and leads to no nan."""
     student, teacher, target = logits(4, 100)
     student[:, 50], teacher[:, 50], target[:] = -torch.inf, -torch.inf, 3
     ours, dz = step(cpu_rows.row_step, student, [teacher], target, Options(GATES["token"]))
@@ -152,7 +154,7 @@ def test_masked_logits_have_no_probability():
 
 
 def test_a_compiler_without_half_precision(tmp_path: Path):
-    """Such rows are done by plain torch, also those of a gate that is decided first, and a teacher's are widened."""
+    """Without _Float16 in the compiler plain torch computes rows in fp16, also for a gate that is decided first."""
     code = """
 import torch
 from hgkd_fairseq.loss import gated_distillation
@@ -184,7 +186,7 @@ def test_a_target_outside_the_vocabulary_is_refused():
 
 
 def program(code: str, **variables: str) -> subprocess.CompletedProcess:
-    """A fresh process in which plain torch, `a`, and auto, `b`, have computed one loss."""
+    """Run `code` in a new process in which `a` (eager) and `b` (auto) are outputs of the same loss."""
     start = """
 import logging
 logging.basicConfig(level=logging.WARNING)
@@ -204,7 +206,7 @@ assert torch.allclose(a.loss, b.loss, rtol=1e-5), (a.loss, b.loss)
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of compiled kernels, not made yet."""
+    """Return the path of the folder of compiled kernels, which does not exist yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "hgkd_fairseq"
 
@@ -227,7 +229,7 @@ def test_a_kernel_that_is_cut_short_is_compiled_again(length: int, cache: Path):
 
 
 def test_another_library_under_the_kernels_name_is_not_loaded(cache: Path, tmp_path: Path):
-    """Neither in a file of its own nor through a link, though both are this user's."""
+    """A file with other content and a link are not loaded under the kernel's name, though both are this user's."""
     kept = cpu_rows.library()
     whole = kept.read_bytes()
     kept.write_bytes(b"not " + whole)
@@ -274,8 +276,8 @@ def test_what_another_user_owns_is_not_used(cache: Path):
 
 @pytest.mark.parametrize("where", ["a read-only cache", "a read-only home"])
 def test_a_cache_that_cannot_be_written_to(where: str, monkeypatch: pytest.MonkeyPatch):
-    """The kernel is compiled all the same, for this process: also with a TMPDIR that is gone."""
-    home = Path(tempfile.mkdtemp(dir="/tmp"))  # where another user may go, who may not read this checkout
+    """The kernel is compiled for this process alone, also if TMPDIR does not exist."""
+    home = Path(tempfile.mkdtemp(dir="/tmp"))  # the other user may be unable to read the checkout
     monkeypatch.setattr(cpu_rows, "SOURCE", Path(shutil.copy(cpu_rows.SOURCE, home)))
     kept = home / ".cache" / "hgkd_fairseq"
     kept.mkdir(parents=True)
@@ -318,6 +320,7 @@ def test_without_a_compiler_plain_torch_does_the_rows(variables: dict[str, str],
     done = program("", XDG_CACHE_HOME=str(tmp_path), **variables)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("the loss runs in plain torch, slower") == 1, done.stderr
+    assert "compiled for this process alone" not in done.stderr
     assert reason in done.stderr
     asked = program(
         'gated_distillation(h, w, t, u, target, implementation="native")', XDG_CACHE_HOME=str(tmp_path), **variables
@@ -326,7 +329,7 @@ def test_without_a_compiler_plain_torch_does_the_rows(variables: dict[str, str],
 
 
 def test_one_result_for_any_number_of_threads():
-    """Rows are dealt out, none is split: the same bits on any number of threads."""
+    """Threads share out whole rows, so that the result is the same to the bit for any number of threads."""
     generator = torch.Generator().manual_seed(0)
     hidden, teacher = (torch.randn(4, 25, 16, generator=generator) for _ in range(2))
     weight, teacher_weight = (torch.randn(2500, 16, generator=generator) for _ in range(2))

@@ -1,8 +1,8 @@
-"""Properties of the loss on drawn batches: every gate and implementation against fp64 equations of their own
-(loss_oracle.py), over shapes, pads, dtypes, logits up to 10,000, all equal or minus infinity, and temperatures from
-0.001 to 1,000.
+"""Property tests of the loss: every gate and implementation on random batches against the independent equations of
+loss_oracle.py in fp64, over shapes, padding, dtypes, logits up to 10,000, all equal or minus infinity, and temperatures
+from 0.001 to 1,000.
 
-HGKD_EXAMPLES=N draws N batches for each of the tests, with other seeds each time, in place of the few that CI draws:
+HGKD_EXAMPLES=N draws N batches for each test, with new seeds each time, in place of the few fixed ones of CI:
 
     HGKD_EXAMPLES=2000 pytest -q tests/loss/test_properties.py
 """
@@ -33,33 +33,33 @@ IMPLEMENTATIONS = ("triton",) if INTERPRETED else ("eager", "chunked", "native")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 SCALES = (0.0, 1e-3, 0.3, 3.0, 30.0, 1e3, 1e4)
 TEMPERATURES = (1e-3, 0.03, 0.5, 1.0, 1.5, 2.0, 20.0, 1e3)
-DRAWING = ("random", "beta")  # gates whose weights are drawn
+DRAWING = ("random", "beta")  # gates whose weights are drawn at random
 
 
 def drawn(few: int):
-    """Examples: `few` in CI, always the same; as many as HGKD_EXAMPLES says elsewhere."""
+    """Return settings of hypothesis: HGKD_EXAMPLES random examples if it is set, else `few` fixed ones."""
     quick = {"derandomize": True, "max_examples": few, "database": None}
     found: dict[str, Any] = {"max_examples": int(GIVEN), "database": None} if GIVEN else quick
-    phases = [Phase.explicit, Phase.generate]  # a batch is made of a seed: shrinking it shows nothing
+    phases = [Phase.explicit, Phase.generate]  # a batch is made of a seed, so that shrinking is useless
     return settings(deadline=None, phases=phases, suppress_health_check=list(HealthCheck), print_blob=True, **found)
 
 
 class Drawn(NamedTuple):
-    """A batch whose output layer is the identity: what an implementation makes of the features are the logits, exactly,
-    so that all that differs is the arithmetic of the loss."""
+    """A batch whose output layer is the identity, unless `weights` is given: the features are exactly the logits, so
+    that implementations differ only in the arithmetic of the loss."""
 
     gate: Gate
-    parameters: dict  # of the gate, for the oracle
+    parameters: dict  # parameters of the gate, by the oracle's names
     options: dict
-    hidden: Tensor  # (B, T, V), the student's logits but for the bias
+    hidden: Tensor  # (B, T, V), the student's logits without the bias
     bias: Tensor | None  # (V,)
     teacher: Tensor  # (B, T, V)
     teacher_bias: Tensor | None
     target: Tensor  # (B, T)
     chunk: int
     instance: Tensor | None = None
-    known: str = ""  # "own": the log q that the gate reads are known beforehand; "other": those of another teacher
-    weights: tuple[Tensor, Tensor] | None = None  # (V, D) each, in place of the identity; fp32 and fp64 alone
+    known: str = ""  # "own": the log q that the gate reads is given beforehand; "other": that of another teacher is
+    weights: tuple[Tensor, Tensor] | None = None  # (V, D) each, in place of the identity; not in half precision
 
 
 def logits(generator: torch.Generator, shape: tuple[int, ...], kind: str, scale: float) -> Tensor:
@@ -94,7 +94,7 @@ def target_of(generator: torch.Generator, shape: tuple[int, int], vocabulary: in
 
 
 def make(seed: int, dtype: torch.dtype, name: str) -> Drawn:
-    """A batch for the gate of that name: all is drawn from the seed."""
+    """Draw a batch for the gate `name` from the seed."""
     generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
     shape, vocabulary = (rng.randint(1, 4), rng.randint(1, 7)), rng.choice((5, rng.randint(5, 40), rng.randint(5, 300)))
     target = target_of(generator, shape, vocabulary, rng.choice(PADS))
@@ -117,7 +117,7 @@ def make(seed: int, dtype: torch.dtype, name: str) -> Drawn:
     bias, teacher_bias = None, None
     if rng.random() < 0.5:
         bias, teacher_bias = torch.zeros(vocabulary, dtype=torch.float64), torch.zeros(vocabulary, dtype=torch.float64)
-        if rng.random() < 0.5:  # tokens that cannot be; not the gold ones
+        if rng.random() < 0.5:  # forbidden tokens, none of them gold
             masked = torch.rand(vocabulary, generator=generator) < 0.3
             masked[target.unique()] = False
             masked[0] = False
@@ -134,9 +134,11 @@ def make(seed: int, dtype: torch.dtype, name: str) -> Drawn:
 
 
 def with_heads(batch: Drawn, rng: random.Random, generator: torch.Generator) -> Drawn:
-    """The batch with an output layer of a few dimensions in place of the identity. Not in half precision, whose
-    products round logits of 10,000 by more than a gate compares: test_gated_distillation.py has those, at logits of
-    usual size."""
+    """Return the batch with an output layer of a few dimensions in place of the identity.
+
+    Not for half precision, whose products round logits of 10,000 by more than the differences that a gate compares;
+    test_gated_distillation.py has such products, with logits of usual size.
+    """
     found = []
     for features in (batch.hidden, batch.teacher):
         dimension, largest = rng.randint(1, 9), float(features.abs().max())
@@ -144,13 +146,13 @@ def with_heads(batch: Drawn, rng: random.Random, generator: torch.Generator) -> 
         weight = torch.randn(shape, generator=generator, dtype=torch.float64).clamp(-4, 4)
         hidden = torch.randn((*features.shape[:2], dimension), generator=generator, dtype=torch.float64)
         found.append((hidden.to(features.dtype), (weight * largest / (8 * dimension)).to(features.dtype)))
-    options = {**batch.options, "gate_on": "gold"}  # two logits may be nearer to each other than their rounding
+    options = {**batch.options, "gate_on": "gold"}  # two logits may differ by less than their rounding
     (hidden, student), (teacher, other) = found
     return batch._replace(hidden=hidden, teacher=teacher, weights=(student, other), options=options)
 
 
 def gate_of(rng: random.Random, generator: torch.Generator, name: str, target: Tensor) -> tuple[Gate, dict]:
-    """A gate with parameters, and the same under the oracle's names."""
+    """Draw parameters of a gate; return the gate and its parameters by the oracle's names."""
     share = rng.choice((0.0, 0.3, 0.5, 1.0))
     weight = rng.choice((0.0, 0.4, 1.0))
     if name in ("floor", "sentence-floor"):
@@ -159,7 +161,7 @@ def gate_of(rng: random.Random, generator: torch.Generator, name: str, target: T
         margin = rng.choice((-1.0, 0.0, 0.5))
         return get_gate(name, kd_weight=weight, typical_margin=margin), {"kd_weight": weight, "margin": margin}
     if name in ("soft", "soft-learned"):
-        sharpness = float(torch.tensor(3 * weight))  # a parameter that is learned is fp32
+        sharpness = float(torch.tensor(3 * weight))  # learned parameters are fp32
         return get_gate(name, gate_sharpness=sharpness), {"sharpness": sharpness}
     if name in ("always", "progressive", "wsl", "wsl-normalised"):
         return get_gate(name, kd_weight=weight), {"kd_weight": weight}
@@ -194,7 +196,7 @@ def gate_of(rng: random.Random, generator: torch.Generator, name: str, target: T
 
 
 def run(batch: Drawn, implementation: str, known: Tensor | None) -> tuple[DistillationOutput, list[Tensor]]:
-    """The output, and the gradients of the features, the weight and the bias."""
+    """Return the output and the gradients of the features, the weight and, if there is one, the bias."""
     student, teacher = batch.weights or [torch.eye(batch.hidden.size(2), dtype=batch.hidden.dtype)] * 2
     leaves = [x.clone().requires_grad_() for x in (batch.hidden, student)]
     if batch.bias is not None:
@@ -232,7 +234,7 @@ def tokens_of(batch: Drawn) -> loss_oracle.Tokens:
 
 
 def near(value: Tensor | float, expected: float, error: float, what: str) -> None:
-    """A sum may be infinite where the equations say so."""
+    """Assert that a sum is within `error` of the expected one, or not finite if that one is not."""
     value = float(value)
     if math.isfinite(expected):
         assert abs(value - expected) <= error + 1e-30, f"{what}: {value!r}, expected {expected!r} +- {error:.1e}"
@@ -244,7 +246,7 @@ def check(batch: Drawn, implementation: str) -> None:
     tokens = tokens_of(batch)
     found = loss_oracle.find(tokens)
     known = None
-    if batch.known:  # what a store has: log q in fp32
+    if batch.known:  # log q in fp32, as a store has it
         log_q = found.teacher_read.float()
         if batch.known == "other":
             log_q = log_q.roll(1) - 0.25
@@ -286,25 +288,28 @@ def check(batch: Drawn, implementation: str) -> None:
     check_gradients(batch, implementation, expected, made)
 
 
-# Of a gradient at the logits in fp16, which carries a factor of chunked.FP16_SCALE. The KL's is at most the weights'
-# sum; that of another divergence, at logits of 10,000, can be more.
+# Largest gradient at the logits in fp16, which carries a factor of chunked.FP16_SCALE. That of the KL is at most the
+# sum of the weights; that of another divergence, at logits of 10,000, can be larger than this.
 FP16_DZ = torch.finfo(torch.float16).max / chunked.FP16_SCALE
 C32 = loss_oracle.C * torch.finfo(torch.float32).eps
 
 
 def check_gradients(batch: Drawn, implementation: str, expected: loss_oracle.Expected, made: list[Tensor]) -> None:
-    """The features' is that at the logits; the others are its sums. Each is rounded to its dtype, at the end or at the
-    logits; what is below fp16's smallest number may be 0."""
+    """Assert that gradients are within their error bounds.
+
+    Each is computed from the gradient at the logits, and rounded to its dtype at the end or at the logits; what is
+    below the smallest number of fp16 may be 0.
+    """
     kept, dtype = batch.target != PAD, batch.hidden.dtype
     assert [one.dtype for one in made] == [dtype] * len(made)
     u = torch.finfo(dtype).eps
     floor = {torch.float16: 2.0**-24}.get(dtype, 1e-30)
-    if not expected.dz.isfinite().all():  # of an infinite loss
+    if not expected.dz.isfinite().all():  # the loss is infinite
         return
-    if dtype == torch.float16 and (expected.dz.abs() > FP16_DZ).any():  # it shows: inf or nan
+    if dtype == torch.float16 and (expected.dz.abs() > FP16_DZ).any():  # must show as inf or nan
         assert implementation == "eager" or not all(one.isfinite().all() for one in made)
         return
-    # (exact, error, size) of each: what is summed may cancel, but is rounded at the size of its terms.
+    # (exact, error, size) of each; size is the sum of absolute terms, as a sum that cancels is rounded at their size.
     dz, bound = expected.dz, expected.dz_error + 2 * u * expected.dz.abs() + floor
     whole = [(dz, bound, torch.zeros_like(dz))]
     if batch.weights is not None:
@@ -318,12 +323,15 @@ def check_gradients(batch: Drawn, implementation: str, expected: loss_oracle.Exp
     for name, one, (exact, error, size) in zip(("d hidden", "d weight", "d bias"), made, whole, strict=False):
         one = one[kept] if name == "d hidden" else one
         fits = size < torch.finfo(dtype).max / 4  # 4 tokens of logits of 10,000 are more than fp16 holds
-        right = (one.double() - exact).abs() <= error + (4 * u + C32) * size + floor  # not so of nan
+        right = (one.double() - exact).abs() <= error + (4 * u + C32) * size + floor  # False for nan
         assert (right | ~fits).all(), f"{name}: off by {(one.double() - exact).abs()[~right & fits].max()}"
 
 
 def drawn_weights(batch: Drawn, opened: Tensor, found: loss_oracle.Found, tokens: loss_oracle.Tokens):
-    """Of a gate that draws: random, whose decisions are taken as they came, and counted; beta, by the same draws."""
+    """Return the expected weights of a gate that draws at random; None where rounding makes them unknown.
+
+    The decisions of `random` are taken from `opened`, after a check of their number; `beta` repeats the same draws.
+    """
     if batch.gate.name == "random":
         hard = opened.double()
         gap, noise = found.student_read - found.teacher_read, found.a + found.b
@@ -336,7 +344,7 @@ def drawn_weights(batch: Drawn, opened: Tensor, found: loss_oracle.Found, tokens
     read = found.teacher_read
     order = read.sort()
     if len(read) > 1 and (order.values.diff() <= 2 * found.b.max()).any():
-        return None  # which token is given which draw is not known
+        return None  # which token gets which draw is unknown
     torch.manual_seed(0)
     wide = torch.float64 if batch.hidden.dtype == torch.float64 else torch.float32
     values = torch.rand(read.shape, dtype=wide).double().pow(1 / 4).sort().values
@@ -364,8 +372,8 @@ def _interpreter():
 
 @pytest.mark.parametrize(("implementation", "dtype"), CASES)
 @drawn(20 if INTERPRETED else 60)
-@example(seed=3246329, gate="beta")  # fp64 beside a teacher's log-probabilities in fp32
-@example(seed=65, gate="token")  # a gauge that decides otherwise than the teacher (Triton)
+@example(seed=3246329, gate="beta")  # fp64 with a teacher's log-probabilities in fp32
+@example(seed=65, gate="token")  # a given log q that decides otherwise than the teacher's own (Triton)
 @given(seed=st.integers(0, 2**32 - 1), gate=st.sampled_from(sorted(gates.GATES)))
 def test_loss_and_gradients(implementation: str, dtype: str, seed: int, gate: str):
     check(make(seed, DTYPES[dtype], gate), implementation)

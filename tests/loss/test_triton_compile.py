@@ -1,7 +1,8 @@
-"""The Triton rows compiled ahead of time for chips that need not be here: what the interpreter lets pass.
+"""Tests that compile the Triton kernels ahead of time, without a GPU, and find what the interpreter accepts.
 
-Run with -s for the table of registers. The variants come from the launcher itself: triton_rows.all_variants. These are
-the largest; whoever changes a kernel runs kernel_resources.py without options: 126 compilations, 2 minutes of a core.
+Run with -s for the table of registers. The variants come from the launcher's own list, triton_rows.all_variants; only
+the largest are compiled. After a change of a kernel run kernel_resources.py without options: 126 compilations, which
+take one core 2 minutes.
 """
 
 import os
@@ -19,7 +20,7 @@ SCRIPT = ROOT / "scripts" / "benchmarks" / "kernel_resources.py"
 
 @pytest.mark.slow
 def test_kernels_compile_without_spills():
-    # In a process of its own: one where TRITON_INTERPRET=1 was set cannot compile.
+    # In a new process, because a process with TRITON_INTERPRET=1 cannot compile.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, SCRIPT, "--few", "--processes", "1"]
@@ -35,7 +36,7 @@ def test_kernels_compile_without_spills():
 
 def test_no_global_of_the_kernels_is_nan():
     """Triton refuses to launch a kernel whose globals differ from those it was compiled with, and nan differs from nan:
-    on a GPU every second launch would fail."""
+    with a global of nan every second launch on a GPU would fail."""
     import triton.language as tl
 
     from hgkd_fairseq.loss.triton import kernels as triton_kernels

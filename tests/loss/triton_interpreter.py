@@ -1,7 +1,7 @@
-"""What tests need beside Triton's interpreter: bf16 that is right or refused, and calls that cost less.
+"""Patches of Triton's interpreter for the tests: correct conversion to bf16, errors for bf16 arithmetic, faster calls.
 
 The interpreter keeps bf16 as raw 16-bit integers: arithmetic on it is silently wrong, and fp32 -> bf16 truncates where
-a GPU rounds to the nearest, ties to even. To be imported only where TRITON_INTERPRET=1 was set before `import triton`.
+a GPU rounds to the nearest, ties to even. Import this module only if TRITON_INTERPRET=1 was set before `import triton`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from triton.runtime.interpreter import GridExecutor, InterpretedFunction, Interp
 
 
 def round_to_bf16(values: np.ndarray) -> np.ndarray:
-    """fp32 -> the 16 bits of the nearest bf16, ties to even; nan stays nan."""
+    """Return the 16 bits (uint16) of the bf16 nearest to each value in fp32, ties to even; nan stays nan."""
     bits = values.astype(np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
 
 
 def _rounding(convert):
-    """`convert(self, src, dst_type, ...)` with fp32 -> bf16 taken over."""
+    """Wrap `convert(self, src, dst_type, ...)` so that fp32 -> bf16 rounds to the nearest."""
 
     def wrapped(self, src, dst_type, *rest):
         if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
@@ -35,7 +35,7 @@ def _rounding(convert):
 
 
 def _refusing(operation):
-    """`operation(self, *operands, op)` that raises on an operand of bf16."""
+    """Wrap `operation(self, *operands, op)` so that an operand of bf16 raises a TypeError."""
 
     def wrapped(self, *arguments):
         for operand in arguments[:-1]:
@@ -48,7 +48,7 @@ def _refusing(operation):
 
 @contextlib.contextmanager
 def exact_bf16() -> Iterator[None]:
-    """Round to bf16 as a GPU does, raise on bf16 arithmetic, and patch Triton's language once a launch, not a call."""
+    """Round to bf16 as a GPU does, raise on bf16 arithmetic, and patch Triton's language once per launch, not call."""
     patched: set[str] = set()  # modules whose language is patched in this launch
     launch = GridExecutor.__call__
 

@@ -105,6 +105,8 @@ def library() -> Path:
                 return file
             file.unlink()  # truncated, or other users may have changed it
         return compiled(program, folder, key)
+    except CompilerError:
+        raise
     except (OSError, RuntimeError) as error:  # also a file system that is full or read-only
         logger.warning("the row kernel is compiled for this process alone: %s", error)
         folder = Path(tempfile.mkdtemp(prefix="hgkd_fairseq-"))
@@ -112,8 +114,17 @@ def library() -> Path:
     return compiled(program, folder, key)
 
 
+class CompilerError(OSError):
+    """The compiler does not compile the kernel, in whatever folder."""
+
+
 def compiled(program: str, folder: Path, key: str) -> Path:
-    """Compile the kernel into `folder` and return its path; raises OSError if the compiler fails."""
+    """Compile the kernel into `folder` and return its path.
+
+    Raises:
+        CompilerError: the compiler fails.
+        OSError: nothing can be written.
+    """
     # Under a temporary name first, because several workers may start at once, and one may be killed.
     descriptor, made = tempfile.mkstemp(suffix=".so", dir=folder)
     os.close(descriptor)
@@ -123,7 +134,7 @@ def compiled(program: str, folder: Path, key: str) -> Path:
             capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False,
         )  # fmt: skip
         if done.returncode:
-            raise OSError(f"{program} failed: {(done.stderr.strip() or 'no message').splitlines()[0]}")
+            raise CompilerError(f"{program} failed: {(done.stderr.strip() or 'no message').splitlines()[0]}")
         os.chmod(made, 0o700)
         file = folder / name_of(Path(made).read_bytes(), key)
         os.replace(made, file)

@@ -33,7 +33,7 @@ class Variant(NamedTuple):
     num_warps: int
 
 
-def launch_shape(stride: int, itemsize: int) -> tuple[int, int, int]:
+def launch_shape(stride: int, itemsize: int, vocabulary: int) -> tuple[int, int, int]:
     """Return (num_warps, VECTOR, DEPTH): a thread loads VECTOR consecutive logits DEPTH times from each tile.
 
     `stride` is the greatest common divisor of both heads' row strides, in logits of `itemsize` bytes. A load has at
@@ -50,13 +50,13 @@ def launch_shape(stride: int, itemsize: int) -> tuple[int, int, int]:
     A single tile for the whole row (10152 logits, 16 warps, DEPTH 4) took 0.220: the row is read twice all the same.
     """
     vector = math.gcd(stride, 16 // itemsize)
-    num_warps = 4 if stride < 4096 else 8 if stride < 16384 else 16 if itemsize < 4 else 32
+    num_warps = 4 if vocabulary < 4096 else 8 if vocabulary < 16384 else 16 if itemsize < 4 else 32
     return num_warps, vector, 2
 
 
 def fused(gate: Gate) -> bool:
     """Return whether the kernel implements the gate, which is recognised by its function: gates may have any name."""
-    return gate.weights in (hard.token, hard.none)
+    return (gate.weights, gate.needs_teacher) in ((hard.token, True), (hard.none, False))
 
 
 def variants(
@@ -66,7 +66,7 @@ def variants(
 
     `strides` are those of the rows of the student's and the teacher's logits, in logits; `itemsize` is in bytes.
     """
-    num_warps, vector, depth = launch_shape(math.gcd(*strides), itemsize)
+    num_warps, vector, depth = launch_shape(math.gcd(*strides), itemsize, vocabulary)
     student, teacher_stride = strides
     shape = {
         "STUDENT_STRIDE": student,
@@ -188,6 +188,8 @@ def row_step(
             _launch(steps[0], *outputs, statistics, *scalars)
             asked = rows.asked(options, statistics[4])
             weights = decided(decide, results[4], results[5], *asked)  # STUDENT_READ, TEACHER_READ
+            if weights.uniform is not None:
+                raise ValueError(rows.UNDECLARED.format(options.gate.name))
             data, teacher_weight = (weight.to(torch.float32).contiguous() for weight in weights[:2])
             teacher_share = weights.teacher_share
             _launch(steps[1], *outputs, statistics, data, teacher_weight, *scalars, scale)
@@ -219,7 +221,8 @@ def _usable(device: torch.device) -> str | None:
     try:
         worst = rows.difference_of(row_step, device)
     except Exception as error:
-        return f"Triton's kernels failed on {device}: {type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+        reason = (str(error).strip().splitlines() or ["no message"])[-1]
+        return f"Triton's kernels failed on {device}: {type(error).__name__}: {reason}"
     if not worst < rows.LARGEST_DIFFERENCE:
         return f"Triton's kernels differ from plain torch by {worst:.2g} on {device}."
     return None
