@@ -39,7 +39,8 @@ def fairseq() -> str:
         raise Problem("not installed; pip install ve-fairseq==0.12.3")
     names = list(dict.fromkeys(packages_distributions().get("fairseq", [])))
     fork = ", ".join(f"{name} {distribution(name).version}" for name in names)
-    anew = f"pip uninstall {' '.join(names)}, then pip install ve-fairseq==0.12.3"
+    removed = f"pip uninstall {' '.join(names)}" if names else "take the checkout off PYTHONPATH"
+    anew = f"{removed}, then pip install ve-fairseq==0.12.3"
     if len(names) > 1:
         raise Problem(f"{fork}: one is written over the other; {anew}")
     try:
@@ -111,7 +112,8 @@ def loss_implementations() -> str:
     why_not = {"native": cpu_rows.usable(device), "triton": triton_rows.usable(device)}
     usable = [name for name in IMPLEMENTATIONS if why_not.get(name) is None]
     if device == "cpu" and why_not["native"]:
-        raise Problem(f"slower than it could be: {why_not['native']}; install a C compiler")
+        remedy = "; install a C compiler" if "no C compiler" in why_not["native"] else ""
+        raise Problem(f"slower than it could be: {why_not['native']}{remedy}")
 
     generator = torch.Generator().manual_seed(0)
     hidden, teacher = (torch.randn(4, 5, 8, generator=generator).to(device) for _ in range(2))

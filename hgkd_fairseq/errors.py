@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -34,11 +35,12 @@ def in_one_line(error: BaseException) -> UserError:
         return error
     if isinstance(error, BrokenPipeError) and error.filename is None:
         return UserError("standard output was closed before everything was written")
+    memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    if memory or "allocate memory" in str(error) or "out of memory" in str(error):
+        return UserError("not enough memory; give smaller batches (--max-tokens), or use another machine")
     if isinstance(error, OSError):
         where = "standard output or a file" if error.filename is None else error.filename
         return UserError(f"{where}: {error.strerror or error}")
-    if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
-        return UserError("not enough memory; give smaller batches (--max-tokens), or use another machine")
     return UserError(f"unforeseen {type(error).__name__}: {str(error)[:300]}; --debug shows where")
 
 

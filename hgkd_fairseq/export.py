@@ -162,18 +162,18 @@ def average(models: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         for key in first.keys() | model.keys():
             if key not in first or key not in model or first[key].shape != model[key].shape:
                 raise UserError(f"checkpoints of different architectures cannot be averaged: they differ in {key}")
-    means: dict[tuple[int, ...], Tensor] = {}
+    means: dict[tuple, Tensor] = {}
     result = {}
     for key in first:
         tensors = [model[key] for model in models]
-        shared = tuple(tensor.data_ptr() for tensor in tensors)
+        shared = tuple((tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors)
         if shared not in means or not tensors[0].numel():
             if tensors[0].is_floating_point():
                 mean = torch.stack([tensor.float() for tensor in tensors]).mean(0)
             else:
                 mean = torch.stack(tensors).sum(0) // len(tensors)
             means[shared] = mean.to(tensors[0].dtype)
-        result[key] = means[shared].view(first[key].shape)
+        result[key] = means[shared]
     return result
 
 
@@ -304,7 +304,7 @@ def to_ctranslate2(checkpoint: str, folder: str, data: str | None = None, quanti
             try:
                 converter.convert(str(unfinished / "model"), quantization=quantization)  # creates the folder itself
             except RuntimeError as error:  # of torch, for tensors of different sizes
-                reason = str(error).splitlines()[-1].strip()
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
                 raise UserError(
                     f"{checkpoint} does not fit the dictionaries in {data}: {reason}; name others"
                 ) from error

@@ -208,7 +208,7 @@ def writing_folder(folder: str | Path) -> Iterator[Path]:
     Yields: a temporary folder to fill, which becomes `folder`.
 
     Raises:
-        UserError: `folder` exists or cannot be created, or the context raised an OSError.
+        UserError: `folder` exists or cannot be created, or the context raised an OSError that names no other file.
     """
     folder = Path(folder)
     if not str(folder) or os.path.lexists(folder):
@@ -228,6 +228,9 @@ def writing_folder(folder: str | Path) -> Iterator[Path]:
             os.chmod(temporary, 0o777 & ~_umask())
             os.rename(temporary, folder)
     except OSError as error:
+        name = error.filename
+        if name is not None and not str(name).startswith(str(temporary)):  # a file that was read
+            raise
         raise UserError(f"{folder} cannot be made: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

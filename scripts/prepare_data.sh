@@ -18,13 +18,14 @@
 #                    pieces that are most frequent in train; the other pieces are split into these
 #
 # Exit status: 0 done (now, or before with the same settings), 2 usage error, 1 any other error.
-# All files are written to a temporary folder, which is renamed to DATABIN in the end, so that DATABIN is complete if it
-# exists.
+# All files are written to DATABIN.partial, which is renamed to DATABIN in the end, so that DATABIN is complete if it
+# exists. The next run replaces a DATABIN.partial that a killed run has left.
 # Environment: PYTHON, a Python with sentencepiece and fairseq; default .venv/bin/python of this repository if it
 # exists, else python3.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+source "$here/steps.sh"
 
 say() { printf 'prepare_data.sh: %s\n' "$*" >&2; }
 
@@ -135,10 +136,9 @@ preprocess=$(dirname "$PYTHON")/fairseq-preprocess
     fail 1 "no fairseq-preprocess beside PYTHON=$PYTHON, nor on PATH: name a Python with fairseq in PYTHON"
 
 say "$settings"
-mkdir -p -- "$(dirname "$databin")"
-partial=$(mktemp -d -- "$databin.XXXXXX") || fail 1 "$databin cannot be made"
+work_folder "$databin" || fail 1 "$databin cannot be made"
 trap '[[ -z $partial ]] || rm -rf -- "$partial"' EXIT
-chmod "$(printf %o $((0777 & ~8#$(umask))))" "$partial"
+find "$partial" -mindepth 1 ! -name "$MARK" -delete # what a killed run has left
 if [[ -n $like ]]; then
     model=(--model "$like/sentencepiece.model" ${vocab:+--vocab "$vocab"})
     dictionaries=(--srcdict "$like/dict.$source.txt" --tgtdict "$like/dict.$target.txt")
@@ -162,6 +162,6 @@ say "fairseq-preprocess"
 mv "$partial/pieces/sentencepiece.model" "$partial/sentencepiece.model"
 rm -rf "$partial/pieces" "$partial/preprocess.log" # the log names removed folders
 printf '%s\n' "$settings" >"$partial/PREPARED"
-mv -T -- "$partial" "$databin"
+finish "$databin"
 partial=""
 say "done: $databin"

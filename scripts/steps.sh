@@ -4,16 +4,22 @@ MARK=.made-by-hgkd # file that marks a work folder created by these scripts
 
 # work_folder FOLDER: set `partial` to a work folder in the same place, which `finish` renames to FOLDER in the end. It
 # is FOLDER.partial, either new or left by an interrupted run. If FOLDER.partial exists and was not created by these
-# scripts, it is not touched, and another name is used. Status 1 if no folder can be created.
+# scripts, or a process works in it, it is not touched, and another name is used. Status 1 if no folder can be created.
 work_folder() {
     partial=$1.partial
     mkdir -p -- "$(dirname -- "$1")" || return 1
     if ! mkdir -- "$partial" 2>/dev/null; then
-        [[ ! -L $partial && -d $partial && -O $partial && -f $partial/$MARK ]] && return
+        if [[ ! -L $partial && -d $partial && -O $partial && -f $partial/$MARK ]]; then
+            exec 8<"$partial"
+            flock -n 8 2>/dev/null && return # held by this script and the processes that it starts
+            exec 8<&-
+        fi
         partial=$(mktemp -d -- "$1.XXXXXX") || return 1
         chmod "$(printf %o $((0777 & ~8#$(umask))))" "$partial"
     fi
     : >"$partial/$MARK"
+    exec 8<"$partial"
+    flock -n 8 2>/dev/null || true
 }
 
 # finish FOLDER: rename the work folder to FOLDER, as the last step, so that FOLDER is complete if it exists.
@@ -34,33 +40,38 @@ recorded() {
 }
 
 # hashes PATH[:PATH]: print the SHA-256 of each checkpoint on a line. Missing checkpoints are left out.
-hashes() { tr ':' '\n' <<<"$1" | while IFS= read -r path; do sha256sum <"$path" 2>/dev/null || true; done; }
+hashes() { tr ':' '\n' <<<"$1" | while IFS= read -r path; do sha256sum 2>/dev/null <"$path" || true; done; }
 
 # begun_otherwise FOLDER TEXT: status 0 if FOLDER/settings exists and differs from TEXT, the settings of a run.
 begun_otherwise() { [[ -f $1/settings && $(<"$1/settings") != "$2" ]]; }
 
 # lock FOLDER [wait]: lock a folder. If another run, or a process that it has left, holds the lock, print a line that
 # names the process, and return status 1, or with `wait` wait for the lock. Processes that this script starts later
-# inherit the lock. It is released by unlock, or when the last of these processes has ended.
+# inherit the lock. It is released by unlock, or when the last of these processes has ended. A killed process that is
+# still ending is waited for; it takes up to some seconds until its files are closed.
 lock() {
     exec 9>>"$1/lock"
     "$PYTHON" -c '
-import fcntl, os, signal, sys
-try:
-    fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    sys.exit()
-except OSError as error:
-    if not isinstance(error, BlockingIOError):
-        sys.exit(f"{sys.argv[1]} cannot be locked: {error.strerror}")
-ours, owners = os.fstat(9), []
-for number in filter(str.isdecimal, os.listdir("/proc") if os.path.isdir("/proc") else ()):
+import fcntl, os, signal, sys, time
+ours, owners, deadline = os.fstat(9), [], time.monotonic() + 5
+while True:
     try:
-        others = [os.stat(f"/proc/{number}/fd/{name}") for name in os.listdir(f"/proc/{number}/fd")]
-        if int(number) not in (os.getpid(), os.getppid()) and any(os.path.samestat(ours, one) for one in others):
-            with open(f"/proc/{number}/comm") as name:
-                owners.append(f"{number} ({name.read().strip()})")
-    except OSError:  # it has ended, or is somebody else'\''s
-        pass
+        fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        sys.exit()
+    except OSError as error:
+        if not isinstance(error, BlockingIOError):
+            sys.exit(f"{sys.argv[1]} cannot be locked: {error.strerror}")
+    for number in filter(str.isdecimal, os.listdir("/proc") if os.path.isdir("/proc") else ()):
+        try:
+            others = [os.stat(f"/proc/{number}/fd/{name}") for name in os.listdir(f"/proc/{number}/fd")]
+            if int(number) not in (os.getpid(), os.getppid()) and any(os.path.samestat(ours, one) for one in others):
+                with open(f"/proc/{number}/comm") as name:
+                    owners.append(f"{number} ({name.read().strip()})")
+        except OSError:  # it has ended, or is somebody else'\''s
+            pass
+    if owners or time.monotonic() > deadline:
+        break
+    time.sleep(0.1)
 who = "process " + ", ".join(owners[:3]) if owners else "a process of another user or machine"
 found = f"{sys.argv[1]} is being worked on by {who}"
 if "wait" not in sys.argv[2:]:

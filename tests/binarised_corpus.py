@@ -1,4 +1,4 @@
-"""Binarised data that a test makes without fairseq-preprocess: text lines and a dictionary to the files of a folder."""
+"""Helpers that write and read fairseq's binarised data without fairseq-preprocess."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from fairseq.data import Dictionary, data_utils, indexed_dataset
 
 
 def dictionary_of(symbols: Iterable[str]) -> Dictionary:
-    """Of these symbols in this order, after the special ones."""
+    """Return a dictionary of the special symbols followed by `symbols`, in order."""
     found = Dictionary()
     for symbol in symbols:
         found.add_symbol(symbol)
@@ -15,7 +15,7 @@ def dictionary_of(symbols: Iterable[str]) -> Dictionary:
 
 
 def write(folder: Path, subset: str, pair: str, sides: Sequence[Iterable[str]], dictionaries: Sequence[Dictionary]):
-    """SUBSET.PAIR.LANGUAGE.bin and .idx of both languages of a pair, and their dict.LANGUAGE.txt."""
+    """Write SUBSET.PAIR.LANGUAGE.bin, SUBSET.PAIR.LANGUAGE.idx and dict.LANGUAGE.txt of both languages of a pair."""
     folder.mkdir(parents=True, exist_ok=True)
     for language, lines, dictionary in zip(pair.split("-"), sides, dictionaries, strict=True):
         prefix = folder / f"{subset}.{pair}.{language}"
@@ -27,7 +27,7 @@ def write(folder: Path, subset: str, pair: str, sides: Sequence[Iterable[str]], 
 
 
 def read(folder: Path, subset: str, pair: str) -> list[list[str]]:
-    """The lines of both languages."""
+    """Return the lines of text of both languages of a pair."""
     found = []
     for language in pair.split("-"):
         dictionary = Dictionary.load(str(folder / f"dict.{language}.txt"))

@@ -1,4 +1,4 @@
-"""What the tests share: the checkout on the path, and a few models trained once on a small corpus."""
+"""Shared fixtures: a small binarised corpus and models trained on it once per session."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))  # the checkout under test, installed or not
 import command_line as cl  # noqa: E402
 import torch  # noqa: E402
 
-TRAINED = {"plain_runs", "trials"}  # fixtures that train models before the first test of theirs
+TRAINED = {"plain_runs", "trials"}  # fixtures that train models; a test that uses one is marked slow
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,9 +28,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that fairseq-preprocess made: 600 training pairs, 64 for validation, 64 for the test.
+    """Return a folder written by fairseq-preprocess, with 600 training, 64 validation and 64 test pairs.
 
-    Multiples of 8: fairseq drops a last batch that its --required-batch-size-multiple does not divide.
+    The sizes are multiples of 8: fairseq drops a last batch that its --required-batch-size-multiple does not divide.
     """
     folder = tmp_path_factory.mktemp("corpus")
     cl.write_corpus(folder, {"train": 600, "valid": 64, "test": 64})
@@ -43,7 +43,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def plain_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[cl.Run]:
-    """`plain` and `teacher`, which share nothing and so run at the same time."""
+    """Train `plain` and `teacher` at the same time; neither depends on the other."""
     short, long = (tmp_path_factory.mktemp(name) for name in ("plain", "teacher"))
     smoothing = ("--criterion", "label_smoothed_cross_entropy", "--label-smoothing", 0.1)
     steps = ("--max-tokens", 400, "--max-epoch", 30, "--validate-interval", 5)
@@ -55,21 +55,22 @@ def plain_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[cl.
 
 @pytest.fixture(scope="session")
 def plain(plain_runs: list[cl.Run]) -> cl.Run:
-    """fairseq alone, without --user-dir, three epochs; its best checkpoint is tracked by the loss."""
+    """Return a run of plain fairseq (no --user-dir) of three epochs, whose best checkpoint is chosen by the loss."""
     return plain_runs[0]
 
 
 @pytest.fixture(scope="session")
 def teacher(plain_runs: list[cl.Run]) -> cl.Run:
-    """fairseq alone, without --user-dir, long enough to translate; tracked by BLEU."""
+    """Return a run of plain fairseq (no --user-dir), long enough to translate, with the best checkpoint by BLEU."""
     return plain_runs[1]
 
 
 @pytest.fixture(scope="session")
 def student(data: Path, teacher: cl.Run, tmp_path_factory: pytest.TempPathFactory) -> cl.Run:
-    """Ours, six epochs, tracked by BLEU, started with a relative --user-dir from a folder that is not the checkout.
+    """Return a distilled run of six epochs, with the best checkpoint by BLEU.
 
-    Its teacher's file is deleted when it is trained.
+    It is started with a relative --user-dir from a folder outside the checkout, and its teacher's file is deleted after
+    the training.
     """
     folder = tmp_path_factory.mktemp("student")
     gone = folder / "teacher_then_deleted.pt"

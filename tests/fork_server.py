@@ -1,11 +1,13 @@
-"""fairseq's commands without the 4 seconds that it takes to import torch and fairseq: a process that has imported both
-and forks for each command. What a command does is what its console script does; the plugin is not imported beforehand.
+"""Server that runs fairseq's commands without the 4 seconds that importing torch and fairseq takes.
+
+It imports both once and forks for each command. A command does what its console script does; the plugin is not imported
+beforehand.
 
     python fork_server.py SOCKET
 
 A client connects to the Unix socket and sends a line of JSON: {"name": "train", "arguments": [...], "cwd": ...,
-"env": {...}, "stdin": FILE, "output": FILE}. It gets a line with the number of the command's process, and, when that
-has ended, a line with its exit status.
+"env": {...}, "stdin": FILE, "output": FILE}. It receives a line with the process id of the command and, when that has
+ended, a line with its exit status.
 """
 
 from __future__ import annotations
@@ -21,12 +23,12 @@ import sys
 
 HEAVY = (
     *("fairseq.checkpoint_utils", "fairseq.tasks.translation", "fairseq.trainer", "sacrebleu"),
-    *("torch", "torch._dynamo", "torch.distributed.fsdp"),  # the last two come with the first optimizer
+    *("torch", "torch._dynamo", "torch.distributed.fsdp"),  # fairseq imports the last two with the first optimizer
 )
 
 
 def take_over(request: dict) -> None:
-    """Become the process that a shell would have started."""
+    """Set session, folder, environment, streams and sys.argv as a shell that starts the command would."""
     os.setsid()
     os.chdir(request["cwd"])
     os.environ.clear()
@@ -39,12 +41,12 @@ def take_over(request: dict) -> None:
 
 
 def serve(path: str) -> dict | None:
-    """Answer clients; returns, in the process that is to run it, a command."""
+    """Answer clients forever; in the child process that is to run a command, return its request."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{path}.new")
     listener.listen(64)
-    os.rename(f"{path}.new", path)  # a client that finds it is not refused
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the processes that wait for a command leave nothing behind
+    os.rename(f"{path}.new", path)  # renamed once it accepts connections
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies of the processes that wait for a command
     while True:
         connection, _ = listener.accept()
         if os.fork():
@@ -68,7 +70,7 @@ def main() -> None:
     sys.path[0] = os.path.dirname(sys.executable)  # where the console scripts are
     for name in HEAVY:
         importlib.import_module(name)
-    # As in a fresh process: a command's own module sets up the log.
+    # As in a fresh process, where the command's own module configures logging.
     logging.root.handlers.clear()
     logging.root.setLevel(logging.WARNING)
     gc.freeze()

@@ -1,4 +1,5 @@
-"""Commands of hgkd that fill a folder together, in processes of which some are killed, and on a disk that is full."""
+"""Helpers for tests with several processes: commands of hgkd that fill one folder, processes that are killed, forks
+without root's privileges, and a full disk."""
 
 import contextlib
 import functools
@@ -13,11 +14,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-TIMES = 5  # a process is killed
+TIMES = 5  # number of processes that are killed
 
 
 def content(folder: Path) -> dict[str, str]:
-    """Of each file in it a hash."""
+    """Return, by relative path, the SHA-256 of each file below a folder, and "folder" for each subfolder."""
     return {
         str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "folder"
         for file in folder.rglob("*")
@@ -25,7 +26,7 @@ def content(folder: Path) -> dict[str, str]:
 
 
 def owners(folder: Path) -> list[int]:
-    """Of the claims of the moment."""
+    """Return the ids of the processes that currently claim a shard of a folder."""
     found = []
     for file in folder.glob("shard-?????.claim"):
         with contextlib.suppress(OSError, ValueError):
@@ -34,7 +35,7 @@ def owners(folder: Path) -> list[int]:
 
 
 def run(words: list[str]) -> None:
-    import torch  # here: workers of test_shards.py do without
+    import torch  # not at the top: workers of test_shards.py do not need it
 
     from hgkd_fairseq import cli
 
@@ -44,7 +45,7 @@ def run(words: list[str]) -> None:
 
 @functools.cache
 def server() -> multiprocessing.context.ForkServerContext:
-    """Processes that have imported all that takes long."""
+    """Return a multiprocessing context whose processes have the slow imports preloaded."""
     context = multiprocessing.get_context("forkserver")
     modules = ("export", "evaluation.translate", "teacher.storing")
     context.set_forkserver_preload([f"hgkd_fairseq.{name}" for name in modules])
@@ -52,15 +53,21 @@ def server() -> multiprocessing.context.ForkServerContext:
 
 
 def start(*words) -> multiprocessing.process.BaseProcess:
-    """hgkd in a process of its own."""
+    """Start hgkd with the arguments `words` in a new process."""
     process = server().Process(target=run, args=[list(map(str, words))])
     process.start()
     return process
 
 
 def fill_and_kill(folder: Path, begin: Callable[[], multiprocessing.process.BaseProcess]) -> None:
-    """Two processes fill a folder; five times one that is making a shard is killed, at a random moment of it, and
-    another is begun. Both that are left end well."""
+    """Let two processes fill a folder while processes are killed, and assert that the last two succeed.
+
+    `TIMES` times a process that is making a shard is killed, at a random moment, and replaced by another one.
+
+    Args:
+        folder: folder of shards.
+        begin: function that starts a process which fills it.
+    """
     rng, both, killed = random.Random(1), [begin() for _ in range(2)], 0
     while killed < TIMES and any(one.is_alive() for one in both):
         at_work = [one for one in both if one.pid in owners(folder)] if folder.exists() else []
@@ -79,7 +86,7 @@ def fill_and_kill(folder: Path, begin: Callable[[], multiprocessing.process.Base
 
 
 def in_a_child(function, before=lambda: None) -> int:
-    """The exit status of a process that runs `before`, then the function."""
+    """Run `before` and then `function` in a forked process, and return its exit status."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -93,7 +100,7 @@ def in_a_child(function, before=lambda: None) -> int:
 
 
 def as_a_user() -> None:
-    """Permissions do not bind root."""
+    """Drop the privileges of root, which file permissions do not restrict."""
     if os.geteuid() == 0:
         os.setgroups([])
         os.setresgid(65534, 65534, 65534)
@@ -102,7 +109,7 @@ def as_a_user() -> None:
 
 @contextlib.contextmanager
 def full_disk(largest: int) -> Iterator[None]:
-    """A file of this process may have so many bytes; to write more fails."""
+    """Simulate a full disk: writing more than `largest` bytes to a file fails with "File too large"."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:

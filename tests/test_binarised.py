@@ -1,4 +1,4 @@
-"""Binarised data that is cut short, damaged or of something else: one error message, from no matter which byte."""
+"""Binarised data that is truncated, damaged or of another kind is refused with one error message, whatever the byte."""
 
 import contextlib
 import gc
@@ -24,7 +24,7 @@ def task(folder: Path) -> TranslationTask:
 
 @pytest.fixture
 def folder(data: Path, tmp_path: Path) -> Path:
-    """A copy of the data, to be damaged."""
+    """Return a copy of the test set and the dictionaries, which a test may damage."""
     for file in [*data.glob("test.*"), *data.glob("dict.*")]:
         shutil.copy(file, tmp_path / file.name)
     return tmp_path
@@ -49,7 +49,7 @@ def without_targets(folder: Path) -> None:
 
 
 def other_targets(folder: Path) -> None:
-    """Of as many bytes, but not sentences, as the sources."""
+    """Merge the first two target sentences in the index: 63 sentences in an unchanged .bin file."""
     index = (folder / "test.de-en.en.idx").read_bytes()
     sizes = int.from_bytes(index[26:30], "little"), int.from_bytes(index[30:34], "little")
     shorter = index[:18] + (63).to_bytes(8, "little") + sum(sizes).to_bytes(4, "little") + index[34 : 26 + 4 * 64]
@@ -90,11 +90,11 @@ def test_subset(case: str, folder: Path, capfd):
         with pytest.raises(UserError, match=expected):
             binarised.subset(loaded, "test", (1024, 1024))
     gc.collect()
-    assert "Traceback" not in capfd.readouterr().err  # of fairseq's destructors
+    assert "Traceback" not in capfd.readouterr().err  # from fairseq's destructors
 
 
 def test_any_byte(folder: Path):
-    """Damaged anywhere, data is refused, or is data still."""
+    """Random damage leads to a UserError or to data that can still be read, never to another exception."""
     rng = random.Random(1)
     loaded = task(folder)
     whole = {file: file.read_bytes() for file in folder.glob("test.*")}
@@ -110,7 +110,7 @@ def test_any_byte(folder: Path):
 
 
 def test_sentences_that_are_too_long(folder: Path):
-    """None is left out without a word."""
+    """Sentences that are longer than the model takes are an error; they are not skipped silently."""
     with pytest.raises(
         UserError, match=r"of 64 sentences that are longer than the model takes \(\(5, 1024\) tokens; the"
     ):

@@ -1,4 +1,4 @@
-"""The command ``hgkd``: user-dir, forced calibration, options that cannot work, interruptions."""
+"""Tests of the command ``hgkd``: user-dir, forced calibration, unusable options, interruptions."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def test_user_dir(capsys):
 
 
 def by_hand(data: Path, model_paths: list[Path], subset: str) -> dict:
-    """Teacher-forced scores straight from fairseq's own probabilities, one sentence at a time."""
+    """Compute teacher-forced scores from fairseq's own probabilities, one sentence at a time."""
     from fairseq import checkpoint_utils
 
     import hgkd_fairseq.tasks  # noqa: F401  fairseq reads its checkpoints with a new torch then
@@ -73,7 +73,7 @@ def by_hand(data: Path, model_paths: list[Path], subset: str) -> dict:
 
 @pytest.mark.parametrize("members", [1, 2])
 def test_forced_calibration_by_hand(data, teacher, plain, tmp_path, members):
-    """One model and an ensemble, plain fairseq's checkpoints, with the language pair left to fairseq."""
+    """Scores of one model and of an ensemble, with the language pair inferred by fairseq, equal those of `by_hand`."""
     paths = [teacher.path("checkpoint_best.pt"), plain.path("checkpoint_best.pt")][:members]
     done = hgkd(
         "calibration", "forced", data, "--path", ":".join(map(str, paths)), "--gen-subset", "valid", "--cpu",
@@ -92,7 +92,7 @@ def test_forced_calibration_refuses(data, plain, tmp_path, capsys):
         folder.mkdir()
         for language in ("de", "en"):
             (folder / f"dict.{language}.txt").write_text("a 1\nb 1\n")
-    (other / "test.de-en.de.idx").touch()  # fairseq reads the languages from such a name
+    (other / "test.de-en.de.idx").touch()  # fairseq infers the languages from such a file name
     checkpoint = plain.path("checkpoint_best.pt")
     torch.save({"model": {}}, tmp_path / "no_model.pt")
     cases = [
@@ -116,7 +116,7 @@ GENERATED = "T-0\tx\nH-0\t-1\tx\nP-0\t-1 -1\n"
 
 
 def refused(capsys, *arguments) -> str:
-    """The one line that a command ends with, and no traceback."""
+    """Run a command that must fail and return the last line of stderr, its error message."""
     try:
         status = cli.main(list(map(str, arguments)))
     except SystemExit as end:
@@ -165,7 +165,7 @@ HUGE = "9" * 5000
     ],
 )
 def test_every_option_is_checked(command, option, values, tmp_path, monkeypatch, capsys):
-    """With a message that names it, before anything is read: none of the inputs exists."""
+    """A bad value is refused with a message that names the option, before any input is read: none of them exists."""
     monkeypatch.chdir(tmp_path)
     for value in values:
         assert option in refused(capsys, *command, f"{option}={value}"), value
@@ -256,7 +256,7 @@ def test_two_outputs_of_one_name(tmp_path, monkeypatch, capsys):
     Path("generate.txt").write_text(GENERATED)
     run = ("calibration", "inference", "generate.txt", "--replicates", 0)
     assert "x.tsv is named for two outputs" in refused(capsys, *run, "--json", "x.tsv", "--tokens", "./x.tsv")
-    # A report in its run's folder, and scores beside the translations, are written again.
+    # A report in the folder of its run and scores next to the translations are no inputs: the next call replaces them.
     Path("run").mkdir()
     shutil.copy("generate.txt", "run/generate-test.txt")
     for _ in range(2):
@@ -265,7 +265,7 @@ def test_two_outputs_of_one_name(tmp_path, monkeypatch, capsys):
 
 
 def test_closed_and_full_standard_output(tmp_path):
-    """`hgkd ... | head`, a full disk; one line, no traceback of Python's own when it ends."""
+    """A closed pipe (`hgkd ... | head`) and a full disk end with a one-line message, without a traceback at exit."""
     command = ["-m", "hgkd_fairseq.cli", "gates"]
     environment = {name: value for name, value in cl.environment().items() if name != "PYTHONUNBUFFERED"}
     reading, writing = os.pipe()
@@ -295,12 +295,12 @@ def test_debug_shows_the_traceback(tmp_path, capsys):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_while_it_reads(number, status, tmp_path, monkeypatch):
-    """Ctrl-C and kill: one line, or none, and no traceback; no temporary file stays."""
+    """SIGINT and SIGTERM set the usual exit status and leave neither a traceback nor temporary files."""
     monkeypatch.chdir(tmp_path)
     os.mkfifo("pipe")
     pid = os.fork()
     if pid == 0:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where the tests run in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores SIGINT
         os.dup2(os.open("err", os.O_WRONLY | os.O_CREAT), 2)
         sys.stderr = open(2, "w")  # noqa: SIM115
         code: object = None
@@ -310,7 +310,7 @@ def test_interrupted_while_it_reads(number, status, tmp_path, monkeypatch):
             code = end.code
         finally:
             os._exit(code if isinstance(code, int) else 99)
-    with open("pipe", "w"):  # opened once it reads
+    with open("pipe", "w"):  # open() returns once the command reads
         time.sleep(0.5)
         os.kill(pid, number)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == status

@@ -1,5 +1,5 @@
-"""hgkd compare: what it refuses, before anything is translated, and its references. What it measures is tested with
-the export."""
+"""Tests of hgkd compare: what it refuses before anything is translated, and its references. test_export.py tests what
+it measures."""
 
 import csv
 from pathlib import Path
@@ -37,7 +37,8 @@ def test_refused(models, options, expected, data, plain: cl.Run, tmp_path, capsy
 
 @pytest.fixture(scope="module")
 def unknown_words(data: Path, tmp_path_factory) -> tuple[Path, list[str]]:
-    """A test set whose references hold words that the dictionary does not; the references as fairseq writes them."""
+    """Return a test set whose references have words that the dictionary lacks, and the references as fairseq writes
+    them."""
     folder = tmp_path_factory.mktemp("unknown")
     targets = ["t1 never t2", "seen t3", "t4 t5 before", "t6 t7 t8"] * 2
     (folder / "test.de").write_text("w1 w2 w3\n" * len(targets))
@@ -60,7 +61,7 @@ def unknown_words(data: Path, tmp_path_factory) -> tuple[Path, list[str]]:
 
 
 def test_unknown_words_of_references(unknown_words, plain: cl.Run, tmp_path):
-    """A translation that says <unk> is no match: references are escaped as fairseq-generate escapes them."""
+    """References are escaped as by fairseq-generate, so that <unk> in a translation matches no unknown word."""
     folder, expected = unknown_words
     checkpoint = str(plain.path("checkpoint_best.pt"))
     model = compare.FairseqModel(checkpoint, str(folder), compare.Search(), cpu=True)
@@ -74,7 +75,7 @@ def test_unknown_words_of_references(unknown_words, plain: cl.Run, tmp_path):
         for index, reference in zip(batch.sample["id"].tolist(), batch.references, strict=True)
     }
     assert [found[index] for index in range(len(expected))] == expected
-    # The same in the table of tokens, of which one row in three or so is an end of sentence.
+    # The table of tokens has the same words and the end of each sentence.
     forced.evaluate(str(folder), checkpoint, cpu=True, tokens_file=str(tmp_path / "tokens.tsv"))
     with (tmp_path / "tokens.tsv").open() as file:
         rows = list(csv.DictReader(file, delimiter="\t"))

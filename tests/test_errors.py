@@ -1,4 +1,4 @@
-"""What a file says is shown, never obeyed by the terminal."""
+"""Test that control characters in messages are escaped, so that a terminal does not interpret them."""
 
 import pytest
 
@@ -10,8 +10,8 @@ from hgkd_fairseq.errors import UserError, printable
     [
         ("a\x1b[31mred\x07", r"a\x1b[31mred\x07"),
         ("two\nlines\r\x85\u2028", r"two\nlines\r\x85\u2028"),
-        ("\u202egnp.exe", r"\u202egnp.exe"),  # written from right to left
-        ("\udcff.pt", r"\udcff.pt"),  # a file's name that is no UTF-8
+        ("\u202egnp.exe", r"\u202egnp.exe"),  # a right-to-left override
+        ("\udcff.pt", r"\udcff.pt"),  # a file name that is not UTF-8
         ("Köln, 東京 👍", "Köln, 東京 👍"),
     ],
 )

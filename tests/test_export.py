@@ -1,4 +1,4 @@
-"""Export: for plain fairseq in an environment without the plugin, for CTranslate2; models side by side."""
+"""Tests of the export, for plain fairseq without the plugin and for CTranslate2, and of the comparison of models."""
 
 import re
 import subprocess
@@ -19,7 +19,7 @@ from hgkd_fairseq.evaluation.compare import Search, compare
 
 SEARCH = ("--gen-subset", "test", "--beam", 3, "--max-len-b", 20, "--required-batch-size-multiple", 1, "--cpu")
 
-# Plain fairseq as its users have it: no PYTHONPATH, another folder, and the plugin cannot be imported.
+# fairseq-generate in a process that cannot import the plugin.
 ALONE = """
 import importlib.abc, sys
 class Absent(importlib.abc.MetaPathFinder):
@@ -38,7 +38,7 @@ def export(*arguments) -> int:
 
 
 def status(*arguments) -> int:
-    """Of the command, also where the parser of its command line ends it."""
+    """Return the exit status of the command, also if its argument parser exits."""
     try:
         return export(*arguments)
     except SystemExit as end:
@@ -56,12 +56,13 @@ def generate_alone(data: Path, checkpoint: Path, folder: Path) -> str:
 
 
 def translations(output: str) -> list[str]:
-    """The lines of hypotheses and scores."""
+    """Return the lines of hypotheses and of scores, sorted."""
     return sorted(line for line in output.splitlines() if re.match(r"[HP]-\d+\t", line))
 
 
 def test_plain_fairseq_without_the_plugin(data, student, tmp_path):
-    """The same translations and scores on the whole test set; nothing but the model is in the file."""
+    """The exported file gives the same translations and scores on the whole test set, and holds nothing of teacher,
+    gate or optimizer."""
     output = tmp_path / "exported.pt"
     assert export(student.path("checkpoint_best.pt"), output) == 0
     before, after = cl.together(
@@ -83,11 +84,12 @@ def test_plain_fairseq_without_the_plugin(data, student, tmp_path):
     for word in ("teacher", "gate", "hgkd", "hard_gate"):
         assert word not in text.replace("student", ""), word
     tensors = {tensor.data_ptr(): tensor.nbytes for tensor in state["model"].values()}
-    assert output.stat().st_size < sum(tensors.values()) + 60_000  # names and options; the optimizer would add twice it
+    # 60 kB are for names and options; a state of the optimizer would add twice the size of the tensors.
+    assert output.stat().st_size < sum(tensors.values()) + 60_000
 
 
 def test_average(student, plain, tmp_path):
-    """Mean of each tensor, in fp32 and back to its type; tied tensors stay one."""
+    """Tensors are averaged in fp32 and converted back to their dtype; tied tensors stay tied."""
     paths = [student.path("checkpoint_best.pt"), plain.path("checkpoint_best.pt")]
     one, other = (run.state("checkpoint_best.pt")["model"] for run in (student, plain))
     assert export(":".join(map(str, paths)), tmp_path / "mean.pt") == 0
@@ -120,7 +122,7 @@ def test_moving_average(student, tmp_path):
 
 
 def test_ctranslate2(data, teacher, plain, tmp_path, capsys):
-    """Float32 translates as fairseq does; the command prints both, here with int8 weights."""
+    """A float32 model translates as fairseq does; the command compares both models, here with int8 weights."""
     pytest.importorskip("ctranslate2")
     checkpoint = teacher.path("checkpoint_best.pt")
     float32, int8 = tmp_path / "float32", tmp_path / "int8"
@@ -139,14 +141,14 @@ def test_ctranslate2(data, teacher, plain, tmp_path, capsys):
     paths = [str(tmp_path / "a.pt"), str(float32), str(plain.path("checkpoint_best.pt"))]
     found = compare(str(data), paths, search=search, repeats=1, cpu=True)
     before, after, other = found.rows
-    assert other.same < 32  # a model that has hardly learnt
-    assert after.same >= 63  # of 64: but for ties
+    assert other.same < 32  # an undertrained model
+    assert after.same >= 63  # of 64, because of ties
     assert after.bleu == pytest.approx(before.bleu, abs=0.5)
     assert after.ece.value == pytest.approx(before.ece.value, abs=0.003)
     assert before.megabytes == pytest.approx((tmp_path / "a.pt").stat().st_size / 1e6)
     assert before.speed > 0
 
-    # What fairseq-generate wrote has the same calibration.
+    # The output of fairseq-generate has the same calibration.
     result = cl.fairseq("generate", data, "--path", tmp_path / "a.pt", *SEARCH)
     (tmp_path / "generate.txt").write_text(result.output)
     assert inference.evaluate(str(tmp_path / "generate.txt"))["ece"].value == pytest.approx(before.ece.value, abs=1e-4)
@@ -157,7 +159,7 @@ LAYERS = {"encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2
 
 
 class Tiny:
-    """A transformer of random weights: its options, its checkpoint and its dictionary."""
+    """A transformer with random weights, with its dictionary and its checkpoint in a folder."""
 
     def __init__(self, folder: Path, arch: str = "transformer", **options):
         self.dictionary = Dictionary()
@@ -168,7 +170,7 @@ class Tiny:
         task = TranslationTask(TranslationConfig(data=str(folder)), self.dictionary, self.dictionary)
         given = Namespace(**{**WIDTHS, **LAYERS, **options}, arch=arch, _name=arch)
         torch.manual_seed(1)
-        self.model = models.build_model(given, task)  # fills in what the architecture says
+        self.model = models.build_model(given, task)  # adds the architecture's defaults to `given`
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.add_(0.2 * torch.randn_like(parameter))
@@ -184,7 +186,7 @@ class Tiny:
 
     @torch.no_grad()
     def logprobs(self, source: list[str], target: list[str]) -> list[float]:
-        """Of a translation's tokens and its end."""
+        """Return the log-probabilities of the tokens of a translation and of its end of sentence."""
         to_ids = self.dictionary.index
         ids, gold = torch.tensor([[*map(to_ids, source), 2]]), [*map(to_ids, target), 2]
         output = self.model(ids, torch.tensor([ids.size(1)]), torch.tensor([[2, *gold[:-1]]]))
@@ -221,7 +223,7 @@ NOT_CONVERTED = {
 
 @pytest.mark.parametrize("name", CONVERTED)
 def test_ctranslate2_gives_the_same_probabilities(name: str, tmp_path):
-    """Of every option that is let through."""
+    """A converted model gives fairseq's probabilities, for every option that the export accepts."""
     ctranslate2 = pytest.importorskip("ctranslate2")
     tiny = Tiny(tmp_path, **CONVERTED[name])
     assert export(tiny.path, tmp_path / "out.pt", "--ctranslate2", tmp_path / "ct2", "--no-comparison") == 0
@@ -233,7 +235,7 @@ def test_ctranslate2_gives_the_same_probabilities(name: str, tmp_path):
 
 @pytest.mark.parametrize("option", NOT_CONVERTED)
 def test_ctranslate2_does_not_know(option: str, tmp_path, capsys):
-    """Of these the converter makes another model, or none."""
+    """Options for which the converter would fail or make another model are refused."""
     pytest.importorskip("ctranslate2")
     tiny = Tiny(tmp_path, **{option: NOT_CONVERTED[option]})
     assert export(tiny.path, tmp_path / "out.pt", "--ctranslate2", tmp_path / "ct2", "--no-comparison") == 1
@@ -279,7 +281,7 @@ def test_refusals(data, student, teacher, tmp_path, capsys, monkeypatch):
         assert expected in errors[0]
         assert not out.exists()
         assert not folder.exists()
-    monkeypatch.setitem(sys.modules, "ctranslate2", None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, "ctranslate2", None)  # as if it were not installed
     assert export(checkpoint, out, "--ctranslate2", folder) == 1
     assert "--ctranslate2 needs CTranslate2: pip install 'hgkd-fairseq[export]'" in capsys.readouterr().err
     assert not out.exists()

@@ -1,4 +1,4 @@
-"""Reaching a model's features through its data-parallel wrapper."""
+"""Tests of reading a model's features through its data-parallel wrapper."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from hgkd_fairseq.plugin import features
 
 
 class Task:
-    """The dictionaries that a fairseq model is built for."""
+    """A task with only the dictionaries that building a fairseq model needs."""
 
     def __init__(self):
         self.source_dictionary = self.target_dictionary = Dictionary()
@@ -45,7 +45,7 @@ NET_INPUT = {
 
 
 def doubled(_, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """In place of the mean over workers, which of one worker would be seen nowhere."""
+    """Communication hook that doubles the gradients: DDP's usual mean over one worker would leave no trace."""
     future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
     future.set_result(2 * bucket.buffer())
     return future
@@ -53,7 +53,7 @@ def doubled(_, bucket: torch.distributed.GradBucket) -> torch.futures.Future[tor
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_ddp_reduces_every_gradient(process_group, tied):
-    """The output layer's too, which is used outside of the model's forward."""
+    """The gradient of the output layer, which is used outside the model's forward, is reduced as well."""
     torch.manual_seed(0)
     bare = transformer(tied).eval()
     wrapped = DistributedDataParallel(bare)

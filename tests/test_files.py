@@ -1,4 +1,5 @@
-"""Results are written in one step, through links and pipes, and JSON and text are read as what they are or refused."""
+"""Tests of reading and writing files: results are written atomically, through links and pipes, and JSON and text that
+are not what they should be are refused."""
 
 import json
 import os
@@ -72,7 +73,7 @@ def test_pipes_and_devices_are_written_to(folder):
 
 
 def disk_full() -> None:
-    """No file has more than 4 KiB."""
+    """Limit the files of this process to 4 KiB, as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 
@@ -80,7 +81,8 @@ def disk_full() -> None:
 @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
 @pytest.mark.parametrize("into", ["pipe", "file"])
 def test_standard_output(name, into, folder):
-    """In its order with what is printed, also where it is a file, which another opening would write over."""
+    """Output to standard output by its name keeps the order of what is printed, also if it is a file, which opening it
+    again would overwrite."""
 
     def redirect():
         os.dup2(os.open("out", os.O_WRONLY | os.O_CREAT), 1)
@@ -227,7 +229,7 @@ def test_what_killed_processes_left_of_a_folder_is_removed(folder):
     second = begin()
     works.communicate(b"")
     second.communicate(b"")
-    assert (works.returncode, second.returncode) == (0, 1)  # the first one's was left alone while it worked
+    assert (works.returncode, second.returncode) == (0, 1)  # the folder of the running process was left alone
     assert sorted(os.listdir()) == [".hgkd-folder-link", ".hgkd-other-x", "folder"]
     assert os.listdir("folder") == ["x"]
 

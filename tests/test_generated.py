@@ -1,4 +1,4 @@
-"""Reading what fairseq-generate wrote, and joining its pieces to words."""
+"""Tests of reading the output of fairseq-generate and of joining its subword pieces to words."""
 
 import io
 
@@ -20,7 +20,7 @@ SENTENCES = [
 
 
 def pieces() -> list[str]:
-    """The sentences as sentencepiece cuts them: into so few pieces that words and marks stand apart."""
+    """Return the sentences in the pieces of a sentencepiece model so small that some marks are pieces of their own."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(SENTENCES * 20), model_writer=model, vocab_size=62, character_coverage=1.0, minloglevel=2
@@ -30,7 +30,7 @@ def pieces() -> list[str]:
 
 
 def test_sentencepiece_is_undone():
-    """As fairseq does it with --remove-bpe sentencepiece."""
+    """Pieces of sentencepiece are joined as by fairseq's --remove-bpe sentencepiece."""
     lines = pieces()
     assert any("▁ " in line for line in lines)  # a mark that is a piece of its own
     found = generated.texts(dict(enumerate(lines)))
@@ -44,12 +44,12 @@ def test_sentencepiece_is_undone():
         (["a d@@ o@@ g .", "no marks here"], ["a dog .", "no marks here"]),
         (["▁a ▁d og", "▁no"], ["a dog", "no"]),
         (["og ▁a"], ["og a"]),  # a sentence that begins within a word
-        (["a dog", "e-mail @ home"], ["a dog", "e-mail @ home"]),  # in words already
+        (["a dog", "e-mail @ home"], ["a dog", "e-mail @ home"]),  # words, not pieces
         (["▁a ▁<unk> ▁b", ""], ["a <unk> b", ""]),
         (
             ["a dog", "press ▁ twice", "a cat"],
             ["a dog", "press ▁ twice", "a cat"],
-        ),  # a text of its own
+        ),  # a mark that is part of the text
         (["a d@@ og", "press ▁ ▁ ▁", "a cat"], ["a dog", "press ▁ ▁ ▁", "a cat"]),
         (["▁a ▁d og", "og", "▁a"], ["a dog", "og", "a"]),
     ],
@@ -63,11 +63,11 @@ def test_texts(lines: list[str], expected: list[str]):
     [
         ("sentencepiece", ["▁one▁of▁the ▁big ▁d og s▁ and▁a", "▁the▁end ▁", "Ein▁ Satz▁ ."]),
         ("subword_nmt", ["a d@@ o@@ g .", "@@ a@@@@ b", "x@@"]),
-        ("sentencepiece", ["▁E-mail@@ ▁a <unk> <<unk>>", "▁b"]),  # what looks like the other mark, once
+        ("sentencepiece", ["▁E-mail@@ ▁a <unk> <<unk>>", "▁b"]),  # one word ends as a piece of subword_nmt would
     ],
 )
 def test_texts_are_fairseqs(symbol: str, lines: list[str]):
-    """Marks are blanks wherever they stand in a piece: sentencepiece without split_by_whitespace makes such pieces."""
+    """A mark is a blank wherever it is in a piece: sentencepiece without split_by_whitespace makes such pieces."""
     expected = [post_process(line, symbol) for line in lines]
     assert list(generated.texts(dict(enumerate(lines))).values()) == expected
     assert BLEU().corpus_score(generated.joined([line.split() for line in lines]), [expected]).score == pytest.approx(
@@ -76,7 +76,7 @@ def test_texts_are_fairseqs(symbol: str, lines: list[str]):
 
 
 def test_references_made_of_ids():
-    """As fairseq writes them: an unknown word can be no translation."""
+    """Unknown words are escaped as fairseq escapes them, so that no translation can match them."""
     dictionary = Dictionary()
     for word in ("a", "b", "c"):
         dictionary.add_symbol(word)
@@ -101,7 +101,7 @@ D-0\t-0.1\tJa
 
 
 def test_lines(tmp_path):
-    """The best hypothesis, and where --bpe and --tokenizer made text of it that text, as they made it of T-."""
+    """The first hypothesis of a sentence is taken, from the D- lines (detokenised text) if there are any, else H-."""
     file = tmp_path / "generate-test.txt"
     file.write_text(OUTPUT)
     lines = generated.read_lines(file)
@@ -113,8 +113,8 @@ def test_lines(tmp_path):
 
 
 def test_references_end_with_their_lines(tmp_path):
-    """Whatever wrote them; not at a separator of Unicode's, which str.splitlines() would take for an end, nor at a
-    carriage return within."""
+    """Only LF and CRLF end a reference, not Unicode separators, at which str.splitlines() splits, nor a carriage return
+    within a line."""
     text = "one\u2028still one\r\ntwo\n\na\rlone\x0creturn\x85\n"
     (tmp_path / "test.en").write_text(text, encoding="utf-8", newline="")
     expected = ["one\u2028still one", "two", "", "a\rlone\x0creturn\x85"]
@@ -142,7 +142,7 @@ TASK = "2026-01-31 12:00:00 | INFO | fairseq.tasks.translation | data test de-en
     ],
 )
 def test_one_rule_for_all_commands(output: str, expected: str | None, tmp_path):
-    """An output without all sentences is refused by what scores it, whichever command that is."""
+    """Every reader refuses an output in which sentences are missing, repeated or malformed."""
     file = tmp_path / "generate-test.txt"
     file.write_text(output)
     for read in (generated.read_lines, lambda file: inference.read(str(file)), generated.read_texts):

@@ -1,5 +1,5 @@
-"""Folders and files from elsewhere: what is no file is not read, what is a link is not written through, and text is
-text."""
+"""Tests of untrusted folders and files: pipes and devices are not read, links are not written through, and text does
+not become markup."""
 
 import contextlib
 import html.parser
@@ -32,7 +32,7 @@ from structured import GRID, RESULTS, as_toml  # noqa: E402
 
 @contextlib.contextmanager
 def in_time(seconds: int = 20) -> Iterator[None]:
-    """Else a reader that waits for a pipe would wait for ever."""
+    """Raise TimeoutError after `seconds`, so that a reader that blocks on a pipe does not block the tests."""
 
     def stop(*_):
         raise TimeoutError("it is waited for")
@@ -47,7 +47,7 @@ def in_time(seconds: int = 20) -> Iterator[None]:
 
 
 def shard(folder: Path) -> Path:
-    """The file of the only shard of a folder."""
+    """Make a folder of one shard and return the file of the shard."""
 
     def make(number: int, place: Path) -> int:
         (place / "text").write_text("x")
@@ -62,7 +62,7 @@ def read_run(file: Path) -> None:
     runs.read(file.parent, "x")
 
 
-# What reads each, by the file's name.
+# Functions that read a file, by the file's name.
 READERS: dict[str, Callable[[Path], object]] = {
     "scores.json": lambda file: files.read_json(file),
     "train.log": lambda file: logs.read(file),
@@ -115,7 +115,7 @@ def test_no_link_is_written_through(name: str, tmp_path: Path):
     (folder / file).unlink()
     with contextlib.closing(files.appending(folder / file)) as log:
         log.write("x\n")
-    with contextlib.closing(files.appending(folder / file)) as log:  # goes on
+    with contextlib.closing(files.appending(folder / file)) as log:  # appends
         log.write("y\n")
     assert (folder / file).read_text() == "x\ny\n"
 
@@ -169,7 +169,7 @@ EVIL = [
 
 
 def run_of(text: str, folder: Path, signature: str) -> runs.Run:
-    """A run with the text for its name, for options' values in its log and for what its scores say."""
+    """Return a run with `text` as its name and in its logged options and its scores."""
     folder.mkdir()
     settings = {"_name": None, "task": {"_name": "translation", "data": text}, "common": {"user_dir": text, "seed": 7}}
     settings["model"] = {"_name": "transformer", "arch": text}
@@ -178,14 +178,14 @@ def run_of(text: str, folder: Path, signature: str) -> runs.Run:
     content = "".join(f"2026-01-31 12:00:00 | INFO | {line}\n" for line in lines)
     (folder / "train.log").write_text(content, encoding="utf-8", errors="replace")
     log = logs.read(folder / "train.log")
-    assert log.settings["data"] == text  # a repr has no character that cannot be encoded
+    assert log.settings["data"] == text  # repr() escapes what cannot be encoded
     own = [{**one, "signature": signature} for one in RESULTS["scores"]]
     scores = {**RESULTS, "command": text, "path": text, "subset": signature, "signature": signature, "scores": own}
     return runs.Run(folder, text, log=log, forced=scores)
 
 
 def test_nothing_of_a_run_becomes_markup(tmp_path: Path):
-    texts = [one + other for one, other in zip(EVIL[::2], EVIL[1::2], strict=True)]  # 6 runs, as many as a page has
+    texts = [one + other for one, other in zip(EVIL[::2], EVIL[1::2], strict=True)]  # 6 runs, a page's maximum
     report = tables.measure([run_of(text, tmp_path / str(number), texts[0]) for number, text in enumerate(texts)])
     made = page.html(report)
     made.encode()

@@ -1,4 +1,4 @@
-"""Learned weights of sentences: the meta-gradient against finite differences, the step, precision and memory."""
+"""Tests of learned sentence weights: the meta-gradient against finite differences, the step, precision and memory."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ def random(*shape: int, seed: int) -> Tensor:
 
 
 def make(lengths: Sequence[int] = LENGTHS, teachers: int = 1, bias: bool = True, vocabulary: int = V, seed: int = 0):
-    """A group and held-out sentences of one output layer."""
+    """Return a group of training sentences and one of held-out sentences, with the same output layer."""
     tokens = sum(lengths)
     weight, b = random(vocabulary, D, seed=seed), random(vocabulary, seed=seed + 1) if bias else None
 
@@ -42,7 +42,7 @@ def options(smoothing: float = 0.0, penalty: float = 0.0) -> Options:
 
 
 def held_out_loss(group: Group, held_out: Group, weights: Tensor, o: Options) -> float:
-    """Cross-entropy a token of the held-out sentences after the step, from the equations alone, with autograd."""
+    """Return the cross-entropy per held-out token after the step, by autograd of the equations alone."""
     w = group.student.weight.clone().requires_grad_()
 
     def logp(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -70,10 +70,10 @@ def held_out_loss(group: Group, held_out: Group, weights: Tensor, o: Options) ->
 def test_meta_gradient_by_finite_differences(
     rule: str, smoothing: float, penalty: float, teachers: int, bias: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setitem(chunked.CHUNK_TOKENS, "cpu", 5)  # cuts sentences
+    monkeypatch.setitem(chunked.CHUNK_TOKENS, "cpu", 5)  # chunks that cut sentences
     (group, held_out), o = make(teachers=teachers, bias=bias), options(smoothing, penalty)
     weights = torch.rand(len(LENGTHS), 2, generator=torch.Generator().manual_seed(7), dtype=TRUE)
-    # Along each weight, or along what the convex rule moves: the teacher's up, the data's down.
+    # Directions: each weight by itself, or the one of the convex rule, the teacher's weight up and the data's down.
     along = {"independent": [[1.0, 0.0], [0.0, 1.0]], "convex": [[-1.0, 1.0]]}[rule]
     gradient = meta_gradient(group, weights, held_out, RATE, o)
     assert gradient.dtype == TRUE
@@ -84,7 +84,7 @@ def test_meta_gradient_by_finite_differences(
                 moved = weights.clone()
                 moved[sentence] += size * direction
                 values.append(held_out_loss(group, held_out, moved, o))
-            # Of fourth order: what it errs by is far below the tolerance.
+            # A central difference of fourth order, whose error is far below the tolerance.
             expected = (8 * (values[0] - values[1]) - (values[2] - values[3])) / 12e-4
             found = (gradient[sentence] * direction).sum().item()
             assert found == pytest.approx(expected, rel=1e-6, abs=1e-11)
@@ -92,7 +92,7 @@ def test_meta_gradient_by_finite_differences(
 
 
 def test_a_sentence_that_pulls_the_held_out_way_gains_weight():
-    # One token in the held-out part's place with its target, and one with another target.
+    # Two tokens with the features of the held-out one: the first has its target, the second another one.
     weight = torch.zeros(3, 2)
     hidden = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     teacher = Head(hidden, torch.tensor([[9.0, 0.0], [0.0, 0.0], [0.0, 0.0]]))  # sure of token 0
@@ -110,11 +110,11 @@ def test_a_sentence_that_pulls_the_held_out_way_gains_weight():
 @pytest.mark.parametrize(
     ("rule", "before", "gradient", "after"),
     [
-        # The median of 1, 2, 4, 8 is 2 (the lower one): a step of 0.1 for 2.
+        # torch's median of 1, 2, 4, 8 is 2, the lower one: a gradient of 2 moves a weight by 0.1.
         ("independent", [[0.1, 0.9], [0.5, 1.9]], [[1.0, 2.0], [4.0, -8.0]], [[0.05, 0.8], [0.3, 2.0]]),
         ("independent", [[0.1, 0.9], [0.5, 1.9]], [[8.0, 2.0], [1.0, 4.0]], [[0.0, 0.8], [0.45, 1.7]]),
         ("independent", [[0.1, 0.9]], [[0.0, 0.0]], [[0.1, 0.9]]),
-        # Slopes 1 and 3, median 1.
+        # Gradients of the teacher minus those of the data: 1 and 3, median 1.
         ("convex", [[0.1, 0.9], [0.2, 0.8]], [[1.0, 2.0], [-1.0, 2.0]], [[0.2, 0.8], [0.5, 0.5]]),
         ("convex", [[0.1, 0.9], [0.2, 0.8]], [[2.0, 1.0], [2.0, -1.0]], [[0.0, 1.0], [0.0, 1.0]]),
     ],

@@ -1,4 +1,4 @@
-"""The pages: links lead somewhere, lengths are for reading, commands are what the programs take."""
+"""Tests of the documentation pages: links resolve, pages are short, and programs take the options of their commands."""
 
 import argparse
 import re
@@ -22,8 +22,8 @@ PAGES = {
     for page in sorted((ROOT / folder).rglob("*.md"))
 } | {"README.md": ROOT / "README.md"}
 LONGEST = {"README.md": 150}
-RESULTS = re.compile(r"scripts/\w+/results/\w[\w-]*/")  # what a script wrote
-# The first line of a block that no test types: what it takes that a test does not have.
+RESULTS = re.compile(r"scripts/\w+/results/\w[\w-]*/")  # pages written by a script
+# What a shell block that no test runs may declare in its first line, "# needs ...".
 NEEDS = ("data", "a network", "a GPU", "minutes")
 TYPED = ("README.md", "hgkd_fairseq/CONTRIBUTING.md", "hgkd_fairseq/gates/README.md")
 
@@ -34,13 +34,13 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def needs(block: str) -> str | None:
-    """What a block of shell says that it takes."""
+    """Return what a shell block declares in a first line "# needs ...", or None."""
     found = re.match(r"# needs (.+)\n", block)
     return found[1] if found else None
 
 
 def commands(block: str) -> list[list[str]]:
-    """The words of each command, continued lines joined."""
+    """Return the words of each command of a shell block, with continuation lines joined."""
     lines = block.replace("\\\n", " ").replace("$(hgkd user-dir)", cl.USER_DIR[1]).splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
@@ -66,7 +66,7 @@ def test_length(page: str):
 
 def test_every_room_has_a_page():
     for room in (ROOT / "hgkd_fairseq").iterdir():
-        if room.is_dir() and any(room.glob("*.py")) and room.name != "tasks":  # whose page is criterions'
+        if room.is_dir() and any(room.glob("*.py")) and room.name != "tasks":  # described on the page of criterions
             assert f"hgkd_fairseq/{room.name}/README.md" in PAGES
 
 
@@ -76,7 +76,7 @@ def test_table_of_gates():
         PAGES["hgkd_fairseq/gates/README.md"].read_text(),
         flags=re.DOTALL,
     )
-    # In a process of its own: tests register gates.
+    # In a new process, because other tests register gates.
     done = subprocess.run(
         [sys.executable, "-m", "hgkd_fairseq.cli", "gates", "--markdown"],
         cwd=ROOT, env=cl.environment(), capture_output=True, text=True, timeout=cl.TIMEOUT_S, check=True,
@@ -91,7 +91,7 @@ def test_table_of_methods():
 
 
 def test_tables_of_the_study():
-    """Each row of the page's tables is one that the script wrote."""
+    """Each row of the page's tables occurs in a table written by the study's script."""
     page = PAGES["scripts/study/results/README.md"]
     written = [line for file in page.parent.glob("*/tables.md") for line in file.read_text().splitlines()]
     rows = [line for line in page.read_text().splitlines() if line.startswith("|")]
@@ -100,7 +100,8 @@ def test_tables_of_the_study():
 
 
 def test_package_index_and_source_distribution(tmp_path: Path):
-    """A package index shows the main page without the files beside it; the source distribution has all pages."""
+    """The description for a package index, which lacks the other files, has no relative links; the source distribution
+    has all pages."""
     setup = [sys.executable, "setup.py", "--quiet"]
     shown = subprocess.run([*setup, "--long-description"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "A step of" in shown
@@ -110,11 +111,11 @@ def test_package_index_and_source_distribution(tmp_path: Path):
     listed = (tmp_path / "hgkd_fairseq.egg-info" / "SOURCES.txt").read_text().splitlines()
     assert set(PAGES) <= set(listed)
     required = (tmp_path / "hgkd_fairseq.egg-info" / "requires.txt").read_text().splitlines()
-    assert "scipy>=1.12" in required  # calibration/corp.py; fairseq asks for no version of it
+    assert "scipy>=1.12" in required  # for calibration/corp.py; fairseq requires no version
 
 
 def option_strings(parser: argparse.ArgumentParser) -> set[str]:
-    found = set(parser._option_string_actions)  # argparse has no public way to ask for them
+    found = set(parser._option_string_actions)  # argparse has no public function for it
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             found |= set().union(*map(option_strings, action.choices.values()))
@@ -132,7 +133,7 @@ def fairseq_parser(program: str) -> argparse.ArgumentParser:
 
 @cache
 def fairseq_options() -> set[str]:
-    """Of fairseq's programs with our tasks and criterion, and a transformer."""
+    """Return the options of fairseq's programs, with the plugin's tasks and criterion and a transformer."""
     from fairseq import options
 
     found: set[str] = set()
@@ -147,19 +148,19 @@ def fairseq_options() -> set[str]:
 
 
 def script_options(file: Path) -> set[str]:
-    """Options that stand in a script, as its parser's or as cases of it."""
+    """Return the options that occur in the code of a script, in its parser or its `case` statement."""
     sources = [file, *(file.parent.glob("common.sh") if file.suffix == ".sh" else ())]
     return set(re.findall(r'(?<![\w-])--[a-z][\w-]*(?=[" |)\]])', "".join(one.read_text() for one in sources)))
 
 
 def check(words: list[str]) -> None:
-    """The program that a command names takes its options."""
+    """Assert that the program of a command takes the command's options."""
     from fairseq import options
 
     program, *arguments = words
     if program == "hgkd":
         for word in arguments:
-            Path(word).parent.mkdir(parents=True, exist_ok=True)  # where an output goes must be there
+            Path(word).parent.mkdir(parents=True, exist_ok=True)  # the parser refuses an output without a folder
         cli.parser().parse_args(arguments)
     elif program == "fairseq-preprocess":
         fairseq_parser(program).parse_args(arguments)
@@ -182,7 +183,7 @@ def check(words: list[str]) -> None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "sh")])
 def test_shell_blocks(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Each is typed by `test_as_typed`, or says what it needs and has options that its programs take."""
+    """Each shell block is run by `test_as_typed`, or declares what it needs and has options that its programs take."""
     monkeypatch.chdir(tmp_path)
     for block in blocks(page, "sh"):
         if needs(block) is None:
@@ -197,14 +198,14 @@ def test_shell_blocks(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_options_in_the_text(page: str):
     scripts = [file for file in (ROOT / "scripts").rglob("*") if file.suffix in (".py", ".sh")]
     known = fairseq_options() | option_strings(cli.parser()) | set().union(*map(script_options, scripts))
-    known |= {"--user-dir", "--help", "--paired-bs"}  # the last one is of sacrebleu
+    known |= {"--user-dir", "--help", "--paired-bs"}  # the last one is sacrebleu's
     code = " ".join(re.findall(r"(?<!`)`([^`\n]+)`(?!`)", PAGES[page].read_text()))
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", code)) <= known
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 def test_python_blocks(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Each runs as it stands, but for the files that `test_as_typed` writes."""
+    """Each Python block runs as it stands, except those that `test_as_typed` writes to files."""
     for block in blocks(page, "python"):
         if not re.match(r"# \S+\.py", block):
             (tmp_path / "block.py").write_text(block)
@@ -212,7 +213,7 @@ def test_python_blocks(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def prepare(page: str, folder: Path, data: Path, teacher: cl.Run) -> None:
-    """What the page's commands find: data, for all but the main page a teacher, and the files that the page shows."""
+    """Make what the page's commands use: the data, a teacher except for the main page, and the files that it shows."""
     (folder / "data-bin").mkdir()
     (folder / "data-bin" / "corpus").symlink_to(data)
     if page != "README.md":
@@ -226,7 +227,7 @@ def prepare(page: str, folder: Path, data: Path, teacher: cl.Run) -> None:
 
 
 def type_commands(page: str, folder: Path) -> list[cl.Result]:
-    """Types the commands of a page; training and search are short and small, by options after their own."""
+    """Run the commands of a page, with more options after their own that make training and search short and small."""
     short = (*cl.SIZE, *cl.LOGS, "--max-update", 4, *(("--warmup-updates", 1) if page == "README.md" else ()))
     results = []
     for words in [words for block in blocks(page, "sh") if needs(block) is None for words in commands(block)]:

@@ -190,7 +190,7 @@ part_loss() {
     for one in "${runs[@]}"; do
         name=${one%% *}
         read -ra arguments <<<"${one#* }"
-        ((SECONDS < end)) || { status=124 && break; }
+        ((SECONDS < end)) || { ((status)) || status=124; break; }
         limited $((end - SECONDS)) "$out/loss.log" "$python" "$here/loss.py" --device "$device" --repeats 9 "${arguments[@]}" \
             --csv "$out/loss.csv" --markdown "$out/loss-$name.md" "${profile[@]}" || status=$?
     done
@@ -205,7 +205,7 @@ part_step() {
     [[ $device == cuda ]] || runs=("--arch-size tiny")
     for one in "${runs[@]}"; do
         read -ra arguments <<<"$one"
-        ((SECONDS < end)) || { status=124 && break; }
+        ((SECONDS < end)) || { ((status)) || status=124; break; }
         limited $((end - SECONDS)) "$out/step.log" "$python" "$here/step.py" --device "$device" --repeats 9 "${arguments[@]}" \
             --rungs "$([[ $device == cuda ]] && echo triton || echo chunked)" \
             --csv "$out/step.csv" --markdown "$out/step.md" || status=$?

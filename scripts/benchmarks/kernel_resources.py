@@ -35,7 +35,6 @@ from hgkd_fairseq.loss.triton.rows import Variant, all_variants  # noqa: E402
 
 # Maximum shared memory of a program in bytes, by compute capability.
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
-REGISTERS_LIMIT = 255  # per thread
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 VOCABULARIES = (32000, 10152)  # two launch shapes; rows need no padding to be aligned to 16 bytes
 ODD_VOCABULARIES = (507, 32001)  # rows are padded to be aligned, so their stride is larger than their length
@@ -69,8 +68,6 @@ class Report(NamedTuple):
     def problem(self) -> str | None:
         if self.spills or self.stack:
             return "spills"
-        if self.registers > REGISTERS_LIMIT:
-            return "registers"
         return "shared memory" if self.shared > SHARED_LIMIT[self.job.capability] else None
 
     def __str__(self) -> str:

@@ -129,7 +129,7 @@ class Batch:
     """Stand-in for the loss output of a batch that a gate observes."""
 
     def __init__(self, found: TokenStatistics):
-        self.token_nll = -found.student_logprob[None]
+        self.token_nll = self.token_read = -found.student_logprob[None]
         self.tokens_mask = torch.ones_like(self.token_nll, dtype=torch.bool)
 
 

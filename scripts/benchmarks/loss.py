@@ -37,7 +37,6 @@ of that process.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import ctypes
 import functools
 import gc
@@ -150,11 +149,11 @@ class Problem:
     def gold(self, share: float) -> Tensor:
         """Return (sentences, length) log-probabilities (nats) of the gold tokens under a stored teacher.
 
-        They are 1 nat below the student's for a random `share` of the tokens, and 1 nat above for the others.
+        They are 1 nat below the student's for the tokens of a random `share` of the sentences, and 1 nat above for the
+        others, so that the gates "token" and "sentence" open for the same tokens.
         """
-        opened = (
-            torch.rand(self.target.shape, generator=torch.Generator().manual_seed(1)).to(self.target.device) < share
-        )
+        drawn = torch.rand(self.target.size(0), generator=torch.Generator().manual_seed(1))
+        opened = (drawn.argsort().argsort() < round(share * len(drawn))).to(self.target.device)[:, None]
         with torch.no_grad():
             found = gated_distillation(
                 self.hidden, self.weight, None, None, self.target, padding_idx=PADDING, gate="none"
@@ -531,9 +530,10 @@ def memory_rows(shape: Shape, entrants: list[Contestant], rungs: tuple[str, ...]
         if measure(contestant.name, rungs, shape._replace(tokens=warm), warm) is None:
             continue
         peaks[contestant.name] = measure(contestant.name, rungs, shape, warm)
-        if contestant.name in ("floor", *best.values()):
+        if peaks[contestant.name] is not None and contestant.name in ("floor", *best.values()):
             grown = measure(contestant.name, rungs, shape._replace(tokens=GROWTH * shape.tokens), warm)
-            yield Row(f"peak memory at {GROWTH} N", contestant.name, grown / 2**20, "MiB", None, None, 1)
+            if grown is not None:
+                yield Row(f"peak memory at {GROWTH} N", contestant.name, grown / 2**20, "MiB", None, None, 1)
     for contestant in entrants:
         if contestant.name in peaks:
             peak, mine = peaks[contestant.name], peaks.get(best.get(contestant.work, ""))
@@ -789,5 +789,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -264,14 +264,14 @@ def report(shape: Shape, chip: Chip, default: int, show_phases: bool) -> str:
         "| chunk | logit blocks MB | HBM MB | L2 MB | device us | host us | / least | d_weight fused, us | / least |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for chunk in (c for c in CHUNKS if c <= N):
+    for chunk in sorted({c for c in CHUNKS if c <= N} | {min(default, N)}):
         p, fused = predict(shape, chunk, chip), predict(shape, chunk, chip, fused=True)
         mark = "".join(
             text
             for on, text in (
                 (chunk == chosen, " best"),
                 (chunk == chosen_fused, " best-fused"),
-                (chunk == default, " default"),
+                (chunk == min(default, N), " default"),
             )
             if on
         )

@@ -291,7 +291,12 @@ def take_turns(
         Seconds by name, one value for each batch except the first WARM_ROUNDS.
     """
 
+    from hgkd_fairseq.teacher.stored import BATCH, StoredTeacher  # only after fairseq has imported --user-dir
+
     def step(trainer: Trainer, batch: dict) -> None:
+        # Only a stored teacher needs what the batches hold of the store, which the others would copy to a GPU.
+        if not isinstance(getattr(trainer.task, "teacher", None), StoredTeacher):
+            batch = {name: value for name, value in batch.items() if name != BATCH}
         trainer.train_step([batch])
 
     for trainer in trainers.values():

@@ -236,6 +236,8 @@ def main(words: Sequence[str] | None = None) -> dict[str, dict]:
     options = parser.parse_args(words)
 
     pairs = read_pairs(options.pairs) if options.pairs else toy_pairs(500)
+    if len(pairs) < 2:
+        parser.error(f"--pairs {options.pairs}: has {len(pairs)} pair(s); at least one to train on and one to test on")
     cut = len(pairs) - max(int(HELD_OUT * len(pairs)), 1)
     known: dict[str, int] = {}
     for word in (word for pair in pairs[:cut] for side in pair for word in side):

@@ -95,7 +95,7 @@ class Moments:
             time.sleep(0.0005)
 
 
-def content(file: Path) -> Any:
+def content(file: Path, folder: Path) -> Any:
     """Return the part of a file's content that must be equal in both runs."""
     if file.suffix == ".pt":
         state = torch.load(file, map_location="cpu", weights_only=False)  # this script has written it
@@ -103,8 +103,8 @@ def content(file: Path) -> Any:
         return {**state, "optimizer_history": history}
     if file.name == RECORD:
         return sorted(json.loads(file.read_bytes()))  # the values are hashes of files that are compared anyway
-    if file.suffix == ".json":
-        return json.loads(file.read_bytes())
+    if file.suffix == ".json":  # without the folder, which commands in it name
+        return json.loads(file.read_text().replace(str(folder), "FOLDER"))
     return file.read_bytes()
 
 
@@ -149,7 +149,7 @@ def compare(unbroken: Path, killed: Path) -> tuple[list[str], int]:
     wrong = [f"{name} is of one run only" for name in sorted(one.keys() ^ other.keys())]
     for name in sorted(one.keys() & other.keys()):
         if one[name].read_bytes() != other[name].read_bytes():
-            told = difference(content(one[name]), content(other[name]), name)
+            told = difference(content(one[name], unbroken), content(other[name], killed), name)
             wrong += [told] if told else []
     return wrong, left
 

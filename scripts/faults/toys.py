@@ -195,16 +195,18 @@ def kill(pid: int) -> None:
     for one in stopped - {pid}:
         send(one, signal.SIGKILL)
     deadline = time.monotonic() + 60
-    while any(map(holds_files, stopped - {pid})) and time.monotonic() < deadline:  # and locks, which the next run needs
+    # The files may be locks that the next run needs.
+    while any(map(holds_files, stopped - {pid})) and time.monotonic() < deadline:
         time.sleep(0.002)
 
 
 def holds_files(pid: int) -> bool:
-    """Whether the process exists and is not a zombie: one that is killed may need seconds for this on a busy machine."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
+    """Return whether a process may still hold open files: on a busy machine it takes a killed one seconds to end."""
+    for file in Path(f"/proc/{pid}/task").glob("*/stat"):  # the main thread may have ended before the others
+        with contextlib.suppress(OSError):  # the thread has ended
+            if file.read_text().rpartition(")")[2].split()[0] not in "ZX":
+                return True
+    return False
 
 
 def send(pid: int, number: signal.Signals) -> None:

@@ -304,8 +304,8 @@ def fuzz(inputs: int, seed: int, make=cases, reader=read) -> tuple[Counter, floa
 
     Returns:
         Counts by outcome and the CPU seconds of the slowest input. The outcomes are "read", "refused" (a UserError),
-        "not printable" (a refusal whose message has unprintable characters, which is also counted as "refused"), and
-        the type and message of any other exception.
+        "not printable" (a refusal whose message has unprintable characters), and the type and message of any other
+        exception.
     """
     counts: Counter = Counter()
     slowest = 0.0
@@ -321,9 +321,7 @@ def fuzz(inputs: int, seed: int, make=cases, reader=read) -> tuple[Counter, floa
                 reader(path)
                 counts["read"] += 1
             except UserError as error:
-                counts["refused"] += 1
-                if not str(error).isprintable():
-                    counts["not printable"] += 1
+                counts["refused" if str(error).isprintable() else "not printable"] += 1
             except Exception as error:
                 counts[f"{type(error).__name__}: {error}"[:200]] += 1
                 traceback.print_exc()

@@ -160,7 +160,7 @@ set_style() { fail 2 "--style: this recipe has no styles"; }
 # visible_gpus: print the number of GPUs that are visible here. It does not use Python, so that --dry-run needs none.
 visible_gpus() {
     if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
-        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^-]' || true
+        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | awk '/^ *-/ { exit } NF { found++ } END { print found + 0 }' # as CUDA reads it
     else
         { nvidia-smi -L 2>/dev/null || true; } | wc -l
     fi

@@ -312,18 +312,29 @@ class Runner:
         with the same teacher share the translations.
 
         Raises:
-            UserError: a command fails.
+            UserError: a command fails, or the data were made with other options or another teacher.
         """
-        if not cell.distil or (self.folder / cell.train[0]).exists():  # the folder is created atomically
+        if not cell.distil:
             return
-        folder = (self.folder / cell.train[0]).with_name("translations")
+        data = self.folder / cell.train[0]
+        folder, settings = data.with_name("translations"), data.with_name(f"{data.name}.json")
+        teacher = self.folder / cell.translate[cell.translate.index("--teacher-path") + 1]
+        wanted = {"translate": cell.translate, "distil": cell.distil, "teacher": files.sha256(teacher)}
+        if data.exists():  # the folder is created atomically
+            if settings.exists() and files.read_json(settings, {}) != wanted:
+                raise UserError(
+                    f"{data} was made with other options or another teacher; remove it and {folder} to make it again"
+                )
+            return
         log = folder.with_name("translate.log")
         say(f"{cell.train[0]}: translating the training set (log: {log})")
-        lock = claim(folder.with_name("distil"), wait=True)  # another thread or process may be making them
-        assert lock is not None
-        with lock, files.appending(log) as output:
-            if (self.folder / cell.train[0]).exists():
+        while (lock := claim(folder.with_name("distil"))) is None:  # another thread or process is making them
+            if self.stopped.wait(POLL_S):
                 return
+        with lock, files.appending(log) as output:
+            if data.exists():
+                return
+            files.write_json(settings, wanted)
             for words in ([*cell.translate, *self.device], cell.distil):
                 if self.stopped.is_set():
                     return

@@ -50,7 +50,7 @@ class Scored:
     def __init__(self, folder: Path):
         self.about: dict[str, Any] = read_about(folder)
         if "lenpen" not in files.read_json(folder / "scores.json", {}):
-            raise UserError(f"{folder} was scored by an earlier score.py; remove its scores.json and run it again")
+            raise UserError(f"{folder} was scored by an earlier version; remove its scores.json and call run.py again")
         self.scores: dict[str, Any] = read_scores(folder)
         self.checkpoints = {"best": dict(self.scores)}
         for name in (BEST_BLEU, LAST):

@@ -96,9 +96,10 @@ def test_translate(data, teacher, tmp_path):
 
 
 def test_load(tmp_path):
-    """One part of each kind that is cheap; the costs a pair are compared from the CSV file alone."""
+    """Some cheap parts; the costs a pair are compared from the CSV file alone."""
     table, sizes = tmp_path / "load.csv", ("--pairs", 40, "--tokens", 8000)
     run("load.py", tmp_path, "--csv", table, *sizes, "--only", "table, look-up", "--kinds", "pair")
+    run("load.py", tmp_path, "--csv", tmp_path / "queue.csv", *sizes, "--only", "queue", "--kinds", "pair")
     printed = run("load.py", tmp_path, "--csv", table, *sizes, "--only", "smooth ECE", "--kinds", "token")
     found = rows(table)
     assert [(row["kind"], row["count"]) for row in found] == [("pair", "40"), ("token", "8000")]

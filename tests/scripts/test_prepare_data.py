@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -278,6 +279,33 @@ def test_failing_preprocess_leaves_no_folder(textdir: Path, tmp_path: Path) -> N
     assert last_line(result) == f"prepare_data.sh: fairseq-preprocess failed (no space left): {log} has all it said"
     assert "--joined-dictionary" in log.read_text().splitlines()
     assert not (tmp_path / "bin").exists()
+
+
+def test_killed_or_running_elsewhere(textdir: Path, tmp_path: Path) -> None:
+    """The work folder of a running process is not touched; that of a killed one is replaced."""
+    started, databin = tmp_path / "started", tmp_path / "out" / "bin"
+    python = fake_python(tmp_path / "fake", f"touch {started}; exec sleep 60")
+    command = ["bash", str(SCRIPTS / "prepare_data.sh"), str(textdir), str(databin), "--vocab", str(VOCAB)]
+    first = subprocess.Popen(
+        command, env=os.environ | {"PYTHON": str(python)}, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        while not started.exists():
+            assert first.poll() is None
+            time.sleep(0.05)
+        result = prepare(textdir, databin, "--vocab", VOCAB)
+        assert result.returncode == 0, result.stderr
+        assert sorted(path.name for path in databin.parent.iterdir()) == ["bin", "bin.partial"]
+        assert (databin.with_name("bin.partial") / "pieces" / "train.de").exists()
+    finally:
+        os.killpg(first.pid, 9)
+        first.wait()
+    files = {file.name: file.read_bytes() for file in databin.iterdir()}
+    shutil.rmtree(databin)
+    result = prepare(textdir, databin, "--vocab", VOCAB)
+    assert result.returncode == 0, result.stderr
+    assert [path.name for path in databin.parent.iterdir()] == ["bin"]
+    assert {file.name: file.read_bytes() for file in databin.iterdir()} == files
 
 
 @pytest.mark.parametrize(
