@@ -85,7 +85,20 @@ WRONG = {
         "pip install sacrebleu",
     ),
     "registry": (criterions, "CRITERION_REGISTRY", {}, doctor.registration, "is not registered"),
-    "no compiler": (cpu_rows, "usable", lambda device: "no compiler", doctor.loss_implementations, "install a C compi"),
+    "no compiler": (
+        cpu_rows,
+        "usable",
+        lambda device: "there is no C compiler (cc, gcc)",
+        doctor.loss_implementations,
+        "install a C compiler",
+    ),
+    "a wrong kernel": (
+        cpu_rows,
+        "usable",
+        lambda device: "the row kernel differs",
+        doctor.loss_implementations,
+        "slower than it could be: the row kernel differs$",
+    ),
     "a loss": (
         loss,
         "gated_distillation",

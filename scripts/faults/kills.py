@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -35,6 +36,8 @@ from hgkd_fairseq.arguments import number
 from hgkd_fairseq.evaluation.steps import RECORD
 
 TIMES = {"previous_training_time", "metrics", "minutes"}  # keys in checkpoints and scores that depend on durations
+# Files of scripts/steps.sh that contain hashes of checkpoints, which contain durations.
+HASHES = {"recorded", "settings"}
 LOGS = {".log", ".lock"}  # suffixes of files whose content differs between runs
 WRITTEN = (".tmp", ".partial")  # parts of the names of unfinished files and folders
 TEMPORARY = (".hgkd-", "tmp")  # prefixes of their names
@@ -95,7 +98,7 @@ class Moments:
             time.sleep(0.0005)
 
 
-def content(file: Path, folder: Path) -> Any:
+def content(file: Path) -> Any:
     """Return the part of a file's content that must be equal in both runs."""
     if file.suffix == ".pt":
         state = torch.load(file, map_location="cpu", weights_only=False)  # this script has written it
@@ -103,8 +106,10 @@ def content(file: Path, folder: Path) -> Any:
         return {**state, "optimizer_history": history}
     if file.name == RECORD:
         return sorted(json.loads(file.read_bytes()))  # the values are hashes of files that are compared anyway
-    if file.suffix == ".json":  # without the folder, which commands in it name
-        return json.loads(file.read_text().replace(str(folder), "FOLDER"))
+    if file.suffix == ".json":
+        return json.loads(file.read_bytes())
+    if file.name in HASHES:
+        return sorted(re.sub("[0-9a-f]{64}", "", file.read_text()).splitlines())
     return file.read_bytes()
 
 
@@ -149,7 +154,7 @@ def compare(unbroken: Path, killed: Path) -> tuple[list[str], int]:
     wrong = [f"{name} is of one run only" for name in sorted(one.keys() ^ other.keys())]
     for name in sorted(one.keys() & other.keys()):
         if one[name].read_bytes() != other[name].read_bytes():
-            told = difference(content(one[name], unbroken), content(other[name], killed), name)
+            told = difference(content(one[name]), content(other[name]), name)
             wrong += [told] if told else []
     return wrong, left
 
@@ -158,17 +163,17 @@ def run(kind: kinds.Kind, kills: int, seed: int, folder: Path) -> tuple[str, boo
     """Check a kind; return the line to print and whether it passed."""
     begin = time.monotonic()
     kind.prepare()
-    unbroken = folder / "unbroken"
-    kind.make(unbroken)
+    unbroken, place = folder / "unbroken", folder / "run"  # all run in one place, which files may name
+    kind.make(place)
     started = time.monotonic()
-    process = kind.start(unbroken)
+    process = kind.start(place)
     if process.wait():
         return f"FAULT {kind.name}: the unbroken run ended with status {process.status()}: {process.end()}", False
     alone = time.monotonic() - started
-    moments = Moments(seed, alone)
+    place.rename(unbroken)
+    moments = Moments(seed, alone * kind.within)
     killed, writing, runs, left, wrong = 0, 0, 0, 0, []
     while killed < kills and not wrong:
-        place = folder / f"killed-{runs}"
         kind.make(place)
         runs += 1
         for starts in itertools.count(1):

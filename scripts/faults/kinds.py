@@ -121,11 +121,14 @@ class Kind:
         name: name on the command line of kills.py.
         command: function that prepares the command and returns it; the command works in the current folder.
         begin: function that creates the folder of a run, with the files that the command needs.
+        within: fraction of the time of an unbroken run within which each start is killed; small for long commands, so
+            that one run is killed often.
     """
 
     name: str
     command: Callable[[], Callable[[], int]]
     begin: Callable[[Path], None] = field(default=lambda place: place.mkdir())
+    within: float = 1.0
 
     def prepare(self) -> None:
         self.run = self.command()
@@ -316,7 +319,7 @@ KINDS = {
         Kind("store", hgkd(*STORE)),
         Kind("store-sampled", hgkd(*STORE, "--kind", "sampled")),
         Kind("score", hgkd(*SCORE, "--checkpoint", "best", "--checkpoint", "best-bleu"), with_run),
-        Kind("study", run_study, study),
-        Kind("quickstart", quickstart),
+        Kind("study", run_study, study, 0.4),
+        Kind("quickstart", quickstart, within=0.2),
     ]
 }

@@ -314,7 +314,7 @@ class Runner:
         Raises:
             UserError: a command fails, or the data were made with other options or another teacher.
         """
-        if not cell.distil:
+        if not cell.distil or self.stopped.is_set():
             return
         data = self.folder / cell.train[0]
         folder, settings = data.with_name("translations"), data.with_name(f"{data.name}.json")

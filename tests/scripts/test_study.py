@@ -448,8 +448,7 @@ def test_an_interrupted_run_begins_nothing_more(tmp_path, capsys):
             stopped.make(cell, lock)
     assert "training (cell" not in capsys.readouterr().out
     assert not stopped.failed
-    assert {file.name for file in tmp_path.rglob("*.log")} == {"translate.log"}
-    assert not (tmp_path / "teacher/big/seed-0/translate.log").read_text()
+    assert not list(tmp_path.rglob("*.log"))
 
 
 def test_a_half_finished_study(tmp_path, monkeypatch, capsys):
@@ -718,7 +717,5 @@ def test_cell_of_an_earlier_score(tmp_path):
     file = tmp_path / "same/base/seed-1/scores.json"
     scores = json.loads(file.read_text())
     file.write_text(json.dumps({key: value for key, value in scores.items() if key != "lenpen"}))
-    with pytest.raises(
-        UserError, match=r"same/base/seed-1 was scored by an earlier score\.py; remove its scores\.json"
-    ):
+    with pytest.raises(UserError, match=r"same/base/seed-1 was scored by an earlier version; remove its scores\.json"):
         table.Study(tmp_path)
