@@ -272,7 +272,8 @@ def quickstart() -> Callable[[], int]:
 
     def run() -> int:
         status = subprocess.run(words, check=False).returncode
-        Path("run/report.html").unlink(missing_ok=True)  # it contains the duration of the trainings
+        for name in ("report.html", "table.md"):  # they contain durations of the trainings
+            Path("run", name).unlink(missing_ok=True)
         return status
 
     return run

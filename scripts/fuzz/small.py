@@ -22,6 +22,7 @@ import folders
 import structured
 from checkpoints import bytes_changed
 from fairseq.data import Dictionary
+from fairseq.tasks import FairseqTask
 from structured import as_json, contents, number_lists
 
 from hgkd_fairseq.data.claims import Claim
@@ -180,10 +181,15 @@ def read_data(path: str | Path, kind: str = "idx") -> None:
     target = folder / f"train.de-en.de.{kind}"
     target.unlink(missing_ok=True)  # not overwritten, because it may still be memory-mapped
     shutil.copyfile(path, target)
-    task = binarised.translation_task(str(folder), "x", {"source_lang": "de", "target_lang": "en"})
-    dataset = binarised.subset(task, "train")
+    dataset = binarised.subset(task_on(str(folder)), "train")
     for number in range(len(dataset)):
         assert int(dataset[number]["source"].max()) < len(dictionary())
+
+
+@functools.lru_cache(1)
+def task_on(folder: str) -> FairseqTask:
+    """Return a task on a folder; creating one takes three times as long as reading the data."""
+    return binarised.translation_task(folder, "x", {"source_lang": "de", "target_lang": "en"})
 
 
 def read_ids(path: str | Path) -> None:
