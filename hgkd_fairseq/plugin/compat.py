@@ -403,7 +403,8 @@ def same_run_after_resume() -> None:
         def read_and_compare(path, *arguments, **options):
             state = read(path, *arguments, **options)
             if path == filename:
-                training_state.prepare(state, path, self.task, criterion, new_run=reset_optimizer)
+                ema = self.cfg.ema.store_ema
+                training_state.prepare(state, path, self.task, criterion, new_run=reset_optimizer, ema=ema)
             return state
 
         checkpoint_utils.load_checkpoint_to_cpu = read_and_compare

@@ -175,11 +175,12 @@ def same_shapes(mine: dict, theirs: dict | None) -> bool:
     return theirs is not None and {k: v.shape for k, v in mine.items()} == {k: v.shape for k, v in theirs.items()}
 
 
-def prepare(state: dict, path: str, task, criterion, new_run: bool) -> None:
+def prepare(state: dict, path: str, task, criterion, new_run: bool, ema: bool = False) -> None:
     """Compare a checkpoint with the run that is about to load it.
 
-    In a new run, `state` is adapted: the memory is removed, and the criterion's initial parameters replace those of the
-    checkpoint.
+    In a new run, `state` is adapted: the memory is removed, the training time is 0, the moving average begins with the
+    model's weights, and the criterion's initial parameters replace those of the checkpoint. The moving average also
+    begins with the weights if a run is resumed from a checkpoint without one, with which fairseq fails.
 
     Args:
         state: content of the checkpoint.
@@ -187,6 +188,7 @@ def prepare(state: dict, path: str, task, criterion, new_run: bool) -> None:
         task: task of the run.
         criterion: criterion of the run.
         new_run: whether the run takes only the model (--finetune-from-model, --reset-optimizer).
+        ema: whether the run keeps a moving average of the model (--store-ema).
 
     Raises:
         UserError: if the run is not new and the checkpoint is of another method or teacher, or its parameters of the
@@ -220,7 +222,13 @@ def prepare(state: dict, path: str, task, criterion, new_run: bool) -> None:
         if learned:
             logger.info("the parameters of the criterion are initialised: only the model of %s is used", path)
             state["criterion"] = utils.move_to_cpu(learned)
-        state["extra_state"] = {name: kept for name, kept in state["extra_state"].items() if kept is not memory}
+        dropped = ("ema", "ema_fp32_params")
+        extra = {
+            name: kept for name, kept in state["extra_state"].items() if kept is not memory and name not in dropped
+        }
+        state["extra_state"] = {**extra, "previous_training_time": 0.0}
+    if ema:
+        state["extra_state"].setdefault("ema", dict(state["model"]))
 
 
 def changed(kept: str | None, state: TrainingState) -> bool:
