@@ -32,4 +32,10 @@ make_environment() {
     printf '%s\n' "$wanted" >"$stamp" # written last: without it the next call installs again
 }
 
+# Two scripts that start at once on a fresh machine take turns.
+if [[ -w $root ]]; then
+    exec 7>"$root/.venv.lock"
+    flock 7 2>/dev/null || true
+fi
 make_environment
+exec 7>&-

@@ -146,8 +146,10 @@ multi30k() {
                 cp -- "$folder/$name" "$gz"
             else
                 say "$name: downloading"
-                download "$url/$name" "$gz" ||
+                download "$url/$name" "$gz" || {
+                    (($? != 23)) || fail 1 "$gz cannot be written: is the disk full?" # by curl's exit status
                     fail 3 "$url/$name cannot be had: check the network, or give a folder with the files with --from"
+                }
             fi
             if [[ $(sha256_of "$gz") != "${sha256[$name]}" ]]; then
                 if [[ -n $folder ]]; then

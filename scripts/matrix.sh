@@ -7,7 +7,7 @@ usage() {
     cat <<'END'
 usage: matrix.sh [--dir FOLDER] [--packages FOLDER] [--keep] [PYTHON TORCH FAIRSEQ]...
 Installs the plugin beside each torch and distribution of fairseq, as a user's pip would, asks `hgkd doctor`, and runs
-some tests: a teacher and a student trained by fairseq-train, one killed and resumed, the loss by hand. Prints a line a
+some tests of this checkout's source: a teacher and a student trained by fairseq-train, one killed and resumed, the loss by hand. Prints a line a
 row: "works", or what doctor, pip or the tests say. A row takes 2 minutes after its download: 200 MB to 3 GB.
   PYTHON TORCH FAIRSEQ  a row, as in: 3.11 torch==2.13.0 ve-fairseq==0.12.3; PYTHON may be a path, the others are what
                         pip takes. Several may be given; without any, all rows run: Python 3.11 and 3.12, the lowest torch

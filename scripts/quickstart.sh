@@ -66,7 +66,7 @@ fi
 data=""
 for name in multi30k-de-en libreoffice-help-de-en; do
     status=0
-    bash "$root/scripts/get_data.sh" "$name" "$dir/text-$name" "${from[@]}" || status=$?
+    PYTHON=$PYTHON bash "$root/scripts/get_data.sh" "$name" "$dir/text-$name" "${from[@]}" || status=$?
     if ((status == 0)); then data=$name; break; fi
     # 3: this corpus is not available; 2: --from holds another one. Any other error ends the script.
     ((status == 3 || (status == 2 && ${#from[@]} > 0))) || exit "$status"
@@ -108,7 +108,7 @@ train() {
     fi
     recorded "$run" checkpoint_best.pt checkpoint_last.pt && { say "$name: trained before"; return; }
     mkdir -p "$run"
-    printf '%s\n' "$wanted" >"$run/settings"
+    write "$run/settings" "$wanted"
     say "$name: training (log: $run/train.log)"
     "$BIN/fairseq-train" "$data" --user-dir "$root/hgkd_fairseq" --save-dir "$run" "${device[@]}" \
         --no-progress-bar --log-format simple --log-interval 50 "${settings[@]}" 2>&1 |
@@ -126,12 +126,13 @@ progress() {
 
 # model NAME: train the teacher or a student.
 model() {
-    local options
+    local options words
     if [[ $1 == teacher ]]; then
         train teacher 1 "$bin-teacher" "${for_teacher[@]}" --criterion label_smoothed_cross_entropy --label-smoothing 0
         return
     fi
-    mapfile -t options < <("$BIN/hgkd" methods "$1" --teacher "$dir/teacher/checkpoint_best.pt")
+    words=$("$BIN/hgkd" methods "$1" --teacher "$dir/teacher/checkpoint_best.pt")
+    mapfile -t options <<<"$words"
     train "$1" 2 "$bin" "${for_student[@]}" --task translation_with_teacher --criterion hard_gate_kd "${options[@]}"
 }
 

@@ -43,7 +43,14 @@ recorded() {
 hashes() { tr ':' '\n' <<<"$1" | while IFS= read -r path; do sha256sum 2>/dev/null <"$path" || true; done; }
 
 # begun_otherwise FOLDER TEXT: status 0 if FOLDER/settings exists and differs from TEXT, the settings of a run.
-begun_otherwise() { [[ -f $1/settings && $(<"$1/settings") != "$2" ]]; }
+begun_otherwise() { [[ -s $1/settings && $(<"$1/settings") != "$2" ]]; }
+
+# write FILE TEXT: write a line to a file in one step, unless the file has it already.
+write() {
+    [[ -f $1 && $(<"$1") == "$2" ]] && return
+    printf '%s\n' "$2" >"$1.partial"
+    mv -f -- "$1.partial" "$1"
+}
 
 # lock FOLDER [wait]: lock a folder. If another run, or a process that it has left, holds the lock, print a line that
 # names the process, and return status 1, or with `wait` wait for the lock. Processes that this script starts later

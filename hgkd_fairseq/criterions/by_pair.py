@@ -142,6 +142,8 @@ def compare(pair: Pair, names: Sequence[str], subset: str, meters: Any) -> None:
         subset: name of the validated subset.
         meters: its meters, with the accuracies of student and teacher for each pair.
     """
+    if any(f"{name}_teacher_accuracy" not in meters for name in names):  # no teacher yet, as with previous-epoch
+        return
     student, teacher = (
         torch.tensor([float(meters[f"{name}_{whose}accuracy"].avg) for name in names]) for whose in ("", "teacher_")
     )

@@ -75,7 +75,8 @@ for part in "${parts[@]}"; do [[ $part =~ ^(tests|loss|step|train)$ ]] || fail "
 mkdir -p "$out" || exit 1
 out=$(cd "$out" && pwd)
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+# Trainings in the background are process groups of their own.
+trap 'for job in $(jobs -p); do kill "$job" 2>/dev/null || true; done; rm -rf "$work"' EXIT
 # An absolute path, but with symbolic links kept: a virtual environment is found through the path of its interpreter.
 python=${PYTHON:-$root/.venv/bin/python}
 [[ -n ${PYTHON:-} || -x $python ]] || python=python3
@@ -148,6 +149,9 @@ limited() {
     timeout --kill-after=5 "$seconds" "$@" >>"$log" 2>&1
 }
 
+# worse STATUS STATUS: print the one to report of two runs: a failure rather than a time limit or success
+worse() { if (($1 == 0 || $1 == 124)) && (($2)); then echo "$2"; else echo "$1"; fi; }
+
 report=$work/report
 : >"$report"
 failed=0
@@ -162,6 +166,7 @@ outcome() {
 part_tests() {
     local seconds status workers=() selected=(-m cuda tests/fairseq_runs tests/data tests/loss) # trainings first: they take longest
     seconds=$(limit tests)
+    rm -f "$out/tests.log"
     if [[ $device == cpu ]]; then
         selected=(tests/loss/test_devices.py -k "cpu and (few or pads or alignment)")
     elif "$python" -c 'import xdist' 2>/dev/null; then
@@ -192,7 +197,7 @@ part_loss() {
         read -ra arguments <<<"${one#* }"
         ((SECONDS < end)) || { ((status)) || status=124; break; }
         limited $((end - SECONDS)) "$out/loss.log" "$python" "$here/loss.py" --device "$device" --repeats 9 "${arguments[@]}" \
-            --csv "$out/loss.csv" --markdown "$out/loss-$name.md" "${profile[@]}" || status=$?
+            --csv "$out/loss.csv" --markdown "$out/loss-$name.md" "${profile[@]}" || status=$(worse $status $?)
     done
     outcome "The loss head" "$status" "$out/loss.log"
     for table in "$out"/loss-*.md; do [[ ! -f $table ]] || { sed 1d "$table"; echo; } >>"$report"; done
@@ -208,7 +213,7 @@ part_step() {
         ((SECONDS < end)) || { ((status)) || status=124; break; }
         limited $((end - SECONDS)) "$out/step.log" "$python" "$here/step.py" --device "$device" --repeats 9 "${arguments[@]}" \
             --rungs "$([[ $device == cuda ]] && echo triton || echo chunked)" \
-            --csv "$out/step.csv" --markdown "$out/step.md" || status=$?
+            --csv "$out/step.csv" --markdown "$out/step.md" || status=$(worse $status $?)
     done
     outcome "A training step" "$status" "$out/step.log"
     [[ ! -f $out/step.md ]] || cat "$out/step.md" >>"$report"
@@ -239,7 +244,7 @@ part_train() {
             train_one "$method" $((end - SECONDS)) &
             running+=($!)
         done
-        for pid in "${running[@]}"; do wait "$pid" || status=$?; done
+        for pid in "${running[@]}"; do wait "$pid" || status=$(worse $status $?); done
     fi
     outcome "Trainings" "$status" "$out/train-*.log"
     summary >>"$report"
@@ -268,9 +273,9 @@ for part in "${parts[@]}"; do
     if ((SECONDS - begin >= minutes * 60)); then
         printf '\n## %s: not begun, the time was over\n' "$part" | tee -a "$report"
         failed=1
-        continue
+    else
+        "part_$part"
     fi
-    "part_$part"
     cat "$work/head" "$report" >"$out/gpu.md" # after each part: a machine that goes away leaves what there is
 done
 echo

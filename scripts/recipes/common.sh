@@ -121,7 +121,7 @@ options() {
     done
 
     dir=${dir:-$root/runs/$name${style:+-$style}}
-    [[ $dir == /* ]] || dir=$PWD/$dir
+    dir=$(realpath -m -- "$dir") # one name for a folder: it is part of the settings that are compared
     [[ $dir != *:* ]] || fail 2 "--dir $dir: fairseq takes a ':' for the end of a path; choose a folder without one"
     [[ -z $style ]] || set_style
     if [[ $method_name != teacher ]]; then
@@ -207,7 +207,7 @@ place() {
 
 # run LOG COMMAND...: run a command and append its output to LOG, or with --dry-run, print the command.
 run() {
-    local log=$1 words
+    local log=$1 words before
     shift
     printf -v words '%q ' "$@"
     if ((dry_run)); then
@@ -215,9 +215,10 @@ run() {
         return
     fi
     printf '%s\n' "${words% }" >>"$dir/commands"
+    before=$(stat --format %s "$log" 2>/dev/null || echo 0) # the log may hold the errors of earlier runs
     "$@" >>"$log" 2>&1 ||
         fail 1 "$(basename "$1") failed ($(
-            grep -E '(error|Error): ' "$log" | tail -n 1 || tail -n 1 "$log"
+            tail -c "+$((before + 1))" "$log" | grep -E '(error|Error): ' | tail -n 1 || tail -n 1 "$log"
         )): $log has all it said"
 }
 
@@ -242,7 +243,10 @@ download() {
             --output "$part" "$2"
     else
         wget --quiet --continue --tries=2 --timeout=30 --output-document="$part" "$2"
-    fi || fail 3 "$2 cannot be had: check the network, or give a folder that holds ${originals[*]} with --from"
+    fi || {
+        (($? != 23)) || fail 1 "$part cannot be written: is the disk full?" # by curl's exit status
+        fail 3 "$2 cannot be had: check the network, or give a folder that holds ${originals[*]} with --from"
+    }
     case $1 in
         *gz) gzip --test "$part" || fail 1 "$part is damaged: remove it and start again" ;;
     esac
@@ -371,7 +375,7 @@ distil_data() {
     fi
     run "$dir/translate.log" "$BIN/hgkd" translate "$dir/data-bin" --teacher-path "$1" --output "$translations" \
         --nbest 4 "${search[@]}" "${device[@]}"
-    ((dry_run)) || printf '%s\n' "$wanted" >"$made"
+    ((dry_run)) || write "$made" "$wanted"
     run "$dir/translate.log" "$BIN/hgkd" distil-data "$translations" "$dir/data-bin" --output "$data" \
         --select "$select" "${distil[@]}"
 }
@@ -388,6 +392,7 @@ set_settings() {
 # settings_of RUN: print everything that determines the trained model, one item per line.
 settings_of() {
     printf '%s\n' "${settings[@]}" "${extra[@]}" "precision $precision"
+    [[ $1 == teacher || -z $select ]] || printf '%s\n' "${distil[@]}"
     [[ $1 == teacher ]] || [[ -z $select && " ${settings[*]} " != *" --teacher-path "* ]] || hashes "$teacher"
 }
 
@@ -404,7 +409,7 @@ train() {
     fi
     say "$1: training (log: $run/train.log)"
     if ! ((dry_run)); then
-        printf '%s\n' "$wanted" >"$run/settings"
+        write "$run/settings" "$wanted"
         rm -f "$run/recorded" "$run"/*/recorded # scores of an earlier model
     fi
     run "$run/train.log" "${launch[@]}" "$BIN/fairseq-train" "$data" --user-dir "$root/hgkd_fairseq" --save-dir "$run" \
@@ -522,7 +527,7 @@ recipe() {
         [[ -n ${PYTHON:-} ]] || source "$root/scripts/env.sh"
         mkdir -p -- "$dir" 2>/dev/null || fail 1 "--dir $dir cannot be made: name a folder to write to"
         lock "$dir" wait || exit 1 # a recipe for another method may be making the data
-        [[ -f $dir/recipe ]] || printf '%s\n' "$name${style:+ --style $style}" >"$dir/recipe"
+        [[ -s $dir/recipe ]] || write "$dir/recipe" "$name${style:+ --style $style}"
         [[ $(<"$dir/recipe") == "$name${style:+ --style $style}" ]] ||
             fail 1 "$dir holds $(<"$dir/recipe"): choose another --dir"
     fi

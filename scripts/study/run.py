@@ -131,15 +131,23 @@ def script(name: str, lock: IO, *arguments) -> None:
 
 
 def check(cells: list[Cell], folder: Path) -> None:
-    """Check that existing cells were made with the options of the grid.
+    """Check that existing cells were made with the options of the grid, and by the teachers that are there now.
 
     Raises:
-        UserError: a cell was made with other options, or its cell.json is damaged.
+        UserError: a cell was made with other options or by another teacher, or its cell.json is damaged.
     """
     for cell in cells:
         if not (folder / cell.folder / "cell.json").exists():
             continue
-        before = read_about(folder / cell.folder, commands=[str])["commands"]
+        about = read_about(folder / cell.folder, commands=[str], **{"teachers?": {str: str}})
+        before = about["commands"]
+        now_there = hashes_of_teachers(cell, folder)
+        for path, digest in about.get("teachers", {}).items():
+            if now_there.get(path, digest) != digest:
+                raise UserError(
+                    f"{folder / cell.folder} was made by another {path} than the one that is there; "
+                    "choose another --dir, or remove that folder to run it again"
+                )
         try:
             now, old = (decisive(shlex.split(" ".join(commands))) for commands in (cell.commands, before))
         except ValueError as error:  # an unclosed quotation
@@ -153,6 +161,12 @@ def check(cells: list[Cell], folder: Path) -> None:
                 f"{folder / cell.folder} was made with {changed} and the grid says otherwise now; "
                 "choose another --dir, or remove that folder to run it again"
             )
+
+
+def hashes_of_teachers(cell: Cell, folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of the teachers' checkpoints that a cell's training names and that exist, by their paths."""
+    paths = cell.train[cell.train.index("--teacher-path") + 1].split(":") if "--teacher-path" in cell.train else []
+    return {path: files.sha256(folder / path) for path in paths if (folder / path).exists()}
 
 
 def decisive(words: list[str]) -> list[str]:
@@ -286,7 +300,8 @@ class Runner:
 
     def make(self, cell: Cell, lock: IO) -> None:
         folder = self.folder / cell.folder
-        files.write_json(folder / "cell.json", cell.description())
+        about = {**cell.description(), "teachers": hashes_of_teachers(cell, self.folder)}
+        files.write_json(folder / "cell.json", about)
         self.distil(cell)
         if self.stopped.is_set():
             return
@@ -318,8 +333,9 @@ class Runner:
             return
         data = self.folder / cell.train[0]
         folder, settings = data.with_name("translations"), data.with_name(f"{data.name}.json")
-        teacher = self.folder / cell.translate[cell.translate.index("--teacher-path") + 1]
-        wanted = {"translate": cell.translate, "distil": cell.distil, "teacher": files.sha256(teacher)}
+        path = cell.translate[cell.translate.index("--teacher-path") + 1]
+        teachers = [files.sha256(self.folder / one) for one in path.split(":")]
+        wanted = {"translate": cell.translate, "distil": cell.distil, "teachers": teachers}
         if data.exists():  # the folder is created atomically
             if settings.exists() and files.read_json(settings, {}) != wanted:
                 raise UserError(

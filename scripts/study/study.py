@@ -12,6 +12,7 @@ in which all commands run with relative paths, so that the folder can be moved. 
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 import tomllib
@@ -376,8 +377,9 @@ class Grid:
 
 def beam_of(search: str) -> str:
     """Return the beam size from options of fairseq-generate, which is the number of translations to choose from."""
-    words = shlex.split(search)
-    return words[words.index("--beam") + 1] if "--beam" in words[:-1] else "5"
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--beam", default="5")
+    return parser.parse_known_args(shlex.split(search))[0].beam
 
 
 def read_toml(file: Path) -> dict[str, Any]:

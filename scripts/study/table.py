@@ -187,7 +187,7 @@ def by_checkpoint(named: Sequence[tuple[str, Sequence[Scored]]]) -> list[str]:
 
     def shown(cells: Sequence[Scored], rule: str, key: str, digits: int, scale: float) -> str:
         values = [cell.checkpoints[rule][key] for cell in cells if rule in cell.checkpoints]
-        return spread(values, digits, scale) if values else ABSENT
+        return spread(values, digits, scale) if len(values) == len(cells) else ABSENT  # the same seeds in each column
 
     header = ["method, by checkpoint", *[f"{kind}, {text}" for kind in kinds for text in rules.values()]]
     rows = [[title, *[shown(cells, rule, *how) for how in kinds.values() for rule in rules]] for title, cells in named]
@@ -204,12 +204,17 @@ def by_seed(cells: Sequence[Scored]) -> dict[int, Scored]:
 
 
 def over(study: Study, cells: Sequence[Scored], bases: dict[int, Scored], key: str) -> list[str]:
-    """Return the mean difference in BLEU (`key` of TRANSLATIONS) from `bases` of the same seeds, and p by seed."""
+    """Return the mean difference in BLEU (`key` of TRANSLATIONS) from `bases` of the same seeds, and p by seed.
+
+    The seeds are named if `bases` lacks some of those of the cells.
+    """
     pairs = [(cell, bases[cell.about["seed"]]) for cell in cells if cell.about["seed"] in bases]
     if not pairs:
         return [ABSENT, ABSENT]
     difference = statistics.fmean(cell.scores[key] - base.scores[key] for cell, base in pairs)
-    return [f"{difference:+.1f}", ", ".join(f"{study.p_value(cell, base, key):.3f}" for cell, base in pairs)]
+    compared = ", ".join(str(cell.about["seed"]) for cell, _ in pairs)
+    seeds = f" (seed{'s' if len(pairs) > 1 else ''} {compared})" if len(pairs) < len(cells) else ""
+    return [f"{difference:+.1f}{seeds}", ", ".join(f"{study.p_value(cell, base, key):.3f}" for cell, base in pairs)]
 
 
 def default_temperatures(rows) -> dict[str, float | None]:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(STUDY))
 
 import run as runner  # noqa: E402
 import table  # noqa: E402
-from study import Grid  # noqa: E402
+from study import Grid, beam_of  # noqa: E402
 
 UPDATES = 150
 GRID = """
@@ -172,6 +172,30 @@ def test_a_cell_is_known_by_its_training_and_search(tmp_path):
         file.write_text(json.dumps({**cells[0].description(), "commands": [train, before]}))
         with expected:
             runner.check(cells, tmp_path)
+
+
+def test_a_cell_is_known_by_its_teachers_checkpoint(tmp_path):
+    """Students of a teacher that was trained again since are not mixed with those of the new one."""
+    cell = Grid(write_grid(tmp_path, block(["same"], ["word-kd"], [1]))).cells()[-1]
+    teacher = tmp_path / cell.train[cell.train.index("--teacher-path") + 1]
+    teacher.parent.mkdir(parents=True)
+    (tmp_path / cell.folder).mkdir(parents=True)
+    teacher.write_text("old")
+    about = {**cell.description(), "teachers": runner.hashes_of_teachers(cell, tmp_path)}
+    (tmp_path / cell.folder / "cell.json").write_text(json.dumps(about))
+    runner.check([cell], tmp_path)
+    teacher.write_text("new")
+    with pytest.raises(
+        UserError, match=r"word-kd/seed-1 was made by another teacher/big/seed-0/checkpoint_best\.pt than"
+    ):
+        runner.check([cell], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("search", "beam"), [("--beam 4", "4"), ("--lenpen 1 --beam=10", "10"), ("--max-len-a 1.2", "5")]
+)
+def test_beam_of_a_search(search, beam):
+    assert beam_of(search) == beam
 
 
 def test_what_is_run_next(tmp_path):
@@ -627,11 +651,11 @@ def test_tables_by_hand(tmp_path, monkeypatch, capsys):
     assert f"{training} | 1,234 | 2.0 ± 0.0 |" in lines
     # HKD-T against its control, on the seed that both have; of HKD-S no cell is finished.
     assert "| BLEU over | HKD-T | p, each seed |" in lines
-    assert "| random gate | +0.5 | 1.000 |" in lines
+    assert "| random gate | +0.5 (seed 2) | 1.000 |" in lines
     # The same at the length penalties that the cells chose.
     assert "| HKD-T | 2 | 0.900 ± 0.000 | 1.5, 2.5 | 1.000 ± 0.000 | 24.5 ± 0.7 | +2.0 | 1.000, 0.001 |" in lines
     assert "| BLEU then, over | HKD-T | p, each seed |" in lines
-    assert "| random gate | +0.5 | 0.001 |" in lines
+    assert "| random gate | +0.5 (seed 2) | 0.001 |" in lines
     assert [line for line in lines if line.startswith(("| HKD-T | 1.5", "| HKD-T | 2 | 1"))] == [
         "| HKD-T | 1.5 | 1 | 23.0 | 24.0 | 46.0 | 6.00 | 3.000 | 0.50 |",
         "| HKD-T | 2 | 1 | 25.0 | 26.0 | 50.0 | 3.00 | 3.000 | 0.50 |",
