@@ -292,10 +292,15 @@ class Grid:
         return self.cell("teacher", self.table["teacher"]["method"], number, None, size, None, name, updates)
 
     def teachers(self, name: str) -> tuple[str, int | None, list[int], str]:
-        """Return size, updates, seeds and choice of checkpoint of the teachers [teachers.NAME], or of a size."""
+        """Return size, updates, seeds and choice of checkpoint of the teachers [teachers.NAME], or of a size.
+
+        Raises:
+            UserError: there are neither such teachers nor such a size.
+        """
         seeds = [self.table["teacher"]["seed"]]
         own = self.table.get("teachers", {}).get(name)
         if own is None:
+            self.known("sizes", name)
             return name, None, seeds, "best"
         return own["size"], own.get("updates"), own.get("seeds", seeds), own.get("checkpoint", "best")
 

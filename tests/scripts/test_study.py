@@ -329,6 +329,7 @@ def test_cells_of_translations(tmp_path, monkeypatch):
         ("[settings.same]", '[settings."../../x"]', r"settings\.\.\./\.\./x\]: it becomes a folder's name"),
         ("[settings.same]", "[settings.teacher]", "it becomes a folder's name"),
         ("[sizes.big]", '[sizes."a/b"]', "it becomes a folder's name"),
+        ('teacher = "big"', 'teacher = "."', r"names \., which is none of the sizes"),
         ("seeds = [1]", "seeds = [1]\ntemperatures = [nan]", r"temperatures\[0\] is not a number"),
         ("seeds = [1]", "seeds = [1]\ntemperatures = [0]", r"temperatures\[0\] is not from 0.01 to 100"),
         ("seeds = [1]", "seeds = [1]\ntemperatures = [1.2000001]", "temperatures 1.2000001: give at most 6 digits"),
