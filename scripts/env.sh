@@ -17,10 +17,12 @@ find_python() {
     return 1
 }
 
+stamp=$root/.venv/installed
+wanted() { cat "$root/scripts/constraints.txt" "$root/setup.py" | sha256sum; }
+made() { [[ -f $stamp && $(<"$stamp") == "$(wanted)" ]]; }
+
 make_environment() {
-    local stamp=$root/.venv/installed wanted python
-    wanted=$(cat "$root/scripts/constraints.txt" "$root/setup.py" | sha256sum)
-    [[ -f $stamp && $(<"$stamp") == "$wanted" ]] && return
+    local python
     python=$(find_python)
     echo "setting up .venv with $("$python" --version) (about 2 minutes)" >&2
     # Without pip, the environment is missing or its creation was interrupted.
@@ -29,13 +31,14 @@ make_environment() {
         --constraint "$root/scripts/constraints.txt" --editable "$root[test,report,triton,recipes]" >&2
     # pip would compile on one core. Status 1 is expected: some packages have files for other versions of Python.
     "$PYTHON" -W ignore -m compileall -qq -j 0 "$root/.venv/lib" >&2 || true
-    printf '%s\n' "$wanted" >"$stamp" # written last: without it the next call installs again
+    wanted >"$stamp" # written last: without it the next call installs again
 }
 
-# Two scripts that start at once on a fresh machine take turns.
-if [[ -w $root ]]; then
-    exec 7>"$root/.venv.lock"
-    flock 7 2>/dev/null || true
+# Scripts that start at once on a fresh machine take turns.
+if ! made; then
+    if command -v flock >/dev/null && { exec 7>>"$root/.venv.lock"; } 2>/dev/null; then
+        flock -n 7 2>/dev/null || { echo "waiting for another script that sets up .venv" >&2 && flock 7 2>/dev/null; } || true
+    fi
+    made || make_environment
+    { exec 7>&-; } 2>/dev/null
 fi
-make_environment
-exec 7>&-

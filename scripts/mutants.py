@@ -116,7 +116,7 @@ def in_a_process_of_its_own(folder: Path, module: str, name: str) -> None:
     run = subprocess.run(command, cwd=folder / "mutants", env=environment, capture_output=True, check=False)
     meta = folder / "mutants" / f"{module}.meta"
     content = json.loads(meta.read_text())
-    content["exit_code_by_key"][name] = min(run.returncode, 1)
+    content["exit_code_by_key"][name] = run.returncode if run.returncode in OUTCOMES else 1
     meta.write_text(json.dumps(content, indent=4))
     print(f"{OUTCOMES.get(run.returncode, KILLED)} {name}", flush=True)
 

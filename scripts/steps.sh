@@ -6,20 +6,23 @@ MARK=.made-by-hgkd # file that marks a work folder created by these scripts
 # is FOLDER.partial, either new or left by an interrupted run. If FOLDER.partial exists and was not created by these
 # scripts, or a process works in it, it is not touched, and another name is used. Status 1 if no folder can be created.
 work_folder() {
+    local held=0
     partial=$1.partial
     mkdir -p -- "$(dirname -- "$1")" || return 1
     if ! mkdir -- "$partial" 2>/dev/null; then
         if [[ ! -L $partial && -d $partial && -O $partial && -f $partial/$MARK ]]; then
-            exec 8<"$partial"
-            flock -n 8 2>/dev/null && return # held by this script and the processes that it starts
-            exec 8<&-
+            exec {work_lock}<"$partial"
+            # Held by this script and the processes that it starts. Status 1: by another one; else there are no locks.
+            flock -n "$work_lock" 2>/dev/null || held=$?
+            ((held == 1)) || return 0
+            exec {work_lock}<&-
         fi
         partial=$(mktemp -d -- "$1.XXXXXX") || return 1
         chmod "$(printf %o $((0777 & ~8#$(umask))))" "$partial"
     fi
-    : >"$partial/$MARK"
-    exec 8<"$partial"
-    flock -n 8 2>/dev/null || true
+    exec {work_lock}<"$partial"
+    flock -n "$work_lock" 2>/dev/null || true
+    : >"$partial/$MARK" # after the lock: another process takes over only a marked folder
 }
 
 # finish FOLDER: rename the work folder to FOLDER, as the last step, so that FOLDER is complete if it exists.
@@ -60,8 +63,9 @@ lock() {
     exec 9>>"$1/lock"
     "$PYTHON" -c '
 import fcntl, os, signal, sys, time
-ours, owners, deadline = os.fstat(9), [], time.monotonic() + 5
+ours, begin = os.fstat(9), time.monotonic()
 while True:
+    owners = []
     try:
         fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
         sys.exit()
@@ -76,7 +80,7 @@ while True:
                     owners.append(f"{number} ({name.read().strip()})")
         except OSError:  # it has ended, or is somebody else'\''s
             pass
-    if owners or time.monotonic() > deadline:
+    if time.monotonic() > begin + (1 if owners else 5): # a killed process is seen for a while
         break
     time.sleep(0.1)
 who = "process " + ", ".join(owners[:3]) if owners else "a process of another user or machine"

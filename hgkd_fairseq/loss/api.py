@@ -142,8 +142,8 @@ def gated_distillation(
             arXiv:1701.06548).
         progress: fraction of the training that is done, 0 to 1, for gates that depend on it.
         top1: whether to return the probability of the student's argmax and whether it is correct.
-        lengths: number of non-pad targets of each sentence, as host integers, not checked. If given, the host never
-            waits for the device; otherwise it waits once, to count them.
+        lengths: number of non-pad targets of each sentence, as host integers, checked on the CPU only. If given, the
+            host never waits for the device; otherwise it waits once, to count them.
         student_bias: bias of the student's output layer.
         teacher_bias: bias(es) of the teacher's output layer.
         instance: index of each sentence in the training set, for gates with per-sentence weights
@@ -206,8 +206,8 @@ def gated_distillation(
     kept = target != padding_idx  # (B, T)
     if lengths is None:
         lengths = kept.sum(1).tolist()
-    elif not target.is_cuda and lengths != kept.sum(1).tolist():  # on a GPU the host would have to wait
-        raise ValueError(f"lengths are {lengths} and target has {kept.sum(1).tolist()} tokens beside padding")
+    elif not target.is_cuda and list(lengths) != kept.sum(1).tolist():  # on a GPU the host would have to wait
+        raise ValueError(f"lengths are {list(lengths)} and target has {kept.sum(1).tolist()} tokens beside padding")
     # The index of the k-th kept token is the first position with k kept tokens up to it. nonzero() would make the host
     # wait for the device to count them.
     so_far = kept.flatten().cumsum(0)

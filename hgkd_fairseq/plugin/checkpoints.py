@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from hgkd_fairseq.errors import UserError
 
 MOST_OPTIONS = 100_000  # limit on the values in the options of a checkpoint; fairseq's have about 1,500
+NUMPY_2 = int(np.__version__.split(".")[0]) >= 2
 DEEPEST = 50  # limit on the nesting of the options
 MOST_POSITIONS = 1_000_000
 LARGEST = 2**63
@@ -542,7 +543,7 @@ def check_weights(path: str, weights: Any) -> None:
 def upgrade(state: dict[str, Any], overrides: Mapping[str, Any] | None) -> dict[str, Any]:
     """Apply overrides and upgrade old options, as fairseq's load_checkpoint_to_cpu does.
 
-    The number of length buckets becomes 0: they only pad batches, and fairseq's code for them fails with numpy >= 2.
+    With numpy >= 2 the number of length buckets becomes 0: they only pad batches, and fairseq's code for them fails.
 
     Raises:
         Refused: if fairseq cannot do so.
@@ -562,7 +563,7 @@ def upgrade(state: dict[str, Any], overrides: Mapping[str, Any] | None) -> dict[
                     overwrite_args_by_name(state["cfg"], overrides)
             found = _upgrade_state_dict(state)
             task: Any = getattr(found.get("cfg"), "task", None)
-            if getattr(task, "num_batch_buckets", 0):
+            if getattr(task, "num_batch_buckets", 0) and NUMPY_2:
                 task.num_batch_buckets = 0
             return found
     except Exception as error:  # fairseq does not check the old options that it upgrades

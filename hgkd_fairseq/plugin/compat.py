@@ -418,6 +418,7 @@ def same_run_after_resume() -> None:
         extra_state, iterator = load(cfg, trainer, *args, **kwargs)
         if extra_state is not None and cfg.reset_dataloader and hasattr(trainer.task, "set_checkpoint_dict"):
             trainer.task.set_checkpoint_dict(extra_state.get(type(trainer.task).__name__, {}))
+            training_state.of(trainer.task).restart_epochs()
         for call in training_state.of(trainer.task).at_training_begin:
             call(iterator.next_epoch_idx, trainer.model)
         return extra_state, iterator
@@ -563,6 +564,7 @@ def saved_when_told_to_stop() -> None:
     @functools.wraps(load)
     def load_checkpoint(cfg, trainer, *args, **kwargs):
         extra_state, iterator = load(cfg, trainer, *args, **kwargs)
+        stopping.request.checked = False
         stopping.handle(signal.SIG_DFL)  # this process is a worker and has none to pass a signal on to
         # The training loop is in the module of fairseq-train, which other commands do not import.
         names = ("fairseq_cli.train", "__main__")

@@ -86,6 +86,12 @@ class TrainingState:
         kept: dict[str, Any] = {"method": self.method, "updates": self.updates, "teacher": self.teacher_fingerprint}
         return {**utils.move_to_cpu(self.memory), **kept, "fitted_temperature": self.fitted_temperature}
 
+    def restart_epochs(self) -> None:
+        """Forget the epochs of what is remembered, for a run that counts its epochs from 1 again."""
+        for kept in self.memory.values():
+            if "epoch" in kept:
+                kept["epoch"] = torch.zeros_like(kept["epoch"]) if isinstance(kept["epoch"], torch.Tensor) else 0
+
     def resume(self, kept: dict[str, Any]) -> None:
         """Restore memory, updates and fitted temperature from a saved dict; invalid numbers become None."""
         self.memory |= {name: what for name, what in kept.items() if name not in KEPT}
@@ -194,6 +200,13 @@ def prepare(state: dict, path: str, task, criterion, new_run: bool, ema: bool = 
         UserError: if the run is not new and the checkpoint is of another method or teacher, or its parameters of the
             criterion are missing or of other shapes.
     """
+    extra = state.setdefault("extra_state", {})
+    if new_run:
+        for name in ("ema", "ema_fp32_params"):
+            extra.pop(name, None)
+        extra["previous_training_time"] = 0.0
+    if ema:
+        extra.setdefault("ema", dict(state["model"]))
     ours = getattr(criterion, "method", None)
     if ours is None and not utils.has_parameters(criterion):
         return
@@ -202,7 +215,7 @@ def prepare(state: dict, path: str, task, criterion, new_run: bool, ema: bool = 
         "--reset-optimizer"
     )
     held = method_of(state)
-    memory = memory_in(state.get("extra_state") or {})
+    memory = memory_in(extra)
     problem = ""
     if ours is not None:
         of_criterion = (state.get("optimizer_history") or [{}])[-1].get("criterion_name", "another criterion")
@@ -222,13 +235,7 @@ def prepare(state: dict, path: str, task, criterion, new_run: bool, ema: bool = 
         if learned:
             logger.info("the parameters of the criterion are initialised: only the model of %s is used", path)
             state["criterion"] = utils.move_to_cpu(learned)
-        dropped = ("ema", "ema_fp32_params")
-        extra = {
-            name: kept for name, kept in state["extra_state"].items() if kept is not memory and name not in dropped
-        }
-        state["extra_state"] = {**extra, "previous_training_time": 0.0}
-    if ema:
-        state["extra_state"].setdefault("ema", dict(state["model"]))
+        state["extra_state"] = {name: kept for name, kept in extra.items() if kept is not memory}
 
 
 def changed(kept: str | None, state: TrainingState) -> bool:

@@ -13,7 +13,7 @@ from fairseq.distributed import utils as distributed_utils
 from hgkd_fairseq import teacher
 from hgkd_fairseq.data import batches, held_out, language_tokens, pairs
 from hgkd_fairseq.errors import UserError
-from hgkd_fairseq.plugin import binarised, training_state
+from hgkd_fairseq.plugin import binarised, checkpoints, training_state
 from hgkd_fairseq.report.tensorboard import write_reliability
 
 
@@ -44,7 +44,7 @@ class WithTeacher:
             self.training_state.held_out.fold = held_out.fold(self.cfg.leave_out_fold)
             if self.cfg.upsample_primary > 1:
                 raise UserError("--leave-out-fold: with --upsample-primary copies of its sentences are trained on")
-        if getattr(self.cfg, "num_batch_buckets", 0):  # 0 in checkpoints that plugin/checkpoints.py has read
+        if getattr(self.cfg, "num_batch_buckets", 0) and checkpoints.NUMPY_2:  # 0 in checkpoints that were read
             raise UserError("--num-batch-buckets: fairseq's code for it fails with numpy >= 2; drop the option")
         self.validated = 0  # number of subsets validated so far in the current validation
         self.language_tokens_apart = False  # whether batches separate them from targets; set by criterion hard_gate_kd

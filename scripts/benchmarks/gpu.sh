@@ -75,7 +75,7 @@ for part in "${parts[@]}"; do [[ $part =~ ^(tests|loss|step|train)$ ]] || fail "
 mkdir -p "$out" || exit 1
 out=$(cd "$out" && pwd)
 work=$(mktemp -d)
-# Trainings in the background are process groups of their own.
+# Trainings in the background are process groups of their own, which timeout ends.
 trap 'for job in $(jobs -p); do kill "$job" 2>/dev/null || true; done; rm -rf "$work"' EXIT
 # An absolute path, but with symbolic links kept: a virtual environment is found through the path of its interpreter.
 python=${PYTHON:-$root/.venv/bin/python}
@@ -143,14 +143,15 @@ limit() {
 
 # limited SECONDS LOG COMMAND...: run a command with a time limit. timeout runs it in its own process group and signals
 # the whole group.
+launcher=() # exec in the background, so that the job is timeout itself, which passes signals to its group
 limited() {
     local seconds=$1 log=$2
     shift 2
-    timeout --kill-after=5 "$seconds" "$@" >>"$log" 2>&1
+    "${launcher[@]}" timeout --kill-after=5 "$seconds" "$@" >>"$log" 2>&1
 }
 
 # worse STATUS STATUS: print the one to report of two runs: a failure rather than a time limit or success
-worse() { if (($1 == 0 || $1 == 124)) && (($2)); then echo "$2"; else echo "$1"; fi; }
+worse() { if (($1 == 0 || $1 == 124 || $1 == 137)) && (($2)); then echo "$2"; else echo "$1"; fi; }
 
 report=$work/report
 : >"$report"
@@ -240,8 +241,8 @@ part_train() {
     if ((!status)); then
         for method in $methods; do
             while (($(jobs -rp | wc -l) >= jobs)); do sleep 1; done
-            ((SECONDS < end)) || break
-            train_one "$method" $((end - SECONDS)) &
+            ((SECONDS < end)) || { ((status)) || status=124; break; }
+            { launcher=(exec) && train_one "$method" $((end - SECONDS)); } &
             running+=($!)
         done
         for pid in "${running[@]}"; do wait "$pid" || status=$(worse $status $?); done

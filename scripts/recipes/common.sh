@@ -121,7 +121,8 @@ options() {
     done
 
     dir=${dir:-$root/runs/$name${style:+-$style}}
-    dir=$(realpath -m -- "$dir") # one name for a folder: it is part of the settings that are compared
+    [[ $dir == /* ]] || dir=$PWD/$dir
+    while [[ $dir == ?*/ ]]; do dir=${dir%/}; done # one name for a folder: it is part of the settings that are compared
     [[ $dir != *:* ]] || fail 2 "--dir $dir: fairseq takes a ':' for the end of a path; choose a folder without one"
     [[ -z $style ]] || set_style
     if [[ $method_name != teacher ]]; then
@@ -392,7 +393,7 @@ set_settings() {
 # settings_of RUN: print everything that determines the trained model, one item per line.
 settings_of() {
     printf '%s\n' "${settings[@]}" "${extra[@]}" "precision $precision"
-    [[ $1 == teacher || -z $select ]] || printf '%s\n' "${distil[@]}"
+    [[ $1 == teacher || -z $select ]] || ((!${#distil[@]})) || printf '%s\n' "${distil[@]}"
     [[ $1 == teacher ]] || [[ -z $select && " ${settings[*]} " != *" --teacher-path "* ]] || hashes "$teacher"
 }
 

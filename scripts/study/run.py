@@ -21,8 +21,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from itertools import islice, takewhile
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO
 
 from study import PRECISIONS, Cell, Grid, copy_of, diverged, read_about, read_scores, user_dir
@@ -136,14 +138,15 @@ def check(cells: list[Cell], folder: Path) -> None:
     Raises:
         UserError: a cell was made with other options or by another teacher, or its cell.json is damaged.
     """
+    known: dict[str, str] = {}
     for cell in cells:
         if not (folder / cell.folder / "cell.json").exists():
             continue
         about = read_about(folder / cell.folder, commands=[str], **{"teachers?": {str: str}})
         before = about["commands"]
-        now_there = hashes_of_teachers(cell, folder)
+        known |= hashes_of_teachers(cell, folder, known)
         for path, digest in about.get("teachers", {}).items():
-            if now_there.get(path, digest) != digest:
+            if known.get(path, digest) != digest:
                 raise UserError(
                     f"{folder / cell.folder} was made by another {path} than the one that is there; "
                     "choose another --dir, or remove that folder to run it again"
@@ -163,10 +166,11 @@ def check(cells: list[Cell], folder: Path) -> None:
             )
 
 
-def hashes_of_teachers(cell: Cell, folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of the teachers' checkpoints that a cell's training names and that exist, by their paths."""
+def hashes_of_teachers(cell: Cell, folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """Return the SHA-256 of the teachers' checkpoints that a cell's training names and that exist, by their paths,
+    except for those that are known."""
     paths = cell.train[cell.train.index("--teacher-path") + 1].split(":") if "--teacher-path" in cell.train else []
-    return {path: files.sha256(folder / path) for path in paths if (folder / path).exists()}
+    return {path: files.sha256(folder / path) for path in paths if path not in known and (folder / path).exists()}
 
 
 def decisive(words: list[str]) -> list[str]:

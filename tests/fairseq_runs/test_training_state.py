@@ -280,6 +280,15 @@ def test_options_that_were_not_set_before_are_reported():
     assert training_state.changes(new, argparse.Namespace()) == ""
 
 
+def test_epochs_that_are_counted_again():
+    """With --reset-dataloader the epochs begin with 1: what was remembered in the old epoch 2 is not of the new one."""
+    state = training_state.TrainingState()
+    state.resume({"previous_epoch": {"epoch": 2, "model": {}}, "gate": {"epoch": torch.tensor(3)}, "unigram": {}})
+    state.restart_epochs()
+    assert state.memory["previous_epoch"]["epoch"] == 0
+    assert int(state.memory["gate"]["epoch"]) == 0
+
+
 def test_reset_dataloader_keeps_the_memory(students: dict[str, Path], data: Path, teacher: cl.Run, tmp_path: Path):
     """--reset-dataloader resets the position in the data but not the gate's memory; fairseq alone resets both."""
     gate = cl.distil(teacher.path(), "--gate", "selective-global")

@@ -105,25 +105,19 @@ def library() -> Path:
                 return file
             file.unlink()  # truncated, or other users may have changed it
         return compiled(program, folder, key)
-    except CompilerError:
-        raise
     except (OSError, RuntimeError) as error:  # also a file system that is full or read-only
-        logger.warning("the row kernel is compiled for this process alone: %s", error)
         folder = Path(tempfile.mkdtemp(prefix="hgkd_fairseq-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return compiled(program, folder, key)
-
-
-class CompilerError(OSError):
-    """The compiler does not compile the kernel, in whatever folder."""
+        file = compiled(program, folder, key)
+        logger.warning("the row kernel is compiled for this process alone: %s", error)
+        return file
 
 
 def compiled(program: str, folder: Path, key: str) -> Path:
     """Compile the kernel into `folder` and return its path.
 
     Raises:
-        CompilerError: the compiler fails.
-        OSError: nothing can be written.
+        OSError: the compiler fails, or nothing can be written.
     """
     # Under a temporary name first, because several workers may start at once, and one may be killed.
     descriptor, made = tempfile.mkstemp(suffix=".so", dir=folder)
@@ -134,7 +128,7 @@ def compiled(program: str, folder: Path, key: str) -> Path:
             capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False,
         )  # fmt: skip
         if done.returncode:
-            raise CompilerError(f"{program} failed: {(done.stderr.strip() or 'no message').splitlines()[0]}")
+            raise OSError(f"{program} failed: {(done.stderr.strip() or 'no message').splitlines()[0]}")
         os.chmod(made, 0o700)
         file = folder / name_of(Path(made).read_bytes(), key)
         os.replace(made, file)
