@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator
 from typing import Annotated
 
-import numpy as np
 import pytest
 import torch
 
@@ -357,11 +356,6 @@ def test_a_parameter_out_of_its_range_is_refused(name: str, option: str, value: 
         get_gate(name, **{option: value})
     assert caught.value.option == option
     assert str(value) in str(caught.value)
-
-
-def test_parameters_from_numpy():
-    assert get_gate("always", kd_weight=np.float64(0.5)).weights.keywords == {"kd_weight": 0.5}
-    assert get_gate("selective-global", gate_queue=np.int64(10)).name == "selective-global"
 
 
 def test_duplicate_is_refused(registry: dict):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -86,7 +85,7 @@ class Parameter(NamedTuple):
 
         Type, choices and range are checked; a float may be given as an int.
         """
-        allowed = {float: numbers.Real, int: numbers.Integral}.get(self.type, self.type)
+        allowed = (int, float) if self.type is float else self.type
         if not isinstance(value, allowed) or isinstance(value, bool):
             return f"{value!r} is no {self.type.__name__}"
         if self.option.choices and value not in self.option.choices:
