@@ -209,7 +209,10 @@ def read_drawn(path: str | Path) -> None:
 
 def read_results(path: str | Path) -> None:
     """Process forced.json as `hgkd report` does, except for the figures."""
-    run = runs.Run(Path("run"), "run", forced=results.read(path))
+    found = results.read(path)
+    if found["mode"] != "forced":  # refused by runs.read
+        return
+    run = runs.Run(Path("run"), "run", forced=found)
     other = runs.Run(Path("other"), "other", forced=copy.deepcopy(RESULTS))
     for pair in ([run, other], [other, run]):
         tables.measure(pair).markdown().encode("utf-8", "backslashreplace")
