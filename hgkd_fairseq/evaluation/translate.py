@@ -21,6 +21,7 @@ from hgkd_fairseq.data.shards import Shards
 from hgkd_fairseq.data.translations import Hypothesis, Translated
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.evaluation import forced
+from hgkd_fairseq.evaluation.distil_data import translated_data
 from hgkd_fairseq.evaluation.progress import Progress
 from hgkd_fairseq.evaluation.sampling import SeededSampling
 from hgkd_fairseq.plugin import binarised
@@ -210,10 +211,8 @@ def translate(
     shards = Shards.create(output, manifest, len(dataset), shard_size)
     longest = utils.resolve_max_positions(task.max_positions(), *[model.max_positions() for model in models])
     # The teacher's task may truncate or pad sources; the hashes are of those in the data.
-    languages = {name: manifest[name] for name in ("source_lang", "target_lang")}
-    plain = binarised.translation_task(data, path, {"train_subset": subset, **languages})
-    sources = binarised.subset(plain, subset).src
-    worker = Worker(shards, dataset, sources, how, longest[0], part)
+    _, plain = translated_data(data, shards)
+    worker = Worker(shards, dataset, plain.src, how, longest[0], part)
     if how.engine == "fairseq":
         worker.engine = FairseqEngine(models, task, how, device)
         shards.fill(worker, part)

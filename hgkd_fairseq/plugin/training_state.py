@@ -89,7 +89,7 @@ class TrainingState:
     def restart_epochs(self) -> None:
         """Forget the epochs of what is remembered, for a run that counts its epochs from 1 again."""
         for kept in self.memory.values():
-            if "epoch" in kept:
+            if isinstance(kept, dict) and "epoch" in kept:  # that of the unigram teacher is a tensor
                 kept["epoch"] = torch.zeros_like(kept["epoch"]) if isinstance(kept["epoch"], torch.Tensor) else 0
 
     def resume(self, kept: dict[str, Any]) -> None:

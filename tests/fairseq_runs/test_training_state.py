@@ -283,7 +283,8 @@ def test_options_that_were_not_set_before_are_reported():
 def test_epochs_that_are_counted_again():
     """With --reset-dataloader the epochs begin with 1: what was remembered in the old epoch 2 is not of the new one."""
     state = training_state.TrainingState()
-    state.resume({"previous_epoch": {"epoch": 2, "model": {}}, "gate": {"epoch": torch.tensor(3)}, "unigram": {}})
+    state.resume({"previous_epoch": {"epoch": 2, "model": {}}, "gate": {"epoch": torch.tensor(3)}})
+    state.memory["unigram"] = torch.zeros(5)
     state.restart_epochs()
     assert state.memory["previous_epoch"]["epoch"] == 0
     assert int(state.memory["gate"]["epoch"]) == 0
