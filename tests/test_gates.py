@@ -68,6 +68,10 @@ WEIGHTS = {
     ("typical", "kd_weight", 0.25, "typical_margin", 0.31): [
         (0.75, 0.25) if row[0] in (1, 4) else (0, 1) for row in TABLE
     ],
+    ("typical", "untypical_weight", 0.0): [(0, 0) if row[0] == 0 else pytest.approx((0.3, 0.7)) for row in TABLE],
+    ("typical", "kd_weight", 0.4, "untypical_weight", 0.4): [
+        (0, 0.4) if row[0] == 0 else pytest.approx((0.6, 0.4)) for row in TABLE
+    ],
     ("pair",): [(0.5, 0.5)] * 10,  # before student and teacher are compared
     ("always",): [(0, 1)] * 10,
     ("always", "kd_weight", 0.25): [(0.75, 0.25)] * 10,

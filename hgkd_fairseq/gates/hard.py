@@ -11,12 +11,13 @@ import torch
 
 from hgkd_fairseq.gates.contract import GateError, GateWeights, Option, TokenStatistics
 from hgkd_fairseq.gates.registry import register_gate
-from hgkd_fairseq.gates.tools import KdShare, hard_weights, sentence_margin, sentence_sums
+from hgkd_fairseq.gates.tools import KdShare, hard_weights, mixed, sentence_margin, sentence_sums
 from hgkd_fairseq.ranges import SHARE
 
 TeacherShare = Annotated[float | None, Option("share of the tokens that the teacher gets", SHARE)]
 Floor = Annotated[str, Option("LO,HI: the teacher's weight where the gate is closed, and where it is open")]
 Margin = Annotated[float, Option("m, nats a token by which a target's surprisal may be above the teacher's entropy")]
+Rest = Annotated[float, Option("b, weight of the teacher's term where the target is not typical; 0 drops the pair", SHARE)]
 HKD = "Lee et al., EMNLP 2022, arXiv:2210.12427"
 
 
@@ -79,18 +80,24 @@ def expected(statistics: TokenStatistics) -> GateWeights:
 @register_gate(
     "typical",
     scope="sentence",
-    equation="teacher 1 where mean_t (-log q_t - H(q at t)) > m, else a; data 1 - teacher (--kd-weight a, "
-    "--typical-margin m)",
+    equation="data 0, teacher b where mean_t (-log q_t - H(q at t)) > m; else data 1 - a, teacher a (--kd-weight a, "
+    "--typical-margin m, --untypical-weight b)",
     source="the teacher as a gauge of the targets: under a calibrated one the surprisal of a right target is its "
     "entropy in the mean, of a wrong one more; ours",
     compares=False,
     asks=("teacher_entropy",),
 )
-def typical(statistics: TokenStatistics, *, kd_weight: KdShare = 0.7, typical_margin: Margin = 1.0) -> GateWeights:
+def typical(
+    statistics: TokenStatistics,
+    *,
+    kd_weight: KdShare = 0.7,
+    typical_margin: Margin = 1.0,
+    untypical_weight: Rest = 1.0,
+) -> GateWeights:
     above = -statistics.teacher_logprob - statistics.asked["teacher_entropy"]  # nats
     wrong = sentence_sums(above - typical_margin, statistics)[statistics.sentence] > 0
-    teacher = torch.where(wrong, torch.ones_like(above), torch.full_like(above, kd_weight))
-    return GateWeights(1 - teacher, teacher)
+    right = mixed(statistics, kd_weight)
+    return GateWeights(right.data.masked_fill(wrong, 0), right.teacher.masked_fill(wrong, untypical_weight))
 
 
 def floored(decided: GateWeights, gate_floor: str) -> GateWeights:

@@ -189,8 +189,11 @@ def weights(gate: str, t: Tokens, f: Found) -> Weights:
     if gate == "typical":
         above = f.surprise - has["margin"]
         noise = sums(f.surprise_error + C * t.u * above.abs())
-        made = hard(sums(above), noise, has["kd_weight"], 1.0)
-        return replace(made, error=torch.where(made.unsure, 1 - has["kd_weight"], 0.0), unsure=None)
+        weight, rest = has["kd_weight"], has["untypical_weight"]
+        made = hard(sums(above), noise, weight, rest)
+        data = torch.where(sums(above) > 0, 0.0, 1 - weight)
+        error = torch.where(made.unsure, max(abs(rest - weight), 1 - weight), 0.0)
+        return replace(made, data=data, error=error, unsure=None)
     if gate in ("soft", "soft-learned"):
         k = has["sharpness"]
         return mixed(torch.sigmoid(k * gap), (k * noise / 4 + 8 * t.u).clamp(max=1))

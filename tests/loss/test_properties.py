@@ -158,8 +158,9 @@ def gate_of(rng: random.Random, generator: torch.Generator, name: str, target: T
     if name in ("floor", "sentence-floor"):
         return get_gate(name, gate_floor="0.2,0.9"), {"floor": (0.2, 0.9)}
     if name == "typical":
-        margin = rng.choice((-1.0, 0.0, 0.5))
-        return get_gate(name, kd_weight=weight, typical_margin=margin), {"kd_weight": weight, "margin": margin}
+        margin, rest = rng.choice((-1.0, 0.0, 0.5)), rng.choice((0.0, 0.4, 1.0))
+        gate = get_gate(name, kd_weight=weight, typical_margin=margin, untypical_weight=rest)
+        return gate, {"kd_weight": weight, "margin": margin, "untypical_weight": rest}
     if name in ("soft", "soft-learned"):
         sharpness = float(torch.tensor(3 * weight))  # learned parameters are fp32
         return get_gate(name, gate_sharpness=sharpness), {"sharpness": sharpness}
