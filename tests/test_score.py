@@ -122,14 +122,18 @@ def test_what_is_done_again(data, run):
     assert measured <= done_again(before, run)
 
 
-def test_the_checkpoint_with_the_highest_bleu_on_validation(data, student, run):
-    """BLEU of the candidates, which decides, equals that of fairseq-generate with greedy search."""
-    for epoch in (1, 2):
-        shutil.copy(run / "checkpoint_last.pt", run / f"checkpoint{epoch}.pt")
-    weak = torch.load(run / "checkpoint1.pt", weights_only=False)
-    for tensor in weak["model"].values():
+def weaken(source: Path, target: Path) -> None:
+    checkpoint = torch.load(source, weights_only=False)
+    for tensor in checkpoint["model"].values():
         tensor.mul_(0.5)
-    torch.save(weak, run / "checkpoint1.pt")
+    torch.save(checkpoint, target)
+
+
+def test_the_checkpoint_with_the_highest_bleu_on_validation(data, student, run):
+    """BLEU of the candidates, which decides, equals that of fairseq-generate with greedy search. A weaker checkpoint of
+    the same run has scores of its own."""
+    shutil.copy(run / "checkpoint_last.pt", run / "checkpoint2.pt")
+    weaken(run / "checkpoint_last.pt", run / "checkpoint1.pt")
     assert scored(data, run, "--checkpoint", "best-bleu") == 0
     found = json.loads((run / "best-bleu" / "candidates.json").read_text())
     assert set(found["bleu"]) == {"checkpoint1.pt", "checkpoint2.pt", "checkpoint_best.pt", "checkpoint_last.pt"}
@@ -141,11 +145,20 @@ def test_the_checkpoint_with_the_highest_bleu_on_validation(data, student, run):
         bleu = BLEU().corpus_score([texts[number] for number in gold], [list(gold.values())]).score
         assert found["bleu"][name] == pytest.approx(bleu, abs=1e-9)
     assert found["bleu"][found["best"]] == max(found["bleu"].values()) > found["bleu"]["checkpoint1.pt"]
-    assert json.loads((run / "best-bleu" / "scores.json").read_text())["bleu"] > 0
+    assert scored(data, run, "--checkpoint", "best-bleu", "--checkpoint", "checkpoint1.pt") == 0
+    best, weak = (json.loads((run / name / "scores.json").read_text()) for name in ("best-bleu", "1"))
+    assert best["bleu"] > 0
+    assert best["nll"] < weak["nll"]
+    assert json.loads((run / "1" / "forced.json").read_text())["path"] == str(run / "checkpoint1.pt")
 
 
-def test_checkpoints_of_one_run(data, run, capsys):
+def test_checkpoints_of_one_run(data, student, tmp_path, capsys):
     """The scores of best, last and any other checkpoint of a run are kept side by side and can be reported together."""
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(student.path("checkpoint_last.pt"), run)
+    weaken(run / "checkpoint_last.pt", run / "checkpoint_best.pt")
+    (run / "train.log").write_text(student.result.output)
     shutil.copy(run / "checkpoint_last.pt", run / "checkpoint.best_bleu_20.5.pt")
     names = ("best", "last", "checkpoint.best_bleu_20.5.pt")
     assert scored(data, run, *[word for name in names for word in ("--checkpoint", name)]) == 0
@@ -154,6 +167,14 @@ def test_checkpoints_of_one_run(data, run, capsys):
     assert [line for line in shown if "|" not in line and ":" not in line] == list(map(str, folders))
     scores = [json.loads((folder / "scores.json").read_text()) for folder in folders]
     assert scores[1] == scores[2]
+    # The last two have the same weights: the files of the first of them are copied.
+    for name in ("forced.json", "temperature.json", "generate-test.txt", "generate.log", "scaled/generate-test.txt"):
+        one, other, copy = ((folder / name).read_bytes() for folder in folders)
+        assert one != other == copy
+    assert json.loads((folders[2] / "forced.json").read_text())["path"] == str(run / "checkpoint_last.pt")
+    before = written(run)
+    assert scored(data, run, "--checkpoint", names[2]) == 0  # alone; it is up to date
+    assert {Path(name).name for name in done_again(before, run)} == {"scores.json", "translations.txt"}
     assert cli.main(["report", *map(str, folders), "--output", str(run / "report.html")]) == 0
 
 
@@ -229,8 +250,13 @@ def test_folders_of_checkpoints(data, run, tmp_path):
 
 
 def test_the_choice_by_bleu_is_made_again(data, run, tmp_path, monkeypatch):
-    """The checkpoint is chosen again for other options of fairseq-generate or another tokenizer of BLEU."""
-    shutil.copytree(run, tmp_path / "run")
+    """The checkpoint is chosen again for other options of fairseq-generate or another tokenizer of BLEU. Of those with
+    the same weights only the first translates."""
+    names = ("checkpoint1.pt", "checkpoint_best.pt", "checkpoint_last.pt")
+    (tmp_path / "run").mkdir()
+    for name in (names[0], names[2]):
+        shutil.copy(run / names[2], tmp_path / "run" / name)
+    weaken(run / names[2], tmp_path / "run" / names[1])
     asked = []
     monkeypatch.setattr(Scoring, "valid_bleu", lambda one, *_: asked.append(one.path.name) or float(len(asked)))
     plain = ScoreOptions()
@@ -239,8 +265,9 @@ def test_the_choice_by_bleu_is_made_again(data, run, tmp_path, monkeypatch):
         asked.clear()
         one = Scoring(str(data), tmp_path / "run", "best-bleu", how)
         one.once = steps.Steps(one.folder, *one.known).once
-        assert one.best_by_bleu().name == one.candidates[-1].name
-        assert asked == [path.name for path in one.candidates if made]
+        assert one.best_by_bleu().name == names[1]
+        assert [path.name for path in one.candidates] == list(names)
+        assert asked == (list(names[:2]) if made else [])
 
 
 def test_the_share_of_the_teacher_is_the_last_that_is_known(data, run, tmp_path):

@@ -91,8 +91,9 @@ def score_all(data: str, runs: Sequence[str], names: Sequence[str], how: ScoreOp
     asked = itertools.product(map(Path, runs), names, how.pairs or [None])
     found = [Scoring(data, run, name, how, pair) for run, name, pair in asked]
     found[0].check_references(references)  # all share a test set: there is one pair at most
-    for one in found:
-        print(*one.score(references), sep="\n", flush=True)
+    for number, one in enumerate(found):
+        others = [other for other in found[:number] if (other.run, other.pair) == (one.run, one.pair)]
+        print(*one.score(references, others), sep="\n", flush=True)
 
 
 def check_generation(how: str, data: str) -> None:
@@ -120,6 +121,24 @@ def generation(how: str, *words: str) -> argparse.Namespace:
     except (SystemExit, ValueError) as error:
         why = told.getvalue().strip().rpartition("error: ")[2] or error
         raise UserError(f"--generate '{how}' is not for fairseq-generate: {why}") from None
+
+
+def same_weights(path: Path, others: Sequence[Path]) -> Path | None:
+    """Return the first of `others`, checkpoints of the same run, whose weights equal those of `path`; None if none."""
+    mine = checkpoints.read(path, model=False) if others else None
+    for other in others:
+        if other == path:
+            return other
+        if mine is None or checkpoints.read(other, model=False).updates != mine.updates:
+            continue
+        own, its = (checkpoints.read(one).model for one in (path, other))
+        if own.keys() == its.keys() and all(equal(own[name], its[name]) for name in own):
+            return other
+    return None
+
+
+def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 class Scoring:
@@ -210,10 +229,11 @@ class Scoring:
         """Return the candidate with the highest BLEU on the validation set, translated greedily."""
 
         def choose(output: Path) -> None:
-            found = {}
-            for path in self.candidates:
+            found: dict[str, float] = {}
+            for number, path in enumerate(self.candidates):
                 self.path = path
-                found[self.path.name] = self.valid_bleu("--beam", "1")
+                same = same_weights(path, self.candidates[:number])
+                found[path.name] = self.valid_bleu("--beam", "1") if same is None else found[same.name]
             files.write_json(output, {"best": max(found, key=lambda name: found[name]), "bleu": found})
 
         how = (self.how.generate, self.how.cpu, self.how.tokenize)
@@ -306,12 +326,21 @@ class Scoring:
                 (self.folder / f"{name}.json").unlink(missing_ok=True)
             return None
 
-    def score(self, references: list[str] | None) -> list[str]:
-        """Compute all scores, write scores.json, and return the lines to print."""
+    def score(self, references: list[str] | None, others: Sequence[Scoring] = ()) -> list[str]:
+        """Compute all scores, write scores.json, and return the lines to print.
+
+        Args:
+            references: lines of the references' text; None: those in the data.
+            others: checkpoints of the same run and pair that are scored already. The files of one with the same weights
+                are copied.
+        """
         if self.candidates:
             self.once = Steps(self.folder, *self.known).once
             self.path = self.best_by_bleu()
         self.once = Steps(self.folder, *self.known, self.path).once
+        same = same_weights(self.path, [other.path for other in others])
+        if same is not None:
+            self.once = self.copied_from(next(other.folder for other in others if other.path == same), self.once)
         found = {"": self.forced("forced.json")}
         found["inference_"] = self.inference("inference.json", self.translated(GENERATED))
         degree = self.temperature()
@@ -341,6 +370,23 @@ class Scoring:
             lines += [f"At temperature {degree:.4f}:"] if kind == "scaled_" else []
             lines += [str(Score(**row)) for row in rows]
         return [str(self.folder), *lines]
+
+    def copied_from(self, folder: Path, once: Callable[..., Path]) -> Callable[..., Path]:
+        """Return `once`, which then copies the files that exist in `folder` instead of making them."""
+
+        def copied(name: str, make: Callable[[Path], object], *inputs: Any) -> Path:
+            def copy(file: Path) -> None:
+                if not (folder / name).is_file():
+                    make(file)
+                    return
+                log = (folder / name).with_name(LOG)
+                for source in (folder / name, log) if file.name == GENERATED and log.is_file() else (folder / name,):
+                    with open(source, "rb") as content, files.writing(file.with_name(source.name), "wb") as output:
+                        shutil.copyfileobj(content, output)
+
+            return once(name, copy, *inputs)
+
+        return copied
 
     def quality(self, references: list[str] | None) -> tuple[dict[str, float], dict[str, str]]:
         """Return the scores of the translations as text, and their signatures."""

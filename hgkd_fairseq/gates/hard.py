@@ -17,7 +17,9 @@ from hgkd_fairseq.ranges import SHARE
 TeacherShare = Annotated[float | None, Option("share of the tokens that the teacher gets", SHARE)]
 Floor = Annotated[str, Option("LO,HI: the teacher's weight where the gate is closed, and where it is open")]
 Margin = Annotated[float, Option("m, nats a token by which a target's surprisal may be above the teacher's entropy")]
-Rest = Annotated[float, Option("b, weight of the teacher's term where the target is not typical; 0 drops the pair", SHARE)]
+Rest = Annotated[
+    float, Option("b, weight of the teacher's term where the target is not typical; 0 drops the pair", SHARE)
+]
 HKD = "Lee et al., EMNLP 2022, arXiv:2210.12427"
 
 
