@@ -1,8 +1,11 @@
-"""Shared fixtures: a small binarised corpus and models trained on it once per session."""
+"""Shared fixtures: a small binarised corpus and models trained on it, once for all workers of pytest-xdist."""
 
+import fcntl
+import json
 import os
 import shutil
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -26,31 +29,68 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+Once = Callable[..., list[cl.Run]]  # the fixture `once`
+
+
 @pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Return a function that makes folders with a command's result each, in one of the workers of pytest-xdist.
+
+    once(names, make) calls make(*folders) with a new folder of each name, which returns the `cl.Run` of each; the
+    other workers wait and get the same.
+    """
+    place = tmp_path_factory.getbasetemp()
+    place = place.parent / "shared" if "PYTEST_XDIST_WORKER" in os.environ else place / "shared"
+    place.mkdir(exist_ok=True)
+
+    def make_once(names: Sequence[str], make: Callable[..., list[cl.Run]]) -> list[cl.Run]:
+        folders = [place / name for name in names]
+        record = place / f"{names[0]}.json"
+        with open(place / f"{names[0]}.lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not record.exists():
+                for folder in folders:
+                    shutil.rmtree(folder, ignore_errors=True)  # left by a worker that has failed
+                    folder.mkdir()
+                results = [(run.result.code, run.result.output) for run in make(*folders)]
+                record.write_text(json.dumps(results))
+        results = json.loads(record.read_text())
+        return [cl.Run(folder, cl.Result(*result)) for folder, result in zip(folders, results, strict=True)]
+
+    return make_once
+
+
+@pytest.fixture(scope="session")
+def data(once: Once) -> Path:
     """Return a folder written by fairseq-preprocess, with 600 training, 64 validation and 64 test pairs.
 
     The sizes are multiples of 8: fairseq drops a last batch that its --required-batch-size-multiple does not divide.
     """
-    folder = tmp_path_factory.mktemp("corpus")
-    cl.write_corpus(folder, {"train": 600, "valid": 64, "test": 64})
-    prefixes = [f"--{name}pref={folder / name}" for name in ("train", "valid", "test")]
-    languages = ("--source-lang", "de", "--target-lang", "en", "--joined-dictionary")
-    result = cl.fairseq("preprocess", *prefixes, *languages, "--destdir", folder / "bin")
-    assert result.code == 0, result.output
-    return folder / "bin"
+
+    def make(folder: Path) -> list[cl.Run]:
+        cl.write_corpus(folder, {"train": 600, "valid": 64, "test": 64})
+        prefixes = [f"--{name}pref={folder / name}" for name in ("train", "valid", "test")]
+        languages = ("--source-lang", "de", "--target-lang", "en", "--joined-dictionary")
+        result = cl.fairseq("preprocess", *prefixes, *languages, "--destdir", folder / "bin")
+        assert result.code == 0, result.output
+        return [cl.Run(folder, result)]
+
+    return once(["corpus"], make)[0].folder / "bin"
 
 
 @pytest.fixture(scope="session")
-def plain_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[cl.Run]:
+def plain_runs(data: Path, once: Once) -> list[cl.Run]:
     """Train `plain` and `teacher` at the same time; neither depends on the other."""
-    short, long = (tmp_path_factory.mktemp(name) for name in ("plain", "teacher"))
     smoothing = ("--criterion", "label_smoothed_cross_entropy", "--label-smoothing", 0.1)
     steps = ("--max-tokens", 400, "--max-epoch", 30, "--validate-interval", 5)
-    return cl.together(
-        lambda: cl.train(data, short, *smoothing, "--max-epoch", 3),
-        lambda: cl.train(data, long, "--criterion", "cross_entropy", *steps, *cl.BEST_BLEU, *cl.KEEP_LAST),
-    )
+
+    def make(short: Path, long: Path) -> list[cl.Run]:
+        return cl.together(
+            lambda: cl.train(data, short, *smoothing, "--max-epoch", 3),
+            lambda: cl.train(data, long, "--criterion", "cross_entropy", *steps, *cl.BEST_BLEU, *cl.KEEP_LAST),
+        )
+
+    return once(["plain", "teacher"], make)
 
 
 @pytest.fixture(scope="session")
@@ -66,23 +106,20 @@ def teacher(plain_runs: list[cl.Run]) -> cl.Run:
 
 
 @pytest.fixture(scope="session")
-def student(data: Path, teacher: cl.Run, tmp_path_factory: pytest.TempPathFactory) -> cl.Run:
+def student(data: Path, teacher: cl.Run, once: Once) -> cl.Run:
     """Return a distilled run of six epochs, with the best checkpoint by BLEU.
 
     It is started with a relative --user-dir from a folder outside the checkout, and its teacher's file is deleted after
     the training.
     """
-    folder = tmp_path_factory.mktemp("student")
-    gone = folder / "teacher_then_deleted.pt"
-    shutil.copy(teacher.path("checkpoint_best.pt"), gone)
-    relative = ("--user-dir", os.path.relpath(ROOT / "hgkd_fairseq", folder))
-    run = cl.train(
-        data,
-        folder,
-        *cl.distil(gone, *relative, "--report-accuracy", "--max-epoch", 6),
-        *cl.BEST_BLEU,
-        *cl.KEEP_LAST,
-        cwd=folder,
-    )
-    gone.unlink()
-    return run
+
+    def make(folder: Path) -> list[cl.Run]:
+        gone = folder / "teacher_then_deleted.pt"
+        shutil.copy(teacher.path("checkpoint_best.pt"), gone)
+        relative = ("--user-dir", os.path.relpath(ROOT / "hgkd_fairseq", folder))
+        distil = cl.distil(gone, *relative, "--report-accuracy", "--max-epoch", 6)
+        run = cl.train(data, folder, *distil, *cl.BEST_BLEU, *cl.KEEP_LAST, cwd=folder)
+        gone.unlink()
+        return [run]
+
+    return once(["student"], make)[0]

@@ -144,10 +144,11 @@ limit() {
 # limited SECONDS LOG COMMAND...: run a command with a time limit. timeout runs it in its own process group and signals
 # the whole group.
 launcher=() # exec in the background, so that the job is timeout itself, which passes signals to its group
+signal=TERM grace=5
 limited() {
     local seconds=$1 log=$2
     shift 2
-    "${launcher[@]}" timeout --kill-after=5 "$seconds" "$@" >>"$log" 2>&1
+    "${launcher[@]}" timeout --signal="$signal" --kill-after="$grace" "$seconds" "$@" >>"$log" 2>&1
 }
 
 # worse STATUS STATUS: print the one to report of two runs: a failure rather than a time limit or success
@@ -165,7 +166,7 @@ outcome() {
 }
 
 part_tests() {
-    local seconds status workers=() selected=(-m cuda tests/fairseq_runs tests/data tests/loss) # trainings first: they take longest
+    local seconds status signal=INT grace=20 workers=() selected=(-m cuda tests/fairseq_runs tests/data tests/loss) # trainings first: they take longest
     seconds=$(limit tests)
     rm -f "$out/tests.log"
     if [[ $device == cpu ]]; then
@@ -173,11 +174,16 @@ part_tests() {
     elif "$python" -c 'import xdist' 2>/dev/null; then
         workers=(-n "$(($(nproc) > 16 ? 16 : $(nproc)))" --maxschedchunk 1)
     fi
-    (cd "$root" && limited "$seconds" "$out/tests.log" "$python" -m pytest -q -p no:cacheprovider -W ignore --durations=8 -rfE \
-        "${workers[@]}" "${selected[@]}")
+    # At SIGINT pytest prints the failures so far. timeout sends it twice, and in the background it is ignored by default.
+    (cd "$root" && limited "$seconds" "$out/tests.log" "$python" -c 'import signal, sys, pytest
+def stop(*_):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+signal.signal(signal.SIGINT, stop)
+sys.exit(pytest.main())' -v -p no:cacheprovider -W ignore --durations=8 -rfE "${workers[@]}" "${selected[@]}")
     status=$?
     outcome "Tests on the device" "$status" "$out/tests.log"
-    { echo '```'; grep -aE '^(FAILED|ERROR)|(passed|failed|error).* in |^Timeout' "$out/tests.log" | tail -n 40; echo '```'; } >>"$report"
+    { echo '```'; grep -aE '^(FAILED|ERROR) |(passed|failed|error).* in |^Timeout' "$out/tests.log" | tail -n 40; echo '```'; } >>"$report"
 }
 
 part_loss() {
