@@ -28,8 +28,8 @@ from hgkd_fairseq.evaluation.generated import read_references
 TEACHER = "teacher"  # the setting of the teachers' cells
 ABSENT = ""
 GATED, GATED_BY_NAME = ("hkd-t", "hkd-s"), "typical"  # gated methods, and the prefix of the names of others
-CONTROLS = ("ls-uniform", "always", "hkd-t-reversed", "hkd-s-reversed", "random", "selective-batch")
-CONSTANTS = "word-kd"  # prefix of the names of methods with a constant weight, which are controls too
+CONTROLS = ("ls-uniform", "always", "hkd-t-reversed", "hkd-s-reversed", "selective-batch")
+CONTROLS_BY_NAME = ("word-kd", "random")  # prefixes of the names of others: constant weights and random gates
 
 
 # Files of a cell's translations, by BLEU score: with the grid's search, and with the best length penalty of the cell.
@@ -212,9 +212,12 @@ def over(study: Study, cells: Sequence[Scored], bases: dict[int, Scored], key: s
     if not pairs:
         return [ABSENT, ABSENT]
     difference = statistics.fmean(cell.scores[key] - base.scores[key] for cell, base in pairs)
-    compared = ", ".join(str(cell.about["seed"]) for cell, _ in pairs)
-    seeds = f" (seed{'s' if len(pairs) > 1 else ''} {compared})" if len(pairs) < len(cells) else ""
+    seeds = named_seeds(pairs) if len(pairs) < len(cells) else ""
     return [f"{difference:+.1f}{seeds}", ", ".join(f"{study.p_value(cell, base, key):.3f}" for cell, base in pairs)]
+
+
+def named_seeds(pairs: Sequence[tuple[Scored, Scored]]) -> str:
+    return f" (seed{'s' if len(pairs) > 1 else ''} {', '.join(str(cell.about['seed']) for cell, _ in pairs)})"
 
 
 def default_temperatures(rows) -> dict[str, float | None]:
@@ -279,32 +282,72 @@ def setting_tables(study: Study, setting: str) -> list[str]:
         [title, *[show(cells) for show in LENGTHS.values()], *over_base(title, cells, "lenpen_bleu")]
         for title, cells in above + named
     ]
-    lines += against_controls(study, rows, "BLEU over", "bleu")
+    controls = Compared(study, rows)
+    lines += controls.nll()
+    lines += controls.bleu("BLEU over", "bleu")
     lines += markdown(["method", *LENGTHS, "BLEU over Base then", "p, each seed"], lengths)
-    lines += against_controls(study, rows, "BLEU then, over", "lenpen_bleu")
+    lines += controls.bleu("BLEU then, over", "lenpen_bleu")
     return lines + temperatures(study, setting)
 
 
-def against_controls(study: Study, rows: Sequence[Sequence[Scored]], corner: str, key: str) -> list[str]:
-    """Return a table of the differences in BLEU (`key` of TRANSLATIONS) between gates and their controls, for common
-    seeds and equal temperatures of the teacher."""
-    by_method = {cells[0].about["method"]: cells for cells in rows}
-    named = dict(zip(by_method, titles(rows), strict=True))
-    gated = [method for method in by_method if method in GATED or method.startswith(GATED_BY_NAME)]
-    controls = [method for method in by_method if method in CONTROLS or method.startswith(CONSTANTS)]
-    header, lines = [corner], []
-    for method in gated:
-        header += [named[method], "p, each seed"]
-    for control in controls:
-        compared = [alike(study, by_method[method], by_method[control], key) for method in gated]
-        lines.append([named[control], *[text for pair in compared for text in pair]])
-    return markdown(header, lines) if gated and controls else []
+class Compared:
+    """The gates among the rows of a setting, and their controls.
+
+    Args:
+        study: study.
+        rows: cells of each method, with one temperature of the teacher.
+    """
+
+    def __init__(self, study: Study, rows: Sequence[Sequence[Scored]]):
+        self.study = study
+        self.by_method = {cells[0].about["method"]: cells for cells in rows}
+        self.titles = dict(zip(self.by_method, titles(rows), strict=True))
+        self.gated = [name for name in self.by_method if name in GATED or name.startswith(GATED_BY_NAME)]
+        self.controls = [name for name in self.by_method if name in CONTROLS or name.startswith(CONTROLS_BY_NAME)]
+
+    def bleu(self, corner: str, key: str) -> list[str]:
+        """Return a table of differences in BLEU (`key` of TRANSLATIONS), with p."""
+
+        def compare(cells: Sequence[Scored], control: Sequence[Scored]) -> list[str]:
+            return over(self.study, cells, by_seed(control), key)
+
+        return self.table(corner, "p, each seed", compare)
+
+    def nll(self) -> list[str]:
+        """Return a table of differences in NLL, in bits, of each seed."""
+        return self.table("NLL minus that of", "at own temperatures", nll_differences)
+
+    def table(self, corner: str, second: str, compare: Callable[..., list[str]]) -> list[str]:
+        """Return a table with two columns for each gate and a row for each control, filled by `compare` with the common
+        seeds of two methods; empty where they have different temperatures of the teacher."""
+
+        def compared(gate: str, control: str) -> list[str]:
+            one, other = self.by_method[gate], self.by_method[control]
+            degrees = {cells[0].about["temperature"] for cells in (one, other)} - {None}
+            return [ABSENT, ABSENT] if len(degrees) > 1 else compare(one, other)
+
+        if not self.gated or not self.controls:
+            return []
+        header = [corner, *[text for gate in self.gated for text in (self.titles[gate], second)]]
+        rows = [
+            [self.titles[control], *[text for gate in self.gated for text in compared(gate, control)]]
+            for control in self.controls
+        ]
+        return markdown(header, rows)
 
 
-def alike(study: Study, cells: Sequence[Scored], control: Sequence[Scored], key: str) -> list[str]:
-    """Return the same as `over`, or empty texts if the two have different temperatures of the teacher."""
-    degrees = {one[0].about["temperature"] for one in (cells, control)} - {None}
-    return [ABSENT, ABSENT] if len(degrees) > 1 else over(study, cells, by_seed(control), key)
+def nll_differences(cells: Sequence[Scored], control: Sequence[Scored]) -> list[str]:
+    """Return the NLL of cells minus that of their control of the same seed: as scored, and at fitted temperatures."""
+    others = by_seed(control)
+    pairs = [(cell, others[cell.about["seed"]]) for cell in cells if cell.about["seed"] in others]
+    found = []
+    for key in ("nll", "scaled_nll"):
+        values = [(cell.scores[key], other.scores[key]) for cell, other in pairs]
+        known = all(None not in pair for pair in values)
+        found.append(", ".join(f"{one - other:+.3f}" for one, other in values) if known else ABSENT)
+    if found[0] and len(pairs) < len(cells):
+        found[0] += named_seeds(pairs)
+    return found
 
 
 def temperatures(study: Study, setting: str) -> list[str]:

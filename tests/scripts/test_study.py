@@ -625,6 +625,8 @@ def test_tables_by_hand(tmp_path, monkeypatch, capsys):
     write_cell(study, "same/hkd-t/seed-1", 23, 0.06, translations=REFERENCES, temperature=1.5)
     write_cell(study, "same/hkd-t/seed-2", 23, 0.06, lenpen=REFERENCES, temperature=1.5)  # else the text of Base
     write_cell(study, "same/random/seed-2", 22.5, 0.09, temperature=1.5)
+    scores = study / "same/random/seed-2/scores.json"
+    scores.write_text(json.dumps(json.loads(scores.read_text()) | {"nll": 2.75, "scaled_nll": 2.625}))
     write_cell(study, "same/hkd-t-tau-2/seed-1", 25, 0.03, temperature=2.0)
     write_cell(study, "same/hkd-s/seed-1", 0, 0, temperature=1.5, done=False)
     write_cell(study, "same/always/seed-1", 0, 0, temperature=1.5, done=False)
@@ -651,6 +653,8 @@ def test_tables_by_hand(tmp_path, monkeypatch, capsys):
     training = "| HKD-T | 3.500 ± 0.000 | 20 ± 0 | 4.000 ± 0.000 | 10.00 ± 0.00 | 0.50 ± 0.00 | 1.25 ± 0.00"
     assert f"{training} | 1,234 | 2.0 ± 0.0 |" in lines
     # HKD-T against its control, on the seed that both have; of HKD-S no cell is finished.
+    assert "| NLL minus that of | HKD-T | at own temperatures |" in lines
+    assert "| random gate | +0.250 (seed 2) | -0.125 |" in lines
     assert "| BLEU over | HKD-T | p, each seed |" in lines
     assert "| random gate | +0.5 (seed 2) | 1.000 |" in lines
     # The same at the length penalties that the cells chose.
@@ -695,6 +699,8 @@ def test_rows_of_two_temperatures(tmp_path, monkeypatch):
     assert first == ["method", "Base", "Base + temperature", "Word-KD, 0.5; 2", "HKD-T; 1.5"]
     start = lines.index("| BLEU over | HKD-T; 1.5 | p, each seed |")
     assert lines[start + 2 : start + 4] == ["| Word-KD, 0.5; 2 |  |  |", "| random gate; 1.5 | +1.0 | 1.000 |"]
+    start = lines.index("| NLL minus that of | HKD-T; 1.5 | at own temperatures |")
+    assert lines[start + 2 : start + 4] == ["| Word-KD, 0.5; 2 |  |  |", "| random gate; 1.5 | +0.000 | +0.000 |"]
 
 
 def test_tables_of_two_checkpoints(tmp_path, monkeypatch):
