@@ -129,16 +129,15 @@ END
 fi
 cat "$work/head"
 
-# limit PART: print the time limit of a part in seconds. With several parts: at most 2, 3 and 2 minutes for tests, loss
-# and step (scaled down if --minutes is below 10), and the remaining time for train. A single part gets all the time.
-begin=$SECONDS
+# limit PART: print the time limit of a part in seconds: of the time that is left, its share among the parts in `waiting`.
+# With --minutes 10, tests, loss and step have at least 2, 3 and 2 minutes, and train has the rest.
+begin=$SECONDS waiting=()
+weight() { case $1 in loss | train) echo 3 ;; *) echo 2 ;; esac; }
 limit() {
-    local left=$((minutes * 60 - (SECONDS - begin))) share
-    case $1 in tests) share=120 ;; loss) share=180 ;; step) share=120 ;; train) share=$left ;; esac
-    ((minutes >= 10)) || [[ $1 == train ]] || share=$((share * minutes / 10))
-    ((${#parts[@]} > 1)) || share=$left
-    ((share < left)) || share=$left
-    echo $((share > 5 ? share : 5))
+    local left=$((minutes * 60 - (SECONDS - begin))) all=0 part
+    for part in "${waiting[@]}"; do all=$((all + $(weight "$part"))); done
+    left=$((left * $(weight "$1") / all))
+    echo $((left > 5 ? left : 5))
 }
 
 # limited SECONDS LOG COMMAND...: run a command with a time limit. timeout runs it in its own process group and signals
@@ -276,7 +275,8 @@ summary() {
     echo '```'
 }
 
-for part in "${parts[@]}"; do
+for ((number = 0; number < ${#parts[@]}; number++)); do
+    part=${parts[number]} waiting=("${parts[@]:number}")
     if ((SECONDS - begin >= minutes * 60)); then
         printf '\n## %s: not begun, the time was over\n' "$part" | tee -a "$report"
         failed=1
