@@ -152,8 +152,10 @@ def fairseq(name: str, *arguments, cwd: Path | None = None, stdin: str | None = 
             process = int(stream.readline())
             try:
                 code = int(stream.readline())
-            except TimeoutError:
+            except BaseException as error:  # KeyboardInterrupt as well: the command is a session of its own
                 os.killpg(process, signal.SIGKILL)
+                if not isinstance(error, TimeoutError):
+                    raise
                 raise subprocess.TimeoutExpired(command(name, *arguments), TIMEOUT_S, output.read_text()) from None
         return Result(code, output.read_text())
 

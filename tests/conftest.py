@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +16,8 @@ sys.path.insert(0, str(ROOT))  # the checkout under test, installed or not
 
 import command_line as cl  # noqa: E402
 import torch  # noqa: E402
+
+from hgkd_fairseq import files  # noqa: E402
 
 TRAINED = {"plain_runs", "trials"}  # fixtures that train models; a test that uses one is marked slow
 
@@ -33,29 +36,25 @@ Once = Callable[..., list[cl.Run]]  # the fixture `once`
 
 
 @pytest.fixture(scope="session")
-def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+def once(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Once:
     """Return a function that makes folders with a command's result each, in one of the workers of pytest-xdist.
 
     once(names, make) calls make(*folders) with a new folder of each name, which returns the `cl.Run` of each; the
     other workers wait and get the same.
     """
     place = tmp_path_factory.getbasetemp()
-    place = place.parent / "shared" if "PYTEST_XDIST_WORKER" in os.environ else place / "shared"
-    place.mkdir(exist_ok=True)
+    if hasattr(request.config, "workerinput"):  # a worker's folder is inside of that of the session
+        place = place.parent
 
     def make_once(names: Sequence[str], make: Callable[..., list[cl.Run]]) -> list[cl.Run]:
-        folders = [place / name for name in names]
         record = place / f"{names[0]}.json"
         with open(place / f"{names[0]}.lock", "a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not record.exists():
-                for folder in folders:
-                    shutil.rmtree(folder, ignore_errors=True)  # left by a worker that has failed
-                    folder.mkdir()
-                results = [(run.result.code, run.result.output) for run in make(*folders)]
-                record.write_text(json.dumps(results))
-        results = json.loads(record.read_text())
-        return [cl.Run(folder, cl.Result(*result)) for folder, result in zip(folders, results, strict=True)]
+                folders = [Path(tempfile.mkdtemp(prefix=f"{name}-", dir=place)) for name in names]
+                made = [(str(run.folder), run.result.code, run.result.output) for run in make(*folders)]
+                files.write_json(record, made)
+        return [cl.Run(Path(folder), cl.Result(*result)) for folder, *result in json.loads(record.read_text())]
 
     return make_once
 

@@ -250,13 +250,8 @@ def test_folders_of_checkpoints(data, run, tmp_path):
 
 
 def test_the_choice_by_bleu_is_made_again(data, run, tmp_path, monkeypatch):
-    """The checkpoint is chosen again for other options of fairseq-generate or another tokenizer of BLEU. Of those with
-    the same weights only the first translates."""
-    names = ("checkpoint1.pt", "checkpoint_best.pt", "checkpoint_last.pt")
-    (tmp_path / "run").mkdir()
-    for name in (names[0], names[2]):
-        shutil.copy(run / names[2], tmp_path / "run" / name)
-    weaken(run / names[2], tmp_path / "run" / names[1])
+    """The checkpoint is chosen again for other options of fairseq-generate or another tokenizer of BLEU."""
+    shutil.copytree(run, tmp_path / "run")
     asked = []
     monkeypatch.setattr(Scoring, "valid_bleu", lambda one, *_: asked.append(one.path.name) or float(len(asked)))
     plain = ScoreOptions()
@@ -265,9 +260,30 @@ def test_the_choice_by_bleu_is_made_again(data, run, tmp_path, monkeypatch):
         asked.clear()
         one = Scoring(str(data), tmp_path / "run", "best-bleu", how)
         one.once = steps.Steps(one.folder, *one.known).once
-        assert one.best_by_bleu().name == names[1]
-        assert [path.name for path in one.candidates] == list(names)
-        assert asked == (list(names[:2]) if made else [])
+        assert one.best_by_bleu().name == one.candidates[-1].name
+        assert asked == [path.name for path in one.candidates if made]
+
+
+def test_two_checkpoints_of_one_folder(data, student, tmp_path, capsys):
+    for name in ("checkpoint7.pt", "checkpoint_7.pt"):
+        shutil.copy(student.path("checkpoint_last.pt"), tmp_path / name)
+    assert scored(data, tmp_path, "--checkpoint", "checkpoint7.pt", "--checkpoint", "checkpoint_7.pt") == 1
+    assert f"checkpoint_7.pt would be written to {tmp_path / '7'}; rename one" in capsys.readouterr().err
+
+
+def test_scores_of_a_checkpoint_that_was_replaced_are_not_copied(data, student, tmp_path):
+    """A training replaces both checkpoints after the first one was scored."""
+    names = ("best", "last")
+    for name in names:
+        shutil.copy(student.path("checkpoint_last.pt"), tmp_path / f"checkpoint_{name}.pt")
+    best = Scoring(str(data), tmp_path, "best", ScoreOptions(generate=GENERATE, cpu=True))
+    best.score(None)
+    for name in names:
+        weaken(student.path("checkpoint_last.pt"), tmp_path / f"checkpoint_{name}.pt")
+    last = Scoring(str(data), tmp_path, "last", ScoreOptions(generate=GENERATE, cpu=True))
+    last.score(None, [best])
+    nll = [json.loads((folder / "scores.json").read_text())["nll"] for folder in (tmp_path, tmp_path / "last")]
+    assert nll[0] < nll[1]
 
 
 def test_the_share_of_the_teacher_is_the_last_that_is_known(data, run, tmp_path):

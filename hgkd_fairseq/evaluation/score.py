@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import itertools
 import math
@@ -91,6 +92,11 @@ def score_all(data: str, runs: Sequence[str], names: Sequence[str], how: ScoreOp
     asked = itertools.product(map(Path, runs), names, how.pairs or [None])
     found = [Scoring(data, run, name, how, pair) for run, name, pair in asked]
     found[0].check_references(references)  # all share a test set: there is one pair at most
+    folders: dict[Path, Scoring] = {}
+    for one in found:
+        before = folders.setdefault(one.folder.resolve(), one)
+        if before.path.resolve() != one.path.resolve():
+            raise UserError(f"the scores of {before.path} and {one.path} would be written to {one.folder}; rename one")
     for number, one in enumerate(found):
         others = [other for other in found[:number] if (other.run, other.pair) == (one.run, one.pair)]
         print(*one.score(references, others), sep="\n", flush=True)
@@ -123,22 +129,16 @@ def generation(how: str, *words: str) -> argparse.Namespace:
         raise UserError(f"--generate '{how}' is not for fairseq-generate: {why}") from None
 
 
-def same_weights(path: Path, others: Sequence[Path]) -> Path | None:
-    """Return the first of `others`, checkpoints of the same run, whose weights equal those of `path`; None if none."""
-    mine = checkpoints.read(path, model=False) if others else None
-    for other in others:
-        if other == path:
-            return other
-        if mine is None or checkpoints.read(other, model=False).updates != mine.updates:
-            continue
-        own, its = (checkpoints.read(one).model for one in (path, other))
-        if own.keys() == its.keys() and all(equal(own[name], its[name]) for name in own):
-            return other
-    return None
+def same_weights(one: Path, other: Path) -> bool:
+    """Return whether two checkpoints of a run have the same weights."""
+    if checkpoints.read(one, model=False).updates != checkpoints.read(other, model=False).updates:
+        return False
+    mine, its = (checkpoints.read(path).model for path in (one, other))
 
+    def equal(name: str) -> bool:
+        return mine[name].dtype == its[name].dtype and torch.equal(mine[name], its[name])
 
-def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(one, other)
+    return mine.keys() == its.keys() and all(map(equal, mine))
 
 
 class Scoring:
@@ -229,11 +229,10 @@ class Scoring:
         """Return the candidate with the highest BLEU on the validation set, translated greedily."""
 
         def choose(output: Path) -> None:
-            found: dict[str, float] = {}
-            for number, path in enumerate(self.candidates):
+            found = {}
+            for path in self.candidates:
                 self.path = path
-                same = same_weights(path, self.candidates[:number])
-                found[path.name] = self.valid_bleu("--beam", "1") if same is None else found[same.name]
+                found[self.path.name] = self.valid_bleu("--beam", "1")
             files.write_json(output, {"best": max(found, key=lambda name: found[name]), "bleu": found})
 
         how = (self.how.generate, self.how.cpu, self.how.tokenize)
@@ -322,8 +321,9 @@ class Scoring:
             return temperature.read_file(self.once("temperature.json", make))["temperature"]
         except temperature.NoMinimum as error:
             print(f"hgkd: {self.folder}: scored without a temperature: {error}", file=sys.stderr)
-            for name in ("temperature", "scaled", "inference_scaled"):  # may be those of another checkpoint
-                (self.folder / f"{name}.json").unlink(missing_ok=True)
+            made = ("temperature.json", "scaled.json", f"scaled/{GENERATED}", "inference_scaled.json")
+            for name in made:  # may be those of another checkpoint
+                (self.folder / name).unlink(missing_ok=True)
             return None
 
     def score(self, references: list[str] | None, others: Sequence[Scoring] = ()) -> list[str]:
@@ -337,10 +337,13 @@ class Scoring:
         if self.candidates:
             self.once = Steps(self.folder, *self.known).once
             self.path = self.best_by_bleu()
-        self.once = Steps(self.folder, *self.known, self.path).once
-        same = same_weights(self.path, [other.path for other in others])
-        if same is not None:
-            self.once = self.copied_from(next(other.folder for other in others if other.path == same), self.once)
+        self.steps = Steps(self.folder, *self.known, self.path)
+        self.once = self.steps.once
+        for other in others:
+            if other.folder != self.folder and other.up_to_date() and same_weights(self.path, other.path):
+                print(f"hgkd: {self.path}: has the weights of {other.path}, whose scores are copied", file=sys.stderr)
+                self.once = functools.partial(self.copied, other.folder)
+                break
         found = {"": self.forced("forced.json")}
         found["inference_"] = self.inference("inference.json", self.translated(GENERATED))
         degree = self.temperature()
@@ -371,22 +374,23 @@ class Scoring:
             lines += [str(Score(**row)) for row in rows]
         return [str(self.folder), *lines]
 
-    def copied_from(self, folder: Path, once: Callable[..., Path]) -> Callable[..., Path]:
-        """Return `once`, which then copies the files that exist in `folder` instead of making them."""
+    def up_to_date(self) -> bool:
+        """Return whether the checkpoint's file is still the one that was scored; a training may have replaced it."""
+        return self.path.is_file() and self.steps.inputs[-1] == files.sha256(self.path)
 
-        def copied(name: str, make: Callable[[Path], object], *inputs: Any) -> Path:
-            def copy(file: Path) -> None:
-                if not (folder / name).is_file():
-                    make(file)
-                    return
-                log = (folder / name).with_name(LOG)
-                for source in (folder / name, log) if file.name == GENERATED and log.is_file() else (folder / name,):
-                    with open(source, "rb") as content, files.writing(file.with_name(source.name), "wb") as output:
-                        shutil.copyfileobj(content, output)
+    def copied(self, folder: Path, name: str, make: Callable[[Path], object], *inputs: Any) -> Path:
+        """Do the step of a file as `Steps.once` does, but copy the file from `folder` if it is there."""
+        source = folder / name
+        log = source.with_name(LOG)
+        names = (name, str(log.relative_to(folder))) if source.name == GENERATED else (name,)
 
-            return once(name, copy, *inputs)
+        def copy(_: Path) -> None:
+            for one in names:
+                with open(folder / one, "rb") as content, files.writing(self.folder / one, "wb") as output:
+                    shutil.copyfileobj(content, output)
 
-        return copied
+        there = all((folder / one).is_file() for one in names)
+        return self.steps.once(name, copy if there else make, *inputs)
 
     def quality(self, references: list[str] | None) -> tuple[dict[str, float], dict[str, str]]:
         """Return the scores of the translations as text, and their signatures."""

@@ -120,13 +120,18 @@ def method(criterion_cfg: Any, teacher_source: str) -> dict[str, Any]:
     """
     name = str(criterion_cfg.gate)
     found: dict[str, Any] = {"gate": name}
-    for parameter in gates.GATES[name].parameters.values() if name in gates.GATES else ():
-        given = getattr(criterion_cfg, parameter.name, None)
-        if parameter.name != SENTENCES and parameter.name not in FREE:
-            found[parameter.name] = parameter.default if given is None else given
+    for parameter, default in defaults(name).items():
+        given = getattr(criterion_cfg, parameter, None)
+        found[parameter] = default if given is None else given
     if name not in gates.GATES or gates.GATES[name].needs_teacher:
         found["teacher_source"] = teacher_source
     return found
+
+
+def defaults(gate: str) -> dict[str, Any]:
+    """Return the defaults of a gate's parameters other than `SENTENCES` and those in `FREE`; {} of an unknown gate."""
+    parameters = gates.GATES[gate].parameters.values() if gate in gates.GATES else ()
+    return {one.name: one.default for one in parameters if one.name != SENTENCES and one.name not in FREE}
 
 
 def memory_in(extra_state: dict) -> dict[str, Any]:
@@ -137,13 +142,18 @@ def memory_in(extra_state: dict) -> dict[str, Any]:
 
 
 def method_of(state: dict) -> dict[str, Any] | None:
-    """Return the :func:`method` of a checkpoint's run; None if the run used another criterion."""
+    """Return the :func:`method` of a checkpoint's run; None if the run used another criterion.
+
+    A parameter that the gate did not have yet when the run began has its default.
+    """
     cfg = state.get("cfg")
     criterion, task = (getattr(cfg, part, None) for part in ("criterion", "task"))
     if getattr(criterion, "_name", None) != CRITERION:
         return None
     kept = memory_in(state.get("extra_state") or {}).get("method")
-    return kept or method(criterion, str(getattr(task, "teacher_source", "checkpoint")))
+    if kept:
+        return {**defaults(str(kept.get("gate"))), **kept}
+    return method(criterion, str(getattr(task, "teacher_source", "checkpoint")))
 
 
 def changes(asked_cfg: Any, held_cfg: Any) -> str:

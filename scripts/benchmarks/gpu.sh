@@ -8,8 +8,8 @@ usage() {
     cat <<'END'
 usage: gpu.sh [--out DIR] [--minutes N] [--part tests|loss|step|train]... [options] [-- OPTIONS]
 On a Linux machine with Python >= 3.11, torch, Triton and a CUDA device: tests on the device, then the loss head, a
-training step and whole trainings measured. Nothing is installed and no network is needed. Each part has a time limit
-of its own; one that fails or is cut short is reported, and the next one runs.
+training step and whole trainings measured. Nothing is installed and no network is needed. Each part has a share of the
+time that is left as its limit; one that fails or is cut short is reported, and the next one runs.
   --out DIR      all results: gpu.md, CSV files, logs (default runs/gpu)
   --minutes N    for all parts together (default 10)
   --part PART    this part only; may be given again (default: all four, in their order)
@@ -130,9 +130,15 @@ fi
 cat "$work/head"
 
 # limit PART: print the time limit of a part in seconds: of the time that is left, its share among the parts in `waiting`.
-# With --minutes 10, tests, loss and step have at least 2, 3 and 2 minutes, and train has the rest.
+# Of 10 minutes, tests, loss and step have about 2, 3 and 2 or more, and train has the rest.
 begin=$SECONDS waiting=()
-weight() { case $1 in loss | train) echo 3 ;; *) echo 2 ;; esac; }
+weight() {
+    case $1 in
+        train) [[ -n $recipe ]] && echo 3 || echo 0 ;; # not run without one
+        loss) echo 3 ;;
+        *) echo 2 ;;
+    esac
+}
 limit() {
     local left=$((minutes * 60 - (SECONDS - begin))) all=0 part
     for part in "${waiting[@]}"; do all=$((all + $(weight "$part"))); done
@@ -173,7 +179,7 @@ part_tests() {
     elif "$python" -c 'import xdist' 2>/dev/null; then
         workers=(-n "$(($(nproc) > 16 ? 16 : $(nproc)))" --maxschedchunk 1)
     fi
-    # At SIGINT pytest prints the failures so far. timeout sends it twice, and in the background it is ignored by default.
+    # At SIGINT pytest prints the failures so far. timeout sends it twice: to the process and to its group.
     (cd "$root" && limited "$seconds" "$out/tests.log" "$python" -c 'import signal, sys, pytest
 def stop(*_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -236,11 +242,12 @@ train_one() {
 }
 
 part_train() {
-    local end=$((SECONDS + $(limit train))) status=0 method running=() pid
+    local end status=0 method running=() pid
     if [[ -z $recipe ]]; then
         printf '\n## Trainings: not run, no --recipe\n' | tee -a "$report"
         return
     fi
+    end=$((SECONDS + $(limit train)))
     recipe=$(cd "$recipe" && pwd)
     train_one teacher $((end - SECONDS)) || status=$?
     if ((!status)); then

@@ -3,7 +3,7 @@
 
 They contain all finished cells of DIR, and list the others. FOLDER (default: DIR) gets tables.md, which can be included
 in a README, teacher_share.svg and validation_nll.svg. BLEU is compared with that of Base with the same seed by
-sacreBLEU's paired bootstrap.
+sacreBLEU's paired bootstrap; gates are compared with their controls in BLEU and in NLL.
 """
 
 from __future__ import annotations
@@ -340,13 +340,12 @@ def nll_differences(cells: Sequence[Scored], control: Sequence[Scored]) -> list[
     """Return the NLL of cells minus that of their control of the same seed: as scored, and at fitted temperatures."""
     others = by_seed(control)
     pairs = [(cell, others[cell.about["seed"]]) for cell in cells if cell.about["seed"] in others]
+    seeds = named_seeds(pairs) if pairs and len(pairs) < len(cells) else ""
     found = []
     for key in ("nll", "scaled_nll"):
         values = [(cell.scores[key], other.scores[key]) for cell, other in pairs]
         known = all(None not in pair for pair in values)
-        found.append(", ".join(f"{one - other:+.3f}" for one, other in values) if known else ABSENT)
-    if found[0] and len(pairs) < len(cells):
-        found[0] += named_seeds(pairs)
+        found.append(", ".join(f"{one - other:+.3f}" for one, other in values) + seeds if known else ABSENT)
     return found
 
 

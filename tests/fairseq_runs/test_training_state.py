@@ -263,6 +263,16 @@ def test_resumed_as_another_run(
         assert cl.differences(state["criterion"], learned) == {}
 
 
+def test_a_parameter_that_the_gate_did_not_have_yet(students: dict[str, Path], data: Path, teacher: cl.Run):
+    """A run of a gate that has got another parameter since is resumed with its default, and with no other value."""
+    taught = ("--teacher-path", teacher.path(), "--gate", "selective-global")
+    state = training_state_of(students["selective-global"])
+    del training_state.memory_in(state["extra_state"])["method"]["kd_weight"]
+    prepared(state, data, False, *taught)
+    with pytest.raises(UserError, match=r"--kd-weight 0\.5 is asked for, and --kd-weight 1\.0 made it"):
+        prepared(state, data, False, *taught, "--kd-weight", 0.5)
+
+
 def test_a_moving_average_begins_with_the_weights(data: Path, plain: cl.Run, tmp_path: Path):
     """Of a checkpoint without one, with which fairseq fails. With a decay of 1 it stays what it was."""
     past = ("--teacher-source", "ema", "--store-ema", "--ema-decay", 1.0, "--gate", "always", "--kd-weight", 0.5)

@@ -654,7 +654,7 @@ def test_tables_by_hand(tmp_path, monkeypatch, capsys):
     assert f"{training} | 1,234 | 2.0 ± 0.0 |" in lines
     # HKD-T against its control, on the seed that both have; of HKD-S no cell is finished.
     assert "| NLL minus that of | HKD-T | at own temperatures |" in lines
-    assert "| random gate | +0.250 (seed 2) | -0.125 |" in lines
+    assert "| random gate | +0.250 (seed 2) | -0.125 (seed 2) |" in lines
     assert "| BLEU over | HKD-T | p, each seed |" in lines
     assert "| random gate | +0.5 (seed 2) | 1.000 |" in lines
     # The same at the length penalties that the cells chose.
