@@ -5,7 +5,7 @@ They run on the CPU and, marked `cuda`, on a GPU, on which the teacher is as wel
 
 import argparse
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import command_line as cl
@@ -13,6 +13,7 @@ import pytest
 import torch
 from fairseq import options, tasks, utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from waiting import NoWaiting
 
 cuda = pytest.mark.cuda
 OVERFLOW = ("--fp16", "--fp16-init-scale", 2**30)  # far too high: the first updates overflow and are skipped
@@ -55,26 +56,34 @@ def test_trained_resumed_and_generated_from(device: str, precision: str, data: P
 
 
 @contextmanager
-def outside_of(*models: torch.nn.Module) -> Iterator[None]:
-    """Make synchronisations outside the forward passes of `models` an error, by torch's detector.
+def outside_of(*models: torch.nn.Module, device: str) -> Iterator[None]:
+    """Make synchronisations outside the forward passes of `models` an error: on a GPU by torch's detector.
 
     Those passes are fairseq's own: they ask whether a batch has padding, as they do with plain cross-entropy.
     """
+    no_waiting = NoWaiting()
 
-    def mode(value: str):
-        return lambda *_: torch.cuda.set_sync_debug_mode(value)
+    def allow(value: bool) -> None:
+        no_waiting.allowed = value
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default" if value else "error")
 
     hooks = [
         hook
-        for m in models
-        for hook in (m.register_forward_pre_hook(mode("default")), m.register_forward_hook(mode("error")))
+        for model in models
+        for hook in (
+            model.register_forward_pre_hook(lambda *_: allow(True)),
+            model.register_forward_hook(lambda *_: allow(False)),
+        )
     ]
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+    if device == "cuda":
+        torch.cuda.synchronize()
+    allow(False)
     try:
-        yield
+        with no_waiting if device == "cpu" else nullcontext():
+            yield
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        allow(True)
         for hook in hooks:
             hook.remove()
 
@@ -82,13 +91,15 @@ def outside_of(*models: torch.nn.Module) -> Iterator[None]:
 @pytest.mark.parametrize("gate", ["token", "sentence", "random", "selective-batch", "always", "none"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
 def test_a_step_waits_for_nothing(device: str, gate: str, data: Path, teacher: cl.Run):
-    """On a GPU the criterion's forward and backward, apart from the forward passes of the models, do not synchronise.
+    """The criterion's forward and backward, apart from the forward passes of the models, do not wait for a GPU.
 
-    On the CPU the loss is the same with the target lengths that the batch has and without them.
+    On the CPU, where `chunked` stands for the kernels, the loss is also the same with the target lengths that the batch
+    has and without them.
     """
     command = [
         str(data), *cl.USER_DIR, *map(str, cl.SIZE), *cl.TIED, "--task", "translation_with_teacher", "--criterion",
         "hard_gate_kd", "--teacher-path", str(teacher.path()), "--max-tokens", "400", "--gate", gate,
+        *([] if device == "cuda" else ["--loss-impl", "chunked"]),
     ]  # fmt: skip
     parsed = options.parse_args_and_arch(options.get_training_parser(), command)
     utils.import_user_module(argparse.Namespace(user_dir=cl.USER_DIR[1]))
@@ -108,9 +119,9 @@ def test_a_step_waits_for_nothing(device: str, gate: str, data: Path, teacher: c
                 loss, _, _ = criterion(model, counted)
                 results.append(loss)
             assert torch.equal(*results)
-        return
-    samples = [utils.move_to_cuda(sample) for sample in samples]
+    else:
+        samples = [utils.move_to_cuda(sample) for sample in samples]
     criterion(model, samples[0])[0].backward()  # loads the teacher, checks the kernels
-    with outside_of(model, *(task.teacher.models if task.teacher else ())):
+    with outside_of(model, *(task.teacher.models if task.teacher else ()), device=device):
         for sample in samples[1:]:
             criterion(model, sample)[0].backward()

@@ -42,7 +42,9 @@ elif not INTERPRETED:
 
 if INTERPRETED or torch.cuda.is_available():
     import numpy as np
+    import test_waiting
     from torch import Tensor
+    from waiting import NoWaiting
 
     from hgkd_fairseq import gates
     from hgkd_fairseq.gates import GATES, Gate, GateWeights, TokenStatistics, hard
@@ -359,6 +361,13 @@ if INTERPRETED or torch.cuda.is_available():
             results.append([out.loss.detach(), *torch.autograd.grad(out.loss, (h, w))])
         for got, wanted in zip(*results, strict=True):
             torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.skipif(not INTERPRETED, reason="of the interpreter")
+    @pytest.mark.parametrize("gate", test_waiting.IN_VIEW)
+    def test_the_kernels_wait_for_nothing(gate):
+        assert triton_rows.usable(DEVICE) is None  # the kernels are compared with plain torch once
+        with NoWaiting():
+            test_waiting.step(gate, "triton", 0.1)
 
     def test_usable():
         assert triton_rows.usable(DEVICE) is None
