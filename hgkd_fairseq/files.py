@@ -271,6 +271,17 @@ def write_json(file: str | Path, content: Any) -> None:
     write_text(file, text + "\n")
 
 
+def copy(source: str | Path, target: str | Path) -> None:
+    """Copy a file atomically, where no other process writes `target` at the same time.
+
+    Raises:
+        OSError: `source` cannot be opened.
+        UserError: `target` cannot be written.
+    """
+    with open(source, "rb") as content, writing(target, "wb", alone=True) as output:
+        shutil.copyfileobj(content, output)
+
+
 def sha256(file: str | Path) -> str:
     """Return the SHA-256 of a file's content, in hexadecimal digits.
 

@@ -131,8 +131,6 @@ def generation(how: str, *words: str) -> argparse.Namespace:
 
 def same_weights(one: Path, other: Path) -> bool:
     """Return whether two checkpoints of a run have the same weights."""
-    if checkpoints.read(one, model=False).updates != checkpoints.read(other, model=False).updates:
-        return False
     mine, its = (checkpoints.read(path).model for path in (one, other))
 
     def equal(name: str) -> bool:
@@ -386,8 +384,7 @@ class Scoring:
 
         def copy(_: Path) -> None:
             for one in names:
-                with open(folder / one, "rb") as content, files.writing(self.folder / one, "wb") as output:
-                    shutil.copyfileobj(content, output)
+                files.copy(folder / one, self.folder / one)
 
         there = all((folder / one).is_file() for one in names)
         return self.steps.once(name, copy if there else make, *inputs)

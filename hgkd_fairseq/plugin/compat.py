@@ -12,7 +12,6 @@ import inspect
 import logging
 import os
 import re
-import shutil
 import signal
 import sys
 import time
@@ -290,8 +289,7 @@ def copy_checkpoints_in_one_step() -> None:
     def copy(src_path, dst_path, overwrite=False):
         if not PathManager.supports_rename(dst_path):
             return original(src_path, dst_path, overwrite=overwrite)
-        with open(src_path, "rb") as source, files.writing(dst_path, "wb", alone=True) as copied:
-            shutil.copyfileobj(source, copied)
+        files.copy(src_path, dst_path)
         return dst_path
 
     PathManager.copy = staticmethod(copy)

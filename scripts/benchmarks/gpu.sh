@@ -171,7 +171,8 @@ outcome() {
 }
 
 part_tests() {
-    local seconds status signal=INT grace=20 workers=() selected=(-m cuda tests/fairseq_runs tests/data tests/loss) # trainings first: they take longest
+    local seconds status signal=INT grace=20 workers=()
+    local selected=(-m cuda tests/fairseq_runs tests/data tests/loss) # trainings first: they take longest
     seconds=$(limit tests)
     rm -f "$out/tests.log"
     if [[ $device == cpu ]]; then

@@ -113,8 +113,7 @@ def copy_teachers(grid: Grid, folder: Path) -> None:
         copy = folder / copy_of(name)
         if not copy.exists():
             copy.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "rb") as source, files.writing(copy, "wb", alone=True) as output:
-                shutil.copyfileobj(source, output)
+            files.copy(path, copy)
 
 
 def script(name: str, lock: IO, *arguments) -> None:

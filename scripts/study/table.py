@@ -208,16 +208,18 @@ def over(study: Study, cells: Sequence[Scored], bases: dict[int, Scored], key: s
 
     The seeds are named if `bases` lacks some of those of the cells.
     """
-    pairs = [(cell, bases[cell.about["seed"]]) for cell in cells if cell.about["seed"] in bases]
+    pairs, seeds = pairs_by_seed(cells, bases)
     if not pairs:
         return [ABSENT, ABSENT]
     difference = statistics.fmean(cell.scores[key] - base.scores[key] for cell, base in pairs)
-    seeds = named_seeds(pairs) if len(pairs) < len(cells) else ""
     return [f"{difference:+.1f}{seeds}", ", ".join(f"{study.p_value(cell, base, key):.3f}" for cell, base in pairs)]
 
 
-def named_seeds(pairs: Sequence[tuple[Scored, Scored]]) -> str:
-    return f" (seed{'s' if len(pairs) > 1 else ''} {', '.join(str(cell.about['seed']) for cell, _ in pairs)})"
+def pairs_by_seed(cells: Sequence[Scored], bases: dict[int, Scored]) -> tuple[list[tuple[Scored, Scored]], str]:
+    """Return the cells with the bases of their seeds, and a text that names the seeds; "" if all cells have a base."""
+    pairs = [(cell, bases[cell.about["seed"]]) for cell in cells if cell.about["seed"] in bases]
+    names = ", ".join(str(cell.about["seed"]) for cell, _ in pairs)
+    return pairs, f" (seed{'s' if len(pairs) > 1 else ''} {names})" if len(pairs) < len(cells) else ""
 
 
 def default_temperatures(rows) -> dict[str, float | None]:
@@ -338,9 +340,9 @@ class Compared:
 
 def nll_differences(cells: Sequence[Scored], control: Sequence[Scored]) -> list[str]:
     """Return the NLL of cells minus that of their control of the same seed: as scored, and at fitted temperatures."""
-    others = by_seed(control)
-    pairs = [(cell, others[cell.about["seed"]]) for cell in cells if cell.about["seed"] in others]
-    seeds = named_seeds(pairs) if pairs and len(pairs) < len(cells) else ""
+    pairs, seeds = pairs_by_seed(cells, by_seed(control))
+    if not pairs:
+        return [ABSENT, ABSENT]
     found = []
     for key in ("nll", "scaled_nll"):
         values = [(cell.scores[key], other.scores[key]) for cell, other in pairs]
