@@ -33,10 +33,12 @@ class Claim:
         file: path of the file.
         expires: seconds without a refresh after which the claim may be taken over.
         token: random identifier of the last attempt of this object to take the claim.
+        previous: token of the owner from which that attempt took it over; "" if there was none.
     """
 
     def __init__(self, file: Path, expires: float = EXPIRES):
         self.file, self.expires, self.token = file, expires, ""
+        self.previous = ""
         self._seen: tuple[Any, float] = (None, 0.0)  # state that was read last, and when it was first seen
 
     def take(self) -> bool:
@@ -50,6 +52,7 @@ class Claim:
         state = self.read()
         if state is not None and not self.expired(state):
             return False
+        self.previous = state[0].get("token", "") if state else ""
         own = self.file if state is None else self.file.with_name(f"{self.file.stem}.partial-{self.token}.claim")
         with told(self.file):
             try:
@@ -61,6 +64,8 @@ class Claim:
                     json.dump({**myself(), "token": self.token}, stream)
                 if own is not self.file:
                     own.replace(self.file)
+            except FileNotFoundError:  # all is finished, and another process has removed what is left of claims
+                return False
             except OSError:
                 own.unlink(missing_ok=True)
                 raise

@@ -287,7 +287,8 @@ class Shards:
             with claim.kept_alive(), told(name):
                 if self.whole(shard):  # another process has finished it in the meantime
                     return True
-                self.remove_partial(name.name)
+                if claim.previous:  # only that one: another process may have taken the claim over since
+                    self.remove_partial(f"{name.name}.partial-{claim.previous}")
                 (partial / "files").mkdir(parents=True)
                 rows = make(shard, partial / "files")
                 if rows != len(self.numbers(shard)):
@@ -311,15 +312,18 @@ class Shards:
             shutil.rmtree(partial, ignore_errors=True)
             claim.release()
 
-    def remove_partial(self, stem: str) -> None:
-        for old in self.folder.glob(f"{stem}.partial-*"):
+    def remove_partial(self, name: str | None = None) -> None:
+        """Remove the partial files of this name, or all of them."""
+        for old in self.folder.glob("*.partial-*"):
+            if name not in (None, old.name):
+                continue
             shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
 
     def sweep(self) -> None:
         """Remove claims and partial files that killed processes have left, once all shards are finished."""
         for claim in self._claims:
             claim.file.unlink(missing_ok=True)
-        self.remove_partial("*")
+        self.remove_partial()
 
 
 def text_of(manifest: dict[str, Any]) -> str:

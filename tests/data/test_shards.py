@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from processes import content, owners
 
-from hgkd_fairseq.data.claims import Claim
+from hgkd_fairseq.data.claims import Claim, machine
 from hgkd_fairseq.data.shards import Shards
 from hgkd_fairseq.errors import UserError
 
@@ -100,6 +100,73 @@ def test_what_killed_processes_leave_is_taken_over_or_removed(tmp_path: Path):
     filled(tmp_path / "set")
     one.wait()
     assert content(tmp_path / "set") == whole
+
+
+def test_two_processes_that_take_a_dead_ones_claim_over_at_once(tmp_path: Path):
+    """Both see that its owner is dead; the one that comes too late leaves the files of the other alone."""
+    first, second = [Shards.create(tmp_path / "set", ABOUT, **SIZE) for _ in range(2)]
+    dead = {"host": machine(), "pid": os.getpid(), "started": "0", "token": "dead"}
+    (tmp_path / "set" / "shard-00000.claim").write_text(json.dumps(dead))
+    (tmp_path / "set" / "shard-00000.partial-dead").mkdir()
+    lost, taken, partly_made = [], threading.Event(), threading.Event()
+    thread = threading.Thread(target=lambda: lost.append(first.make_one(0, make)))
+
+    def pause(shard: int) -> bool:
+        """Hold `first` between its taking of the claim and its first look at the files of others."""
+        taken.set()
+        return not partly_made.wait(60)
+
+    def expired(state) -> bool:
+        """`second` has read the dead one's claim; `first` takes it before `second` does."""
+        thread.start()
+        return taken.wait(60)
+
+    def slowly(shard: int, folder: Path) -> int:
+        assert not list(tmp_path.glob("set/*.partial-dead"))
+        partly_made.set()
+        thread.join(60)
+        return make(shard, folder)
+
+    first.whole, second._claims[0].expired = pause, expired
+    assert second.make_one(0, slowly)
+    assert lost == [False]
+    assert second.whole(0)
+    assert not list(tmp_path.glob("set/*partial*"))
+
+
+@pytest.mark.parametrize("token", ["../../aside", "*", 7, None])
+def test_a_claim_from_elsewhere_removes_nothing_else(token, tmp_path: Path):
+    whole = filled(tmp_path / "set")
+    (tmp_path / "aside").mkdir()
+    (tmp_path / "set" / "shard-00001.json").unlink()
+    dead = {"host": machine(), "pid": os.getpid(), "started": "0", "token": token}
+    (tmp_path / "set" / "shard-00001.claim").write_text(json.dumps(dead))
+    (tmp_path / "set" / "shard-00001.partial-x").mkdir()
+    found = Shards.create(tmp_path / "set", ABOUT, **SIZE)
+    assert found.make_one(1, make)
+    assert (tmp_path / "aside").is_dir()
+    assert (tmp_path / "set" / "shard-00001.partial-x").is_dir()
+    found.fill(make)
+    assert content(tmp_path / "set") == content(whole.folder)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["aside", "set"]
+    assert not list(tmp_path.glob("set/*partial*"))
+
+
+def test_claims_that_another_process_removes_at_the_end(tmp_path: Path):
+    """Another process finishes all shards, and removes what is left, while this one takes a dead one's claim over."""
+    file = tmp_path / "shard-00000.claim"
+    file.write_text(json.dumps({"host": machine(), "pid": os.getpid(), "started": "0", "token": "dead"}))
+    claim, write = Claim(file), json.dump
+
+    def sweep(*words) -> None:
+        write(*words)
+        for old in tmp_path.glob("*.claim"):
+            old.unlink()
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(json, "dump", sweep)
+        assert not claim.take()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_claim_without_a_sign_of_life_expires(tmp_path: Path):
