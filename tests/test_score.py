@@ -26,10 +26,10 @@ from hgkd_fairseq.report import runs, tables
 GENERATE = "--beam 2 --max-len-b 12"
 
 
-@pytest.fixture(scope="module")
-def run(student, tmp_path_factory) -> Path:
+@pytest.fixture
+def run(student, tmp_path) -> Path:
     """Return the folder of a run as fairseq-train leaves it, not scored yet."""
-    folder = tmp_path_factory.mktemp("runs") / "student"
+    folder = tmp_path / "student"
     folder.mkdir()
     for name in ("checkpoint_best.pt", "checkpoint_last.pt"):
         shutil.copy(student.path(name), folder)
@@ -318,6 +318,8 @@ def test_another_tokenizer(data, run, tmp_path, capsys):
 
 def test_a_model_that_has_no_best_temperature(data, run, monkeypatch, capsys):
     """Scores that need no temperature are written, and those at a previous temperature are removed."""
+    assert scored(data, run) == 0
+    assert runs.read(run, "student").missing == []
     monkeypatch.setattr(calibration_temperature, "HIGHEST", 1.0000001)
     (run / "scored.json").unlink()
     assert scored(data, run) == 0
