@@ -218,10 +218,9 @@ def writing_folder(folder: str | Path) -> Iterator[Path]:
     with _errors(folder, "cannot be made"):
         for left in folder.parent.glob(f"{glob.escape(prefix)}*"):
             _remove_left(left)
-        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
-        descriptor = _open_folder(temporary)
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        while (made := _locked_folder(prefix, folder.parent)) is None:
+            pass
+        temporary, descriptor = made
     try:
         yield temporary
         with _errors(folder, "cannot be made"):
@@ -235,6 +234,24 @@ def writing_folder(folder: str | Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         os.close(descriptor)
+
+
+def _locked_folder(prefix: str, parent: Path) -> tuple[Path, int] | None:
+    """Create and lock a temporary folder. Return it and its descriptor; None if another process has taken it for an
+    unfinished one, and removed it, before it was locked."""
+    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    descriptor = None
+    try:
+        descriptor = _open_folder(temporary)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # waits while another process removes it
+        if os.path.samestat(os.fstat(descriptor), os.stat(temporary)):
+            return temporary, descriptor
+    except FileNotFoundError:
+        pass
+    if descriptor is not None:
+        os.close(descriptor)
+    return None
 
 
 def _open_folder(folder: Path) -> int:
@@ -280,6 +297,18 @@ def copy(source: str | Path, target: str | Path) -> None:
     """
     with open(source, "rb") as content, writing(target, "wb", alone=True) as output:
         shutil.copyfileobj(content, output)
+
+
+def size_of(folder: str | Path, ending: str = "") -> int:
+    """Return the total size, in bytes, of the files in a folder and its subfolders whose names have this ending. Other
+    processes may add and remove files meanwhile."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            if name.endswith(ending):
+                with contextlib.suppress(FileNotFoundError):
+                    total += os.stat(os.path.join(place, name)).st_size
+    return total
 
 
 def sha256(file: str | Path) -> str:

@@ -24,6 +24,7 @@ made() { [[ -f $stamp && $(<"$stamp") == "$(wanted)" ]]; }
 make_environment() {
     local python
     python=$(find_python)
+    rm -f "$stamp" # what it names may be half replaced when this is interrupted
     echo "setting up .venv with $("$python" --version) (about 2 minutes)" >&2
     # Without pip, the environment is missing or its creation was interrupted.
     "$PYTHON" -m pip --version &>/dev/null || "$python" -m venv "$root/.venv"

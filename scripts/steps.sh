@@ -28,7 +28,10 @@ work_folder() {
 # finish FOLDER: rename the work folder to FOLDER, as the last step, so that FOLDER is complete if it exists.
 finish() {
     rm -f -- "$partial/$MARK"
-    mv -T -- "$partial" "$1"
+    mv -T -- "$partial" "$1" && return
+    : >"$partial/$MARK"
+    [[ ! -e $1 ]] || echo "another run has made $1 meanwhile; start again" >&2
+    return 1
 }
 
 # record FOLDER FILE...: record the hashes of complete files. recorded FOLDER FILE...: status 0 if the files have the

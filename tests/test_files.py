@@ -4,10 +4,12 @@ are not what they should be are refused."""
 import json
 import os
 import resource
+import shutil
 import signal
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -211,6 +213,54 @@ with files.writing_folder("folder") as made:
     print(flush=True)
     sys.stdin.read()
 """
+
+
+def test_a_folder_that_another_process_takes_for_an_unfinished_one(folder, monkeypatch):
+    """It is removed between its creation and its lock; another one is made."""
+    create, made = tempfile.mkdtemp, []
+
+    def create_and_lose(*args, **words) -> str:
+        made.append(create(*args, **words))
+        if len(made) == 1:
+            os.rmdir(made[0])
+        return made[-1]
+
+    open_folder, opened = files._open_folder, []
+
+    def open_and_lose(one: Path) -> int:
+        opened.append(open_folder(one))
+        if len(opened) == 1:
+            os.rmdir(one)
+        return opened[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", create_and_lose)
+    monkeypatch.setattr(files, "_open_folder", open_and_lose)
+    with files.writing_folder("folder") as last:
+        assert last.samefile(made[2])
+        (last / "x").touch()
+    assert os.listdir() == ["folder"]
+    assert os.listdir("folder") == ["x"]
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(opened[0])
+
+
+def test_the_size_of_a_folder_from_which_files_vanish(folder, monkeypatch):
+    for name, size in (("a.npy", 3), ("sub/b.npy", 5), ("sub/c.json", 7), ("gone/d.npy", 11)):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_bytes(bytes(size))
+    os.symlink("nowhere", "sub/e.npy")
+    assert files.size_of(".") == 26
+    assert files.size_of(".", ".npy") == 19
+    assert files.size_of("nowhere") == 0
+    walk = os.scandir
+
+    def scan(place):
+        if isinstance(place, str) and Path(place).name == "gone":
+            shutil.rmtree(place)
+        return walk(place)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    assert files.size_of(".", ".npy") == 8
 
 
 def test_what_killed_processes_left_of_a_folder_is_removed(folder):

@@ -286,6 +286,24 @@ def test_scores_of_a_checkpoint_that_was_replaced_are_not_copied(data, student, 
     assert nll[0] < nll[1]
 
 
+def test_a_checkpoint_that_is_replaced_while_it_is_scored(data, student, run, monkeypatch, capsys):
+    """Its scores would be of two models; the next call scores it again."""
+    translate = Scoring.translate
+
+    def replace(one, *words) -> None:
+        weaken(student.path("checkpoint_last.pt"), run / "checkpoint_best.pt")
+        translate(one, *words)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Scoring, "translate", replace)
+        assert scored(data, run) == 1
+    assert "checkpoint_best.pt was replaced while it was scored; score it again" in capsys.readouterr().err
+    assert not (run / "scores.json").exists()
+    before = written(run)
+    assert scored(data, run) == 0
+    assert {"forced.json", "temperature.json", "generate-test.txt"} <= done_again(before, run)
+
+
 def test_the_share_of_the_teacher_is_the_last_that_is_known(data, run, tmp_path):
     """The share is None if none is logged; for a run stopped before its last log line it is the previous epoch's."""
     folder = tmp_path / "run"

@@ -211,7 +211,7 @@ class Shards:
         return found["files"]
 
     def whole(self, shard: int) -> bool:
-        with contextlib.suppress(UserError):
+        with contextlib.suppress(UserError, FileNotFoundError):  # another process may be replacing damaged files
             self.files(shard)
             return True
         return False
@@ -247,8 +247,8 @@ class Shards:
         with told(self.folder / name):
             try:
                 partial.write_bytes(content)
-                sync(partial)
                 with contextlib.suppress(FileNotFoundError):  # removed by `sweep` of a process that has written it
+                    sync(partial)
                     partial.replace(self.folder / name)
             finally:
                 partial.unlink(missing_ok=True)

@@ -361,6 +361,8 @@ class Scoring:
             "versions": {"hgkd_fairseq": hgkd_fairseq.__version__, **{one: metadata.version(one) for one in PACKAGES}},
             "threads": torch.get_num_threads(),
         }
+        if not self.up_to_date():
+            raise UserError(f"{self.path} was replaced while it was scored; score it again")
         files.write_json(self.folder / "scores.json", scores)
         labels = (("bleu", "BLEU"), ("chrf", "chrF2"))
         lines = [f"{label}|{signatures[key]} = {quality[key]:.2f}" for key, label in labels]

@@ -195,6 +195,7 @@ def translate(
     if how.engine == "ctranslate2" and len(paths) > 1:
         raise UserError("--engine ctranslate2 translates with one model; average the checkpoints by hgkd export")
     hashes = translations.hashes(data, subset)
+    teacher = [files.sha256(Path(file)) for file in paths]
     models, task, device = forced.load(data, path, cpu=how.device == "cpu")
     translations.check_pieces(task.target_dictionary)
     dataset = binarised.subset(task, subset)
@@ -204,10 +205,11 @@ def translate(
         "source_lang": task.cfg.source_lang,
         "target_lang": task.cfg.target_lang,
         **hashes,
-        "teacher": [files.sha256(Path(file)) for file in paths],
+        "teacher": teacher,
         "decoding": asdict(how),
         "versions": versions(how.engine),
     }
+    check_same(paths, teacher)
     shards = Shards.create(output, manifest, len(dataset), shard_size)
     longest = utils.resolve_max_positions(task.max_positions(), *[model.max_positions() for model in models])
     # The teacher's task may truncate or pad sources; the hashes are of those in the data.
@@ -219,9 +221,21 @@ def translate(
     else:
         models.clear()
         with convert(path, data, how.quantization) as folder:
+            check_same(paths, teacher)
             worker.engine = CTranslate2Engine(folder, task, how, longest[1] - 1)
             shards.fill(worker, part)
     return f"{output}: {worker.progress.end()}"
+
+
+def check_same(paths: list[str], hashes: list[str]) -> None:
+    """Check that checkpoints have these SHA-256, so that what was loaded is what a manifest names.
+
+    Raises:
+        UserError: one of them has another, as a training may have replaced it.
+    """
+    for path, expected in zip(paths, hashes, strict=True):
+        if files.sha256(Path(path)) != expected:
+            raise UserError(f"--teacher-path {path} was replaced while it was loaded; start again")
 
 
 def versions(engine: str) -> dict[str, str]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import hgkd_fairseq
+from hgkd_fairseq import files
 from hgkd_fairseq.data.batches import filled
 from hgkd_fairseq.data.shards import Shards
 from hgkd_fairseq.errors import UserError
@@ -133,7 +134,7 @@ def write(data: str, teacher_path: str, output: str, options: StoreOptions) -> s
         writer = Writer(teacher, shards, sources, options, task, device, progress)
         shards.fill(writer.make)
     sentences = sum(int(source.kept.sum()) for source in sources)
-    size = sum(file.stat().st_size for file in Path(output).rglob("*") if file.is_file())
+    size = files.size_of(output)
     biased = "; the gradient of its KL is biased: what is outside of the k tokens is one bucket"
     return (
         f"{output}: kind {options.kind}, {sentences} sentences, {tokens} target tokens, {size} bytes, "
@@ -265,7 +266,7 @@ def check_room(output: str, needed: float, kind: str) -> None:
         UserError: the free space is too small, or the parent folder does not exist.
     """
     there = Path(output).resolve()
-    written = sum(file.stat().st_size for file in there.rglob("*.npy")) if there.is_dir() else 0
+    written = files.size_of(there, ".npy")
     if not there.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {there.parent}; make it first")
     free = shutil.disk_usage(there if there.is_dir() else there.parent).free

@@ -65,6 +65,7 @@ def prepare(grid: Grid, folder: Path, source: str | None) -> None:
     with lock:
         make_data(grid, folder, source, made, lock)
         copy_teachers(grid, folder)
+        check_teachers(grid, folder)  # again: another run.py may have copied others since
 
 
 def make_data(grid: Grid, folder: Path, source: str | None, made: Path, lock: IO) -> None:
@@ -250,6 +251,7 @@ class Runner:
                 child.terminate()
             say("interrupted; the same command goes on from here")
             raise
+        check(self.cells, self.folder)  # another run.py may have made some, by a grid that was changed
         return all(finished(cell, self.folder) for cell in self.cells)
 
     def work(self) -> None:
@@ -303,6 +305,7 @@ class Runner:
 
     def make(self, cell: Cell, lock: IO) -> None:
         folder = self.folder / cell.folder
+        check([cell], self.folder)  # another run.py may have begun it since
         about = {**cell.description(), "teachers": hashes_of_teachers(cell, self.folder)}
         files.write_json(folder / "cell.json", about)
         self.distil(cell)
@@ -339,11 +342,15 @@ class Runner:
         path = cell.translate[cell.translate.index("--teacher-path") + 1]
         teachers = [files.sha256(self.folder / one) for one in path.split(":")]
         wanted = {"translate": cell.translate, "distil": cell.distil, "teachers": teachers}
-        if data.exists():  # the folder is created atomically
-            if settings.exists() and files.read_json(settings, {}) != wanted:
+
+        def made() -> bool:
+            if data.exists() and settings.exists() and files.read_json(settings, {}) != wanted:
                 raise UserError(
                     f"{data} was made with other options or another teacher; remove it and {folder} to make it again"
                 )
+            return data.exists()  # the folder is created atomically
+
+        if made():
             return
         log = folder.with_name("translate.log")
         say(f"{cell.train[0]}: translating the training set (log: {log})")
@@ -351,19 +358,13 @@ class Runner:
             if self.stopped.wait(POLL_S):
                 return
         with lock, files.appending(log) as output:
-            if data.exists():
+            if made():
                 return
             files.write_json(settings, wanted)
             for words in ([*cell.translate, *self.device], cell.distil):
                 if self.stopped.is_set():
                     return
-                child = subprocess.Popen(
-                    [str(BIN / "hgkd"), *words], cwd=self.folder, env=self.environment, stdin=subprocess.DEVNULL,
-                    stdout=output, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()],
-                )  # fmt: skip
-                self.children.add(child)
-                status = child.wait()
-                self.children.discard(child)
+                status = self.status([BIN / "hgkd", *words], output, lock)
                 if status and not self.stopped.is_set():
                     told = log.read_text(errors="replace").splitlines()
                     raise UserError(f"hgkd {words[0]} ended with status {status}: {told[-1] if told else ''}")
@@ -375,17 +376,24 @@ class Runner:
             return False
         file = self.folder / cell.folder / log
         with files.appending(file) as output:
-            child = subprocess.Popen(
-                [str(part) for part in command], cwd=self.folder, env=self.environment, stdin=subprocess.DEVNULL,
-                stdout=output, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()],
-            )  # fmt: skip
-            self.children.add(child)
-            status = child.wait()
-            self.children.discard(child)
+            status = self.status(command, output, lock)
         if status and not self.stopped.is_set():
             lines = file.read_text(errors="replace").splitlines()
             self.fail(cell, f"{Path(command[0]).name} ended with status {status}: {lines[-1] if lines else ''}")
         return status == 0
+
+    def status(self, command: list, output: IO, lock: IO) -> int:
+        """Run a command, which inherits the lock, and return its exit status."""
+        child = subprocess.Popen(
+            [str(part) for part in command], cwd=self.folder, env=self.environment, stdin=subprocess.DEVNULL,
+            stdout=output, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()],
+        )  # fmt: skip
+        self.children.add(child)
+        if self.stopped.is_set():  # an interrupt that came before the child was known
+            child.terminate()
+        status = child.wait()
+        self.children.discard(child)
+        return status
 
 
 def show(cells: list[Cell], folder: Path) -> None:

@@ -158,6 +158,24 @@ def test_another_teacher_or_search_is_refused(own: Path, plain: cl.Run, path: Pa
     assert "another subset (" in error(capsys)
 
 
+def test_a_teacher_that_is_replaced_while_it_is_loaded(
+    data: Path, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    """Nothing is translated by a model that the manifest does not name."""
+    teacher, load = tmp_path / "teacher.pt", forced.load
+    shutil.copy(path, teacher)
+
+    def load_and_replace(*words, **more):
+        found = load(*words, **more)
+        torch.save(cl.load(path) | {"extra_state": {}}, teacher)
+        return found
+
+    monkeypatch.setattr(forced, "load", load_and_replace)
+    assert translate(data, teacher, tmp_path / "set") == 1
+    assert f"{teacher} was replaced while it was loaded; start again" in error(capsys)
+    assert not (tmp_path / "set").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -43,6 +43,19 @@ def test_a_record_is_of_the_content(tmp_path):
     assert not recorded("scaled_forced.json")
 
 
+def test_a_folder_that_two_make_at_once(tmp_path):
+    """The second one says so, and leaves its work folder to the next call."""
+    code = 'work_folder out; touch "$partial/x"; {}finish out'
+    assert bash(code.format(""), tmp_path).returncode == 0
+    second = bash(code.format(""), tmp_path)
+    assert second.returncode == 1
+    assert "another run has made out meanwhile; start again" in second.stderr
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["out", "out.partial"]
+    assert bash("rm -r out; " + code.format('ls -A "$partial" >&2; '), tmp_path).returncode == 0
+    assert [one.name for one in tmp_path.iterdir()] == ["out"]
+    assert [one.name for one in (tmp_path / "out").iterdir()] == ["x"]
+
+
 def test_settings_are_compared_with_those_of_the_run(tmp_path):
     """A teacher by what it is, and not by its path; one that is not there yet says nothing."""
     (tmp_path / "run").mkdir()

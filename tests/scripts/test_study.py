@@ -462,6 +462,35 @@ def test_a_cell_that_fails_somehow(tmp_path, capsys):
     assert "same/hkd-t/seed-1: cannot be trained without teacher/big/seed-0" in said
 
 
+def test_a_cell_that_another_run_has_begun_otherwise(tmp_path):
+    """Two runs share the folder, and the grid is changed between their starts, before the cell is begun."""
+    old, new = [
+        runner.Runner(Grid(write_grid(tmp_path, block(["same"], ["hkd-t"], [1]), updates=updates)).cells(), tmp_path, 1)
+        for updates in (UPDATES, UPDATES + 1)
+    ]
+    cell = tmp_path / old.cells[1].folder
+    old.stopped.set()
+    with runner.claim(cell) as lock:
+        old.make(old.cells[1], lock)  # it is killed after this
+        before = (cell / "cell.json").read_text()
+        with pytest.raises(UserError, match=f"{cell} was made with {UPDATES} and"):
+            new.make(new.cells[1], lock)
+    assert (cell / "cell.json").read_text() == before
+    new.failed.update(cell.folder for cell in new.cells)
+    with pytest.raises(UserError, match=f"{cell} was made with"):
+        new.run()
+
+
+def test_a_training_that_begins_while_the_run_is_interrupted(tmp_path):
+    """The interrupt comes when its process is not among those to end yet."""
+    cells = Grid(write_grid(tmp_path, block(["same"], ["hkd-t"], [1]))).cells()
+    stopped = runner.Runner(cells, tmp_path, jobs=1)
+    stopped.stopped.set()
+    with runner.claim(tmp_path / "cell") as lock, open(tmp_path / "log", "w") as output:
+        assert stopped.status(["sleep", cl.TIMEOUT_S], output, lock) == -signal.SIGTERM
+    assert not stopped.children
+
+
 def test_an_interrupted_run_begins_nothing_more(tmp_path, capsys):
     """Neither a training nor its scores, nor the data that it needs."""
     cells = Grid(write_grid(tmp_path, block(["same"], ["seq-kd"], [1]))).cells()
