@@ -102,8 +102,10 @@ def load(path: Path) -> dict:
     return torch.load(path, map_location="cpu", weights_only=False)
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+def environment(*arguments) -> dict[str, str]:
+    """Return the environment of a command with these arguments. With --cpu it sees no GPU, where fairseq would collect
+    the norm of gradients."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if "--cpu" in arguments else {})
 
 
 def command(name: str, *arguments) -> list[str]:
@@ -144,7 +146,7 @@ def fairseq(name: str, *arguments, cwd: Path | None = None, stdin: str | None = 
         source.write_text(stdin or "")
         output.touch()
         request = {"name": name, "arguments": [*map(str, arguments)], "cwd": str(cwd or Path.cwd())}
-        request |= {"env": environment(), "stdin": str(source), "output": str(output)}
+        request |= {"env": environment(*arguments), "stdin": str(source), "output": str(output)}
         connection.connect(server())
         connection.settimeout(TIMEOUT_S)
         with connection.makefile("rw") as stream:

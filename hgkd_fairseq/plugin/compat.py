@@ -64,6 +64,7 @@ def apply() -> None:
     same_run_after_resume()
     what_was_learned_is_validated()
     nan_gradients_are_reported()
+    overflow_on_the_cpu()
     native_bf16()
     saved_when_told_to_stop()
 
@@ -503,6 +504,32 @@ def nan_gradients_are_reported() -> None:
             ) from error
 
     NanDetector.add_hooks = add_hooks
+    Trainer.train_step = train_step
+
+
+def overflow_on_the_cpu() -> None:
+    """Skip an update whose fp16 gradients overflow on the CPU too, where fairseq then asks for a GPU."""
+    from fairseq.logging import metrics
+    from fairseq.trainer import Trainer
+
+    step = Trainer.train_step
+    if not written_for(step, "grad_norm = torch.tensor(0.0).cuda()", "an fp16 overflow on the CPU ends the training"):
+        return
+
+    @functools.wraps(step)
+    def train_step(self, *args, **kwargs):
+        try:
+            return step(self, *args, **kwargs)
+        except (AssertionError, RuntimeError) as error:  # torch without CUDA, or a machine without a GPU
+            if self.cuda or not isinstance(error.__context__, OverflowError):
+                raise
+        # What fairseq does from there on.
+        self.zero_grad()
+        with metrics.aggregate("train"):
+            metrics.log_scalar("loss_scale", self.optimizer.scaler.loss_scale, priority=700, round=4, weight=0)
+            metrics.log_stop_time("train_wall")
+        return None
+
     Trainer.train_step = train_step
 
 

@@ -180,7 +180,7 @@ place() {
     if ((gpus == 0)); then
         device=(--cpu)
         precision=${precision:-fp32}
-        # fairseq requires a GPU to handle an overflow, which the first updates have.
+        # fairseq keeps the fp32 parameters of --fp16 on a GPU.
         [[ $precision != fp16 ]] || fail 2 "--precision fp16: needs a GPU; give bf16 or fp32"
         set -a && source "$root/scripts/cpu_memory.env" && set +a
     else
@@ -323,7 +323,7 @@ empty_work_folder() {
 
 # prepare: make text, pieces and fairseq's binary data, unless they exist, and set `data`.
 prepare() {
-    local split partial=$dir/data-bin.partial
+    local split text partial=$dir/data-bin.partial
     if [[ ! -d $dir/text ]] && ! ((dry_run)); then
         say "$title; $terms"
         get_originals
@@ -340,8 +340,10 @@ prepare() {
                 fail 1 "$split: not as many lines in $source as in $target: are the original files whole?"
             say "$split: $(wc -l <"$partial/$split.$source") pairs"
         done
-        finish "$dir/text"
+        text=$partial
         work_folder "$dir/pieces" && rm -rf "$partial" # made from an earlier text
+        partial=$text
+        finish "$dir/text"
     fi
     if [[ ! -d $dir/pieces ]] && ! ((dry_run)); then
         say "pieces (log: $dir/prepare.log)"
