@@ -240,17 +240,15 @@ def _locked_folder(prefix: str, parent: Path) -> tuple[Path, int] | None:
     """Create and lock a temporary folder. Return it and its descriptor; None if another process has taken it for an
     unfinished one, and removed it, before it was locked."""
     temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-    descriptor = None
     try:
         descriptor = _open_folder(temporary)
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)  # waits while another process removes it
-        if os.path.samestat(os.fstat(descriptor), os.stat(temporary)):
-            return temporary, descriptor
     except FileNotFoundError:
-        pass
-    if descriptor is not None:
-        os.close(descriptor)
+        return None
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # waits while another process removes it
+    if temporary.exists():
+        return temporary, descriptor
+    os.close(descriptor)
     return None
 
 
@@ -299,6 +297,16 @@ def copy(source: str | Path, target: str | Path) -> None:
         shutil.copyfileobj(content, output)
 
 
+def identity(file: str | Path) -> tuple[int, ...] | None:
+    """Return what changes if a file is replaced or written again: device, inode, size and time of modification (ns).
+    None if there is no such file."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def size_of(folder: str | Path, ending: str = "") -> int:
     """Return the total size, in bytes, of the files in a folder and its subfolders whose names have this ending. Other
     processes may add and remove files meanwhile."""
@@ -306,7 +314,7 @@ def size_of(folder: str | Path, ending: str = "") -> int:
     for place, _, names in os.walk(folder):
         for name in names:
             if name.endswith(ending):
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(OSError):
                     total += os.stat(os.path.join(place, name)).st_size
     return total
 

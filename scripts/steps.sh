@@ -29,8 +29,8 @@ work_folder() {
 finish() {
     rm -f -- "$partial/$MARK"
     mv -T -- "$partial" "$1" && return
-    : >"$partial/$MARK"
-    [[ ! -e $1 ]] || echo "another run has made $1 meanwhile; start again" >&2
+    [[ ! -d $1 ]] || echo "another run has made $1 meanwhile; start again" >&2
+    if [[ $partial == "$1.partial" ]]; then : >"$partial/$MARK"; else rm -rf -- "$partial"; fi
     return 1
 }
 

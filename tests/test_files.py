@@ -249,6 +249,7 @@ def test_the_size_of_a_folder_from_which_files_vanish(folder, monkeypatch):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_bytes(bytes(size))
     os.symlink("nowhere", "sub/e.npy")
+    os.symlink("f.npy", "sub/f.npy")  # a link to itself
     assert files.size_of(".") == 26
     assert files.size_of(".", ".npy") == 19
     assert files.size_of("nowhere") == 0

@@ -287,8 +287,9 @@ def test_scores_of_a_checkpoint_that_was_replaced_are_not_copied(data, student, 
 
 
 def test_a_checkpoint_that_is_replaced_while_it_is_scored(data, student, run, monkeypatch, capsys):
-    """Its scores would be of two models; the next call scores it again."""
+    """Its scores would be of two models; the next call scores it again, even if the first one is there again."""
     translate = Scoring.translate
+    shutil.copy2(run / "checkpoint_best.pt", run / "first")
 
     def replace(one, *words) -> None:
         weaken(student.path("checkpoint_last.pt"), run / "checkpoint_best.pt")
@@ -297,8 +298,9 @@ def test_a_checkpoint_that_is_replaced_while_it_is_scored(data, student, run, mo
     with monkeypatch.context() as patched:
         patched.setattr(Scoring, "translate", replace)
         assert scored(data, run) == 1
-    assert "checkpoint_best.pt was replaced while it was scored; score it again" in capsys.readouterr().err
+    assert "checkpoint_best.pt was replaced or removed while it was scored; score it when" in capsys.readouterr().err
     assert not (run / "scores.json").exists()
+    (run / "first").replace(run / "checkpoint_best.pt")
     before = written(run)
     assert scored(data, run) == 0
     assert {"forced.json", "temperature.json", "generate-test.txt"} <= done_again(before, run)

@@ -33,7 +33,7 @@ class Claim:
         file: path of the file.
         expires: seconds without a refresh after which the claim may be taken over.
         token: random identifier of the last attempt of this object to take the claim.
-        previous: token of the owner from which that attempt took it over; "" if there was none.
+        previous: token of the owner that had it before that attempt; "" if there was none.
     """
 
     def __init__(self, file: Path, expires: float = EXPIRES):

@@ -313,7 +313,7 @@ class Shards:
             claim.release()
 
     def remove_partial(self, name: str | None = None) -> None:
-        """Remove the partial files of this name, or all of them."""
+        """Remove the partial files of this name, or all of them. A name that leads elsewhere removes nothing."""
         for old in self.folder.glob("*.partial-*"):
             if name not in (None, old.name):
                 continue

@@ -35,7 +35,7 @@ from hgkd_fairseq.arguments import TOKENIZERS
 from hgkd_fairseq.calibration.scores import Results, Score
 from hgkd_fairseq.errors import UserError, flag
 from hgkd_fairseq.evaluation import forced, generated, inference, languages, logs, results, temperature
-from hgkd_fairseq.evaluation.steps import Steps
+from hgkd_fairseq.evaluation.steps import RECORD, Steps
 from hgkd_fairseq.plugin import binarised, checkpoints
 
 CHECKPOINTS = {"best": "checkpoint_best.pt", "last": "checkpoint_last.pt"}
@@ -332,6 +332,7 @@ class Scoring:
             others: checkpoints of the same run and pair that are scored already. The files of one with the same weights
                 are copied.
         """
+        before = {path: files.identity(path) for path in self.candidates or [self.path]}
         if self.candidates:
             self.once = Steps(self.folder, *self.known).once
             self.path = self.best_by_bleu()
@@ -361,8 +362,13 @@ class Scoring:
             "versions": {"hgkd_fairseq": hgkd_fairseq.__version__, **{one: metadata.version(one) for one in PACKAGES}},
             "threads": torch.get_num_threads(),
         }
-        if not self.up_to_date():
-            raise UserError(f"{self.path} was replaced while it was scored; score it again")
+        for path, known in before.items():
+            now = files.identity(path)
+            if now != known and (path == self.path or now is not None):  # another candidate may be gone
+                (self.folder / RECORD).unlink(missing_ok=True)  # it has files of the one under the hash of the other
+                raise UserError(
+                    f"{path} was replaced or removed while it was scored; score it when its training has ended"
+                )
         files.write_json(self.folder / "scores.json", scores)
         labels = (("bleu", "BLEU"), ("chrf", "chrF2"))
         lines = [f"{label}|{signatures[key]} = {quality[key]:.2f}" for key, label in labels]

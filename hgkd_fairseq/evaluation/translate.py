@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -195,47 +196,49 @@ def translate(
     if how.engine == "ctranslate2" and len(paths) > 1:
         raise UserError("--engine ctranslate2 translates with one model; average the checkpoints by hgkd export")
     hashes = translations.hashes(data, subset)
-    teacher = [files.sha256(Path(file)) for file in paths]
+    before = [files.identity(file) for file in paths]
     models, task, device = forced.load(data, path, cpu=how.device == "cpu")
     translations.check_pieces(task.target_dictionary)
     dataset = binarised.subset(task, subset)
-    manifest = {
-        "kind": translations.KIND,
-        "subset": subset,
-        "source_lang": task.cfg.source_lang,
-        "target_lang": task.cfg.target_lang,
-        **hashes,
-        "teacher": teacher,
-        "decoding": asdict(how),
-        "versions": versions(how.engine),
-    }
-    check_same(paths, teacher)
-    shards = Shards.create(output, manifest, len(dataset), shard_size)
     longest = utils.resolve_max_positions(task.max_positions(), *[model.max_positions() for model in models])
-    # The teacher's task may truncate or pad sources; the hashes are of those in the data.
-    _, plain = translated_data(data, shards)
-    worker = Worker(shards, dataset, plain.src, how, longest[0], part)
-    if how.engine == "fairseq":
-        worker.engine = FairseqEngine(models, task, how, device)
+    with contextlib.ExitStack() as stack:
+        engine: Engine
+        if how.engine == "fairseq":
+            engine = FairseqEngine(models, task, how, device)
+        else:
+            models.clear()
+            converted = stack.enter_context(convert(path, data, how.quantization))
+            engine = CTranslate2Engine(converted, task, how, longest[1] - 1)
+        manifest = {
+            "kind": translations.KIND,
+            "subset": subset,
+            "source_lang": task.cfg.source_lang,
+            "target_lang": task.cfg.target_lang,
+            **hashes,
+            "teacher": [files.sha256(Path(file)) for file in paths],
+            "decoding": asdict(how),
+            "versions": versions(how.engine),
+        }
+        check_same(paths, before)
+        shards = Shards.create(output, manifest, len(dataset), shard_size)
+        # The teacher's task may truncate or pad sources; the hashes are of those in the data.
+        _, plain = translated_data(data, shards)
+        worker = Worker(shards, dataset, plain.src, how, longest[0], engine, part)
         shards.fill(worker, part)
-    else:
-        models.clear()
-        with convert(path, data, how.quantization) as folder:
-            check_same(paths, teacher)
-            worker.engine = CTranslate2Engine(folder, task, how, longest[1] - 1)
-            shards.fill(worker, part)
     return f"{output}: {worker.progress.end()}"
 
 
-def check_same(paths: list[str], hashes: list[str]) -> None:
-    """Check that checkpoints have these SHA-256, so that what was loaded is what a manifest names.
+def check_same(paths: list[str], identities: list[tuple[int, ...] | None]) -> None:
+    """Check that checkpoints are the files that they were, so that what was loaded is what a manifest names.
 
     Raises:
-        UserError: one of them has another, as a training may have replaced it.
+        UserError: one of them is another or gone, as a training may replace its checkpoints.
     """
-    for path, expected in zip(paths, hashes, strict=True):
-        if files.sha256(Path(path)) != expected:
-            raise UserError(f"--teacher-path {path} was replaced while it was loaded; start again")
+    for path, known in zip(paths, identities, strict=True):
+        if files.identity(path) != known:
+            raise UserError(
+                f"--teacher-path {path} was replaced or removed while it was loaded; wait until its training has ended"
+            )
 
 
 def versions(engine: str) -> dict[str, str]:
@@ -252,16 +255,22 @@ class Worker:
         sources: sources as they are in the data, (length,) each.
         how: options of the search.
         longest: longest source that the model accepts.
+        engine: what translates.
         part: as for :meth:`Shards.fill`.
-
-    Attributes:
-        engine: what translates; set before the first call.
     """
 
-    engine: Engine
-
-    def __init__(self, shards: Shards, dataset, sources, how: Decoding, longest: int, part: tuple[int, int] | None):
+    def __init__(
+        self,
+        shards: Shards,
+        dataset,
+        sources,
+        how: Decoding,
+        longest: int,
+        engine: Engine,
+        part: tuple[int, int] | None,
+    ):
         self.shards, self.dataset, self.sources, self.how, self.longest = shards, dataset, sources, how, longest
+        self.engine = engine
         first, step = part or (0, 1)
         self.mine = range(first, shards.count, step)
         self.progress = Progress(self.sentences(self.mine), self.finished)

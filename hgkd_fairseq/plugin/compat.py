@@ -523,7 +523,7 @@ def overflow_on_the_cpu() -> None:
         except (AssertionError, RuntimeError) as error:  # torch without CUDA, or a machine without a GPU
             if self.cuda or not isinstance(error.__context__, OverflowError):
                 raise
-        # What fairseq does from there on.
+        # What fairseq does from there on. (The error has left the aggregator "train", which is not to be ended here.)
         self.zero_grad()
         with metrics.aggregate("train"):
             metrics.log_scalar("loss_scale", self.optimizer.scaler.loss_scale, priority=700, round=4, weight=0)

@@ -64,8 +64,8 @@ def prepare(grid: Grid, folder: Path, source: str | None) -> None:
     assert lock is not None
     with lock:
         make_data(grid, folder, source, made, lock)
-        copy_teachers(grid, folder)
         check_teachers(grid, folder)  # again: another run.py may have copied others since
+        copy_teachers(grid, folder)
 
 
 def make_data(grid: Grid, folder: Path, source: str | None, made: Path, lock: IO) -> None:
@@ -344,11 +344,13 @@ class Runner:
         wanted = {"translate": cell.translate, "distil": cell.distil, "teachers": teachers}
 
         def made() -> bool:
-            if data.exists() and settings.exists() and files.read_json(settings, {}) != wanted:
+            if not data.exists():  # the folder is created atomically
+                return False
+            if settings.exists() and files.read_json(settings, {}) != wanted:
                 raise UserError(
                     f"{data} was made with other options or another teacher; remove it and {folder} to make it again"
                 )
-            return data.exists()  # the folder is created atomically
+            return True
 
         if made():
             return

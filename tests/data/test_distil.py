@@ -26,6 +26,7 @@ from hgkd_fairseq.evaluation import forced, selection
 from hgkd_fairseq.evaluation.backward import BackwardModel
 from hgkd_fairseq.evaluation.distil_data import translated_data
 from hgkd_fairseq.evaluation.sampling import SeededSampling, uniform
+from hgkd_fairseq.evaluation.translate import CTranslate2Engine
 from hgkd_fairseq.files import sha256
 
 SEARCH = ("--beam", 4, "--max-len-b", 12, "--lenpen", 0.6)
@@ -158,11 +159,15 @@ def test_another_teacher_or_search_is_refused(own: Path, plain: cl.Run, path: Pa
     assert "another subset (" in error(capsys)
 
 
+@pytest.mark.parametrize("engine", ["fairseq", "ctranslate2"])
 def test_a_teacher_that_is_replaced_while_it_is_loaded(
-    data: Path, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    engine: str, data: Path, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
-    """Nothing is translated by a model that the manifest does not name."""
-    teacher, load = tmp_path / "teacher.pt", forced.load
+    """Nothing is translated by a model that the manifest does not name, and no folder is made."""
+    if engine == "ctranslate2":
+        pytest.importorskip("ctranslate2")
+    place = (forced, "load") if engine == "fairseq" else (CTranslate2Engine, "__init__")
+    teacher, load = tmp_path / "teacher.pt", getattr(*place)
     shutil.copy(path, teacher)
 
     def load_and_replace(*words, **more):
@@ -170,10 +175,18 @@ def test_a_teacher_that_is_replaced_while_it_is_loaded(
         torch.save(cl.load(path) | {"extra_state": {}}, teacher)
         return found
 
-    monkeypatch.setattr(forced, "load", load_and_replace)
-    assert translate(data, teacher, tmp_path / "set") == 1
-    assert f"{teacher} was replaced while it was loaded; start again" in error(capsys)
+    monkeypatch.setattr(*place, load_and_replace)
+    assert translate(data, teacher, tmp_path / "set", "--engine", engine) == 1
+    assert f"{teacher} was replaced or removed while it was loaded; wait" in error(capsys)
     assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("none.pt", "none.pt does not exist; name a fairseq"), (".", "is a folder, not a checkpoint")]
+)
+def test_a_teacher_that_is_none(name: str, message: str, data: Path, tmp_path: Path, capsys):
+    assert translate(data, tmp_path / name, tmp_path / "set") == 1
+    assert message in error(capsys)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from processes import content, owners
 
+from hgkd_fairseq.data import shards
 from hgkd_fairseq.data.claims import Claim, machine
 from hgkd_fairseq.data.shards import Shards
 from hgkd_fairseq.errors import UserError
@@ -150,6 +151,36 @@ def test_a_claim_from_elsewhere_removes_nothing_else(token, tmp_path: Path):
     assert content(tmp_path / "set") == content(whole.folder)
     assert sorted(one.name for one in tmp_path.iterdir()) == ["aside", "set"]
     assert not list(tmp_path.glob("set/*partial*"))
+
+
+def test_a_file_beside_shards_that_another_process_removes_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It has finished all shards and removes what looks unfinished, while this one writes the same file once more."""
+    found = filled(tmp_path / "set")
+    found.beside("weight.npy", b"1")
+    flush = shards.sync
+
+    def sweep_and_sync(file: Path) -> None:
+        found.sweep()
+        flush(file)
+
+    monkeypatch.setattr(shards, "sync", sweep_and_sync)
+    found.beside("weight.npy", b"1")
+    assert (tmp_path / "set" / "weight.npy").read_bytes() == b"1"
+
+
+def test_a_damaged_shard_that_another_process_replaces(tmp_path: Path):
+    """Its files vanish while this process reads them, which takes it for unfinished."""
+    filled(tmp_path / "set")
+    found = Shards.create(tmp_path / "set", ABOUT, **SIZE)
+    described = found.described
+
+    def then_lose(shard: int) -> dict[str, str]:
+        files = described(shard)
+        (found.name(shard) / "ids.npy").unlink()
+        return files
+
+    found.described = then_lose
+    assert not found.whole(2)
 
 
 def test_claims_that_another_process_removes_at_the_end(tmp_path: Path):

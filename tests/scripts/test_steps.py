@@ -1,6 +1,7 @@
 """What quickstart, recipes and data scripts share: folders to work in, records of what is finished, a lock."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,14 +45,17 @@ def test_a_record_is_of_the_content(tmp_path):
 
 
 def test_a_folder_that_two_make_at_once(tmp_path):
-    """The second one says so, and leaves its work folder to the next call."""
-    code = 'work_folder out; touch "$partial/x"; {}finish out'
-    assert bash(code.format(""), tmp_path).returncode == 0
-    second = bash(code.format(""), tmp_path)
-    assert second.returncode == 1
-    assert "another run has made out meanwhile; start again" in second.stderr
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["out", "out.partial"]
-    assert bash("rm -r out; " + code.format('ls -A "$partial" >&2; '), tmp_path).returncode == 0
+    """The second one says so. Its work folder is left to the next call, or removed if that would not find it."""
+    code = 'work_folder out; touch "$partial/x"; finish out'
+    assert bash(code, tmp_path).returncode == 0
+    for begin, left in (("", ["out", "out.partial"]), ("mkdir -p out.partial; ", ["out", "out.partial"])):
+        second = bash(begin + code, tmp_path)
+        assert second.returncode == 1
+        assert "another run has made out meanwhile; start again" in second.stderr
+        assert sorted(one.name for one in tmp_path.iterdir()) == left
+        shutil.rmtree(tmp_path / "out.partial")
+    assert bash(code, tmp_path).returncode == 1
+    assert bash("rm -r out; work_folder out; finish out", tmp_path).returncode == 0
     assert [one.name for one in tmp_path.iterdir()] == ["out"]
     assert [one.name for one in (tmp_path / "out").iterdir()] == ["x"]
 

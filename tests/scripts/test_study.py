@@ -17,7 +17,7 @@ import pytest
 import torch
 from sacrebleu.metrics import BLEU
 
-from hgkd_fairseq import cli, methods
+from hgkd_fairseq import cli, files, methods
 from hgkd_fairseq.errors import UserError
 from hgkd_fairseq.evaluation.score import LENGTH_PENALTIES
 
@@ -479,6 +479,33 @@ def test_a_cell_that_another_run_has_begun_otherwise(tmp_path):
     new.failed.update(cell.folder for cell in new.cells)
     with pytest.raises(UserError, match=f"{cell} was made with"):
         new.run()
+
+
+@pytest.mark.parametrize("teacher", ["same", "another"])
+def test_translations_that_another_run_has_made_meanwhile(teacher, tmp_path, monkeypatch):
+    """They are used if they were made with the same options and teacher."""
+    cells = Grid(write_grid(tmp_path, block(["same"], ["seq-kd"], [1]))).cells()
+    made, lock = runner.Runner(cells, tmp_path, jobs=1), runner.claim
+    cell = cells[-1]
+    path = tmp_path / cell.translate[cell.translate.index("--teacher-path") + 1]
+    path.parent.mkdir(parents=True)
+    path.write_text("one")
+    digest = files.sha256(path) if teacher == "same" else "0" * 64
+
+    def make_and_lock(folder: Path):
+        data = tmp_path / cell.train[0]
+        data.mkdir(parents=True)
+        wanted = {"translate": cell.translate, "distil": cell.distil, "teachers": [digest]}
+        data.with_name(f"{data.name}.json").write_text(json.dumps(wanted))
+        return lock(folder)
+
+    monkeypatch.setattr(runner, "claim", make_and_lock)
+    monkeypatch.setattr(made, "status", lambda *_: pytest.fail("made again"))
+    if teacher == "same":
+        made.distil(cell)
+    else:
+        with pytest.raises(UserError, match="was made with other options or another teacher"):
+            made.distil(cell)
 
 
 def test_a_training_that_begins_while_the_run_is_interrupted(tmp_path):
