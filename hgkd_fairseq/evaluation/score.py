@@ -438,7 +438,8 @@ class Scoring:
 
     def training(self) -> dict[str, Any]:
         """Return values about the training, from the run's log and its last checkpoint."""
-        lowest = min(self.curve, key=lambda point: point.get("valid_nll", math.inf), default={})
+        # Of equal ones the last, which is fairseq's checkpoint_best.pt.
+        lowest = min(reversed(self.curve), key=lambda point: point.get("valid_nll", math.inf), default={})
         latest = self.curve[-1] if self.curve else {}
         shares = [point["teacher_share"] for point in self.curve if "teacher_share" in point]
         last = self.run / CHECKPOINTS["last"]

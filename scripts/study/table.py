@@ -387,16 +387,22 @@ def how(study: Study) -> list[str]:
     for key, name in names.items():
         text += [f"{name} `{one}`" for one in sorted({cell.scores["signatures"][key] for cell in cells})]
     signed = study.bootstrap_signature(cells[0])
-    text.append(f"p: one tail of the paired bootstrap between cells of one seed, `{signed}`")
+    text.append(
+        f"p: sacreBLEU's paired bootstrap between cells of one seed, `{signed}`; one tail of it, and up to 0.1 less "
+        "than that where the difference is small (p above 0.05)"
+    )
     chosen = "checkpoints chosen by validation NLL"
     if any(BEST_BLEU in cell.checkpoints for cell in cells):
-        chosen = "translations by the checkpoint with the highest validation BLEU, the rest by that with the least NLL"
+        chosen = (
+            "BLEU and chrF of the checkpoint with the highest validation BLEU, the rest, with the ECE of translations, "
+            "of that with the least NLL"
+        )
     lines = [
         f"Mean ± standard deviation over seeds; {chosen}; scores on the test set. "
         "A teacher is scored at its checkpoint with the least NLL. Length penalties chosen: of each seed, fairseq's "
         "--lenpen that has the highest BLEU on the validation set. "
         + "; ".join(text)
-        + f". All cells and their teachers: {signature(cells)}.",
+        + f". All cells, and those teachers that are cells: {signature(cells)}.",
     ]
     if study.unfinished:
         lines += ["", f"Not finished, and not in the tables: {', '.join(study.unfinished)}."]

@@ -730,7 +730,7 @@ def test_tables_by_hand(tmp_path, monkeypatch, capsys):
     assert "BLEU `bleu|by:hand`" in lines[-3]
     assert "bs:1000" in lines[-3]
     assert lines[2] == "All its cells: `setting:same|updates:40|precision:fp32`."
-    assert lines[-3].endswith("All cells and their teachers: `precision:fp32`.")
+    assert lines[-3].endswith("All cells, and those teachers that are cells: `precision:fp32`.")
     assert lines[-1] == "Not finished, and not in the tables: same/hkd-s/seed-1."
     # matplotlib writes a text of its figures as a comment too. Base never asks the teacher.
     share, nll = ((out / name).read_text() for name in ("teacher_share.svg", "validation_nll.svg"))
@@ -768,7 +768,8 @@ def test_tables_of_two_checkpoints(tmp_path, monkeypatch):
     (best_bleu / "scores.json").write_text(json.dumps(numbers(21.5, 0.14, 1) | {"nll": 3.25}))
     tables = (make_tables(tmp_path, study, monkeypatch) / "tables.md").read_text()
     assert "\n| Base | 1 | 21.5 | 22.5 | 43.0 | 10.00 | 2.50 | 20.00 | 3.000 |  |  |\n" in tables
-    rule = "translations by the checkpoint with the highest validation BLEU, the rest by that with the least NLL"
+    rule = "BLEU and chrF of the checkpoint with the highest validation BLEU, the rest, with the ECE of translations, "
+    rule += "of that with the least NLL"
     assert f"Mean ± standard deviation over seeds; {rule}; scores on the test set. " in tables
     assert "\n| Base | 20.0 | 21.5 |  | 3.000 | 3.250 |  | 10.00 | 14.00 |  |\n" in tables
 
