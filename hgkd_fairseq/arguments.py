@@ -71,6 +71,8 @@ class Output(str):
     """
 
     def __new__(cls, text: str):
+        if text == "-":
+            raise argparse.ArgumentTypeError("give the name of a file, or /dev/stdout")
         try:
             files.check_output(text)
         except UserError as error:
@@ -175,7 +177,7 @@ def add(commands, name: str, run: Callable, about: str) -> Callable:
         run: function that runs it, given the parsed arguments; returns an exit status, or None for 0.
         about: description in the list of subcommands.
     """
-    command = commands.add_parser(name, help=about)
+    command = commands.add_parser(name, help=about, description=about)
     command.set_defaults(run=run)
     return command.add_argument
 

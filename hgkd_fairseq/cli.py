@@ -62,6 +62,15 @@ def add_gates(commands) -> None:
     option("--markdown", action="store_true", help="as a table, with their options")
 
 
+def add_options(commands) -> None:
+    def run(args) -> None:
+        from hgkd_fairseq.criterions import listing
+
+        print(listing.text(), end="")
+
+    add(commands, "options", run, "list the options that criterion and tasks add to fairseq-train")
+
+
 def add_methods(commands) -> None:
     def run(args) -> None:
         from hgkd_fairseq import methods
@@ -386,8 +395,8 @@ def parser() -> Parser:
     top = Parser(prog="hgkd", description="Hard-gate knowledge distillation for fairseq")
     top.add_argument("--version", action="version", version=hgkd_fairseq.__version__)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    for make in (add_user_dir, add_doctor, add_gates, add_methods, add_weights, add_calibration, add_score, add_report,
-                 add_store, *sequence_level.COMMANDS, add_export, add_compare):  # fmt: skip
+    for make in (add_user_dir, add_doctor, add_options, add_gates, add_methods, add_weights, add_calibration,
+                 add_score, add_report, add_store, *sequence_level.COMMANDS, add_export, add_compare):  # fmt: skip
         make(commands)
     return top
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from hgkd_fairseq.arguments import Data, Input, NewOutput, add, add_data, add_running, add_search, number, part
-from hgkd_fairseq.errors import UserError
+from hgkd_fairseq.errors import UserError, flag
 
 # The same as filters.SWITCHES, whose import would load fairseq.
 REASONS = ("empty", "limit", "long", "ratio", "copy", "loop", "unknown", "score", "backward")
@@ -40,7 +40,7 @@ def add_translate(commands) -> None:
     option("--sampling", action="store_true", help="draw --nbest translations instead of searching with --beam")
     option("--sampling-topk", type=number(1), default=0, metavar="K", help="from the K most probable pieces")
     option("--sampling-topp", type=number(0, 1, float), default=0.0, metavar="P", help="from as few as have P together")
-    option("--seed", type=number(0, 2**31), default=1, metavar="N", help="of the sampling (default: 1)")
+    option("--seed", type=number(0, 2**31), metavar="N", help="of --sampling (default: 1)")
     option("--dtype", choices=["fp32", "fp16", "bf16"], help="default: fp16 on a GPU, fp32 on the CPU")
     option("--shard-size", type=number(1), default=20_000, metavar="N", help="sentences a shard (default: 20000)")
     which = "make the shards I, I + N, ... only, of I from 1 to N (default: the next free one each time)"
@@ -57,12 +57,25 @@ def decoding_of(args):
 
     device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
     half = device == "cuda" and args.engine == "fairseq"
+    if args.seed is not None and not args.sampling:
+        raise UserError("--seed is of --sampling; add it, or drop --seed")
     given = {field: getattr(args, field) for field in Decoding.__dataclass_fields__ if hasattr(args, field)}
+    given["seed"] = Decoding.seed if args.seed is None else args.seed
     beam = args.nbest if args.sampling else args.beam or Decoding.beam
     how = Decoding(**given | {"beam": beam, "device": device, "dtype": args.dtype or ("fp16" if half else "fp32")})
     if args.sampling and args.beam is not None:
         raise UserError(f"--beam {args.beam} is of a search, and --sampling draws --nbest translations; drop it")
     return how
+
+
+# Filters by the reason of --keep that switches each off: the option that tunes it, and the field of `Filters`.
+TUNED = {
+    "ratio": ("length_ratio", "ratio"),
+    "long": ("max_pieces", "most"),
+    "loop": ("max_repeats", "repeats"),
+    "score": ("worst_score", "worst_score"),
+    "backward": ("worst_backward", "worst_backward"),
+}
 
 
 def add_distil_data(commands) -> None:
@@ -72,14 +85,16 @@ def add_distil_data(commands) -> None:
 
         if args.worst_backward is not None and not args.backward_path:
             raise UserError("--worst-backward is of the model of --backward-path; give it, or drop --worst-backward")
-        filters = Filters(
-            off=frozenset(args.keep or ()),
-            ratio=args.length_ratio,
-            most=args.max_pieces,
-            repeats=args.max_repeats,
-            worst_score=args.worst_score,
-            worst_backward=Filters.worst_backward if args.worst_backward is None else args.worst_backward,
-        )
+        if args.backward_path and "backward" in (args.keep or ()):
+            raise UserError("--backward-path is of what --keep backward does not drop for; drop one of them")
+        tuned = {}
+        for reason, (option, name) in TUNED.items():
+            value = getattr(args, option)
+            if value is not None and reason in (args.keep or ()):
+                raise UserError(f"{flag(option)} is of what --keep {reason} does not drop for; drop one of them")
+            if value is not None:
+                tuned[name] = value
+        filters = Filters(off=frozenset(args.keep or ()), **tuned)
         choice = Choice(args.select, filters, args.mix_original, args.backward_path, args.max_tokens, args.cpu)
         print(distil(args.folder, args.data, args.output, choice), end="")
 
@@ -98,12 +113,12 @@ def add_distil_data(commands) -> None:
         "--keep", action="append", choices=REASONS, metavar="REASON", help=f"do not drop for it: {', '.join(REASONS)}"
     )
     ratio = "pieces of a translation over those of its source (default: 0.5,2)"
-    option("--length-ratio", type=limits, default=(0.5, 2.0), metavar="LOW,HIGH", help=ratio)
-    option("--max-pieces", type=number(1), default=150, metavar="N", help="of a sentence (default: 150)")
+    option("--length-ratio", type=limits, metavar="LOW,HIGH", help=ratio)
+    option("--max-pieces", type=number(1), metavar="N", help="of a sentence (default: 150)")
     runs = "drop what has a run of pieces so often in a row (default: 4)"
-    option("--max-repeats", type=number(2), default=4, metavar="N", help=runs)
+    option("--max-repeats", type=number(2), metavar="N", help=runs)
     worst = "drop so many of the worst by the teacher's score (default: 0)"
-    option("--worst-score", type=number(0, 1, float), default=0.0, metavar="SHARE", help=worst)
+    option("--worst-score", type=number(0, 1, float), metavar="SHARE", help=worst)
     other = "model of the other direction, in the same dictionaries; drops the worst by its cross-entropy"
     option("--backward-path", type=Input, metavar="CKPT[:CKPT]", help=other)
     worst = "so many of them (default: 0.05)"

@@ -37,8 +37,10 @@ TIED = ("--share-all-embeddings",)
 STEPS = ("--optimizer", "adam", "--lr", 0.005, "--max-tokens", 800)
 QUIET = ("--no-progress-bar", "--log-format", "json")
 LOGS = ("--cpu", *QUIET)
-BLEU = ("--eval-bleu", "--eval-bleu-args", '{"beam": 2}', "--best-checkpoint-metric", "bleu")
-BEST_BLEU = (*BLEU, "--maximize-best-checkpoint-metric")
+BEST_BLEU = (
+    *("--eval-bleu", "--eval-bleu-args", '{"beam": 2}', "--best-checkpoint-metric", "bleu"),
+    "--maximize-best-checkpoint-metric",
+)
 KEEP_LAST = ("--no-epoch-checkpoints",)
 
 

@@ -1,5 +1,6 @@
 """Tests of the command ``hgkd``: user-dir, forced calibration, unusable options, interruptions."""
 
+import dataclasses
 import json
 import math
 import os
@@ -16,6 +17,8 @@ import pytest
 import torch
 
 from hgkd_fairseq import cli
+from hgkd_fairseq.criterions.hard_gate_kd import HardGateKDConfig
+from hgkd_fairseq.teacher.config import TeacherConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,6 +72,19 @@ def by_hand(data: Path, model_paths: list[Path], subset: str) -> dict:
         "accuracy": sum(corrects) / total,
         "tokens": total,
     }
+
+
+def test_the_options_of_training():
+    """Every option of the task and the criterion is listed, with its default."""
+    shown = " ".join(hgkd("options").stdout.split())
+    for option, default in (("--teacher-path", ""), ("--gate ", "(default: token)"), ("--kd-weight", ""),
+                            ("--teacher-temperature ", "(default: 1.5)")):  # fmt: skip
+        assert option in shown
+        assert default in shown.split(option, 1)[1]
+    names = {field.name for one in (TeacherConfig, HardGateKDConfig) for field in dataclasses.fields(one)}
+    given = {name for name in names if f"--{name.replace('_', '-')} " in shown}
+    assert {"lr", "max_update", "valid_subset", "best_checkpoint_metric"} <= names - given  # fairseq's own
+    assert len(given) > 40
 
 
 @pytest.mark.parametrize("members", [1, 2])
@@ -209,6 +225,10 @@ def test_options_that_nothing_would_look_at(command, options, expected, tmp_path
     monkeypatch.chdir(tmp_path)
     assert expected in refused(capsys, *command, *options)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dash_is_no_name_of_an_output(capsys):
+    assert "argument --json: give the name of a file, or /dev/stdout" in refused(capsys, *MODEL, "--json", "-")
 
 
 def test_bins_and_replicates_together(capsys):

@@ -194,6 +194,8 @@ DECIDED = "which hgkd score decides itself; drop it"
         (["--generate=--results-path x"], f"sets --results-path, {DECIDED}"),
         (["--generate=--temperature 2"], f"sets --temperature, {DECIDED}"),
         (["--generate=--nbest 2"], f"sets --nbest, {DECIDED}"),
+        (["--generate=--prefix-size 2"], f"sets --prefix-size, {DECIDED}"),
+        (["--generate=--beam 0"], "--generate '--beam 0': --beam 0 finds nothing; give 1"),
         (["--generate=--sacrebleu"], f"sets --sacrebleu, {DECIDED}"),
         (["--generate=--remove-bpe"], f"sets --post-process, {DECIDED}"),
         (["--generate=-s en -t de"], f"sets --source-lang, {DECIDED}"),
@@ -358,6 +360,12 @@ def test_an_exported_checkpoint(data, run, tmp_path):
     assert scored(data, folder) == 0
     assert json.loads((folder / "scores.json").read_text())["minutes"] is None
     assert runs.read(folder, "student").minutes is None
+
+
+def test_a_search_that_fairseq_cannot_do(data, run, capsys):
+    """The message names the option that asked for it."""
+    assert cli.main(["score", str(data), str(run), "--cpu", "--generate=--beam 2 --max-len-a 0 --max-len-b 0"]) == 1
+    assert "hgkd: error: --generate '--beam 2 --max-len-a 0 --max-len-b 0': fairseq-generate" in capsys.readouterr().err
 
 
 def test_one_that_scores_a_folder(tmp_path):

@@ -65,6 +65,6 @@ def fold(given: str) -> tuple[int, int]:
         number, folds = map(int, given.split("/"))
     except ValueError:
         number = folds = 0
-    if not 1 <= number <= folds or folds < 2:
+    if not 1 <= number <= folds or folds < 2 or given != f"{number}/{folds}":
         raise UserError(f"--leave-out-fold {given}: give K/N, the K-th of N folds, such as 1/2")
     return number - 1, folds

@@ -53,7 +53,7 @@ DECIDED = (
     *("path", "user_dir", "gen_subset", "results_path", "required_batch_size_multiple", "temperature", "nbest"),
     *("quiet", "score_reference", "sacrebleu", "scoring", "post_process", "bpe", "tokenizer"),
     *("task", "source_lang", "target_lang", "dataset_impl", "num_shards", "shard_id"),
-    *("truncate_source", "skip_invalid_size_inputs_valid_test"),
+    *("truncate_source", "skip_invalid_size_inputs_valid_test", "prefix_size", "constraints"),
 )
 
 
@@ -109,6 +109,8 @@ def check_generation(how: str, data: str) -> None:
         UserError: an option is not accepted, or is in DECIDED.
     """
     given, plain = (vars(generation(text, data, "--path", "PATH")) for text in (how, ""))
+    if given["beam"] < 1:
+        raise UserError(f"--generate '{how}': --beam {given['beam']} finds nothing; give 1 (greedy) or more")
     for name in DECIDED:
         if given.get(name) != plain.get(name):
             raise UserError(f"--generate '{how}' sets {flag(name)}, which hgkd score decides itself; drop it")
@@ -271,7 +273,7 @@ class Scoring:
         try:
             partial.mkdir(exist_ok=True)
             with logs.logged(partial / LOG), contextlib.redirect_stdout(sys.stderr):
-                generate.main(args)
+                self.generate(args)
             for name in (LOG, file.name):
                 (partial / name).replace(file.with_name(name))
         except OSError as error:
@@ -280,6 +282,16 @@ class Scoring:
             raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+    def generate(self, args: argparse.Namespace) -> None:
+        try:
+            generate.main(args)
+        except (UserError, OSError):
+            raise
+        except Exception as error:
+            raise UserError(
+                f"--generate '{self.how.generate}': fairseq-generate ended with {type(error).__name__}: {error}"
+            ) from error
 
     def batch_tokens(self) -> int:
         """Return the maximum number of tokens in a batch: more on a GPU, where the time of a search step is that of its

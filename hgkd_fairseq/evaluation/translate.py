@@ -199,7 +199,7 @@ def translate(
     before = [files.identity(file) for file in paths]
     models, task, device = forced.load(data, path, cpu=how.device == "cpu")
     translations.check_pieces(task.target_dictionary)
-    dataset = binarised.subset(task, subset)
+    dataset = binarised.subset(task, subset, option="--subset")
     longest = utils.resolve_max_positions(task.max_positions(), *[model.max_positions() for model in models])
     with contextlib.ExitStack() as stack:
         engine: Engine

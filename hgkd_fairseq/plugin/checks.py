@@ -76,6 +76,10 @@ def check_options(cfg: Any, gate: Gate, state: TrainingState) -> None:
     start = cfg.teacher_temperature_start
     if start is None and cfg.teacher_temperature_share != default("teacher_temperature_share"):
         raise UserError("--teacher-temperature-share is of --teacher-temperature-start: add it, or drop the option")
+    if start is not None and not cfg.teacher_temperature_share:
+        raise UserError(
+            "--teacher-temperature-share 0: --teacher-temperature-start is then never used; give a share above 0"
+        )
     if start is not None and not cfg.max_update:
         raise UserError("--teacher-temperature-start needs to know the length of the training: give --max-update N")
     for name, span in RANGES.items():
@@ -101,6 +105,11 @@ def check_training(cfg: Any, gate: Gate, task: FairseqTask) -> None:
         raise UserError(
             "--teacher-temperature auto needs a validation set: drop --disable-validation, or give a number"
         )
+    if cfg.on_policy_share and 0 < cfg.max_epoch < cfg.on_policy_every:
+        raise UserError(
+            f"--on-policy-every {cfg.on_policy_every}: the training ends before, at --max-epoch {cfg.max_epoch}, so "
+            "that the student never translates; give a smaller number"
+        )
     if cfg.divergence != FUSED and (gate.uniform or not gate.needs_teacher):
         raise UserError(f"--divergence {cfg.divergence}: --gate {cfg.gate} has none; drop the option")
     if device == "cpu" and cfg.fp16 and not cfg.memory_efficient_fp16:
@@ -118,6 +127,23 @@ def check_training(cfg: Any, gate: Gate, task: FairseqTask) -> None:
             f"--best-checkpoint-metric {cfg.best_checkpoint_metric}: name one of {', '.join(sorted(logged))}, "
             "which validation logs (accuracy comes with --report-accuracy, bleu with --eval-bleu)"
         )
+    if known and not cfg.disable_validation:
+        check_direction(cfg.best_checkpoint_metric, cfg.maximize_best_checkpoint_metric)
+
+
+def check_direction(metric: str, maximize: bool) -> None:
+    """Check that fairseq, which keeps the checkpoint with the lowest metric unless told otherwise, keeps the best one.
+
+    Raises:
+        UserError: if --maximize-best-checkpoint-metric is missing, or given for a metric that is better when lower.
+    """
+    if metric.endswith(("bleu", "accuracy")) and not maximize:
+        raise UserError(
+            f"--best-checkpoint-metric {metric}: fairseq would keep the checkpoint with the lowest one; add "
+            "--maximize-best-checkpoint-metric"
+        )
+    if metric.endswith(("loss", "ppl", "ece")) and maximize:
+        raise UserError(f"--maximize-best-checkpoint-metric: a lower {metric} is better; drop the option")
 
 
 def load_teacher(cfg: Any, task: Any) -> Any:

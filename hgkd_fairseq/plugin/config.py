@@ -120,6 +120,7 @@ class CriterionOptions(FairseqDataclass):
     ignore_prefix_size: int = field(default=0, metadata={"help": "ignore the first N tokens of each target"})
     sentence_avg: bool = II("optimization.sentence_avg")
     max_update: int = II("optimization.max_update")
+    max_epoch: int = II("optimization.max_epoch")
     lr: List[float] = II("optimization.lr")  # noqa: RUF009, UP006
     max_tokens: Optional[int] = II("dataset.max_tokens")  # noqa: UP045
     batch_size: Optional[int] = II("dataset.batch_size")  # noqa: UP045
@@ -127,6 +128,7 @@ class CriterionOptions(FairseqDataclass):
     combine_valid_subsets: Optional[bool] = II("dataset.combine_valid_subsets")  # noqa: UP045
     disable_validation: bool = II("dataset.disable_validation")
     best_checkpoint_metric: str = II("checkpoint.best_checkpoint_metric")
+    maximize_best_checkpoint_metric: bool = II("checkpoint.maximize_best_checkpoint_metric")
     seed: int = II("common.seed")
     amp: bool = II("common.amp")
     cpu: bool = II("common.cpu")

@@ -119,7 +119,10 @@ def report(checkpoint: str, output: str | None, compare: str | None, plot: str |
     found = read(checkpoint)
     groups = {"all": torch.ones_like(found.sentence, dtype=torch.bool)}
     if compare:
-        listed = torch.isin(found.sentence, numbers(compare))
+        asked = numbers(compare)
+        listed = torch.isin(found.sentence, asked)
+        if not listed.any():
+            raise UserError(f"--compare {compare}: none of its numbers is that of a training sentence")
         name = Path(compare).stem
         groups = {name: listed, "others" if name != "others" else "the others": ~listed}
     for name, rows in groups.items():

@@ -47,7 +47,21 @@ class WithTeacher:
         if getattr(self.cfg, "num_batch_buckets", 0) and checkpoints.NUMPY_2:  # 0 in checkpoints that were read
             raise UserError("--num-batch-buckets: fairseq's code for it fails with numpy >= 2; drop the option")
         self.validated = 0  # number of subsets validated so far in the current validation
-        self.language_tokens_apart = False  # whether batches separate them from targets; set by criterion hard_gate_kd
+        # Both are set by the criterion hard_gate_kd.
+        self.language_tokens_apart = False  # whether batches separate them from targets
+        self.distils = False
+
+    def build_criterion(self, cfg, *args, **kwargs):
+        """Build a criterion as fairseq does, and check that one is built for training that uses the teacher.
+
+        Raises:
+            UserError: if the options name a teacher, and the criterion is another one than hard_gate_kd.
+        """
+        criterion = super().build_criterion(cfg, *args, **kwargs)  # type: ignore[misc]
+        unused = self.training_state.loaded is None and not self.distils and self.teacher is None
+        if unused and (given := teacher.given(self.cfg)):
+            raise UserError(f"{given}: nothing is distilled without --criterion hard_gate_kd; add it, or drop {given}")
+        return criterion
 
     def language_tokens(self) -> list[int]:
         """Return the ids of the language tokens that the task adds to targets."""

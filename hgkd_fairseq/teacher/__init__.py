@@ -2,8 +2,8 @@
 
 from hgkd_fairseq.teacher import live, loras, past, stored, unigram  # noqa: F401  they register their sources
 from hgkd_fairseq.teacher.signals import Dense, Gold, Signal, Sparse
-from hgkd_fairseq.teacher.source import SOURCES, Request, TeacherSource, make, register_source
+from hgkd_fairseq.teacher.source import SOURCES, Request, TeacherSource, given, make, register_source
 
 __all__ = [
-    "SOURCES", "Dense", "Gold", "Request", "Signal", "Sparse", "TeacherSource", "make", "register_source",
+    "SOURCES", "Dense", "Gold", "Request", "Signal", "Sparse", "TeacherSource", "given", "make", "register_source",
 ]  # fmt: skip

@@ -172,6 +172,15 @@ def register_source(name: str, help: str) -> Callable[[type[TeacherSource]], typ
     return register
 
 
+def given(options: Any) -> str | None:
+    """Return the option that names a teacher or a gauge; None if there is none."""
+    for name in ("teacher_path", "teacher_store", "gauge_store"):
+        if getattr(options, name, None):
+            return flag(name)
+    source = str(options.teacher_source)
+    return None if source == "checkpoint" else f"--teacher-source {source}"
+
+
 def make(request: Request) -> TeacherSource:
     """Construct the teacher that the options specify, combined with a gauge if --gauge-store is given.
 

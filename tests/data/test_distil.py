@@ -198,6 +198,8 @@ def test_a_teacher_that_is_none(name: str, message: str, data: Path, tmp_path: P
         (("--quantization", "int8"), "--quantization is of --engine ctranslate2"),
         (("--dtype", "fp16"), "--dtype fp16 needs a GPU"),
         (("--max-len-b", 0), "leave no room for a translation"),
+        (("--seed", 2), "--seed is of --sampling; add it, or drop --seed"),
+        (("--subset", "none"), "there is no subset none in"),
         (("--sampling",), "--beam 4 is of a search, and --sampling draws --nbest translations; drop it"),
     ],
 )
@@ -372,6 +374,21 @@ def test_selection(translated: Path, data: Path, tmp_path: Path, capsys):
         assert message in error(capsys)
         assert not (tmp_path / "other").exists()
         scores.write_text("".join(f"{int(rank == best)}\n" for best in ranks for rank in range(2)))
+
+
+@pytest.mark.parametrize(
+    ("reason", "option"),
+    [
+        ("ratio", ("--length-ratio", "0.5,2")),
+        ("long", ("--max-pieces", 1)),
+        ("loop", ("--max-repeats", 2)),
+        ("score", ("--worst-score", 0.5)),
+        ("backward", ("--backward-path", "none.pt")),
+    ],
+)
+def test_a_filter_that_is_off_is_not_tuned(reason, option, own: Path, data: Path, tmp_path: Path, capsys):
+    assert distil(own, data, tmp_path / "bin", "--keep", reason, *option) == 1
+    assert f"{option[0]} is of what --keep {reason} does not drop for; drop one of them" in error(capsys)
 
 
 def test_selection_needs_several_translations(data: Path, path: Path, own: Path, tmp_path: Path, capsys):

@@ -49,6 +49,14 @@ CASES = {
         ["--train-subset", "tr"],
         ["there is no subset tr in ", "name another with --train-subset"],
     ),
+    "teacher for another criterion": (
+        ["--criterion", "cross_entropy"],
+        ["--teacher-path: nothing is distilled without --criterion hard_gate_kd; add it, or drop --teacher-path"],
+    ),
+    "worst checkpoint": (
+        ["--eval-bleu", "--best-checkpoint-metric", "bleu"],
+        ["--best-checkpoint-metric bleu: ", "add --maximize-best-checkpoint-metric"],
+    ),
     "folder for a teacher": (["--teacher-path", "FOLDER"], ["is a folder, not a checkpoint"]),
 }
 

@@ -108,7 +108,7 @@ def test_training(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     """A teacher trained by the task teaches a student of the same task; a student of another task, or of other
     languages, is refused."""
     usual = (*cl.USER_DIR, *TASK, "--criterion", "hard_gate_kd")
-    first = cl.train(data, tmp_path / "teacher", *usual, "--gate", "none", "--max-epoch", 12, *cl.BLEU)
+    first = cl.train(data, tmp_path / "teacher", *usual, "--gate", "none", "--max-epoch", 12, *cl.BEST_BLEU)
     taught = (*usual, "--teacher-path", first.path(), "--max-update", 1, "--gate", "always", "--teacher-temperature", 1)
     again = ("--restore-file", first.path(), "--reset-optimizer", "--dropout", 0, "--attention-dropout", 0)
     student, generated, cut = cl.together(

@@ -91,10 +91,26 @@ def build(data: Path, *options):
             "--teacher-temperature auto needs a validation set: drop --disable-validation, or give a number",
         ),
         (("--distill-start-update", 9, "--max-update", 9), "--distill-start-update 9: the training ends before"),
+        (
+            ("--on-policy-share", 0.5, "--on-policy-every", 4, "--max-epoch", 3),
+            "--on-policy-every 4: the training ends before, at --max-epoch 3",
+        ),
         (("--fp16",), "--fp16 needs a GPU; on the CPU give --memory-efficient-fp16, --amp or --bf16"),
         (("--loss-impl", "triton"), "--loss-impl triton: Triton "),
         (("--best-checkpoint-metric", "bleu"), "--best-checkpoint-metric bleu: name one of ece, gap, kd_loss, loss,"),
-        (("--best-checkpoint-metric", "accuracy"), "--best-checkpoint-metric accuracy"),
+        (("--best-checkpoint-metric", "accuracy"), "--best-checkpoint-metric accuracy: name one of"),
+        (
+            ("--best-checkpoint-metric", "accuracy", "--report-accuracy"),
+            "--best-checkpoint-metric accuracy: fairseq would keep the checkpoint with the lowest one; add --maximize",
+        ),
+        (
+            ("--best-checkpoint-metric", "nll_loss", "--maximize-best-checkpoint-metric"),
+            "--maximize-best-checkpoint-metric: a lower nll_loss is better; drop the option",
+        ),
+        (
+            ("--teacher-temperature-start", 3, "--teacher-temperature-share", 0, "--max-update", 9),
+            "--teacher-temperature-share 0: --teacher-temperature-start is then never used",
+        ),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )

@@ -132,6 +132,7 @@ def test_the_gate_reads_the_gauge_and_learns_from_the_teacher(
             ["was written at temperature 1.2: give --teacher-temperature 1.2"],
         ),
         (("--leave-out-fold", "3/2"), ["--leave-out-fold 3/2: give K/N"]),
+        (("--leave-out-fold", "01/2"), ["--leave-out-fold 01/2: give K/N"]),
         (("--teacher-path", "", "--teacher-store", "GAUGE", "--gauge-store", ""), ["give it in --gauge-store"]),
     ],
 )

@@ -1,0 +1,30 @@
+"""Text of the command ``hgkd options``: fairseq-train's --help does not have the options of a plugin's task."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+from fairseq.dataclass import FairseqDataclass
+from fairseq.dataclass.utils import gen_parser_from_dataclass
+
+from hgkd_fairseq.criterions.hard_gate_kd import HardGateKDConfig
+from hgkd_fairseq.teacher.config import TeacherConfig
+
+
+@dataclass
+class TeacherOptions(TeacherConfig, FairseqDataclass):
+    """The options that the tasks with a teacher add to those of fairseq's tasks."""
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def text() -> str:
+    """Return the options of the tasks with a teacher and those of the criterion, with their help and defaults."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False, formatter_class=Formatter)
+    for title, options in (("a task with a teacher", TeacherOptions), ("--criterion hard_gate_kd", HardGateKDConfig)):
+        gen_parser_from_dataclass(parser.add_argument_group(title), options())
+    return parser.format_help()
