@@ -110,6 +110,12 @@ def check_training(cfg: Any, gate: Gate, task: FairseqTask) -> None:
             f"--on-policy-every {cfg.on_policy_every}: the training ends before, at --max-epoch {cfg.max_epoch}, so "
             "that the student never translates; give a smaller number"
         )
+    interval = getattr(gate.weights, "interval", 0)  # of the gate `instance`
+    if 0 < cfg.max_epoch < interval:
+        raise UserError(
+            f"--refresh-interval {interval}: the training ends before, at --max-epoch {cfg.max_epoch}, so that no "
+            "weight is ever learned; give a smaller number"
+        )
     if cfg.divergence != FUSED and (gate.uniform or not gate.needs_teacher):
         raise UserError(f"--divergence {cfg.divergence}: --gate {cfg.gate} has none; drop the option")
     if device == "cpu" and cfg.fp16 and not cfg.memory_efficient_fp16:

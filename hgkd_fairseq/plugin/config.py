@@ -113,7 +113,8 @@ class CriterionOptions(FairseqDataclass):
         default="auto",
         metadata={
             "help": "how the loss is computed; auto: triton on a GPU, native on the CPU, chunked where these cannot be "
-            "used, eager without a linear output layer"
+            "used, eager without a linear output layer; triton and native are for divergence kl and the gold token or "
+            "the argmax, all else is computed in torch"
         },
     )
     report_accuracy: bool = field(default=False, metadata={"help": "report accuracy metric"})

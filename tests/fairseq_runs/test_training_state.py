@@ -95,6 +95,10 @@ def build(data: Path, *options):
             ("--on-policy-share", 0.5, "--on-policy-every", 4, "--max-epoch", 3),
             "--on-policy-every 4: the training ends before, at --max-epoch 3",
         ),
+        (
+            ("--gate", "instance", "--max-epoch", 9),
+            "--refresh-interval 10: the training ends before, at --max-epoch 9, so that no weight is ever learned",
+        ),
         (("--fp16",), "--fp16 needs a GPU; on the CPU give --memory-efficient-fp16, --amp or --bf16"),
         (("--loss-impl", "triton"), "--loss-impl triton: Triton "),
         (("--best-checkpoint-metric", "bleu"), "--best-checkpoint-metric bleu: name one of ece, gap, kd_loss, loss,"),
