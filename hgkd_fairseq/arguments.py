@@ -72,7 +72,7 @@ class Output(str):
 
     def __new__(cls, text: str):
         if text == "-":
-            raise argparse.ArgumentTypeError("give the name of a file, or /dev/stdout")
+            raise argparse.ArgumentTypeError("no name of an output; a file of that name is ./-")
         try:
             files.check_output(text)
         except UserError as error:

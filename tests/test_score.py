@@ -365,7 +365,8 @@ def test_an_exported_checkpoint(data, run, tmp_path):
 def test_a_search_that_fairseq_cannot_do(data, run, capsys):
     """The message names the option that asked for it."""
     assert cli.main(["score", str(data), str(run), "--cpu", "--generate=--beam 2 --max-len-a 0 --max-len-b 0"]) == 1
-    assert "hgkd: error: --generate '--beam 2 --max-len-a 0 --max-len-b 0': fairseq-generate" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "checkpoint_best.pt: fairseq-generate, with --generate '--beam 2 --max-len-a 0 --max-len-b 0': unf" in told
 
 
 def test_one_that_scores_a_folder(tmp_path):

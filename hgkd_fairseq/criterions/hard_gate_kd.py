@@ -38,7 +38,7 @@ class HardGateKDCriterion(FairseqCriterion):
     def __init__(self, cfg: Any, task: Any):
         super().__init__(task)
         self.cfg, self.state = cfg, training_state.of(task)
-        task.language_tokens_apart = task.distils = True
+        task.language_tokens_apart = True
         self.on_policy: OnPolicy | None = None
         self.gate = checks.make_gate(cfg)
         if self.gate.learned:

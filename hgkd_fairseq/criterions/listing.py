@@ -1,25 +1,19 @@
-"""Text of the command ``hgkd options``: fairseq-train's --help does not have the options of a plugin's task."""
+"""Text of the command ``hgkd options``: fairseq-train's --help has no options of a plugin."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
 
-from fairseq.dataclass import FairseqDataclass
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 
 from hgkd_fairseq.criterions.hard_gate_kd import HardGateKDConfig
-from hgkd_fairseq.teacher.config import TeacherConfig
-
-
-@dataclass
-class TeacherOptions(TeacherConfig, FairseqDataclass):
-    """The options that the tasks with a teacher add to those of fairseq's tasks."""
+from hgkd_fairseq.teacher.config import TeacherOptions
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        shown = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if shown else action.help
 
 
 def text() -> str:

@@ -46,7 +46,21 @@ class OnPolicy:
         self.state = training_state.of(criterion.task)
         check(self.cfg, criterion.gate, self.task)
         self.buffer = on_policy.OwnTranslations({})
+        self.state.at_training_begin.append(self.begin_training)
         self.state.at_epoch_begin.append(self.begin_epoch)
+
+    def begin_training(self, epoch: int, model: torch.nn.Module) -> None:
+        """Check that the student will translate, or has done so before the run was resumed.
+
+        Raises:
+            UserError: the training ends before.
+        """
+        every = self.cfg.on_policy_every
+        if 0 < self.cfg.max_epoch < every and not self.own().state:
+            raise UserError(
+                f"--on-policy-every {every}: the training ends before, at --max-epoch {self.cfg.max_epoch}, so that "
+                "the student never translates; give a smaller number"
+            )
 
     def own(self) -> on_policy.OwnTranslations:
         """Return the buffer of translations, whose content is in the training's memory and restored with it."""

@@ -76,10 +76,6 @@ def check_options(cfg: Any, gate: Gate, state: TrainingState) -> None:
     start = cfg.teacher_temperature_start
     if start is None and cfg.teacher_temperature_share != default("teacher_temperature_share"):
         raise UserError("--teacher-temperature-share is of --teacher-temperature-start: add it, or drop the option")
-    if start is not None and not cfg.teacher_temperature_share:
-        raise UserError(
-            "--teacher-temperature-share 0: --teacher-temperature-start is then never used; give a share above 0"
-        )
     if start is not None and not cfg.max_update:
         raise UserError("--teacher-temperature-start needs to know the length of the training: give --max-update N")
     for name, span in RANGES.items():
@@ -101,20 +97,13 @@ def check_training(cfg: Any, gate: Gate, task: FairseqTask) -> None:
             f"--distill-start-update {cfg.distill_start_update}: the training ends before, at --max-update "
             f"{cfg.max_update}; start earlier, or give --gate none"
         )
+    if cfg.teacher_temperature_start is not None and not cfg.teacher_temperature_share:
+        raise UserError(
+            "--teacher-temperature-share 0: --teacher-temperature-start is then never used; give a share above 0"
+        )
     if given_temperature(cfg) is None and gate.needs_teacher and cfg.disable_validation:
         raise UserError(
             "--teacher-temperature auto needs a validation set: drop --disable-validation, or give a number"
-        )
-    if cfg.on_policy_share and 0 < cfg.max_epoch < cfg.on_policy_every:
-        raise UserError(
-            f"--on-policy-every {cfg.on_policy_every}: the training ends before, at --max-epoch {cfg.max_epoch}, so "
-            "that the student never translates; give a smaller number"
-        )
-    interval = getattr(gate.weights, "interval", 0)  # of the gate `instance`
-    if 0 < cfg.max_epoch < interval:
-        raise UserError(
-            f"--refresh-interval {interval}: the training ends before, at --max-epoch {cfg.max_epoch}, so that no "
-            "weight is ever learned; give a smaller number"
         )
     if cfg.divergence != FUSED and (gate.uniform or not gate.needs_teacher):
         raise UserError(f"--divergence {cfg.divergence}: --gate {cfg.gate} has none; drop the option")
@@ -149,7 +138,10 @@ def check_direction(metric: str, maximize: bool) -> None:
             "--maximize-best-checkpoint-metric"
         )
     if metric.endswith(("loss", "ppl", "ece")) and maximize:
-        raise UserError(f"--maximize-best-checkpoint-metric: a lower {metric} is better; drop the option")
+        raise UserError(
+            f"--maximize-best-checkpoint-metric: a lower {metric} is better; drop the option, or name another "
+            "--best-checkpoint-metric"
+        )
 
 
 def load_teacher(cfg: Any, task: Any) -> Any:

@@ -115,6 +115,11 @@ class Refresh:
         self.held_out_sentences(epoch, model)
         shown = hash_of_lengths(self.training())
         if not gate.state:
+            if 0 < self.cfg.max_epoch < gate.interval:
+                raise UserError(
+                    f"--refresh-interval {gate.interval}: the training ends before, at --max-epoch "
+                    f"{self.cfg.max_epoch}, so that no weight is ever learned; give a smaller number"
+                )
             gate.begin(held_out)
             gate.state["lengths"] = shown
         elif not torch.equal(gate.state["held_out"].cpu(), held_out):

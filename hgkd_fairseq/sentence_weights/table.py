@@ -121,8 +121,8 @@ def report(checkpoint: str, output: str | None, compare: str | None, plot: str |
     if compare:
         asked = numbers(compare)
         listed = torch.isin(found.sentence, asked)
-        if not listed.any():
-            raise UserError(f"--compare {compare}: none of its numbers is that of a training sentence")
+        if found.epoch and not listed.any():
+            raise UserError(f"--compare {compare}: none of its numbers is that of a sentence with learned weights")
         name = Path(compare).stem
         groups = {name: listed, "others" if name != "others" else "the others": ~listed}
     for name, rows in groups.items():

@@ -36,7 +36,9 @@ class TranslationMultiSimpleEpochWithTeacherTask(WithTeacher, TranslationMultiSi
 
     def build_criterion(self, *args, **kwargs):
         # compat.py patches this method, but not that of the older tasks, which does the same.
-        return FairseqTask.build_criterion(self, *args, **kwargs)
+        criterion = FairseqTask.build_criterion(self, *args, **kwargs)
+        self.check_criterion(criterion)
+        return criterion
 
     def language_tokens(self) -> list[int]:
         return language_tokens.of_multilingual(self)

@@ -47,9 +47,7 @@ class WithTeacher:
         if getattr(self.cfg, "num_batch_buckets", 0) and checkpoints.NUMPY_2:  # 0 in checkpoints that were read
             raise UserError("--num-batch-buckets: fairseq's code for it fails with numpy >= 2; drop the option")
         self.validated = 0  # number of subsets validated so far in the current validation
-        # Both are set by the criterion hard_gate_kd.
-        self.language_tokens_apart = False  # whether batches separate them from targets
-        self.distils = False
+        self.language_tokens_apart = False  # whether batches separate them from targets; set by criterion hard_gate_kd
 
     def build_criterion(self, cfg, *args, **kwargs):
         """Build a criterion as fairseq does, and check that one is built for training that uses the teacher.
@@ -58,10 +56,13 @@ class WithTeacher:
             UserError: if the options name a teacher, and the criterion is another one than hard_gate_kd.
         """
         criterion = super().build_criterion(cfg, *args, **kwargs)  # type: ignore[misc]
-        unused = self.training_state.loaded is None and not self.distils and self.teacher is None
-        if unused and (given := teacher.given(self.cfg)):
-            raise UserError(f"{given}: nothing is distilled without --criterion hard_gate_kd; add it, or drop {given}")
+        self.check_criterion(criterion)
         return criterion
+
+    def check_criterion(self, criterion: Any) -> None:
+        own = type(criterion).__module__.startswith("fairseq.")  # one of another plugin may use the teacher
+        if own and self.training_state.loaded is None and (given := teacher.given(self.cfg)):
+            raise UserError(f"{given}: nothing is distilled without --criterion hard_gate_kd; add it, or drop {given}")
 
     def language_tokens(self) -> list[int]:
         """Return the ids of the language tokens that the task adds to targets."""

@@ -199,7 +199,7 @@ def test_a_teacher_that_is_none(name: str, message: str, data: Path, tmp_path: P
         (("--dtype", "fp16"), "--dtype fp16 needs a GPU"),
         (("--max-len-b", 0), "leave no room for a translation"),
         (("--seed", 2), "--seed is of --sampling; add it, or drop --seed"),
-        (("--subset", "none"), "there is no subset none in"),
+        (("--subset", "none"), "name another with --subset"),
         (("--sampling",), "--beam 4 is of a search, and --sampling draws --nbest translations; drop it"),
     ],
 )

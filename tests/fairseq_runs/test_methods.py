@@ -216,7 +216,7 @@ def test_weights_of_sentences(runs: dict[str, cl.Run], tmp_path: Path, capsys: p
     assert figure.read_text().count("</svg>") == 1
     listed.write_text("600\n999999\n")
     assert cli.main([str(argument) for argument in arguments[:4]]) == 1
-    assert f"--compare {listed}: none of its numbers is that of a training sentence" in capsys.readouterr().err
+    assert f"--compare {listed}: none of its numbers is that of a sentence with" in capsys.readouterr().err
     assert cli.main(["weights", str(runs["none"].path())]) == 1
     assert "has no weights of sentences; name a checkpoint of a run with --gate instance" in capsys.readouterr().err
 

@@ -53,6 +53,25 @@ CASES = {
         ["--criterion", "cross_entropy"],
         ["--teacher-path: nothing is distilled without --criterion hard_gate_kd; add it, or drop --teacher-path"],
     ),
+    "teacher of frequencies for another criterion": (
+        ["--criterion", "cross_entropy", "--teacher-path", "", "--teacher-source", "unigram"],
+        ["--teacher-source unigram: nothing is distilled without --criterion hard_gate_kd"],
+    ),
+    "several pairs and another criterion": (
+        [
+            *("--task", "translation_multi_simple_epoch_with_teacher", "--lang-pairs", "de-en"),
+            *("--criterion", "cross_entropy"),
+        ],
+        ["--teacher-path: nothing is distilled without --criterion hard_gate_kd"],
+    ),
+    "on-policy, too seldom": (
+        ["--on-policy-share", 0.5, "--on-policy-every", 4, "--max-epoch", 3],
+        ["--on-policy-every 4: the training ends before, at --max-epoch 3"],
+    ),
+    "weights that are never learned": (
+        ["--gate", "instance", "--max-epoch", 9],
+        ["--refresh-interval 10: the training ends before, at --max-epoch 9, so that no weight is ever learned"],
+    ),
     "worst checkpoint": (
         ["--eval-bleu", "--best-checkpoint-metric", "bleu"],
         ["--best-checkpoint-metric bleu: ", "add --maximize-best-checkpoint-metric"],

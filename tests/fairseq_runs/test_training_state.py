@@ -91,14 +91,6 @@ def build(data: Path, *options):
             "--teacher-temperature auto needs a validation set: drop --disable-validation, or give a number",
         ),
         (("--distill-start-update", 9, "--max-update", 9), "--distill-start-update 9: the training ends before"),
-        (
-            ("--on-policy-share", 0.5, "--on-policy-every", 4, "--max-epoch", 3),
-            "--on-policy-every 4: the training ends before, at --max-epoch 3",
-        ),
-        (
-            ("--gate", "instance", "--max-epoch", 9),
-            "--refresh-interval 10: the training ends before, at --max-epoch 9, so that no weight is ever learned",
-        ),
         (("--fp16",), "--fp16 needs a GPU; on the CPU give --memory-efficient-fp16, --amp or --bf16"),
         (("--loss-impl", "triton"), "--loss-impl triton: Triton "),
         (("--best-checkpoint-metric", "bleu"), "--best-checkpoint-metric bleu: name one of ece, gap, kd_loss, loss,"),
@@ -106,6 +98,14 @@ def build(data: Path, *options):
         (
             ("--best-checkpoint-metric", "accuracy", "--report-accuracy"),
             "--best-checkpoint-metric accuracy: fairseq would keep the checkpoint with the lowest one; add --maximize",
+        ),
+        (
+            ("--best-checkpoint-metric", "ece", "--maximize-best-checkpoint-metric"),
+            "--maximize-best-checkpoint-metric: a lower ece is better; drop the option",
+        ),
+        (
+            ("--best-checkpoint-metric", "ppl", "--maximize-best-checkpoint-metric"),
+            "--maximize-best-checkpoint-metric: a lower ppl is better; drop the option",
         ),
         (
             ("--best-checkpoint-metric", "nll_loss", "--maximize-best-checkpoint-metric"),
