@@ -27,7 +27,8 @@ from hgkd_fairseq.evaluation.generated import read_references
 
 TEACHER = "teacher"  # the setting of the teachers' cells
 ABSENT = ""
-GATED, GATED_BY_NAME = ("hkd-t", "hkd-s"), "typical"  # gated methods, and the prefix of the names of others
+GATED = ("hkd-t", "hkd-s")  # gated methods, and prefixes of the names of others
+GATED_BY_NAME = ("typical", "hkd-t-argmax", "hkd-s-argmax", "floor", "sentence-floor")
 CONTROLS = ("ls-uniform", "always", "hkd-t-reversed", "hkd-s-reversed", "selective-batch")
 CONTROLS_BY_NAME = ("word-kd", "random")  # prefixes of the names of others: constant weights and random gates
 
