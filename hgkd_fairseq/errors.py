@@ -31,6 +31,11 @@ class UserError(ValueError):
 
 def in_one_line(error: BaseException) -> UserError:
     """Convert an exception to a UserError that names the file of an OSError or the type of an unexpected exception."""
+    return foreseen(error) or UserError(f"unforeseen {type(error).__name__}: {str(error)[:300]}; --debug shows where")
+
+
+def foreseen(error: BaseException) -> UserError | None:
+    """Convert a UserError, an OSError or a lack of memory to a UserError; return None for any other exception."""
     if isinstance(error, UserError):
         return error
     if isinstance(error, BrokenPipeError) and error.filename is None:
@@ -41,7 +46,7 @@ def in_one_line(error: BaseException) -> UserError:
     if isinstance(error, OSError):
         where = "standard output or a file" if error.filename is None else error.filename
         return UserError(f"{where}: {error.strerror or error}")
-    return UserError(f"unforeseen {type(error).__name__}: {str(error)[:300]}; --debug shows where")
+    return None
 
 
 def guarded(begin: str, run: Callable[[], int], debug: bool = False) -> int:

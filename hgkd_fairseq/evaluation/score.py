@@ -33,7 +33,7 @@ import hgkd_fairseq
 from hgkd_fairseq import files
 from hgkd_fairseq.arguments import TOKENIZERS
 from hgkd_fairseq.calibration.scores import Results, Score
-from hgkd_fairseq.errors import UserError, flag, in_one_line
+from hgkd_fairseq.errors import UserError, flag, foreseen, in_one_line
 from hgkd_fairseq.evaluation import forced, generated, inference, languages, logs, results, temperature
 from hgkd_fairseq.evaluation.steps import RECORD, Steps
 from hgkd_fairseq.plugin import binarised, checkpoints
@@ -287,10 +287,10 @@ class Scoring:
         try:
             generate.main(args)
         except Exception as error:
-            told = in_one_line(error)
-            if isinstance(error, OSError) or "unforeseen" not in str(told):
+            if foreseen(error):
                 raise
-            raise UserError(f"{self.path}: fairseq-generate, with --generate '{self.how.generate}': {told}") from error
+            how = f"fairseq-generate, with --generate '{self.how.generate}'"
+            raise UserError(f"{self.path}: {how}: {in_one_line(error)}") from error
 
     def batch_tokens(self) -> int:
         """Return the maximum number of tokens in a batch: more on a GPU, where the time of a search step is that of its
